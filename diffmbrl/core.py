@@ -1,0 +1,247 @@
+r"""Notation and vocabulary; no algorithm.
+
+    s, a, r    state, action, reward                      T, B      horizon, number of start states
+    f, pi      dynamics s' = f(s, a), policy a = pi(s)    n, m      state and action dimension
+    theta      the policy's parameters, P of them         J         return, maximised
+    A_t, B_t   df/ds, df/da                               K_t, G_t  dpi/ds, dpi/dtheta
+    w_t        weight of time step t in the return        phi       terminal reward
+
+$$J(\pi) = E_{s_0}\Big[\sum_{t<T} w_t\, r(s_t, a_t) + w_T\, \phi(s_T)\Big],\quad a_t = \pi(s_t),\; s_{t+1} = f(s_t, a_t)$$
+
+Control texts minimise a cost; here the reward is maximised, and the sign changes in one place, `linearize.py`.
+Everything is a callable `equinox.Module` whose leaves are all arrays, so plain `jit`, `grad`, `vmap`, `ravel_pytree` and
+optax take it as it is. Write for one stream, `vmap` for many.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+State = PyTree
+Params = PyTree
+
+
+@runtime_checkable
+class Dynamics(Protocol):
+    """`s' = f(s, a)`; a stochastic one draws from `key`, and is at its mean (or has fixed noise) when `key` is None."""
+
+    def __call__(self, s: State, a: Array, *, key: PRNGKeyArray | None = None) -> State: ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """`a = pi(s)`, of shape [m]; a stochastic one draws from `key` by reparameterisation, and is at its mean without."""
+
+    def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Array: ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """`r(s, a)`, of shape []."""
+
+    def __call__(self, s: State, a: Array) -> Array: ...
+
+
+class Work(NamedTuple):
+    """Work done: steps of f, tangents pushed through f, cotangents pulled through f; and how much of it was sequential.
+
+    `sequential` counts passes over the horizon that run one after another, whatever their batch: rollouts, reverse passes and
+    the linear recursions of second-order methods alike. It is what bounds the time on a device with cores to spare.
+    """
+
+    forward: Int[Array, "*batch"]
+    jvp: Int[Array, "*batch"]
+    vjp: Int[Array, "*batch"]
+    sequential: Int[Array, "*batch"]
+
+
+def count_work(forward: Any = 0, jvp: Any = 0, vjp: Any = 0, sequential: Any = 0) -> Work:
+    """A `Work` from Python or traced whole numbers."""
+    return Work(*(jnp.asarray(x, jnp.int32) for x in (forward, jvp, vjp, sequential)))
+
+
+class Info(NamedTuple):
+    """What a person needs to know of one update. All are measured at the policy that the update was given."""
+
+    J: Float[Array, "*batch"]  # return of the objective in force (a continuation stage's, not always the task's)
+    gradient_norm: Float[Array, "*batch"]  # |dJ/dtheta|
+    accepted: Bool[Array, "*batch"]  # whether the update changed the policy
+    damping: Float[Array, "*batch"]  # the damping of the step taken; 0 for a method without one
+    inner_iterations: Int[Array, "*batch"]  # Krylov dimensions, line-search trials, backward passes
+    nonfinite: Int[Array, "*batch"]  # non-finite returns or gradients met, the rejected candidates' included
+    work: Work
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Adam on BPTT, Gauss-Newton, iLQR: the same two functions.
+
+    A policy solver takes start states with a batch axis and improves the mean return; a plan solver takes one start state
+    and is `vmap`ped for many. Its hyperparameters are leaves: a sweep is a `vmap`, and a new value does not recompile.
+    """
+
+    def init(self, policy: Any, task: Any) -> Any: ...
+
+    def update(
+        self, policy: Any, carry: Any, task: Any, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Any, Any, Info]: ...
+
+
+@runtime_checkable
+class Gradient(Protocol):
+    """An estimator of dJ/dtheta: `(policy, task, s0 [B, ...], key) -> J, dJ/dpi` (a pytree like the policy)."""
+
+    remat: int | None
+
+    def __call__(self, policy: Any, task: Any, s0: State, key: PRNGKeyArray | None) -> tuple[Array, Any]: ...
+
+    def work(self, task: Any, batch: int) -> Work: ...
+
+
+class Trajectory(NamedTuple):
+    """One rollout. After the end of an episode the state is held, rewards are 0 and `alive` is False."""
+
+    s: State  # s_0 .. s_{T-1}, each leaf [*batch, T, ...]
+    a: Float[Array, "*batch T m"]
+    r: Float[Array, "*batch T"]  # not weighted
+    alive: Bool[Array, "*batch T1"]  # alive[t]: the episode has not ended before or at s_t
+    s_T: State
+
+
+class Task(eqx.Module):
+    r"""A problem: maximise $E \sum_{t<T} w_t r(s_t, a_t) + w_T \phi(s_T)$ over policies.
+
+    Every callable is a module whose leaves are arrays, so masses are differentiable and a learned model takes the place of
+    the true one by `eqx.tree_at(lambda t: t.dynamics, task, model)`. `weights` [T+1] is a leaf: a discount or a horizon mask
+    changes without recompiling. A terminated episode earns nothing more, its terminal reward included: `phi` is the value of
+    being cut off by the clock. `success` (s_T -> bool) says in the task's own words whether an episode ended well.
+
+    Raises: `ValueError` if the horizon is below 1, dt is not positive, or the action limits are crossed or of unequal shape.
+
+    >>> import jax
+    >>> from diffmbrl import tasks
+    >>> task = tasks.cartpole_balance(horizon=50)
+    >>> task.starts(jax.random.key(0), 32).shape
+    (32, 4)
+    """
+
+    dynamics: Callable
+    reward: Callable
+    terminal: Callable
+    initial: Callable
+    features: Callable
+    done: Callable | None
+    success: Callable | None
+    a_low: Float[Array, " m"]
+    a_high: Float[Array, " m"]
+    weights: Float[Array, " T1"]
+    horizon: int = eqx.field(static=True)
+    dt: float = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        dynamics: Callable,
+        reward: Callable,
+        initial: Callable,
+        a_low: Any,
+        a_high: Any,
+        horizon: int,
+        dt: float,
+        terminal: Callable | None = None,
+        features: Callable | None = None,
+        done: Callable | None = None,
+        success: Callable | None = None,
+    ):
+        if not isinstance(horizon, int) or horizon < 1:
+            raise ValueError(f"horizon must be a whole number of at least 1, got {horizon!r}")
+        if not dt > 0:
+            raise ValueError(f"dt must be a positive number of seconds, got {dt!r}")
+        self.name, self.horizon, self.dt = name, horizon, float(dt)
+        self.dynamics, self.reward, self.initial = dynamics, reward, initial
+        self.terminal = terminal if terminal is not None else NoTerminal()
+        self.features = features if features is not None else Identity()
+        self.done, self.success = done, success
+        self.a_low, self.a_high = as_float(a_low), as_float(a_high)
+        if self.a_low.ndim != 1 or self.a_low.shape != self.a_high.shape:
+            raise ValueError(
+                f"a_low and a_high must both have shape [m], got {list(self.a_low.shape)} and {list(self.a_high.shape)}"
+            )
+        if is_concrete(self.a_low, self.a_high) and not bool(jnp.all(self.a_low < self.a_high)):
+            raise ValueError(f"a_low must lie below a_high, got {self.a_low} and {self.a_high}")
+        self.weights = jnp.ones(horizon + 1, self.a_low.dtype)
+
+    @property
+    def m(self) -> int:
+        """Action dimension."""
+        return self.a_low.shape[0]
+
+    @property
+    def n(self) -> int:
+        """State dimension: the number of scalars in one state."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.state_shape))
+
+    @property
+    def state_shape(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one state, without drawing it."""
+        return jax.eval_shape(self.initial, jax.random.key(0))
+
+    def starts(self, key: PRNGKeyArray, count: int) -> State:
+        """`count` start states, with a leading batch axis."""
+        if count < 1:
+            raise ValueError(f"the number of starts must be at least 1, got {count}")
+        return jax.vmap(self.initial)(jax.random.split(key, count))
+
+
+class Identity(eqx.Module):
+    """Features of a flat state: the state itself."""
+
+    def __call__(self, s: Float[Array, " n"]) -> Float[Array, " n"]:
+        return s
+
+
+class NoTerminal(eqx.Module):
+    """phi(s) = 0."""
+
+    def __call__(self, s: State) -> Float[Array, ""]:
+        return jnp.zeros((), jax.tree.leaves(s)[0].dtype)
+
+
+class Box(eqx.Module):
+    """Start states drawn evenly from a box; with `low == high`, always the same one."""
+
+    low: Float[Array, " n"] = eqx.field(converter=lambda x: as_float(x))
+    high: Float[Array, " n"] = eqx.field(converter=lambda x: as_float(x))
+
+    def __call__(self, key: PRNGKeyArray) -> Float[Array, " n"]:
+        u = jax.random.uniform(key, self.low.shape, self.low.dtype)
+        return self.low + u * (self.high - self.low)
+
+
+def is_plan(policy: Any) -> bool:
+    """Whether a policy's leaves have a leading time axis (`OpenLoop`, `Affine`): step t then uses slice t."""
+    return getattr(type(policy), "is_plan", False)
+
+
+def is_concrete(*arrays: Any) -> bool:
+    """Whether values can be looked at, as they cannot inside a transformation."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
+
+
+def as_float(x: Any) -> Array:
+    """A float array of the default precision; arrays that are float already keep theirs. Never weakly typed."""
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.lax.convert_element_type(x, x.dtype)
+    return jnp.asarray(x, dtype=float)
+
+
+def parameter(default: Any) -> Any:
+    """A field of a module that is a float leaf, differentiable and changed without recompiling."""
+    return eqx.field(default_factory=lambda: as_float(default), converter=as_float)

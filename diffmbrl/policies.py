@@ -1,0 +1,171 @@
+r"""Policies `a = pi(s)`, and plans, which are policies with a leading time axis.
+
+The leaves of a policy are its parameters theta, all of them: what is not learned (features, action limits) is static.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import State, Task
+from diffmbrl.nets import MLP
+
+
+class Linear(eqx.Module):
+    r"""$a = K s + b$ on the flattened state.
+
+    >>> from diffmbrl import tasks
+    >>> Linear.zeros(tasks.lqr()).K.shape
+    (1, 2)
+    """
+
+    K: Float[Array, "m n"]
+    b: Float[Array, " m"]
+
+    @classmethod
+    def zeros(cls, task: Task) -> "Linear":
+        dtype = task.a_low.dtype
+        return cls(jnp.zeros((task.m, task.n), dtype), jnp.zeros(task.m, dtype))
+
+    def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
+        return self.K @ ravel_pytree(s)[0] + self.b
+
+
+class Neural(eqx.Module):
+    r"""A network on the task's features, squashed into the action limits: $a = c + h\tanh(\mathrm{net}(\mathrm{features}(s)))$.
+
+    With infinite limits there is no squashing. `c` and `h` are the centre and half width of the limits.
+
+    >>> import jax
+    >>> from diffmbrl import tasks
+    >>> task = tasks.cartpole_balance()
+    >>> policy = Neural.init(task, hidden=[16, 16], key=jax.random.key(0))
+    >>> policy(task.initial(jax.random.key(1))).shape
+    (1,)
+    """
+
+    net: MLP
+    features: Callable
+    low: tuple[float, ...] = eqx.field(static=True)
+    high: tuple[float, ...] = eqx.field(static=True)
+
+    @classmethod
+    def init(
+        cls,
+        task: Task,
+        *,
+        key: PRNGKeyArray,
+        hidden: Sequence[int] = (32, 32),
+        output_scale: float = 0.1,
+        activation: Callable = jnp.tanh,
+    ) -> "Neural":
+        """Draw the weights. Raises `ValueError` if an action is limited on one side only."""
+        low, high = np.asarray(task.a_low), np.asarray(task.a_high)
+        if np.any(np.isfinite(low) != np.isfinite(high)):
+            raise ValueError(
+                f"task '{task.name}' limits an action on one side only: {low} to {high}; limit both or none"
+            )
+        inputs = jax.eval_shape(task.features, task.state_shape).shape
+        if len(inputs) != 1:
+            raise ValueError(f"the features of task '{task.name}' have shape {list(inputs)}; expected one axis")
+        net = MLP.init(inputs[0], hidden, task.m, key=key, activation=activation, output_scale=output_scale)
+        return cls(net, task.features, tuple(low.tolist()), tuple(high.tolist()))
+
+    def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
+        return squash(self.net(self.features(s)), np.asarray(self.low), np.asarray(self.high))
+
+
+class Gaussian(eqx.Module):
+    r"""Reparameterised noise around any policy: $a = \mu(s) + e^{\log\sigma} \epsilon$, $\epsilon \sim N(0, I)$.
+
+    Without a key it acts at its mean. The noise is added after the squashing: the task's dynamics see it as it is.
+
+    >>> import jax
+    >>> from diffmbrl import tasks
+    >>> task = tasks.lqr()
+    >>> Gaussian.around(Linear.zeros(task), task, std=0.1).log_std.shape
+    (1,)
+    """
+
+    mean: Any
+    log_std: Float[Array, " m"]
+
+    @classmethod
+    def around(cls, mean: Any, task: Task, *, std: float) -> "Gaussian":
+        if not std > 0:
+            raise ValueError(f"std must be positive, got {std}")
+        return cls(mean, jnp.full(task.m, np.log(std), task.a_low.dtype))
+
+    def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
+        mean = self.mean(s)
+        if key is None:
+            return mean
+        return mean + jnp.exp(self.log_std) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+class OpenLoop(eqx.Module):
+    r"""A plan: $a_t$, whatever the state.
+
+    >>> from diffmbrl import tasks
+    >>> OpenLoop.zeros(tasks.lqr(horizon=20)).a.shape
+    (20, 1)
+    """
+
+    a: Float[Array, "*T m"]
+    is_plan: ClassVar[bool] = True
+
+    @classmethod
+    def zeros(cls, task: Task) -> "OpenLoop":
+        """The task's resting action at every step: 0, or the centre of the limits."""
+        return cls(jnp.tile(resting_action(task), (task.horizon, 1)))
+
+    def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
+        return self.a
+
+
+class Affine(eqx.Module):
+    r"""A plan with feedback, as iLQR returns it: $a_t = \bar a_t + K_t (s - \bar s_t)$ on flat states.
+
+    >>> from diffmbrl import tasks
+    >>> Affine.zeros(tasks.lqr(horizon=20)).K.shape
+    (20, 1, 2)
+    """
+
+    K: Float[Array, "*T m n"]
+    a: Float[Array, "*T m"]
+    s: Float[Array, "*T n"]
+    is_plan: ClassVar[bool] = True
+
+    @classmethod
+    def zeros(cls, task: Task) -> "Affine":
+        """The task's resting action at every step, without feedback."""
+        T, m, n, dtype = task.horizon, task.m, task.n, task.a_low.dtype
+        return cls(jnp.zeros((T, m, n), dtype), jnp.tile(resting_action(task), (T, 1)), jnp.zeros((T, n), dtype))
+
+    def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
+        x = s if isinstance(s, jax.Array) else ravel_pytree(s)[0]
+        # Multiply and sum rather than a matrix product: it fuses into the scan's step, which is then several times faster.
+        return self.a + jnp.sum(self.K * (x - self.s), axis=-1)
+
+
+def squash(z: Float[Array, " m"], low: Any, high: Any) -> Float[Array, " m"]:
+    r"""$c + h\tanh z$ with the limits' centre c and half width h; z itself where the limits are infinite."""
+    finite = np.isfinite(low) & np.isfinite(high)
+    if not finite.any():
+        return z
+    centre = np.where(finite, (np.where(finite, low, 0) + np.where(finite, high, 0)) / 2, 0).astype(z.dtype)
+    half = np.where(finite, (np.where(finite, high, 1) - np.where(finite, low, -1)) / 2, 1).astype(z.dtype)
+    squashed = jnp.tanh(z) * half + centre
+    return squashed if finite.all() else jnp.where(finite, squashed, z)
+
+
+def resting_action(task: Task) -> Float[Array, " m"]:
+    """0 where an action is unlimited, the centre of its limits elsewhere."""
+    finite = jnp.isfinite(task.a_low) & jnp.isfinite(task.a_high)
+    return jnp.where(finite, (jnp.where(finite, task.a_low, 0) + jnp.where(finite, task.a_high, 0)) / 2, 0)
