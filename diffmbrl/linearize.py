@@ -1,0 +1,252 @@
+r"""A task along a trajectory: derivatives in parallel over time, then linear recursions.
+
+This is where the sign changes: rewards r are maximised, here stand costs $c_t = -w_t r(s_t, a_t)$, $c_T = -w_T \phi(s_T)$.
+
+$$ds_{t+1} = A_t\,ds_t + B_t\,da_t,\qquad da_t = K_t\,ds_t + dw_t$$
+
+with `w` an additive perturbation of the actions and K the policy's gain (zero for a plan without feedback). L is the
+response of (s, a) to w, and H the Hessian of the costs, one block a time step, projected to be positive semidefinite:
+* `adjoint`:  $L^\top c$, the gradient of the cost with respect to w;
+* `respond`:  $L w$;
+* `riccati`:  $-(L^\top H L + \mu I)^{-1} L^\top c$ with K = 0, as a feedback law: the LQR problem along the trajectory.
+
+States that are not one flat array are flattened (float leaves only). Steps after the end of an episode have zero derivatives.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from diffmbrl.core import State, Task, Trajectory, is_plan
+
+INLINE = 16  # dimensions up to which tiny matrix products and eliminations are written out as arithmetic
+
+
+class Linearization(NamedTuple):
+    """Derivatives along one trajectory; costs are weighted, negative rewards."""
+
+    A: Float[Array, "T n n"]
+    B: Float[Array, "T n m"]
+    c_s: Float[Array, "T n"]
+    c_a: Float[Array, "T m"]
+    H: Float[Array, "T n+m n+m"]  # Hessian of the cost in (s, a), positive semidefinite
+    c_T: Float[Array, " n"]
+    H_T: Float[Array, "n n"]
+
+
+class Sweep(NamedTuple):
+    r"""The minimiser of the LQR problem along a trajectory: $da_t = K_t\,ds_t + k_t$."""
+
+    K: Float[Array, "T m n"]
+    k: Float[Array, "T m"]
+    slope: Float[Array, ""]  # the damped cost along step size alpha: alpha * slope + alpha^2 / 2 * curvature
+    curvature: Float[Array, ""]
+    definite: Bool[Array, ""]  # False where some action Hessian Q_aa was not positive definite: the gains are then void
+
+
+def flat_states(states: State) -> tuple[Array, Callable[[Array], State]]:
+    """States with a leading axis as an array [T, n], and the inverse for one state.
+
+    Raises: `TypeError` if a leaf is not floating point.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(states):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            name = jax.tree_util.keystr(path)
+            raise TypeError(f"states must be float to be linearised; leaf {name or 's'} is {leaf.dtype}")
+    if isinstance(states, jax.Array) and states.ndim == 2:
+        return states, lambda x: x
+    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], states))
+    return jax.vmap(lambda s: ravel_pytree(s)[0])(states), unravel
+
+
+def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Linearization:
+    r"""A, B, the gradients and Hessians of the costs along one trajectory, all time steps at once.
+
+    `key` must be the rollout's, so that noisy dynamics are linearised at the noise that was drawn.
+    Cost per step: n + m tangents of f, one gradient and n + m Hessian columns of r.
+
+    >>> import jax
+    >>> from diffmbrl import OpenLoop, rollout, tasks
+    >>> task = tasks.lqr(horizon=5)
+    >>> linearize(task, rollout(OpenLoop.zeros(task), task, task.initial(jax.random.key(0)))).A.shape
+    (5, 2, 2)
+    """
+    x, unravel = flat_states(trajectory.s)
+    x_T = ravel_pytree(trajectory.s_T)[0]
+    n = x.shape[1]
+
+    def step(z, t):
+        key_s = None if key is None else jax.random.split(jax.random.fold_in(key, t))[1]
+        return ravel_pytree(task.dynamics(unravel(z[:n]), z[n:], key=key_s))[0]
+
+    def cost(z, w):
+        return -w * task.reward(unravel(z[:n]), z[n:])
+
+    def derivatives(s, a, w, alive, t):
+        z = jnp.concatenate([s, a])
+        # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
+        z = jnp.where(alive, z, jnp.concatenate([x[0], trajectory.a[0]]))
+        F, c, H = jax.jacfwd(step)(z, t), jax.grad(cost)(z, w), jax.hessian(cost)(z, w)
+        return jax.tree.map(lambda y: jnp.where(alive, y, jnp.zeros_like(y)), (F, c, H))
+
+    def final(s):
+        def cost_T(s):
+            return -task.weights[-1] * task.terminal(unravel(s))
+
+        return jax.grad(cost_T)(s), jax.hessian(cost_T)(s)
+
+    alive = trajectory.alive
+    with jax.default_matmul_precision("highest"):
+        F, c, H = jax.vmap(derivatives)(x, trajectory.a, task.weights[:-1], alive[:-1], jnp.arange(task.horizon))
+        c_T, H_T = final(jnp.where(alive[-1], x_T, x[0]) if task.done is not None else x_T)
+    if task.done is not None:
+        held = jnp.where(alive[:-1, None, None], jnp.zeros_like(F[:, :, :n]), jnp.eye(n, dtype=F.dtype))
+        F = F.at[:, :, :n].add(held)
+        c_T, H_T = jax.tree.map(lambda y: jnp.where(alive[-1], y, jnp.zeros_like(y)), (c_T, H_T))
+    return Linearization(F[:, :, :n], F[:, :, n:], c[:, :n], c[:, n:], project(H), c_T, project(H_T[None])[0])
+
+
+def feedback(policy: Any, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Float[Array, "T m n"]:
+    """K_t = dpi/ds along one trajectory, all time steps at once; zero after the end of the episode."""
+    x, unravel = flat_states(trajectory.s)
+
+    def gain(pi, s, t, alive):
+        key_a = None if key is None else jax.random.split(jax.random.fold_in(key, t))[0]
+        K = jax.jacrev(lambda s: pi(unravel(s), key=key_a))(jnp.where(alive, s, x[0]))
+        return jnp.where(alive, K, jnp.zeros_like(K))
+
+    axes = (0 if is_plan(policy) else None, 0, 0, 0)
+    return jax.vmap(gain, in_axes=axes)(policy, x, jnp.arange(x.shape[0]), trajectory.alive[:-1])
+
+
+def project(H: Float[Array, "N d d"]) -> Float[Array, "N d d"]:
+    """The nearest positive semidefinite matrices, in the Frobenius norm.
+
+    Costs are mostly diagonal or convex in (s, a), and an eigendecomposition of thousands of tiny matrices is dear: it is run
+    only if some matrix is neither diagonal nor positive semidefinite by Gershgorin's discs.
+    """
+    H = (H + jnp.swapaxes(H, -1, -2)) / 2
+    diagonal = jnp.diagonal(H, axis1=-2, axis2=-1)
+    radius = jnp.sum(jnp.abs(H), axis=-1) - jnp.abs(diagonal)
+    eye = jnp.eye(H.shape[-1], dtype=H.dtype)
+    clipped = jnp.maximum(diagonal, 0)[..., None] * eye
+    is_diagonal = jnp.all(radius == 0, axis=-1)
+    easy = is_diagonal | jnp.all(diagonal >= radius, axis=-1)
+    result = jnp.where(is_diagonal[..., None, None], clipped, H)
+
+    def eigen(loop):
+        _, result = loop
+        values, vectors = jnp.linalg.eigh(H)
+        full = jnp.einsum("...ij,...j,...kj->...ik", vectors, jnp.maximum(values, 0), vectors, precision="highest")
+        return jnp.array(False), jnp.where(easy[..., None, None], result, full)
+
+    # A while loop of at most one turn, not `cond`: under `vmap` a `cond` runs both branches, a loop runs if any lane asks.
+    return jax.lax.while_loop(lambda loop: loop[0], eigen, (~jnp.all(easy), result))[1]
+
+
+def adjoint(
+    A: Float[Array, "T n n"],
+    B: Float[Array, "T n m"],
+    K: Float[Array, "T m n"],
+    c_s: Float[Array, "T n"],
+    c_a: Float[Array, "T m"],
+    c_T: Float[Array, " n"],
+) -> Float[Array, "T m"]:
+    r"""$L^\top c$: with costs' gradients c along the closed loop, the gradient d(cost)/dw_t.
+
+    $g_t = c_{a,t} + B_t^\top \lambda_{t+1}$, $\lambda_t = c_{s,t} + A_t^\top \lambda_{t+1} + K_t^\top g_t$, $\lambda_T = c_T$.
+    """
+
+    def step(costate, x):
+        A, B, K, c_s, c_a = x
+        g = c_a + _dot(B.T, costate)
+        return c_s + _dot(A.T, costate) + _dot(K.T, g), g
+
+    return jax.lax.scan(step, c_T, (A, B, K, c_s, c_a), reverse=True)[1]
+
+
+def respond(
+    A: Float[Array, "T n n"], B: Float[Array, "T n m"], K: Float[Array, "T m n"], w: Float[Array, "T m"]
+) -> tuple[Float[Array, "T n"], Float[Array, "T m"], Float[Array, " n"]]:
+    r"""$L w$: the change of states, actions and last state of the closed loop when w is added to the actions."""
+
+    def step(s, x):
+        A, B, K, w = x
+        a = _dot(K, s) + w
+        return _dot(A, s) + _dot(B, a), (s, a)
+
+    s_T, (s, a) = jax.lax.scan(step, jnp.zeros(A.shape[-1], A.dtype), (A, B, K, w))
+    return s, a, s_T
+
+
+def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
+    r"""Solve the LQR problem along a trajectory by dynamic programming, backwards in time, in O(T (n + m)^3).
+
+    $$Q = H_t + [A\;B]^\top V [A\;B],\quad q = c_t + [A\;B]^\top v,\quad K_t = -(Q_{aa} + \mu I)^{-1} Q_{as},\;
+    k_t = -(Q_{aa} + \mu I)^{-1} q_a$$
+
+    and V, v follow from the gains for the damped Q, so that the actions of the closed loop are exactly
+    $-(L^\top H L + \mu I)^{-1} L^\top c$. With no gradient (c = 0) this is the Riccati recursion. `damping` is mu.
+
+    Reference: Tassa, Erez, Todorov 2012, section II; the damping of the actions is that of Levenberg and Marquardt.
+    """
+    A, B, c_s, c_a, H, c_T, H_T = linearization
+    n, m = B.shape[1:]
+    eye = jnp.eye(m, dtype=A.dtype)
+
+    def step(carry, x):
+        V, v, slope, curvature, definite = carry
+        F, c_s, c_a, H = x
+        Q = H + _matmul(F.T, _matmul(V, F))
+        FTv = _dot(F.T, v)
+        q_s, q_a = c_s + FTv[:n], c_a + FTv[n:]
+        Q_sa, Q_aa = Q[:n, n:], Q[n:, n:] + damping * eye
+        gains, positive = _eliminate(Q_aa, -jnp.concatenate([Q_sa.T, q_a[:, None]], axis=1))
+        K, k = gains[:, :n], gains[:, n]
+        Qk = _dot(Q_aa, k)
+        KQ = Q_sa + _matmul(K.T, Q_aa)
+        V = Q[:n, :n] + _matmul(KQ, K) + _matmul(K.T, Q_sa.T)
+        v = q_s + _dot(KQ, k) + _dot(K.T, q_a)
+        carry = (V + V.T) / 2, v, slope + jnp.sum(k * q_a), curvature + jnp.sum(k * Qk), definite & positive
+        return carry, (K, k)
+
+    zero = jnp.zeros((), A.dtype)
+    start = (H_T, c_T, zero, zero, jnp.array(True))
+    F = jnp.concatenate([A, B], axis=2)
+    (_, _, slope, curvature, definite), (K, k) = jax.lax.scan(step, start, (F, c_s, c_a, H), reverse=True)
+    return Sweep(K, k, slope, curvature, definite)
+
+
+def _matmul(X: Float[Array, "i j"], Y: Float[Array, "j k"]) -> Float[Array, "i k"]:
+    """X Y as a sum of outer products: arithmetic only, which fuses into a scan's step where a tiny matrix product does not."""
+    if X.shape[1] > INLINE:
+        return jnp.matmul(X, Y, precision="highest")
+    return sum((X[:, j, None] * Y[j] for j in range(1, X.shape[1])), X[:, 0, None] * Y[0])
+
+
+def _dot(X: Float[Array, "i j"], y: Float[Array, " j"]) -> Float[Array, " i"]:
+    """X y, likewise."""
+    return _matmul(X, y[:, None])[:, 0]
+
+
+def _eliminate(Q: Float[Array, "m m"], R: Float[Array, "m k"]) -> tuple[Array, Array]:
+    """Q^-1 R for a symmetric Q, and whether Q is positive definite.
+
+    Small systems by Gauss-Jordan elimination without pivoting, stable for a positive definite matrix, whose pivots are then
+    all positive (they are the D of L D L'): plain arithmetic, where LAPACK's call alone costs more than the work.
+    """
+    m = Q.shape[0]
+    if m > INLINE:
+        factor = jnp.linalg.cholesky(Q)
+        return jax.scipy.linalg.cho_solve((factor, True), R), jnp.all(jnp.isfinite(factor))
+    rows = jnp.concatenate([Q, R], axis=1)
+    positive = jnp.array(True)
+    for i in range(m):
+        positive = positive & (rows[i, i] > 0)
+        pivot_row = rows[i] / rows[i, i]
+        rows = jnp.where((jnp.arange(m) == i)[:, None], pivot_row, rows - rows[:, i : i + 1] * pivot_row)
+    return rows[:, m:], positive
