@@ -1,0 +1,14 @@
+"""One step of an ordinary differential equation ds/dt = h(s, a), the action held constant."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float
+
+
+def rk4(derivative: Callable, s: Float[Array, " n"], a: Float[Array, " m"], dt: float) -> Float[Array, " n"]:
+    """The classical Runge-Kutta step, of order dt^4."""
+    k1 = derivative(s, a)
+    k2 = derivative(s + dt / 2 * k1, a)
+    k3 = derivative(s + dt / 2 * k2, a)
+    k4 = derivative(s + dt * k3, a)
+    return s + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)

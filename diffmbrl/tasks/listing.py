@@ -1,0 +1,25 @@
+"""The tasks as a table of text."""
+
+from diffmbrl.tasks.registry import TASKS
+
+
+def listing() -> str:
+    """Name, dimensions, horizon, step and gradient contract of every task, and what it is."""
+    head = ("task", "n", "m", "T", "dt [s]", "smooth", "dr/da", "safe horizon", "")
+    rows = [head]
+    for name, row in TASKS.items():
+        task = row.make()
+        what = (row.make.__doc__ or "").strip().splitlines()[0]
+        flags = ["yes" if flag else "no" for flag in (row.smooth, row.differentiable_reward)]
+        rows.append(
+            (name, str(task.n), str(task.m), str(task.horizon), f"{task.dt:g}", *flags, str(row.safe_horizon), what)
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]
+    note = (
+        "smooth: dynamics and reward are continuously differentiable. dr/da: the reward has a gradient in the action.\n"
+        "safe horizon: steps up to which the float32 gradient through a small random policy agrees with float64 to 1%."
+    )
+    return "\n".join(line.rstrip() for line in lines) + "\n\n" + note
