@@ -1,0 +1,54 @@
+"""Differentiable simulation in model-based reinforcement learning, first and second order side by side."""
+
+# Before anything can compile: XLA reads its flags once.
+# isort: off
+from diffmbrl.xla import compile_small_loops_whole
+
+compile_small_loops_whole()
+# isort: on
+
+from diffmbrl import tasks
+from diffmbrl.core import Info, Task, Trajectory, Work
+from diffmbrl.gradients import BPTT
+from diffmbrl.nets import GRU, LSTM, MLP
+from diffmbrl.optimizers import Continuation, Dense, Descend, GaussNewton, Krylov, LevenbergMarquardt, Path
+from diffmbrl.planners import ILQR
+from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
+from diffmbrl.rollout import expected, returns, rollout, rollouts, value, values
+from diffmbrl.solve import History, iterate, solve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BPTT",
+    "GRU",
+    "ILQR",
+    "LSTM",
+    "MLP",
+    "Affine",
+    "Continuation",
+    "Dense",
+    "Descend",
+    "Gaussian",
+    "GaussNewton",
+    "History",
+    "Info",
+    "Krylov",
+    "LevenbergMarquardt",
+    "Linear",
+    "Neural",
+    "OpenLoop",
+    "Path",
+    "Task",
+    "Trajectory",
+    "Work",
+    "expected",
+    "iterate",
+    "returns",
+    "rollout",
+    "rollouts",
+    "solve",
+    "tasks",
+    "value",
+    "values",
+]

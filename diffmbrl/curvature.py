@@ -1,0 +1,150 @@
+r"""The quadratic model of a policy's return: gradient and Gauss-Newton matrix of -J, through the rollout.
+
+Batch rollout i is linearised along itself. With L the closed loop's response of (s, a) to an additive perturbation w of the
+actions, H the projected Hessian of the costs and $G_t = d\pi/d\theta$ at $s_t$,
+
+$$\nabla_\theta(-J) = \tfrac1B \sum_i G^\top g,\quad g = L^\top c, \qquad N = \tfrac1B \sum_i G^\top M G,\quad M = L^\top H L.$$
+
+M is the Hessian of the LQR problem along the trajectory, so M v costs one forward and one backward linear recursion of n x n
+matrices; the network enters only through G and its transpose, batched over all B T states, with no recursion in it.
+
+Reference: Schraudolph 2002, section 3 (products); Sideris and Bobrow 2005 (the LQR structure of M).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import State, Task, Trajectory, is_plan
+from diffmbrl.linearize import Linearization, adjoint, feedback, linearize, respond
+from diffmbrl.rollout import returns, rollout, split
+
+Vector = Float[Array, " P"]
+
+
+class Model(NamedTuple):
+    """-J near theta, for a batch of B starts. Arrays along the trajectories have axes [T, B, ...]."""
+
+    J: Float[Array, ""]
+    gradient: Vector  # of -J
+    product: Callable[[Vector], Vector]  # v -> N v
+    trajectory: Trajectory
+    linearization: Linearization
+    K: Float[Array, "T B m n"]
+    g: Float[Array, "T B m"]  # d(-J_i)/dw
+
+
+# Where the batch axis stands: after time, so that a scan over time finds its slices contiguous.
+PATH: Any = Trajectory(1, 1, 1, 1, 0)
+ALONG: Any = Linearization(1, 1, 1, 1, 1, 0, 0)
+
+
+def gauss_newton(
+    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, chunk: int | None = None
+) -> Model:
+    """The local model of -J, with products by G and its transpose linearised once.
+
+    `chunk` is the number of time steps whose B states go through the network at a time: None for all at once, which a GPU
+    wants; on a CPU a chunk that fits the caches is faster from about B = 256 on.
+
+    >>> import jax
+    >>> from diffmbrl import Linear, tasks
+    >>> task = tasks.lqr(horizon=10)
+    >>> model = gauss_newton(Linear.zeros(task), task, task.starts(jax.random.key(0), 8))
+    >>> model.product(model.gradient).shape
+    (3,)
+    """
+    J, trajectory, lin, K, g = _along(policy, task, s0, key)
+    batch = g.shape[1]
+    theta, unravel = ravel_pytree(policy)
+    _, push = jax.linearize(lambda x: _actions(unravel(x), trajectory.s, split(key, s0), chunk), theta)
+    pull = jax.linear_transpose(push, theta)
+
+    def product(v: Vector) -> Vector:
+        return pull(_curve(lin, K, push(v)) / batch)[0]
+
+    return Model(jnp.mean(J), pull(g / batch)[0], product, trajectory, lin, K, g)
+
+
+def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Float[Array, "P P"]:
+    r"""The matrix N, by pushing all P columns of G through the closed loop at once.
+
+    $S_{t+1} = A_t S_t + B_t (K_t S_t + G_t)$ and $N = \tfrac1B\sum_{i,t} X_t^\top H_t X_t$ with $X_t = (S_t, K_t S_t + G_t)$.
+    Cost: B T (n + m) P^2 flops in matrix products of depth B (n + m), one pass over time; memory B (n + m) P.
+    """
+    theta, unravel = ravel_pytree(policy)
+    lin, s = model.linearization, model.trajectory.s
+    T, batch = model.g.shape[:2]
+    n = lin.A.shape[-1]
+    keys = None if key is None else split(key, jax.tree.map(lambda x: x[0], s))
+    precise = {"precision": "highest"}
+
+    def step(carry, x):
+        S, N = carry
+        t, A, B, K, H, s_t = x
+        if is_plan(policy):
+            # Only slice t of the plan acts at t, but its columns stand at their place among all P.
+            G = jax.vmap(lambda s, k: jax.jacrev(lambda v: _act(_slice(unravel(v), t), s, k, t))(theta))(s_t, keys)
+        else:
+            G = jax.vmap(lambda s, k: jax.jacrev(lambda v: _act(unravel(v), s, k, t))(theta))(s_t, keys)
+        a = jnp.matmul(K, S, **precise) + G
+        X = jnp.concatenate([S, a], axis=1)
+        HX = jnp.matmul(H, X, **precise)
+        N = N + jnp.matmul(X.reshape(-1, theta.size).T, HX.reshape(-1, theta.size), **precise)
+        return (jnp.matmul(A, S, **precise) + jnp.matmul(B, a, **precise), N), None
+
+    start = (jnp.zeros((batch, n, theta.size), theta.dtype), jnp.zeros((theta.size, theta.size), theta.dtype))
+    (S, N), _ = jax.lax.scan(step, start, (jnp.arange(T), lin.A, lin.B, model.K, lin.H, s))
+    N = N + jnp.matmul(
+        S.reshape(-1, theta.size).T, jnp.matmul(lin.H_T, S, **precise).reshape(-1, theta.size), **precise
+    )
+    return (N + N.T) / (2 * batch)
+
+
+def _along(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
+    """Returns, rollouts, their linearisation, the gains and d(-J)/dw; along the trajectories axes are [T, B, ...]."""
+
+    def one(s, k):
+        trajectory = rollout(policy, task, s, k)
+        lin = linearize(task, trajectory, k)
+        return returns(trajectory, task), trajectory, lin, feedback(policy, trajectory, k)
+
+    J, trajectory, lin, K = jax.vmap(one, out_axes=(0, PATH, ALONG, 1))(s0, split(key, s0))
+    g = jax.vmap(adjoint, in_axes=(1, 1, 1, 1, 1, 0), out_axes=1)(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
+    return J, trajectory, lin, K, g
+
+
+def _curve(lin: Linearization, K: Array, w: Float[Array, "T B m"]) -> Float[Array, "T B m"]:
+    """M w for each rollout: forward through L, times H, back through its transpose."""
+    n = lin.A.shape[-1]
+    s, a, s_T = jax.vmap(respond, in_axes=1, out_axes=(1, 1, 0))(lin.A, lin.B, K, w)
+    y = jnp.sum(lin.H * jnp.concatenate([s, a], axis=-1)[:, :, None, :], axis=-1)
+    y_T = jnp.sum(lin.H_T * s_T[:, None, :], axis=-1)
+    back = jax.vmap(adjoint, in_axes=(1, 1, 1, 1, 1, 0), out_axes=1)
+    return back(lin.A, lin.B, K, y[..., :n], y[..., n:], y_T)
+
+
+def _actions(policy: Any, s: State, keys: PRNGKeyArray | None, chunk: int | None) -> Float[Array, "T B m"]:
+    """pi at every state of the trajectories: no recursion, so one batch of B T states, or chunks of them."""
+    T = jax.tree.leaves(s)[0].shape[0]
+    plan = policy if is_plan(policy) else None
+
+    def at(x):
+        t, s_t, plan_t = x
+        pi = policy if plan is None else plan_t
+        return jax.vmap(lambda s, k: _act(pi, s, k, t))(s_t, keys)
+
+    xs = (jnp.arange(T), s, plan)
+    return jax.vmap(at)(xs) if chunk is None else jax.lax.map(at, xs, batch_size=min(chunk, T))
+
+
+def _act(policy: Any, s: State, key: PRNGKeyArray | None, t: Array) -> Array:
+    return policy(s, key=None if key is None else jax.random.split(jax.random.fold_in(key, t))[0])
+
+
+def _slice(plan: Any, t: Array) -> Any:
+    return jax.tree.map(lambda x: x[t], plan)

@@ -1,0 +1,62 @@
+"""Find the first value that is not finite, by name and step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from diffmbrl.core import State, Task, is_plan
+from diffmbrl.rollout import expected, rollouts
+
+
+def locate(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> str:
+    """Name the first non-finite tensor of the rollouts, with its time step and start; else the gradient's leaf.
+
+    A state s[t] is named before the action and reward computed from it. `s0` may have a batch axis or be one start.
+
+    >>> import jax
+    >>> from diffmbrl import Linear, tasks
+    >>> task = tasks.lqr(horizon=5)
+    >>> locate(Linear.zeros(task), task, jax.numpy.array([[1.0, 0.0], [jax.numpy.nan, 0.0]]))
+    's[0] of start 1'
+    """
+    if jax.tree.leaves(s0)[0].ndim == jax.tree.leaves(task.state_shape)[0].ndim:
+        s0 = jax.tree.map(lambda x: x[None], s0)
+    trajectory = jax.jit(rollouts)(policy, task, s0, key)
+    named = [("s", trajectory.s), ("a", trajectory.a), ("r", trajectory.r)]
+    found = []
+    for order, (name, tree) in enumerate(named):
+        bad = _bad(tree)
+        if bad.any():
+            start, t = min(np.argwhere(bad), key=lambda place: place[1])
+            found.append((int(t), order, f"{name}[{t}] of start {start}"))
+    if found:
+        return min(found)[2]
+    last = np.stack(
+        [~np.isfinite(np.asarray(x)).reshape(x.shape[0], -1).all(1) for x in jax.tree.leaves(trajectory.s_T)]
+    )
+    if last.any():
+        return f"s[{task.horizon}] of start {int(np.argwhere(last.any(0))[0, 0])}"
+    gradient = jax.jit(jax.grad(expected))(policy, task, s0, key)
+    name = nonfinite_leaf(gradient)
+    if name is not None:
+        what = "plan" if is_plan(policy) else "policy"
+        return f"dJ/dtheta in {what}{name}, though every state, action and reward of the rollouts is finite"
+    return "the return of the objective in force, though the rollouts and the gradient of the full objective are finite"
+
+
+def nonfinite_leaf(tree: Any, *, allow_infinite: bool = False) -> str | None:
+    """The path of the first leaf with a value that is not finite (or, if infinities are allowed, is NaN)."""
+    test = jnp.isnan if allow_infinite else lambda x: ~jnp.isfinite(x)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and bool(jnp.any(test(leaf))):
+            return jax.tree_util.keystr(path)
+    return None
+
+
+def _bad(tree: Any) -> np.ndarray:
+    """[B, T]: whether any leaf has a value that is not finite there."""
+    leaves = [np.asarray(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return np.any([~np.isfinite(x).reshape(*x.shape[:2], -1).all(-1) for x in leaves], axis=0)

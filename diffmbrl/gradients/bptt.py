@@ -1,0 +1,41 @@
+"""Backpropagation through time: the exact gradient of the rollouts that were made."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import State, Task, Work, count_work
+from diffmbrl.rollout import expected
+
+
+class BPTT(eqx.Module):
+    r"""$\nabla_\theta J = \sum_t \frac{\partial a_t}{\partial\theta}^\top \frac{dJ}{da_t}$, by reverse-mode differentiation of the rollout.
+
+    Unbiased for smooth dynamics; with noise it is the pathwise (reparameterised) gradient for the keys drawn. Its size is
+    governed by products of the closed-loop Jacobians, so it explodes or vanishes with the horizon as they do.
+
+    `remat` is `rollout`'s. Shapes: `s0` [B, ...]; the gradient is a pytree like the policy.
+    Cost: a forward pass, its recomputation, and a reverse pass: at most five rollouts in all (benchmarks/primitives.py).
+    Reference: Werbos 1990; the lecture's model-based RL 2.0.
+
+    >>> import jax
+    >>> from diffmbrl import Neural, tasks
+    >>> task = tasks.cartpole_balance(horizon=20)
+    >>> policy = Neural.init(task, key=jax.random.key(0))
+    >>> J, gradient = BPTT()(policy, task, task.starts(jax.random.key(1), 4), None)
+    >>> J.shape
+    ()
+    """
+
+    remat: int | None = eqx.field(static=True, default=1)
+
+    def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
+        return jax.value_and_grad(lambda pi: expected(pi, task, s0, key, remat=self.remat))(policy)
+
+    def work(self, task: Task, batch: int) -> Work:
+        """Dynamics evaluations of one call; recomputed steps are counted, they are run."""
+        passes = 1 if self.remat is None else 2 if self.remat == 1 else 3
+        steps = task.horizon * batch
+        return count_work(forward=passes * steps, vjp=steps, sequential=passes + 1)

@@ -1,0 +1,8 @@
+"""Optimisers of a policy's parameters."""
+
+from diffmbrl.optimizers.continuation import Continuation
+from diffmbrl.optimizers.damping import LevenbergMarquardt, Path
+from diffmbrl.optimizers.descend import Descend
+from diffmbrl.optimizers.gauss_newton import Dense, GaussNewton, Krylov
+
+__all__ = ["Continuation", "Dense", "Descend", "GaussNewton", "Krylov", "LevenbergMarquardt", "Path"]

@@ -1,0 +1,113 @@
+"""A schedule of easier objectives around any solver."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from diffmbrl.core import Info, Solver, State, Task
+
+DISCOUNTS = (0.8, 0.9, 0.95, 0.98, 1.0)
+SHARES = (0.10, 0.16, 0.16, 0.16, 0.42)
+
+
+class ContinuationCarry(NamedTuple):
+    """The inner solver's carry, and how many updates were made."""
+
+    inner: Any
+    count: Int[Array, ""]
+
+
+class Continuation(eqx.Module):
+    r"""Solve a sequence of tasks whose weights are $w_t \gamma_k^t\,[t < h_k]$, each from the last one's solution.
+
+    Over a long horizon the largest curvature grows with the products of closed-loop Jacobians; it stays bounded for every T
+    while $\gamma \rho^2 < 1$, with $\rho$ the closed loop's growth per step. Discounting first finds a policy that tames
+    $\rho$, after which the full objective is well conditioned. In the last stage $\gamma = 1$ and $h > T$, and the objective is
+    exact, unlike truncation. Stages are traced: one compile serves them all. At each stage the inner solver starts afresh.
+
+    `stages` gives, for each stage, its discount, its horizon (a count of steps; beyond T it masks nothing, and below it the
+    terminal reward is off) and the number of updates; the last stage goes on for as long as it is asked.
+    Use `discounted(solver, steps)` for the default schedule over a number of updates.
+
+    Cost: the inner solver's.
+    Raises: `ValueError` if the schedule is empty, of unequal lengths, or has a discount outside (0, 1].
+    Reference: Allgower and Georg 1990 (continuation); Kakade 2001 (optimising with a lower discount).
+
+    >>> import optax
+    >>> from diffmbrl.optimizers import Descend
+    >>> Continuation.discounted(Descend(optax.adam, learning_rate=1e-2), steps=50).lengths.tolist()
+    [5, 8, 8, 8, 21]
+    """
+
+    solver: Any
+    discounts: Float[Array, " k"]
+    horizons: Int[Array, " k"]
+    lengths: Int[Array, " k"]
+    kind: ClassVar[str] = "policy"
+
+    def __init__(self, solver: Solver, *, discounts: Any, lengths: Any, horizons: Any = None):
+        self.solver = solver
+        self.discounts = jnp.asarray(discounts, float)
+        self.lengths = jnp.asarray(lengths, jnp.int32)
+        beyond = jnp.full(self.discounts.shape, jnp.iinfo(jnp.int32).max, jnp.int32)
+        self.horizons = beyond if horizons is None else jnp.asarray(horizons, jnp.int32)
+        shapes = {self.discounts.shape, self.lengths.shape, self.horizons.shape}
+        if len(shapes) != 1 or self.discounts.ndim != 1 or not self.discounts.size:
+            raise ValueError(
+                f"a schedule needs as many discounts as lengths (and horizons), at least one; got {self.discounts.size}, "
+                f"{self.lengths.size} and {self.horizons.size}"
+            )
+        if not bool(jnp.all((self.discounts > 0) & (self.discounts <= 1))):
+            raise ValueError(f"discounts must lie in (0, 1], got {self.discounts.tolist()}")
+        if not bool(jnp.all((self.lengths > 0) & (self.horizons > 0))):
+            raise ValueError(
+                f"every stage needs at least one update and one step, got lengths {self.lengths.tolist()} "
+                f"and horizons {self.horizons.tolist()}"
+            )
+
+    @classmethod
+    def discounted(
+        cls, solver: Solver, steps: int, *, discounts: Any = DISCOUNTS, shares: Any = SHARES
+    ) -> "Continuation":
+        """The default schedule of discounts, its stages taking the given shares of `steps` updates (at least one each)."""
+        lengths = [max(1, round(share * steps)) for share in shares]
+        lengths[-1] = max(1, steps - sum(lengths[:-1]))
+        return cls(solver, discounts=discounts, lengths=lengths)
+
+    @classmethod
+    def growing(cls, solver: Solver, steps: int, *, horizon: int, stages: int = 20) -> "Continuation":
+        """Horizons growing evenly to `horizon`, without discount: the schedule for plans.
+
+        A plan has no feedback of its own before its first sweep, so from resting actions an unstable system has left the
+        region of interest long before T, and a discount does not bring it back; each new piece of a growing plan starts
+        where the last one ended. Measured for iLQR from zero actions on `cartpole-balance`, T = 100, 100 updates, 64 starts:
+        median cost .36, against 14 without and 27 with the discounts.
+        """
+        stages = max(1, min(stages, steps, horizon))
+        horizons = [-(-horizon * (k + 1) // stages) for k in range(stages)]
+        lengths = [steps * (k + 1) // stages - steps * k // stages for k in range(stages)]
+        return cls(solver, discounts=[1.0] * stages, lengths=lengths, horizons=horizons[:-1] + [horizon + 1])
+
+    def init(self, policy: Any, task: Task) -> ContinuationCarry:
+        return ContinuationCarry(self.solver.init(policy, task), jnp.zeros((), jnp.int32))
+
+    def update(
+        self, policy: Any, carry: ContinuationCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Any, ContinuationCarry, Info]:
+        starts = jnp.cumulative_sum(self.lengths, include_initial=True)[:-1]
+        stage = jnp.sum(carry.count >= starts) - 1
+        fresh = jnp.any(carry.count == starts)
+        inner = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), self.solver.init(policy, task), carry.inner)
+        eased = eqx.tree_at(lambda t: t.weights, task, self.weights(task, stage))
+        policy, inner, info = self.solver.update(policy, inner, eased, s0, key=key)
+        return policy, ContinuationCarry(inner, carry.count + 1), info
+
+    def weights(self, task: Task, stage: Int[Array, ""] | int) -> Float[Array, " T1"]:
+        """The weights over time that a stage sets."""
+        t = jnp.arange(task.horizon + 1)
+        discount = self.discounts[stage].astype(task.weights.dtype)
+        within = (t < self.horizons[stage]).astype(task.weights.dtype)
+        return task.weights * discount**t * within

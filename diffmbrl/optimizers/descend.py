@@ -1,0 +1,157 @@
+"""First-order and quasi-Newton methods: any optax rule on any gradient estimator."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import Gradient, Info, State, Task, as_float, count_work
+from diffmbrl.gradients.bptt import BPTT
+from diffmbrl.rollout import expected
+
+
+class DescendCarry(NamedTuple):
+    """Optax's state, and what its line search last knew: the fingerprint says of which objective."""
+
+    state: Any
+    fingerprint: Float[Array, ""]
+
+
+class Descend(eqx.Module):
+    r"""$\theta \leftarrow \theta + \mathrm{rule}(\nabla_\theta(-J))$ with an optax rule.
+
+    `rule` is a constructor of optax or your own (`optax.adam`, `optax.lbfgs`, a function that returns an `optax.chain`); the
+    keywords are its arguments. Those that are floats or arrays become leaves, so that a sweep over learning rates is a `vmap`
+    and a new rate does not recompile; all others are static. A rule with a line search (`optax.lbfgs`) is given the true
+    return, and the value and gradient it ends with are used again in the next update, unless task or starts have changed.
+
+    An update whose gradient or result is not finite is rejected and counted in `Info.nonfinite`.
+
+    Shapes: policy leaves any; `s0` [B, ...]. Cost: one gradient, or one for each line-search trial.
+    Raises: `TypeError` if `rule` is not a constructor.
+    Reference: the rule's; Liu and Nocedal 1989 for L-BFGS.
+
+    >>> import jax, optax
+    >>> from diffmbrl import Neural, solve, tasks
+    >>> task = tasks.cartpole_balance(horizon=20)
+    >>> key = jax.random.key(0)
+    >>> solver = Descend(optax.adam, learning_rate=1e-2)
+    >>> policy, history = solve(solver, Neural.init(task, key=key), task, task.starts(key, 8), key, steps=5)
+    >>> bool(history.info.J[-1] > history.info.J[0])
+    True
+    """
+
+    gradient: Any
+    hyperparameters: dict[str, Array]
+    rule: Callable[..., optax.GradientTransformation] = eqx.field(static=True)
+    options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
+    kind: ClassVar[str] = "policy"
+
+    def __init__(self, rule: Callable, *, gradient: Gradient | None = None, **hyperparameters: Any):
+        if isinstance(rule, optax.GradientTransformation) or not callable(rule):
+            raise TypeError(
+                f"rule must be a constructor such as optax.adam, its arguments given as keywords: "
+                f"Descend(optax.adam, learning_rate=1e-2); got {type(rule).__name__}"
+            )
+        self.rule = rule
+        self.gradient = BPTT() if gradient is None else gradient
+        numeric = {name: x for name, x in hyperparameters.items() if isinstance(x, float | jax.Array)}
+        self.hyperparameters = {name: as_float(x) for name, x in numeric.items()}
+        self.options = tuple(sorted((name, x) for name, x in hyperparameters.items() if name not in numeric))
+
+    def init(self, policy: Any, task: Task) -> DescendCarry:
+        # nan is equal to nothing: the first update evaluates its own gradient.
+        return DescendCarry(_strong(self._rule().init(policy)), jnp.full((), jnp.nan, task.weights.dtype))
+
+    def update(
+        self, policy: Any, carry: DescendCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Any, DescendCarry, Info]:
+        batch = jax.tree.leaves(s0)[0].shape[0]
+        rule = self._rule()
+        fingerprint = _fingerprint(task, s0)
+        cost, gradient, evaluations = self._at(policy, carry, task, s0, key, fingerprint)
+
+        def objective(pi):
+            return -expected(pi, task, s0, key, remat=self.gradient.remat)
+
+        updates, state = optax.with_extra_args_support(rule).update(
+            gradient, carry.state, policy, value=cost, grad=gradient, value_fn=objective
+        )
+        moved = jax.tree.map(lambda x, u: (x + u).astype(x.dtype), policy, updates)
+        finite = jnp.isfinite(cost) & _finite(gradient) & _finite(moved)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda x, y: jnp.where(finite, x, y).astype(y.dtype), new, old)
+
+        trials = _trials(state)
+        once = self.gradient.work(task, batch)
+        info = Info(
+            J=-cost,
+            gradient_norm=optax.tree.norm(gradient),
+            accepted=finite,
+            damping=jnp.zeros_like(cost),
+            inner_iterations=trials,
+            nonfinite=(~finite).astype(jnp.int32),
+            work=jax.tree.map(lambda x: x * (evaluations + trials), once),
+        )
+        return keep(moved, policy), DescendCarry(keep(state, carry.state), fingerprint), info
+
+    def _rule(self) -> optax.GradientTransformation:
+        return self.rule(**dict(self.options), **self.hyperparameters)
+
+    def _at(self, policy, carry, task, s0, key, fingerprint):
+        """Value and gradient of -J, and how many evaluations they took: none where the line search left them."""
+
+        def evaluate():
+            J, gradient = self.gradient(policy, task, s0, key)
+            return -J, jax.tree.map(jnp.negative, gradient)
+
+        value, stored = _stored(carry.state)
+        if stored is None:
+            return *evaluate(), jnp.ones((), jnp.int32)
+        stale = ~(jnp.isfinite(value) & (fingerprint == carry.fingerprint))
+        # A loop of at most one turn rather than `cond`, which would run both branches under `vmap`.
+        _, value, gradient = jax.lax.while_loop(
+            lambda loop: loop[0], lambda loop: (jnp.array(False), *evaluate()), (stale, value, stored)
+        )
+        return value, gradient, stale.astype(jnp.int32)
+
+
+def _stored(state: Any) -> tuple[Any, Any]:
+    """What a line search keeps of its last trial, if it keeps any."""
+    for part in jax.tree.leaves(state, is_leaf=_is_line_search):
+        if _is_line_search(part) and part.grad is not None:
+            return part.value, part.grad
+    return None, None
+
+
+def _trials(state: Any) -> Array:
+    """Gradients evaluated by the line search of this update."""
+    for part in jax.tree.leaves(state, is_leaf=_is_line_search):
+        if _is_line_search(part):
+            return jnp.asarray(part.info.num_linesearch_steps, jnp.int32)
+    return jnp.zeros((), jnp.int32)
+
+
+def _is_line_search(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByZoomLinesearchState | optax.ScaleByBacktrackingLinesearchState)
+
+
+def _strong(tree: Any) -> Any:
+    """Without weak types, which the first update would drop: the second would then be compiled anew."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(jnp.asarray(x), jnp.asarray(x).dtype), tree)
+
+
+def _finite(tree: Any) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _fingerprint(task: Task, s0: State) -> Float[Array, ""]:
+    """A number that changes when the task's parameters or weights or the starts do."""
+    leaves = [x for x in jax.tree.leaves((task, s0)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    flat = jnp.concatenate([jnp.where(jnp.isfinite(x), x, 0).ravel() for x in leaves])
+    return jnp.sum(flat * jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype)))

@@ -1,0 +1,115 @@
+"""Gauss-Newton on the policy's parameters through the rollout."""
+
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import PRNGKeyArray
+
+from diffmbrl.core import Info, State, Task, count_work
+from diffmbrl.curvature import Model, dense, gauss_newton
+from diffmbrl.krylov import Spectral, lanczos
+from diffmbrl.optimizers.damping import LevenbergMarquardt, Path
+from diffmbrl.rollout import expected
+
+
+class Krylov(eqx.Module):
+    """Conjugate gradients, for all dampings at once: the Krylov space of dimension `rank` from the gradient."""
+
+    rank: int = eqx.field(static=True, default=30)
+
+    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+        return lanczos(model.product, model.gradient, self.rank)
+
+    def passes(self, parameters: int) -> int:
+        """Passes over the horizon: forward and back for each product."""
+        return 2 * min(self.rank, parameters)
+
+
+class Dense(eqx.Module):
+    """The whole matrix and its eigenvectors: exact, one pass over time, P^2 memory; for up to some thousand parameters."""
+
+    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+        values, vectors = jnp.linalg.eigh(dense(model, policy, task, key))
+        coefficients = jnp.matmul(vectors.T, model.gradient, precision="highest")
+        # The matrix is positive semidefinite; what rounding leaves below zero would turn a damped step uphill.
+        return Spectral(vectors.T, jnp.maximum(values, 0), coefficients, jnp.asarray(values.shape[0], jnp.int32))
+
+    def passes(self, parameters: int) -> int:
+        """Passes over the horizon: one."""
+        return 1
+
+
+class GaussNewton(eqx.Module):
+    r"""Gauss-Newton on the policy's parameters through the rollout.
+
+    $$\theta \leftarrow \theta + d(\lambda),\quad d(\lambda) = -(G^\top M G + \lambda I)^{-1} G^\top g$$
+
+    averaged over the starts, where G stacks $d\pi/d\theta$ over time, M is the LQR Hessian along the trajectory and g the
+    gradient of the cost in the actions (`curvature.py`). `system` says how it is solved, for every damping from one
+    factorisation: `Krylov(rank)` by products, `Dense()` with the matrix. `damping` says which is taken: `Path()` the best of
+    a dozen by their true returns, `LevenbergMarquardt()` one, adapted by the reduction ratio. On an `OpenLoop` plan the step is
+    iLQR's, without its feedback.
+
+    The return never falls: a step that does not improve it is not taken, and the damping grows.
+
+    Shapes: policy leaves any; `s0` [B, ...]. Cost: one rollout, its linearisation, `rank` products (each about .7 of a BPTT
+    gradient) or one dense pass, and B rollouts for each damping tried. `chunk` is `curvature.gauss_newton`'s.
+    Raises: `TypeError` if a state has leaves that are not float.
+    Reference: Schraudolph 2002, section 3; Martens 2010, section 4; Levenberg 1944, Marquardt 1963.
+
+    >>> import jax
+    >>> from diffmbrl import Neural, solve, tasks
+    >>> task = tasks.cartpole_balance(horizon=20)
+    >>> key = jax.random.key(0)
+    >>> policy, history = solve(GaussNewton(), Neural.init(task, key=key), task, task.starts(key, 8), key, steps=3)
+    >>> bool(history.info.J[-1] > history.info.J[0])
+    True
+    """
+
+    system: Krylov | Dense = eqx.field(default_factory=Krylov)
+    damping: Path | LevenbergMarquardt = eqx.field(default_factory=Path)
+    chunk: int | None = eqx.field(static=True, default=None)
+    kind: ClassVar[str] = "policy"
+
+    def init(self, policy: Any, task: Task) -> Any:
+        return self.damping.start(ravel_pytree(policy)[0].dtype)
+
+    def update(
+        self, policy: Any, carry: Any, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Any, Any, Info]:
+        theta, unravel = ravel_pytree(policy)
+        model = gauss_newton(policy, task, s0, key, chunk=self.chunk)
+        space = self.system(model, policy, task, key)
+
+        def evaluate(steps):
+            return jax.vmap(lambda d: expected(unravel(theta + d), task, s0, key))(steps)
+
+        new_carry, choice = self.damping.choose(carry, space, model.J, evaluate)
+        # A gradient that is not finite leaves no finite step: nothing is accepted and the damping is kept.
+        norm = jnp.linalg.norm(model.gradient)
+        finite = jnp.isfinite(model.J) & jnp.isfinite(norm)
+        accepted = choice.accepted & finite
+        policy = unravel(jnp.where(accepted, theta + choice.step, theta))
+        carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_carry, carry)
+        info = Info(
+            J=model.J,
+            gradient_norm=norm,
+            accepted=accepted,
+            damping=choice.damping,
+            inner_iterations=space.products,
+            nonfinite=choice.nonfinite + (~finite).astype(jnp.int32),
+            work=self._work(task, model, theta.size, choice.rollouts),
+        )
+        return policy, carry, info
+
+    def _work(self, task: Task, model: Model, parameters: int, candidates: Any):
+        steps = model.g.shape[0] * model.g.shape[1]
+        return count_work(
+            forward=steps * (2 + candidates),  # the rollout, its linearisation, the candidates
+            jvp=steps * (task.n + task.m),
+            # Rollout and adjoint, the products' linear recursions, and the candidates all at once.
+            sequential=2 + self.system.passes(parameters) + 1,
+        )

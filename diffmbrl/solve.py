@@ -1,0 +1,166 @@
+"""The one loop that every solver runs in."""
+
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from diffmbrl.core import Info, Solver, State, Task, is_plan
+from diffmbrl.diagnostics.nonfinite import locate, nonfinite_leaf
+from diffmbrl.diagnostics.reach import refuse_without_gradient
+
+CHUNK = 64  # updates made between two looks from the host, at most
+
+
+class History(NamedTuple):
+    """What happened: `Info` of every update, with a leading axis of updates, as numpy arrays."""
+
+    info: Info
+    updates: int
+    stop: str  # why it ended, in words
+    seconds: float  # in the updates, compile time apart
+    compile_seconds: float
+
+
+def solve(
+    solver: Solver,
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None,
+    steps: int,
+    *,
+    tolerance: float = 0.0,
+    seconds: float = float("inf"),
+) -> tuple[Any, History]:
+    """Run `solver` from `policy` on `task`: up to `steps` updates, or `seconds` of them, or |dJ/dtheta| below `tolerance`.
+
+    A policy solver takes `s0` [B, ...] and improves the mean return; a plan solver takes one start state. `key` drives the
+    noise of policy and dynamics, update i using `fold_in(key, i)`; None means no noise. A return or gradient that is not finite
+    ends the run: the last good policy is returned and `History.stop` names the tensor and the step. Dozens of updates run
+    between two looks from the host, so a small problem is not slowed by Python; the budget is checked at each look.
+
+    Raises: `ValueError` if `s0` does not have the task's state shape (with or without batch axis, as the solver takes it), if
+    `steps` is below 1, if a parameter of the task is not finite, or if no reward depends on an action.
+
+    >>> import jax, optax
+    >>> from diffmbrl import Neural, tasks
+    >>> from diffmbrl.optimizers import Descend
+    >>> task = tasks.pendulum_swingup(horizon=20)
+    >>> key = jax.random.key(0)
+    >>> policy = Neural.init(task, key=key)
+    >>> policy, history = solve(Descend(optax.lbfgs), policy, task, task.starts(key, 4), key, steps=3)
+    >>> history.updates, history.stop
+    (3, '3 updates')
+    """
+    check(solver, policy, task, s0, steps)
+    carry = solver.init(policy, task)
+    run = partial(iterate, solver, task=task, s0=s0, key=key, tolerance=jnp.asarray(tolerance, task.weights.dtype))
+    begun = time.perf_counter()
+    jax.block_until_ready(run(policy, carry, first=jnp.int32(0), count=jnp.int32(0)))
+    compiled = time.perf_counter()
+    chunks, done, count, spent = [], 0, 1, 0.0
+    stop = f"{steps} updates"
+    while done < steps:
+        started = time.perf_counter()
+        count = min(count, steps - done, CHUNK)
+        policy, carry, info, made = jax.block_until_ready(
+            run(policy, carry, first=jnp.int32(done), count=jnp.int32(count))
+        )
+        took = time.perf_counter() - started
+        spent += took
+        made = int(made)
+        chunks.append(jax.tree.map(lambda x, made=made: np.asarray(x)[:made], info))
+        done += made
+        last = jax.tree.map(lambda x: x[-1], chunks[-1])
+        if done == made and last.gradient_norm == 0:
+            refuse_without_gradient(task)
+        if not (np.isfinite(last.J) and np.isfinite(last.gradient_norm)):
+            stop = f"nonfinite: {locate(policy, task, s0, _key(key, done - 1))} (update {done})"
+            break
+        if last.gradient_norm <= tolerance:
+            stop = f"converged: gradient norm {last.gradient_norm:.3g} is at most {tolerance:g}"
+            break
+        if spent >= seconds:
+            stop = f"budget of {seconds:g} s after {done} updates"
+            break
+        # About five looks a second, whatever the problem's size.
+        count = count * 2 if took < 0.1 else max(1, count // 2) if took > 0.4 else count
+    info = jax.tree.map(lambda *xs: np.concatenate(xs), *chunks)
+    return policy, History(info, done, stop, spent, compiled - begun)
+
+
+@jax.jit
+def iterate(
+    solver: Any,
+    policy: Any,
+    carry: Any,
+    *,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None,
+    first: Int[Array, ""],
+    count: Int[Array, ""],
+    tolerance: Float[Array, ""],
+) -> tuple[Any, Any, Info, Int[Array, ""]]:
+    """Up to `count` (at most CHUNK) updates on the device, number `first` and on; ends early as `solve` does.
+
+    Returns policy, carry, `Info` with CHUNK rows, and the number of rows filled. `count` is traced, so one compile serves every
+    length; `vmap` it over policies, carries, starts or hyperparameters for many runs at once.
+    """
+
+    def update(policy, carry, index):
+        return solver.update(policy, carry, task, s0, key=_key(key, index))
+
+    empty = jax.tree.map(
+        lambda x: jnp.zeros((CHUNK, *x.shape), x.dtype), jax.eval_shape(update, policy, carry, first)[2]
+    )
+
+    def going(state):
+        _, _, info, i = state
+        last = jax.tree.map(lambda x: x[jnp.maximum(i - 1, 0)], info)
+        ended = ~jnp.isfinite(last.J) | ~jnp.isfinite(last.gradient_norm) | (last.gradient_norm <= tolerance)
+        return (i < jnp.minimum(count, CHUNK)) & ((i == 0) | ~ended)
+
+    def body(state):
+        policy, carry, info, i = state
+        policy, carry, row = update(policy, carry, first + i)
+        info = jax.tree.map(lambda rows, x: rows.at[i].set(x), info, row)
+        return policy, carry, info, i + 1
+
+    return jax.lax.while_loop(going, body, (policy, carry, empty, jnp.zeros((), jnp.int32)))
+
+
+def check(solver: Any, policy: Any, task: Task, s0: State, steps: int) -> None:
+    """Everything that can be wrong with the arguments and seen before compiling."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+    batched = solver.kind == "policy"
+    shapes, given = jax.tree.leaves(task.state_shape), jax.tree.leaves(s0)
+    axes = 1 if batched else 0
+    fits = jax.tree.structure(task.state_shape) == jax.tree.structure(s0) and all(
+        x.ndim == y.ndim + axes and x.shape[axes:] == y.shape for x, y in zip(given, shapes, strict=True)
+    )
+    if not fits or (batched and len({x.shape[0] for x in given}) != 1):
+        wanted = ", ".join(str(["B", *y.shape] if batched else list(y.shape)).replace("'", "") for y in shapes)
+        got = ", ".join(str(list(x.shape)) for x in given)
+        raise ValueError(
+            f"s0 has shape {got}; {type(solver).__name__} on task '{task.name}' takes {wanted}"
+            + (f" (task.starts(key, B))" if batched else " (one start; vmap for many)")
+        )
+    if not batched and not is_plan(policy):
+        raise TypeError(
+            f"{type(solver).__name__} improves a plan, such as Affine.zeros(task); got {type(policy).__name__}"
+        )
+    for what, tree in [("task", task), ("policy", policy), ("s0", s0)]:
+        name = nonfinite_leaf(tree, allow_infinite=what == "task")
+        if name is not None:
+            raise ValueError(f"{what}{name} is not finite; every parameter must be a finite number")
+
+
+def _key(key: PRNGKeyArray | None, index: Any) -> PRNGKeyArray | None:
+    return None if key is None else jax.random.fold_in(key, index)
