@@ -1,0 +1,116 @@
+"""From the lines of `metrics.jsonl` to arms: one method at one learning rate, its measurements as arrays."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from diffmbrl.runs.statistics import interquartile_mean
+
+SHARED = ("update", "seconds", "lanes")  # one number an evaluation
+PER_SEED = ("forward", "jvp", "vjp", "sequential", "train", "test", "success", "nonfinite")
+Array = np.ndarray
+
+
+@dataclass
+class Arm:
+    """A method at one rate. Work and seconds are cumulative; arrays run over evaluations (E) and seeds (S)."""
+
+    method: str
+    rate: float | None
+    label: str
+    order: int | None = None
+    policy_kind: str = "policy"
+    parameters: int | None = None
+    compile_seconds: float | None = None
+    continuation: list[list[float]] = field(default_factory=list)  # [discount, updates] of each stage
+    evaluations: dict[str, Array] = field(default_factory=dict)  # SHARED: [E], PER_SEED: [E, S]
+    profiles: dict[str, Array] = field(default_factory=dict)  # "start", "end": |dJ/da_t| for each t
+    spectra: dict[str, Array] = field(default_factory=dict)  # "start", "end": eigenvalues, decreasing
+    stops: list[str] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Array:
+        return self.evaluations[name]
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is any evaluation."""
+        return bool(self.evaluations)
+
+    @property
+    def plans(self) -> bool:
+        """Whether it plans each start anew instead of learning one policy for all."""
+        return self.policy_kind == "plan"
+
+    @property
+    def seeds(self) -> int:
+        return self["train"].shape[1]
+
+    @property
+    def dynamics(self) -> Float[np.ndarray, "E S"]:
+        """Dynamics evaluations of all kinds."""
+        return self["forward"] + self["jvp"] + self["vjp"]
+
+    @property
+    def score(self) -> float:
+        """What the best rate is chosen by: the interquartile mean of the final training return."""
+        return float(interquartile_mean(self["train"][-1])) if self.measured else -math.inf
+
+
+def collect(records: list[dict[str, Any]]) -> list[Arm]:
+    """The arms in the order in which they were first met; an arm of which only some records exist is still an arm."""
+    arms: dict[tuple[str, float | None], Arm] = {}
+    evaluations: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
+    for record in records:
+        if "method" not in record:
+            continue
+        method, rate = str(record["method"]), record.get("rate")
+        arm = arms.setdefault((method, rate), Arm(method, rate, method))
+        kind = record.get("kind")
+        if kind == "arm":
+            arm.label, arm.order = str(record.get("label", method)), record.get("order")
+            arm.policy_kind = record.get("policy_kind", "policy")
+            arm.parameters, arm.compile_seconds = record.get("parameters"), record.get("compile_seconds")
+            arm.continuation = record.get("continuation") or []
+        elif kind == "eval":
+            evaluations.setdefault((method, rate), []).append(record)
+        elif kind == "gradient_profile":
+            arm.profiles[record["when"]] = np.asarray(record["values"], float)
+        elif kind == "spectrum":
+            arm.spectra[record["when"]] = np.asarray(record["values"], float)
+        elif kind == "stop":
+            arm.stops.append(str(record.get("reason", "")))
+    for key, rows in evaluations.items():
+        arms[key].evaluations = _columns(rows)
+    return list(arms.values())
+
+
+def best_rates(arms: list[Arm]) -> list[Arm]:
+    """One arm a method, at its best rate: the highest interquartile mean of the final training return."""
+    best: dict[str, Arm] = {}
+    for arm in arms:
+        if arm.method not in best or arm.score > best[arm.method].score:
+            best[arm.method] = arm
+    return list(best.values())
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Array]:
+    """Evaluations as arrays; what a record lacks is NaN."""
+    seeds = max(np.size(row.get("train", math.nan)) for row in rows)
+    columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in SHARED}
+    for name in PER_SEED:
+        columns[name] = np.array([_per_seed(row.get(name), seeds) for row in rows])
+    if np.isnan(columns["lanes"]).all():
+        columns["lanes"] = np.full(len(rows), float(seeds))
+    return columns
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _per_seed(value: Any, seeds: int) -> Array:
+    numbers = np.array([_number(item) for item in (value if np.ndim(value) else [value])])
+    return np.broadcast_to(numbers, (seeds,)) if numbers.size in (1, seeds) else np.full(seeds, math.nan)

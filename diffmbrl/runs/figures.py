@@ -1,0 +1,266 @@
+"""Plots: functions of arrays and an axis. Nothing is computed here that a reader would want to quote.
+
+Colours are Okabe and Ito's, told apart with any colour vision; each method also has its own marker and its name beside its
+curve. matplotlib is imported where it is used, so that a run that draws nothing does not pay for it.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
+MINUS = "\u2212"  # as wide as a plus, which a hyphen is not
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+INK, MUTED, RULE, PAPER = "#1b1f24", "#6a737d", "#e3e6ea", "#ffffff"
+SIZE = (6.0, 3.9)  # inches
+RIGHT = 0.76  # where the axis ends and the names begin
+Array = np.ndarray
+
+
+class Style(NamedTuple):
+    """A method's looks, the same in every figure."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+class Curve(NamedTuple):
+    """Returns of one method along some measure of effort: interquartile means, with the held-out one's interval."""
+
+    style: Style
+    x: Array
+    train: Array
+    test: Array
+    low: Array
+    high: Array
+    stages: Array  # indices at which the objective changed
+
+
+class Line(NamedTuple):
+    """One method's values along an index."""
+
+    style: Style
+    x: Array
+    y: Array
+
+
+class Point(NamedTuple):
+    """Final returns at one learning rate."""
+
+    x: float
+    train: float
+    test: float
+    low: float
+    high: float
+    best: bool
+
+
+def style_of(label: str, *, index: int) -> Style:
+    """The looks of the `index`-th method of a run."""
+    return Style(label, PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)])
+
+
+def canvas() -> tuple[Any, Any]:
+    """A figure and its one axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    axis = figure.add_axes((0.135, 0.14, RIGHT - 0.135, 0.81), facecolor=PAPER)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(MUTED)
+    axis.tick_params(which="both", color=MUTED, labelcolor=INK, labelsize=9)
+    axis.grid(True, color=RULE, linewidth=0.8)
+    axis.set_axisbelow(True)
+    return figure, axis
+
+
+def returns(axis: Any, curves: list[Curve], *, xlabel: str) -> None:
+    """Held-out return, thick with its band, and training return, thin, against a measure of effort."""
+    sign = return_axis(axis, [y for curve in curves for y in (curve.train, curve.test)])
+    effort_axis(axis, [curve.x for curve in curves], xlabel)
+    ends = []
+    for curve in curves:
+        colour, x = curve.style.colour, curve.x
+        low, high, test, train = (_finite(sign * y) for y in (curve.low, curve.high, curve.test, curve.train))
+        axis.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+        axis.plot(x, train, color=colour, linewidth=0.9, alpha=0.85)
+        axis.plot(x, test, color=colour, linewidth=2.0)
+        shown = {"linestyle": "none", "marker": curve.style.marker, "markersize": 4.5, "markeredgecolor": colour}
+        axis.plot(x[curve.stages], test[curve.stages], markerfacecolor=PAPER, **shown)
+        axis.plot(x[-1:], test[-1:], markerfacecolor=colour, **shown)
+        ends.append(Line(curve.style, x, test))
+    key(axis, [("held-out starts", {"linewidth": 2.0}), ("training starts", {"linewidth": 0.9})])
+    name_ends(axis, ends)
+
+
+def profile(axis: Any, lines: list[Line], *, ylabel: str, limits: tuple[float, float] | None) -> None:
+    """|dJ/da_t| against the time step t."""
+    _lines(axis, lines, limits, xlabel="time step t", ylabel=ylabel)
+
+
+def spectrum(axis: Any, lines: list[Line], *, limits: tuple[float, float] | None) -> None:
+    """Eigenvalues of the Gauss-Newton matrix, largest first; those that are not positive cannot be shown."""
+    _lines(axis, lines, limits, xlabel="eigenvalue number", ylabel="eigenvalue of the Gauss-Newton matrix")
+
+
+def sweep(axis: Any, series: list[tuple[Style, list[Point]]]) -> None:
+    """Final return against the learning rate: held-out filled with its interval, training hollow, the chosen one ringed."""
+    columns = [[p.train, p.test] for _, points in series for p in points]
+    sign = return_axis(axis, [np.array(column) for column in columns])
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    ends = []
+    for style, points in series:
+        x = np.array([p.x for p in points])
+        train, test, low, high = (_finite(sign * np.array(y)) for y in list(zip(*points, strict=True))[1:5])
+        axis.vlines(x, low, high, color=style.colour, linewidth=1.5, alpha=0.6)
+        shown = {"color": style.colour, "marker": style.marker, "markersize": 5.5}
+        axis.plot(x, train, linewidth=0.9, linestyle="--", markerfacecolor=PAPER, **shown)
+        axis.plot(x, test, linewidth=1.6, **shown)
+        ring = [i for i, p in enumerate(points) if p.best]
+        axis.plot(
+            x[ring], test[ring], "o", markersize=14, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.1
+        )
+        ends.append(Line(style, x, test))
+    rates = sorted({p.x for _, points in series for p in points})
+    if len(rates) == 1:
+        axis.set_xlim(rates[0] / 3, rates[0] * 3)
+    if len(rates) <= 8:
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.set_xticks([], minor=True)
+    hollow = {"linewidth": 0.9, "linestyle": "--", "marker": "o", "markersize": 4.5, "markerfacecolor": PAPER}
+    key(axis, [("held-out starts", {"linewidth": 1.6, "marker": "o", "markersize": 4.5}), ("training starts", hollow)])
+    name_ends(axis, ends)
+
+
+def return_axis(axis: Any, values: list[Array]) -> float:
+    """Sets up the y axis so that -300 and -0.8 can both be read; returns the factor on returns, -1 where costs are shown."""
+    finite = np.concatenate([y[np.isfinite(y)] for y in values]) if values else np.array([])
+    if finite.size and finite.max() < 0:
+        axis.set_ylabel(f"cost ({MINUS}return), lower is better")
+        log_axis(axis.yaxis, (float(-finite.max()), float(-finite.min())))
+        return -1.0
+    axis.set_ylabel("return, higher is better")
+    size = np.abs(finite[finite != 0])
+    if size.size and size.max() > 50 * np.median(size):
+        axis.set_yscale("symlog", linthresh=float(np.median(size)))
+    axis.yaxis.set_major_formatter(lambda y, _: compact(y))
+    return 1.0
+
+
+def effort_axis(axis: Any, values: list[Array], xlabel: str) -> None:
+    """A logarithmic x axis that still shows the start, at zero."""
+    axis.set_xlabel(xlabel)
+    positive = np.concatenate([x[x > 0] for x in values] or [np.array([])])
+    if positive.size == 0:
+        return
+    low, high = float(positive.min()), float(positive.max())
+    axis.set_xscale("symlog", linthresh=low, linscale=0.35)
+    axis.set_xlim(-0.12 * low if any((x <= 0).any() for x in values) else low * 0.9, high * 1.06)
+    decades = math.log10(high / low)
+    steps = (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [c * 10.0**k for k in exponents for c in steps if low <= c * 10.0**k <= high * 1.05]
+    axis.set_xticks([0.0, *ticks], [compact(x) for x in [0.0, *ticks]])
+    axis.set_xticks([], minor=True)
+
+
+def log_axis(side: Any, limits: tuple[float, float]) -> None:
+    """A logarithmic axis with plain numbers, about four or more of them whatever the range."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = limits
+    decades = math.log10(high / low)
+    {"x": side.axes.set_xscale, "y": side.axes.set_yscale}[side.axis_name]("log")
+    steps = (1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)
+    if decades < 0.5:
+        steps = (1, 1.5, 2, 3, 4, 5, 6, 8)
+    pad = max(1.15, (high / low) ** 0.05)
+    side.axes.set(**{f"{side.axis_name}lim": (low / pad, high * pad)})
+    side.set_major_locator(LogLocator(base=10, subs=steps, numticks=9))
+    side.set_major_formatter(lambda y, _: compact(y))
+    side.set_minor_locator(NullLocator())
+
+
+def compact(x: float) -> str:
+    """A tick label: `0.03`, `300`, `20k`, `3M`, `10⁻⁸`."""
+    if x and not 1e-4 < abs(x) < 1e12:
+        mantissa, exponent = f"{x:.0e}".split("e")
+        power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        return (power if mantissa == "1" else f"{mantissa}·{power}").replace("-", MINUS)
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= max(size, 1e4):
+            return f"{x / size:g}{unit}".replace("-", MINUS)
+    return f"{x:g}".replace("-", MINUS)
+
+
+def key(axis: Any, entries: list[tuple[str, dict[str, Any]]]) -> None:
+    """A small legend of line kinds, in grey: colours are explained by the names beside the curves."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=MUTED, label=label, **looks) for label, looks in entries]
+    legend = axis.legend(handles=handles, fontsize=8.5, labelcolor=INK, frameon=True, framealpha=0.85, borderpad=0.4)
+    legend.get_frame().set(facecolor=PAPER, edgecolor="none")
+
+
+def name_ends(axis: Any, lines: list[Line]) -> None:
+    """Each curve's name in its colour right of the axis, moved apart where they would collide, with a thread to its end."""
+    gap = 0.066
+    ends = []
+    for line in lines:
+        seen = np.flatnonzero(np.isfinite(line.y) & (line.y > 0 if axis.get_yscale() == "log" else True))
+        if seen.size:
+            x, y = float(line.x[seen[-1]]), float(line.y[seen[-1]])
+            height = axis.transAxes.inverted().transform(axis.transData.transform((x, y)))[1]
+            ends.append([min(max(height, 0.0), 1.0), x, y, line.style])
+    ends.sort(key=lambda end: end[0])
+    places = np.array([end[0] for end in ends])
+    for _ in range(200):  # neighbours that are too close push each other apart, within the axis
+        short = gap - np.diff(places)
+        push = np.where(short > 1e-6, 0.5 * short, 0.0)
+        places = np.clip(places + np.append(0.0, push) - np.append(push, 0.0), 0.0, 1.0)
+    for place, (_, x, y, style) in zip(places.tolist(), ends, strict=True):
+        axis.annotate(
+            style.label if len(style.label) <= 16 else style.label[:15] + "…",
+            (x, y),
+            xytext=(1.035, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8.5,
+            fontweight="bold",
+            color=style.colour,
+            annotation_clip=False,
+            parse_math=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": style.colour,
+                "linewidth": 0.7,
+                "alpha": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def _lines(axis: Any, lines: list[Line], limits: tuple[float, float] | None, *, xlabel: str, ylabel: str) -> None:
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    if limits is not None:
+        log_axis(axis.yaxis, limits)
+    for i, line in enumerate(lines):
+        y = np.where(line.y > 0, line.y, np.nan)
+        width = 1.5 + min(0.9, 2.5 / len(lines)) * (
+            len(lines) - 1 - i
+        )  # lines that coincide are seen one inside the other
+        looks = {"marker": line.style.marker, "markersize": 3.5} if line.y.size < 40 else {}
+        axis.plot(line.x, y, color=line.style.colour, linewidth=width, **looks)
+    name_ends(axis, lines)
+
+
+def _finite(y: Array) -> Array:
+    return np.where(np.isfinite(y), y, np.nan)

@@ -1,0 +1,139 @@
+"""The folder of a run: `runs/<task>-<job>-<hash>/`, and what is written in it before and after the work.
+
+    config.json      the resolved configuration        metrics.jsonl    one line per measurement (metrics.py)
+    provenance.json  what ran, on what (provenance.py) figures/         PNG and SVG
+    status.json      running, finished, failed, ...    report.html      one file to send (report.py)
+
+Nothing is pickled. A file is written beside its name and renamed, so a reader never meets half of one.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from diffmbrl.runs import provenance
+from diffmbrl.runs.metrics import to_json
+
+ROOT = Path("runs")
+STATUSES = ("running", "finished", "failed", "interrupted")
+
+
+def check_out(out: Path | None) -> None:
+    """Whether a run could be written to `out` (`None`: somewhere under `runs/`); leaves nothing behind.
+
+    Raises: `ValueError`, one line that names the path, if it is a file, holds something already, leads through a file, or
+    cannot be written.
+    """
+    path = ROOT if out is None else Path(out)
+    try:
+        if path.is_dir():
+            if out is not None and any(path.iterdir()):
+                raise ValueError(f"the folder {str(path)!r} is not empty: choose a new one or empty it")
+        elif os.path.lexists(path):
+            raise ValueError(f"{str(path)!r} is not a folder: choose a new path")
+        ancestor = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+        if not ancestor.is_dir():
+            raise ValueError(
+                f"{str(path)!r} leads through {str(ancestor)!r}, which is not a folder: choose another path"
+            )
+        # Asking for permission lies on read-only and virtual file systems and for root; trying does not.
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=ancestor))
+    except OSError as error:
+        raise ValueError(f"cannot write to {str(path)!r} ({error.strerror}): choose another folder") from None
+
+
+def create(out: Path | None, task: str, job: str, config: dict[str, Any]) -> Path:
+    """Makes the folder of a run and records its configuration, provenance and start.
+
+    The default name carries 8 hexadecimal digits of the configuration's SHA-256; a second run of the same one gets `-2`.
+    Raises: `ValueError` as `check_out`, before anything is written.
+
+    >>> folder = create(None, "lqr", "compare", {"seeds": 5})  # doctest: +SKIP
+    >>> folder  # doctest: +SKIP
+    PosixPath('runs/lqr-compare-5e4c4ac6')
+    """
+    check_out(out)
+    resolved = to_json({"task": task, "job": job, **config})
+    started = _now()
+    facts = provenance.collect(seeds=config.get("seeds"), time=started)
+    path = _fresh(task, job, resolved) if out is None else Path(out)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "figures").mkdir(exist_ok=True)
+    write_json(path / "config.json", resolved)
+    write_json(path / "provenance.json", facts)
+    write_json(path / "status.json", {"status": "running", "reason": None, "started": started, "ended": None})
+    return path
+
+
+def set_status(folder: Path, status: str, *, reason: str | None = None) -> None:
+    """Records in `status.json` how the run stands; the time it started stays."""
+    if status not in STATUSES:
+        raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status!r}")
+    try:
+        started = json.loads((folder / "status.json").read_text(encoding="utf-8")).get("started")
+    except (OSError, ValueError):
+        started = None
+    ended = None if status == "running" else _now()
+    write_json(folder / "status.json", {"status": status, "reason": reason, "started": started, "ended": ended})
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[Path]:
+    """Marks the run finished on leaving, interrupted on Ctrl-C, failed with its reason on any other exception."""
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        set_status(folder, "interrupted", reason="interrupted by the user")
+        raise
+    except BaseException as error:
+        set_status(folder, "failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    set_status(folder, "finished")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, written atomically."""
+    write_atomic(path, json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """All of the content or none of it, also through a crash: a temporary file, synced, then renamed."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep the file from a colleague
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _fresh(task: str, job: str, resolved: dict[str, Any]) -> Path:
+    """The first folder name of this configuration that is not taken, made."""
+    digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]
+    stem = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.") for part in (task, job))
+    number = 1
+    while True:
+        path = ROOT / (f"{stem}-{digest}" if number == 1 else f"{stem}-{digest}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,214 @@
+"""Which figures a run has, what each shows, and their files: `figures/<name>.png` and `.svg`, the same bytes each time."""
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffmbrl.runs import figures, words
+from diffmbrl.runs.arms import Arm
+from diffmbrl.runs.figures import Curve, Line, Point, Style
+from diffmbrl.runs.folder import write_atomic
+from diffmbrl.runs.statistics import interquartile_mean, interval
+from diffmbrl.runs.table import Summary
+
+BAND = 2000  # bootstrap resamples of a band: drawn, not quoted
+FLOOR = 1e-12  # eigenvalues and gradients below this share of the largest are rounding
+
+
+class Picture(NamedTuple):
+    """A figure of the report."""
+
+    name: str
+    group: str
+    title: str
+    caption: str
+    svg: str
+
+
+def draw(summary: Summary, folder: Path) -> list[Picture]:
+    """Draws what the data allow, saves it, and returns it for the report."""
+    styles = styles_of(summary)
+    arms = [row.arm for row in summary.rows if row.measured]
+    pictures = [
+        *_returns(arms, styles),
+        *_profiles(summary, styles),
+        *_spectra(summary, styles),
+        *_sweep(summary, styles),
+    ]
+    folder.mkdir(exist_ok=True)
+    return [_save(folder, *picture) for picture in pictures]
+
+
+def styles_of(summary: Summary) -> dict[str, Style]:
+    """Method -> looks, in the order of the rows."""
+    return {row.arm.method: figures.style_of(row.arm.label, index=i) for i, row in enumerate(summary.rows)}
+
+
+Sketch = tuple[str, str, str, str, Callable[[Any], None]]
+
+
+def _returns(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
+    if not arms:
+        return []
+    curves = {arm.method: _curve(arm, styles[arm.method]) for arm in arms}
+    shared = [f"{arm.label} ({arm['lanes'][-1]:.0f} lanes)" for arm in arms if arm["lanes"][-1] > arm.seeds]
+    clock = f" One clock ran for all rates at once: {words.join(shared)}." if shared else ""
+    stages = (
+        " Hollow markers: the discount of the objective was raised." if any(arm.continuation for arm in arms) else ""
+    )
+    kinds = [
+        (
+            "sequential",
+            "sequential rollouts per seed",
+            "Return against sequential depth",
+            "Rollouts that must run one after another: the time left on a machine wide enough for the rest. "
+            "Curves further left need less depth for the same return.",
+        ),
+        (
+            "seconds",
+            "seconds, all seeds together",
+            "Return against time",
+            "Execution alone, without compiling and evaluating, on the device named below." + clock,
+        ),
+        (
+            "evaluations",
+            "dynamics evaluations per seed (forward + jvp + vjp)",
+            "Return against work",
+            "Every step of the dynamics, and every tangent and cotangent pushed through one, counts as one. "
+            "What leads here but not against time is paying for something other than dynamics.",
+        ),
+        (
+            "iterations",
+            "iterations",
+            "Return against iterations",
+            "An iteration of a second-order method costs far more than one of a first-order method: this shows stability, "
+            "not speed. Look for a thick curve that leaves its thin one (overfitting) and for jumps." + stages,
+        ),
+    ]
+
+    def sketch(measure: str, xlabel: str) -> Callable[[Any], None]:
+        along = [curves[arm.method]._replace(x=_effort(arm, measure)) for arm in arms]
+        return lambda axis: figures.returns(axis, along, xlabel=xlabel)
+
+    return [(f"return-{m}", "Return", title, caption, sketch(m, xlabel)) for m, xlabel, title, caption in kinds]
+
+
+def _effort(arm: Arm, measure: str) -> np.ndarray:
+    if measure == "iterations":
+        return arm["update"]
+    if measure == "seconds":
+        return arm["seconds"]
+    return (arm["sequential"] if measure == "sequential" else arm.dynamics).mean(axis=1)
+
+
+def _curve(arm: Arm, style: Style) -> Curve:
+    low, high = interval(arm["test"], resamples=BAND)
+    ends = np.cumsum([updates for _, updates in arm.continuation[:-1]])
+    stages = np.unique([np.searchsorted(arm["update"], end) for end in ends if end < arm["update"][-1]]).astype(int)
+    means = interquartile_mean(arm["train"]), interquartile_mean(arm["test"])
+    return Curve(style, arm["update"], *means, low, high, stages)
+
+
+def _profiles(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
+    captions = {
+        "start": "RMS over starts and seeds, before the first update. A slope is a gradient that grows or vanishes on its "
+        "way back through time: a factor of 1,000 between the ends is a badly conditioned problem.",
+        "end": "The same after training, on the same scale: a good policy calms the closed loop, and the profile flattens.",
+    }
+    lines = {w: [(r.arm, r.arm.profiles[w]) for r in summary.rows if w in r.arm.profiles] for w in captions}
+
+    def sketch(when: str, limits: tuple[float, float] | None) -> Callable[[Any], None]:
+        shown = [Line(styles[arm.method], np.arange(len(y)), y) for arm, y in lines[when]]
+        return lambda axis: figures.profile(axis, shown, ylabel="RMS of |dJ/da_t|", limits=limits)
+
+    limits = _limits([y for w in captions for _, y in lines[w]])
+    return [
+        (f"gradient-{w}", "Gradient", f"Gradient per time step, {w}", captions[w], sketch(w, limits))
+        for w in captions
+        if lines[w]
+    ]
+
+
+def _spectra(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
+    lines = {w: [(r.arm, r.arm.spectra[w]) for r in summary.rows if w in r.arm.spectra] for w in ("start", "end")}
+
+    def condition(when: str) -> str:
+        parts = [f"{arm.label} {words.number(float(y[0]))}" for arm, y in lines[when] if y.size]
+        return f" Largest: {', '.join(parts)}." if parts else ""
+
+    captions = {
+        "start": "G'MG before the first update, largest first. A first-order method's rate is bounded by the largest "
+        "eigenvalue, and its progress along the others is slower by their ratio to it." + condition("start"),
+        "end": "The same after training, on the same scale." + condition("end"),
+    }
+    limits = _limits([y for w in lines for _, y in lines[w]])
+
+    def sketch(when: str) -> Callable[[Any], None]:
+        shown = [Line(styles[arm.method], np.arange(1, len(y) + 1), y) for arm, y in lines[when]]
+        return lambda axis: figures.spectrum(axis, shown, limits=limits)
+
+    return [(f"spectrum-{w}", "Curvature", f"Spectrum, {w}", captions[w], sketch(w)) for w in lines if lines[w]]
+
+
+def _sweep(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
+    best = {id(row.arm) for row in summary.rows}
+    series: list[tuple[Style, list[Point]]] = []
+    for method, style in styles.items():
+        rows = [r for r in summary.arms if r.arm.method == method and r.arm.rate is not None and r.measured]
+        points = [
+            Point(float(r.arm.rate or 0), r.train.value, *r.test, best=id(r.arm) in best)
+            for r in sorted(rows, key=lambda r: r.arm.rate or 0)
+        ]
+        if len(points) > 1:
+            series.append((style, points))
+    if not series:
+        return []
+    caption = (
+        "Final return for each rate; bars are 95% intervals over seeds. The ringed rate has the best training return and is "
+        "the one shown elsewhere. If it lies at an edge, the sweep was too narrow."
+    )
+    return [("rates", "Learning rates", "Learning-rate sweep", caption, lambda axis: figures.sweep(axis, series))]
+
+
+def _limits(values: list[np.ndarray]) -> tuple[float, float] | None:
+    """The common range of positive values, without the rounding below `FLOOR`."""
+    finite = np.concatenate([y[np.isfinite(y) & (y > 0)] for y in values]) if values else np.array([])
+    if finite.size == 0:
+        return None
+    high = float(finite.max())
+    return float(finite[finite >= FLOOR * high].min()), high
+
+
+def _save(folder: Path, name: str, group: str, title: str, caption: str, paint: Callable[[Any], None]) -> Picture:
+    import matplotlib
+
+    # The salt makes the ids in the SVG, and so its bytes, the same each time; text stays text, searchable and light.
+    looks: Any = {"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    looks |= {"text.color": figures.INK, "axes.labelcolor": figures.INK}
+    with matplotlib.rc_context(looks):
+        figure, axis = figures.canvas()
+        paint(axis)
+        png, svg = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(svg, format="svg", metadata=nothing | {"Title": title})
+    write_atomic(folder / f"{name}.png", png.getvalue())
+    write_atomic(folder / f"{name}.svg", svg.getvalue())
+    return Picture(name, group, title, caption, inline(svg.getvalue().decode(), name=name, title=title))
+
+
+def inline(svg: str, *, name: str, title: str) -> str:
+    """An SVG to set into a page: no prolog, no metadata, ids of its own, and colours that follow the page's theme."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<title>.*?</title>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', svg, count=1)
+    themed = {figures.INK: "--ink", figures.MUTED: "--muted", figures.RULE: "--rule", figures.PAPER: "--paper"}
+    for colour, variable in (themed | {colour: f"--m{i}" for i, colour in enumerate(figures.PALETTE)}).items():
+        svg = svg.replace(colour, f"var({variable})")
+    return re.sub(r"\n\s*", "\n", svg).strip()

@@ -1,0 +1,97 @@
+"""Numbers as a reader wants them: three significant digits, no more decimals than that, no exponent where none is needed."""
+
+import math
+
+from diffmbrl.runs.statistics import Estimate
+
+NONE = "-"
+
+
+def number(x: float | int | None, *, decimals: int | None = None) -> str:
+    """Three significant digits, at most four decimals; or as many decimals as asked for.
+
+    >>> number(-0.81234), number(-27000.0), number(1.2e9), number(math.nan)
+    ('-0.812', '-27,000', '1.2e+09', '-')
+    """
+    if x is None or math.isnan(x):
+        return NONE
+    if math.isinf(x):
+        return "inf" if x > 0 else "-inf"
+    if abs(x) >= 1e7 or (0 < abs(x) < 1e-3 and decimals is None):
+        return f"{x:.3g}"
+    return f"{x:,.{_decimals(x) if decimals is None else decimals}f}"
+
+
+def estimate(e: Estimate) -> str:
+    """Value and interval; the value alone where there is no interval.
+
+    >>> estimate(Estimate(-0.812, -0.9041, -0.7)), estimate(Estimate(149.12, 148.9, 149.2))
+    ('-0.812 [-0.904, -0.700]', '149.1 [148.9, 149.2]')
+    """
+    return value(e) + (f" {interval(e)}" if interval(e) else "")
+
+
+def value(e: Estimate) -> str:
+    """The value, with the decimals that its interval needs."""
+    return number(e.value, decimals=_shared(e))
+
+
+def interval(e: Estimate) -> str:
+    """The interval in brackets, empty where there is none."""
+    if math.isnan(e.low) or math.isnan(e.high):
+        return ""
+    return f"[{number(e.low, decimals=_shared(e))}, {number(e.high, decimals=_shared(e))}]"
+
+
+def count(x: float | int | None) -> str:
+    """A count, shortened from 10,000 on.
+
+    >>> count(400), count(12345), count(3.1e8)
+    ('400', '12.3k', '310M')
+    """
+    if x is None or not math.isfinite(x):
+        return NONE
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= size and x >= 1e4:
+            return f"{x / size:.3g}{unit}" if x < 999.5 * size else f"{x / size:.0f}{unit}"
+    return f"{x:,.0f}"
+
+
+def seconds(x: float | int | None) -> str:
+    """Seconds, with the unit.
+
+    >>> seconds(0.1234), seconds(31.26), seconds(421.0)
+    ('0.12 s', '31.3 s', '421 s')
+    """
+    if x is None or not math.isfinite(x):
+        return NONE
+    return f"{x:.{2 if x < 10 else 1 if x < 100 else 0}f} s"
+
+
+def share(x: float | int | None) -> str:
+    """A share as a percentage."""
+    return NONE if x is None or not math.isfinite(x) else f"{100 * x:.0f}%"
+
+
+def times(x: float) -> str:
+    """A ratio in words: `3.2 times`, `40 times`."""
+    return f"{x:.1f} times" if x < 10 else f"{x:.0f} times"
+
+
+def join(items: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _decimals(x: float | int) -> int:
+    return 2 if x == 0 else min(4, max(0, 2 - math.floor(math.log10(abs(x)))))
+
+
+def _shared(e: Estimate) -> int | None:
+    """Decimals that show three digits of the value and one of the interval's width; None where it has none."""
+    width = e.high - e.low
+    if not math.isfinite(e.value) or abs(e.value) < 1e-3:
+        return None
+    if not math.isfinite(width) or width <= 0:
+        return _decimals(e.value)
+    return min(4, max(_decimals(e.value), -math.floor(math.log10(width))))
