@@ -1,0 +1,148 @@
+"""The main job: methods side by side on one task, the same starts, seeds and cost axes."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffmbrl.core import Task
+from diffmbrl.diagnostics.reach import refuse_without_gradient
+from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw
+from diffmbrl.methods import Method, method, schedule, solver
+from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
+from diffmbrl.solve import CHUNK
+from diffmbrl.tasks import make
+
+HELD_OUT = 256
+LOOKS = 30  # evaluations along a run
+
+
+class Setting(NamedTuple):
+    """Everything that a comparison depends on, and nothing else: the run's config."""
+
+    task: str
+    methods: tuple[str, ...]
+    horizon: int
+    parameters: dict[str, float]
+    hidden: tuple[int, ...]
+    seeds: int
+    starts: int
+    steps: int | None
+    budget: float
+    rates: tuple[float, ...]
+    continuation: str
+    x64: bool
+    key: int
+
+
+def compare(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
+    """Run the comparison and return its run folder, with figures and report.
+
+    Every method starts from the same policies and sees the same starts; seed k has its own of both. Held-out starts are common
+    to all. Evaluation is not timed. A method with a learning rate runs all its rates and seeds as lanes of one program.
+
+    Raises: `ValueError` for anything wrong in the setting or the folder, before anything is written.
+    """
+    task, rows = prepare(setting)
+    check_out(out)
+    config = setting._asdict() | {"held_out": HELD_OUT}
+    folder = create(out, setting.task, "compare", config)
+    with running(folder), Writer(folder / "metrics.jsonl") as writer, Progress(len(rows), stream=stream) as progress:
+        for name, row in rows:
+            _run_method(name, row, task, setting, writer.write, progress)
+    rebuild(folder)
+    return folder
+
+
+def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
+    """The task and the methods' rows, everything checked.
+
+    Raises: `ValueError` naming the value that is wrong.
+    """
+    task = make(setting.task, horizon=setting.horizon, **setting.parameters)
+    for what, number in [("seeds", setting.seeds), ("starts", setting.starts)]:
+        if number < 1:
+            raise ValueError(f"{what} must be at least 1, got {number}")
+    if setting.steps is not None and setting.steps < 1:
+        raise ValueError(f"steps must be at least 1, got {setting.steps}")
+    if not setting.budget > 0:
+        raise ValueError(f"budget must be a positive number of seconds, got {setting.budget:g}")
+    for rate in setting.rates:
+        if not (np.isfinite(rate) and rate > 0):
+            raise ValueError(f"a learning rate must be a finite positive number, got {rate:g}")
+    if not setting.hidden or min(setting.hidden) < 1:
+        raise ValueError(f"hidden needs at least one layer of at least one unit, got {list(setting.hidden)}")
+    rows = [method(name) for name in setting.methods]
+    if len({name for name, _ in rows}) != len(rows):
+        raise ValueError(f"each method can be named once, got {' '.join(setting.methods)}")
+    for _, row in rows:
+        solver(row, task, rate=1.0, steps=setting.steps or row.steps, continuation=setting.continuation)
+    refuse_without_gradient(task)
+    return task, rows
+
+
+def _run_method(
+    name: str, row: Method, task: Task, setting: Setting, write: Callable[[dict], None], progress: Progress
+) -> None:
+    """One method, all its rates and seeds: records of arms, evaluations, profiles, spectra and why each ended."""
+    rates: list[float | None] = list(setting.rates or row.rates) if row.rates else [None]
+    steps = setting.steps or row.steps
+    solvers = [solver(row, task, rate=rate, steps=steps, continuation=setting.continuation) for rate in rates]
+    draws = draw(task, setting.seeds, setting.starts, HELD_OUT, setting.key)
+    lanes: Lanes = (
+        PlanLanes(solvers, task, draws)
+        if row.kind == "plan"
+        else PolicyLanes(solvers, task, setting.hidden, draws, sequential=row.sequential)
+    )
+    progress.arm(name, steps)
+    progress.update(0, "compiling")
+    compile_seconds = lanes.compile()
+    arm = {"method": name, "label": name, "order": row.order, "policy_kind": row.kind}
+    for rate, made in zip(rates, solvers, strict=True):
+        stages = schedule(made)
+        record = {"kind": "arm", **arm, "rate": rate, "compile_seconds": compile_seconds}
+        write({**record, "parameters": lanes.parameters, "continuation": stages})
+    done, spent = 0, 0.0
+    every = max(1, min(CHUNK, -(-steps // LOOKS)))
+    _write_evaluation(write, name, rates, lanes, 0, 0.0)
+    _write_profiles(write, name, rates, lanes, "start")
+    stop = f"{steps} updates"
+    while done < steps:
+        begun = time.perf_counter()
+        lanes.advance(done, min(every, steps - done))
+        spent += time.perf_counter() - begun
+        done += min(every, steps - done)
+        train = _write_evaluation(write, name, rates, lanes, done, spent)
+        progress.update(done, f"return {np.max(train):.4g}, {spent:.1f} s")
+        if spent >= setting.budget and done < steps:
+            stop = f"budget of {setting.budget:g} s after {done} of {steps} updates"
+            break
+    _write_profiles(write, name, rates, lanes, "end")
+    for index, rate in enumerate(rates):
+        where = lanes.broken(index)
+        reason = stop if where is None else f"nonfinite: {where}; the others: {stop}"
+        write({"kind": "stop", "method": name, "rate": rate, "reason": reason})
+
+
+def _write_evaluation(write, name: str, rates: list, lanes: Lanes, done: int, spent: float) -> np.ndarray:
+    """One record for each rate; returns the mean training return of each."""
+    evaluation = lanes.evaluate()
+    for index, rate in enumerate(rates):
+        fields = {key: np.asarray(values[index]).tolist() for key, values in evaluation.items()}
+        head = {"kind": "eval", "method": name, "rate": rate, "update": done, "seconds": spent}
+        write({**head, "lanes": lanes.count, **fields})
+    return np.mean(np.nan_to_num(evaluation["train"], nan=-np.inf), axis=1)
+
+
+def _write_profiles(write, name: str, rates: list, lanes: Lanes, when: str) -> None:
+    """|dJ/da_t| and the spectrum, at the start once and at the end for each rate."""
+    for index, rate in enumerate(rates):
+        if when == "start" and index > 0:
+            break
+        profile, spectrum = lanes.profile(index), lanes.spectrum(index)
+        head = {"method": name, "rate": rate, "when": when}
+        write({"kind": "gradient_profile", **head, "values": profile.tolist()})
+        if spectrum is not None:
+            write({"kind": "spectrum", **head, "values": spectrum.tolist()})

@@ -1,0 +1,281 @@
+"""Many runs of one method as one program: lanes over learning rates and seeds, or over start states for planners.
+
+`PolicyLanes` and `PlanLanes` have the same methods, which `compare` calls; arrays that they return have axes [rates, seeds].
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from diffmbrl.core import Info, Solver, State, Task, Work
+from diffmbrl.curvature import gauss_newton
+from diffmbrl.diagnostics.nonfinite import locate
+from diffmbrl.diagnostics.spectrum import gauss_newton_spectrum
+from diffmbrl.policies import Affine, Neural, OpenLoop
+from diffmbrl.rollout import returns, rollout, rollouts, values
+from diffmbrl.solve import CHUNK, iterate
+from diffmbrl.tasks.squash import squashed
+
+
+class Lanes(Protocol):
+    """What `compare` needs of a method's runs."""
+
+    count: int
+    parameters: int
+
+    def compile(self) -> float: ...
+    def advance(self, done: int, updates: int) -> None: ...
+    def evaluate(self) -> dict[str, np.ndarray]: ...
+    def profile(self, rate: int) -> np.ndarray: ...
+    def spectrum(self, rate: int) -> np.ndarray: ...
+    def broken(self, rate: int) -> str | None: ...
+
+
+def draw(task: Task, seeds: int, starts: int, held_out: int, key: int) -> tuple[State, State, Any]:
+    """Start states [seeds, starts, ...], held-out starts [held_out, ...] and a key for each seed's policy.
+
+    Seed k's draws depend on k and `key` alone, so the first seeds of a longer comparison are those of a shorter one.
+    """
+    root = jax.random.key(key)
+    seed_keys = jax.vmap(lambda k: jax.random.fold_in(root, k))(jnp.arange(seeds))
+    train_keys, policy_keys = jax.vmap(lambda k: jax.random.split(k))(seed_keys).T
+    train = jax.vmap(lambda k: task.starts(k, starts))(train_keys)
+    # Outside the range of the seeds' numbers.
+    test = task.starts(jax.random.fold_in(root, 2**31 - 1), held_out)
+    return train, test, policy_keys
+
+
+class PolicyLanes:
+    """A policy solver at several learning rates, from several seeds; lane r * seeds + k has rate r and seed k."""
+
+    def __init__(
+        self,
+        solvers: Sequence[Solver],
+        task: Task,
+        hidden: Sequence[int],
+        draws: tuple[State, State, Any],
+        *,
+        sequential: bool,
+    ):
+        train, self.test, keys = draws
+        self.task, self.rates, self.seeds = task, len(solvers), keys.shape[0]
+        self.count = self.rates * self.seeds
+        self.solvers = jax.tree.map(lambda *xs: jnp.repeat(jnp.stack(xs), self.seeds, axis=0), *solvers)
+        self.train = _tile(train, self.rates)
+        self.policies = _tile(jax.vmap(lambda k: Neural.init(task, hidden=hidden, key=k))(keys), self.rates)
+        self.carries = jax.vmap(lambda solver, policy: solver.init(policy, task))(self.solvers, self.policies)
+        self.parameters = ravel_pytree(self.policies)[0].size // self.count
+        self.tally = _Tally(self.rates, self.seeds)
+        self.map = _one_by_one if sequential else _together
+
+    def compile(self) -> float:
+        """Seconds to trace and compile an update."""
+        return _timed(lambda: self._run(0, 0))
+
+    def advance(self, done: int, updates: int) -> None:
+        """Make updates number `done` and on."""
+        self.policies, self.carries, info, made = self._run(done, updates)
+        self.tally.add(info, made)
+
+    def evaluate(self) -> dict[str, np.ndarray]:
+        """Mean returns on training and held-out starts, success, and what the last updates reported."""
+        train, test, success = _evaluate(self.policies, self.task, self.train, self.test)
+        shape = (self.rates, self.seeds)
+        out = {"train": train, "test": test} | ({} if success is None else {"success": success})
+        return {name: np.asarray(x).reshape(shape) for name, x in out.items()} | self.tally.fields()
+
+    def profile(self, rate: int) -> np.ndarray:
+        """[T]: root mean square over seeds, starts and action dimensions of dJ/da_t through the closed loop."""
+        lanes = self._of(rate)
+        g = _profile(_take(self.policies, lanes), self.task, _take(self.train, lanes))
+        return np.sqrt(np.mean(np.square(np.asarray(g, np.float64)), axis=(0, 2, 3)))
+
+    def spectrum(self, rate: int) -> np.ndarray:
+        """Eigenvalues of the Gauss-Newton matrix of the first seed's policy."""
+        lane = rate * self.seeds
+        return gauss_newton_spectrum(_take(self.policies, lane), self.task, _take(self.train, lane))
+
+    def broken(self, rate: int) -> str | None:
+        """Where a seed of this rate met a non-finite value and stopped, if one did."""
+        seed = self.tally.broken(rate)
+        if seed is None:
+            return None
+        lane = rate * self.seeds + seed
+        return f"{locate(_take(self.policies, lane), self.task, _take(self.train, lane))}, seed {seed}"
+
+    def _of(self, rate: int) -> slice:
+        return slice(rate * self.seeds, (rate + 1) * self.seeds)
+
+    def _run(self, done: int, updates: int):
+        lanes = (self.solvers, self.policies, self.carries, self.train)
+        return jax.block_until_ready(self.map(lanes, self.task, jnp.int32(done), jnp.int32(updates)))
+
+
+class PlanLanes:
+    """A planner from every training start of every seed, each planned on its own; held-out starts likewise, untimed.
+
+    Action limits are moved into the plant, since a plan knows none. The returns are of the same task.
+    """
+
+    def __init__(self, solvers: Sequence[Solver], task: Task, draws: tuple[State, State, Any]):
+        train, test, keys = draws
+        self.task, self.solver, self.rates, self.seeds = squashed(task), solvers[0], 1, keys.shape[0]
+        self.starts = jax.tree.leaves(train)[0].shape[1]
+        self.count = self.seeds * self.starts
+        flat = jax.tree.map(lambda x: x.reshape(self.count, *x.shape[2:]), train)
+        zero = Affine.zeros(self.task)
+        self.parameters = zero.a.size
+        self.train, self.test = (self._lanes(zero, starts) for starts in (flat, test))
+        self.tally = _Tally(1, self.seeds, self.starts)
+        self.done = self.behind = 0  # updates made on the training and on the held-out starts
+
+    def compile(self) -> float:
+        """Seconds to trace and compile an update."""
+        return _timed(lambda: self._run(self.train, 0, 0))
+
+    def advance(self, done: int, updates: int) -> None:
+        """Make updates number `done` and on, on the training starts."""
+        *lanes, info, made = self._run(self.train, done, updates)
+        self.train = (*lanes, self.train[2])
+        self.tally.add(info, made)
+        self.done = done + updates
+
+    def evaluate(self) -> dict[str, np.ndarray]:
+        """As `PolicyLanes.evaluate`; the held-out starts are planned as far as the others first."""
+        while self.behind < self.done:
+            count = min(self.done - self.behind, CHUNK)
+            *lanes, _, _ = self._run(self.test, self.behind, count)
+            self.test = (*lanes, self.test[2])
+            self.behind += count
+        train, _ = _evaluate_plans(self.train[0], self.task, self.train[2])
+        test, success = _evaluate_plans(self.test[0], self.task, self.test[2])
+        out = {
+            "train": np.asarray(train).reshape(self.seeds, self.starts).mean(1),
+            "test": np.full(self.seeds, np.mean(np.asarray(test))),
+        }
+        if success is not None:
+            out["success"] = np.full(self.seeds, np.mean(np.asarray(success)))
+        return {name: x[None] for name, x in out.items()} | self.tally.fields()
+
+    def profile(self, rate: int) -> np.ndarray:
+        """[T]: root mean square over seeds, starts and action dimensions of dJ/da_t along the plans."""
+        g = _profile(self.train[0], self.task, jax.tree.map(lambda x: x[:, None], self.train[2]))
+        return np.sqrt(np.mean(np.square(np.asarray(g, np.float64)), axis=(0, 2, 3)))
+
+    def spectrum(self, rate: int) -> np.ndarray:
+        """Eigenvalues of M, the Gauss-Newton matrix of the first start's plan without its feedback."""
+        plan = OpenLoop(_take(self.train[0], 0).a)
+        return gauss_newton_spectrum(plan, self.task, _take(self.train[2], slice(0, 1)))
+
+    def broken(self, rate: int) -> str | None:
+        """Where the plan of some start met a non-finite value and stopped, if one did."""
+        lane = self.tally.broken(0)
+        if lane is None:
+            return None
+        where = locate(_take(self.train[0], lane), self.task, _take(self.train[2], slice(lane, lane + 1)))
+        return f"{where}, start {lane % self.starts}, seed {lane // self.starts}"
+
+    def _lanes(self, plan: Affine, s0: State):
+        count = jax.tree.leaves(s0)[0].shape[0]
+        plans = jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), plan)
+        return plans, jax.vmap(lambda p: self.solver.init(p, self.task))(plans), s0
+
+    def _run(self, lanes: Any, done: int, updates: int):
+        return jax.block_until_ready(_plan(self.solver, *lanes, self.task, jnp.int32(done), jnp.int32(updates)))
+
+
+class _Tally:
+    """What the updates reported so far, [rates, seeds]: `lanes` lanes of each seed are summed (work) or averaged."""
+
+    def __init__(self, rates: int, seeds: int, lanes: int = 1):
+        self.shape = (rates, seeds, lanes)
+        self.totals = {name: np.zeros(self.shape) for name in (*Work._fields, "nonfinite")}
+        self.latest = {name: np.full(self.shape, np.nan) for name in ("J", "gradient_norm", "damping", "accepted")}
+
+    def add(self, info: Info, made: Any) -> None:
+        """The rows of one call; those beyond `made` are zero."""
+        made = np.asarray(made)
+        lane = np.arange(made.size)
+        for name in Work._fields:
+            self.totals[name] += np.asarray(getattr(info.work, name), np.float64).sum(1).reshape(self.shape)
+        self.totals["nonfinite"] += np.asarray(info.nonfinite).sum(1).reshape(self.shape)
+        for name in ("J", "gradient_norm", "damping"):
+            self.latest[name] = np.asarray(getattr(info, name))[lane, made - 1].reshape(self.shape)
+        self.latest["accepted"] = (np.asarray(info.accepted).sum(1) / made).reshape(self.shape)
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """For an evaluation's record."""
+        totals = {name: x.sum(2) for name, x in self.totals.items()}
+        return totals | {name: x.mean(2) for name, x in self.latest.items()}
+
+    def broken(self, rate: int) -> int | None:
+        """The first lane of this rate whose last return or gradient was not finite, once any update was made."""
+        last = self.latest["J"][rate] + self.latest["gradient_norm"][rate]
+        begun = self.totals["sequential"][rate] > 0
+        bad = np.flatnonzero(begun & ~np.isfinite(last))
+        return int(bad[0]) if bad.size else None
+
+
+def _iterate(solver, policy, carry, s0, task, done, updates):
+    zero = jnp.zeros((), task.weights.dtype)
+    return iterate(solver, policy, carry, task=task, s0=s0, key=None, first=done, count=updates, tolerance=zero)
+
+
+@jax.jit
+def _together(lanes, task, done, updates):
+    return jax.vmap(lambda *lane: _iterate(*lane, task, done, updates))(*lanes)
+
+
+@jax.jit
+def _one_by_one(lanes, task, done, updates):
+    return jax.lax.map(lambda lane: _iterate(*lane, task, done, updates), lanes)
+
+
+@jax.jit
+def _plan(solver, plans, carries, s0, task, done, updates):
+    return jax.vmap(lambda *lane: _iterate(solver, *lane, task, done, updates))(plans, carries, s0)
+
+
+@jax.jit
+def _evaluate(policies, task, train, test):
+    def one(policy, train):
+        trajectories = rollouts(policy, task, test)
+        success = None if task.success is None else jnp.mean(jax.vmap(task.success)(trajectories.s_T))
+        held_out = jax.vmap(lambda tau: returns(tau, task))(trajectories)
+        return jnp.mean(values(policy, task, train)), jnp.mean(held_out), success
+
+    return jax.vmap(one)(policies, train)
+
+
+@jax.jit
+def _evaluate_plans(plans, task, s0):
+    def one(plan, s):
+        trajectory = rollout(plan, task, s)
+        return returns(trajectory, task), None if task.success is None else task.success(trajectory.s_T)
+
+    return jax.vmap(one)(plans, s0)
+
+
+@jax.jit
+def _profile(policies, task, s0):
+    """dJ/da_t through the closed loop, [lanes, T, B, m]."""
+    return jax.vmap(lambda policy, s: gauss_newton(policy, task, s).g)(policies, s0)
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def _take(tree: Any, lane: Any) -> Any:
+    return jax.tree.map(lambda x: x[lane], tree)
+
+
+def _tile(tree: Any, times: int) -> Any:
+    return jax.tree.map(lambda x: jnp.tile(x, (times,) + (1,) * (x.ndim - 1)), tree)

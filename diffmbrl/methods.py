@@ -1,0 +1,88 @@
+"""The table of named methods: a new solver, planner or estimator is one row."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+from diffmbrl.core import Solver, Task
+from diffmbrl.optimizers import Continuation, Dense, Descend, GaussNewton, LevenbergMarquardt
+from diffmbrl.planners import ILQR
+from diffmbrl.tasks.registry import known
+
+CONTINUATIONS = ("default", "none")
+
+
+class Method(NamedTuple):
+    """How a method is made and run in a comparison."""
+
+    make: Callable[[float | None], Solver]  # of a learning rate, where it has one
+    order: int  # 1 or 2; L-BFGS counts as 1: it is given gradients only
+    kind: str  # "policy", or "plan": every start is planned anew
+    steps: int  # updates by default
+    rates: tuple[float, ...] = ()  # learning rates swept by default; none for a method without one
+    sequential: bool = False  # seeds one after another: its line search branches, and `vmap` would run both branches
+    default: bool = True  # whether `compare` runs it unasked
+    most_parameters: int | None = None  # beyond which it does not fit
+
+
+def clipped_adam(learning_rate: Any, max_norm: Any = 1.0) -> optax.GradientTransformation:
+    """Adam on the gradient clipped by its global norm, without which early BPTT gradients throw the policy away."""
+    return optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(learning_rate))
+
+
+METHODS: dict[str, Method] = {
+    "adam": Method(
+        lambda rate: Descend(clipped_adam, learning_rate=rate), 1, "policy", 1200, rates=(1e-3, 3e-3, 1e-2, 3e-2)
+    ),
+    "sgd": Method(
+        lambda rate: Descend(clipped_sgd, learning_rate=rate), 1, "policy", 1200, rates=(1e-2, 1e-1, 1.0), default=False
+    ),
+    "lbfgs": Method(lambda rate: Descend(optax.lbfgs, memory_size=20), 1, "policy", 600, sequential=True),
+    "gauss-newton": Method(lambda rate: GaussNewton(), 2, "policy", 75),
+    "gauss-newton-dense": Method(
+        lambda rate: GaussNewton(system=Dense()), 2, "policy", 75, default=False, most_parameters=3000
+    ),
+    "gauss-newton-lm": Method(lambda rate: GaussNewton(damping=LevenbergMarquardt()), 2, "policy", 150, default=False),
+    "ilqr": Method(lambda rate: ILQR(), 2, "plan", 100),
+}
+
+
+def clipped_sgd(learning_rate: Any, max_norm: Any = 1.0) -> optax.GradientTransformation:
+    """Gradient descent on the gradient clipped by its global norm."""
+    return optax.chain(optax.clip_by_global_norm(max_norm), optax.sgd(learning_rate))
+
+
+def method(name: str) -> tuple[str, Method]:
+    """A row of METHODS by name; `gauss_newton` is `gauss-newton`.
+
+    Raises: `ValueError` naming the nearest for an unknown one.
+
+    >>> method("gauss_newton")[0]
+    'gauss-newton'
+    """
+    name = known("method", name.replace("_", "-"), METHODS)
+    return name, METHODS[name]
+
+
+def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuation: str) -> Solver:
+    """The method's solver for `steps` updates, inside its default continuation unless that is "none".
+
+    A policy method goes through discounts .8, .9, .95, .98, 1; a plan through growing horizons, since a discount does not
+    help it. Raises: `ValueError` for another name of a continuation, or fewer updates than the schedule has stages.
+    """
+    known("continuation", continuation, CONTINUATIONS)
+    inner = row.make(rate)
+    if continuation == "none":
+        return inner
+    if row.kind == "plan":
+        return Continuation.growing(inner, steps, horizon=task.horizon)
+    return Continuation.discounted(inner, steps)
+
+
+def schedule(made: Solver) -> list[list[float]] | None:
+    """The stages of a continuation as [discount, updates] pairs, for the record; None without one."""
+    if not isinstance(made, Continuation):
+        return None
+    pairs = zip(made.discounts.tolist(), made.lengths.tolist(), strict=True)
+    return [[round(discount, 6), updates] for discount, updates in pairs]
