@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, is_plan
 from diffmbrl.linearize import Linearization, adjoint, feedback, linearize, respond
@@ -27,20 +27,20 @@ Vector = Float[Array, " P"]
 
 
 class Model(NamedTuple):
-    """-J near theta, for a batch of B starts. Arrays along the trajectories have axes [T, B, ...]."""
+    """-J near theta, for a batch of B starts. The batch is the last axis of matrices and vectors along the trajectories, so
+    that the recursions over time, tiny in n and m, run over contiguous numbers."""
 
     J: Float[Array, ""]
     gradient: Vector  # of -J
     product: Callable[[Vector], Vector]  # v -> N v
-    trajectory: Trajectory
-    linearization: Linearization
-    K: Float[Array, "T B m n"]
-    g: Float[Array, "T B m"]  # d(-J_i)/dw
+    trajectory: Trajectory  # leaves [T, B, ...]
+    linearization: Linearization  # leaves [T, ..., B]
+    K: Float[Array, "T m n B"]
+    g: Float[Array, "T m B"]  # d(-J_i)/dw
 
 
-# Where the batch axis stands: after time, so that a scan over time finds its slices contiguous.
-PATH: Any = Trajectory(1, 1, 1, 1, 0)
-ALONG: Any = Linearization(1, 1, 1, 1, 1, 0, 0)
+ROWS = 256  # states in one batch through the network on a CPU: see benchmarks/primitives.py
+TIME_FIRST: Any = Trajectory(1, 1, 1, 1, 0)
 
 
 def gauss_newton(
@@ -48,8 +48,8 @@ def gauss_newton(
 ) -> Model:
     """The local model of -J, with products by G and its transpose linearised once.
 
-    `chunk` is the number of time steps whose B states go through the network at a time: None for all at once, which a GPU
-    wants; on a CPU a chunk that fits the caches is faster from about B = 256 on.
+    `chunk` is the number of time steps whose B states go through the network at a time. By default on a CPU as many as make
+    `ROWS` states, whose activations stay in the caches, and elsewhere all T at once. The numbers are the same.
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
@@ -59,7 +59,7 @@ def gauss_newton(
     (3,)
     """
     J, trajectory, lin, K, g = _along(policy, task, s0, key)
-    batch = g.shape[1]
+    batch = g.shape[-1]
     theta, unravel = ravel_pytree(policy)
     _, push = jax.linearize(lambda x: _actions(unravel(x), trajectory.s, split(key, s0), chunk), theta)
     pull = jax.linear_transpose(push, theta)
@@ -78,14 +78,14 @@ def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None
     """
     theta, unravel = ravel_pytree(policy)
     lin, s = model.linearization, model.trajectory.s
-    T, batch = model.g.shape[:2]
-    n = lin.A.shape[-1]
+    T, n, batch = lin.c_s.shape
     keys = None if key is None else split(key, jax.tree.map(lambda x: x[0], s))
     precise = {"precision": "highest"}
 
     def step(carry, x):
         S, N = carry
-        t, A, B, K, H, s_t = x
+        t, s_t, *matrices = x
+        A, B, K, H = (jnp.moveaxis(matrix, -1, 0) for matrix in matrices)
         if is_plan(policy):
             # Only slice t of the plan acts at t, but its columns stand at their place among all P.
             G = jax.vmap(lambda s, k: jax.jacrev(lambda v: _act(_slice(unravel(v), t), s, k, t))(theta))(s_t, keys)
@@ -98,37 +98,39 @@ def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None
         return (jnp.matmul(A, S, **precise) + jnp.matmul(B, a, **precise), N), None
 
     start = (jnp.zeros((batch, n, theta.size), theta.dtype), jnp.zeros((theta.size, theta.size), theta.dtype))
-    (S, N), _ = jax.lax.scan(step, start, (jnp.arange(T), lin.A, lin.B, model.K, lin.H, s))
+    (S, N), _ = jax.lax.scan(step, start, (jnp.arange(T), s, lin.A, lin.B, model.K, lin.H))
     N = N + jnp.matmul(
-        S.reshape(-1, theta.size).T, jnp.matmul(lin.H_T, S, **precise).reshape(-1, theta.size), **precise
+        S.reshape(-1, theta.size).T, jnp.matmul(jnp.moveaxis(lin.H_T, -1, 0), S, **precise).reshape(-1, theta.size), **precise
     )
     return (N + N.T) / (2 * batch)
 
 
 def _along(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
-    """Returns, rollouts, their linearisation, the gains and d(-J)/dw; along the trajectories axes are [T, B, ...]."""
+    """Returns, rollouts, their linearisation, the gains and d(-J)/dw, with the axes of `Model`."""
 
     def one(s, k):
         trajectory = rollout(policy, task, s, k)
         lin = linearize(task, trajectory, k)
         return returns(trajectory, task), trajectory, lin, feedback(policy, trajectory, k)
 
-    J, trajectory, lin, K = jax.vmap(one, out_axes=(0, PATH, ALONG, 1))(s0, split(key, s0))
-    g = jax.vmap(adjoint, in_axes=(1, 1, 1, 1, 1, 0), out_axes=1)(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
-    return J, trajectory, lin, K, g
+    J, trajectory, lin, K = jax.vmap(one, out_axes=(0, TIME_FIRST, -1, -1))(s0, split(key, s0))
+    return J, trajectory, lin, K, adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
 
 
-def _curve(lin: Linearization, K: Array, w: Float[Array, "T B m"]) -> Float[Array, "T B m"]:
+def _curve(lin: Linearization, K: Array, w: Float[Array, "T m B"]) -> Float[Array, "T m B"]:
     """M w for each rollout: forward through L, times H, back through its transpose."""
-    n = lin.A.shape[-1]
-    s, a, s_T = jax.vmap(respond, in_axes=1, out_axes=(1, 1, 0))(lin.A, lin.B, K, w)
-    y = jnp.sum(lin.H * jnp.concatenate([s, a], axis=-1)[:, :, None, :], axis=-1)
-    y_T = jnp.sum(lin.H_T * s_T[:, None, :], axis=-1)
-    back = jax.vmap(adjoint, in_axes=(1, 1, 1, 1, 1, 0), out_axes=1)
-    return back(lin.A, lin.B, K, y[..., :n], y[..., n:], y_T)
+    n = lin.c_s.shape[1]
+    s, a, s_T = respond(lin.A, lin.B, K, w)
+    y = _times(lin.H, jnp.concatenate([s, a], axis=1))
+    y_T = _times(lin.H_T[None], s_T[None])[0]
+    return adjoint(lin.A, lin.B, K, y[:, :n], y[:, n:], y_T)
 
 
-def _actions(policy: Any, s: State, keys: PRNGKeyArray | None, chunk: int | None) -> Float[Array, "T B m"]:
+def _times(H: Float[Array, "T d d B"], z: Float[Array, "T d B"]) -> Float[Array, "T d B"]:
+    return sum((H[:, :, k] * z[:, k, None] for k in range(1, z.shape[1])), H[:, :, 0] * z[:, 0, None])
+
+
+def _actions(policy: Any, s: State, keys: Key[Array, " B"] | None, chunk: int | None) -> Float[Array, "T m B"]:
     """pi at every state of the trajectories: no recursion, so one batch of B T states, or chunks of them."""
     T = jax.tree.leaves(s)[0].shape[0]
     plan = policy if is_plan(policy) else None
@@ -136,10 +138,12 @@ def _actions(policy: Any, s: State, keys: PRNGKeyArray | None, chunk: int | None
     def at(x):
         t, s_t, plan_t = x
         pi = policy if plan is None else plan_t
-        return jax.vmap(lambda s, k: _act(pi, s, k, t))(s_t, keys)
+        return jax.vmap(lambda s, k: _act(pi, s, k, t), out_axes=-1)(s_t, keys)
 
     xs = (jnp.arange(T), s, plan)
-    return jax.vmap(at)(xs) if chunk is None else jax.lax.map(at, xs, batch_size=min(chunk, T))
+    if chunk is None:
+        chunk = -(-ROWS // jax.tree.leaves(s)[0].shape[1]) if jax.default_backend() == "cpu" else T
+    return jax.vmap(at)(xs) if chunk >= T else jax.lax.map(at, xs, batch_size=chunk)
 
 
 def _act(policy: Any, s: State, key: PRNGKeyArray | None, t: Array) -> Array:

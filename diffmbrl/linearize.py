@@ -149,37 +149,47 @@ def project(H: Float[Array, "N d d"]) -> Float[Array, "N d d"]:
 
 
 def adjoint(
-    A: Float[Array, "T n n"],
-    B: Float[Array, "T n m"],
-    K: Float[Array, "T m n"],
-    c_s: Float[Array, "T n"],
-    c_a: Float[Array, "T m"],
-    c_T: Float[Array, " n"],
-) -> Float[Array, "T m"]:
+    A: Float[Array, "T n n *batch"],
+    B: Float[Array, "T n m *batch"],
+    K: Float[Array, "T m n *batch"],
+    c_s: Float[Array, "T n *batch"],
+    c_a: Float[Array, "T m *batch"],
+    c_T: Float[Array, "n *batch"],
+) -> Float[Array, "T m *batch"]:
     r"""$L^\top c$: with costs' gradients c along the closed loop, the gradient d(cost)/dw_t.
 
     $g_t = c_{a,t} + B_t^\top \lambda_{t+1}$, $\lambda_t = c_{s,t} + A_t^\top \lambda_{t+1} + K_t^\top g_t$, $\lambda_T = c_T$.
+
+    Trajectories may be stacked along a last axis, which is several times faster than `vmap` on a CPU: the arithmetic then
+    runs over contiguous numbers.
     """
 
     def step(costate, x):
         A, B, K, c_s, c_a = x
-        g = c_a + _dot(B.T, costate)
-        return c_s + _dot(A.T, costate) + _dot(K.T, g), g
+        g = c_a + _dot(_transpose(B), costate)
+        return c_s + _dot(_transpose(A), costate) + _dot(_transpose(K), g), g
 
     return jax.lax.scan(step, c_T, (A, B, K, c_s, c_a), reverse=True)[1]
 
 
 def respond(
-    A: Float[Array, "T n n"], B: Float[Array, "T n m"], K: Float[Array, "T m n"], w: Float[Array, "T m"]
-) -> tuple[Float[Array, "T n"], Float[Array, "T m"], Float[Array, " n"]]:
-    r"""$L w$: the change of states, actions and last state of the closed loop when w is added to the actions."""
+    A: Float[Array, "T n n *batch"],
+    B: Float[Array, "T n m *batch"],
+    K: Float[Array, "T m n *batch"],
+    w: Float[Array, "T m *batch"],
+) -> tuple[Float[Array, "T n *batch"], Float[Array, "T m *batch"], Float[Array, "n *batch"]]:
+    r"""$L w$: the change of states, actions and last state of the closed loop when w is added to the actions.
+
+    Trajectories may be stacked along a last axis, as for `adjoint`.
+    """
 
     def step(s, x):
         A, B, K, w = x
         a = _dot(K, s) + w
         return _dot(A, s) + _dot(B, a), (s, a)
 
-    s_T, (s, a) = jax.lax.scan(step, jnp.zeros(A.shape[-1], A.dtype), (A, B, K, w))
+    start = jnp.zeros((A.shape[1], *A.shape[3:]), A.dtype)
+    s_T, (s, a) = jax.lax.scan(step, start, (A, B, K, w))
     return s, a, s_T
 
 
@@ -228,9 +238,15 @@ def _matmul(X: Float[Array, "i j"], Y: Float[Array, "j k"]) -> Float[Array, "i k
     return sum((X[:, j, None] * Y[j] for j in range(1, X.shape[1])), X[:, 0, None] * Y[0])
 
 
-def _dot(X: Float[Array, "i j"], y: Float[Array, " j"]) -> Float[Array, " i"]:
-    """X y, likewise."""
-    return _matmul(X, y[:, None])[:, 0]
+def _dot(X: Float[Array, "i j *batch"], y: Float[Array, "j *batch"]) -> Float[Array, "i *batch"]:
+    """X y, likewise, with any axes after the matrix's two."""
+    if X.shape[1] > INLINE:
+        return jnp.einsum("ij...,j...->i...", X, y, precision="highest")
+    return sum((X[:, j] * y[j] for j in range(1, X.shape[1])), X[:, 0] * y[0])
+
+
+def _transpose(X: Float[Array, "i j *batch"]) -> Float[Array, "j i *batch"]:
+    return jnp.swapaxes(X, 0, 1)
 
 
 def _eliminate(Q: Float[Array, "m m"], R: Float[Array, "m k"]) -> tuple[Array, Array]:

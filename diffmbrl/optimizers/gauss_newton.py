@@ -106,7 +106,7 @@ class GaussNewton(eqx.Module):
         return policy, carry, info
 
     def _work(self, task: Task, model: Model, parameters: int, candidates: Any):
-        steps = model.g.shape[0] * model.g.shape[1]
+        steps = model.g.shape[0] * model.g.shape[-1]
         return count_work(
             forward=steps * (2 + candidates),  # the rollout, its linearisation, the candidates
             jvp=steps * (task.n + task.m),
