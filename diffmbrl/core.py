@@ -85,6 +85,11 @@ class Solver(Protocol):
     and is `vmap`ped for many. Its hyperparameters are leaves: a sweep is a `vmap`, and a new value does not recompile.
     """
 
+    @property
+    def kind(self) -> str:
+        """Which of the two it is: "policy" or "plan"."""
+        ...
+
     def init(self, policy: Any, task: Any) -> Any: ...
 
     def update(

@@ -84,7 +84,7 @@ def _terminal(task: Task, s0: State, s_T: State, alive_T: Array) -> Array:
     if task.done is None:
         return task.weights[-1] * task.terminal(s_T)
     # A terminated state may be where phi is undefined, so phi is not evaluated on it: the start stands in.
-    phi = task.terminal(_where(alive_T, s_T, s0))
+    phi = task.terminal(_where(alive_T, s_T, jax.lax.stop_gradient(s0)))
     return task.weights[-1] * jnp.where(alive_T, phi, jnp.zeros_like(phi))
 
 

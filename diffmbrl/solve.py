@@ -41,7 +41,7 @@ def solve(
 
     A policy solver takes `s0` [B, ...] and improves the mean return; a plan solver takes one start state. `key` drives the
     noise of policy and dynamics, update i using `fold_in(key, i)`; None means no noise. A return or gradient that is not finite
-    ends the run: the last good policy is returned and `History.stop` names the tensor and the step. Dozens of updates run
+    ends the run: the last policy without one is returned and `History.stop` names the tensor and the step. Dozens of updates run
     between two looks from the host, so a small problem is not slowed by Python; the budget is checked at each look.
 
     Raises: `ValueError` if `s0` does not have the task's state shape (with or without batch axis, as the solver takes it), if
@@ -63,11 +63,12 @@ def solve(
     begun = time.perf_counter()
     jax.block_until_ready(run(policy, carry, first=jnp.int32(0), count=jnp.int32(0)))
     compiled = time.perf_counter()
-    chunks, done, count, spent = [], 0, 1, 0.0
+    chunks, starts, done, count, spent = [], [], 0, 1, 0.0
     stop = f"{steps} updates"
     while done < steps:
         started = time.perf_counter()
         count = min(count, steps - done, CHUNK)
+        starts = [*starts[-1:], (policy, carry, done)]
         policy, carry, info, made = jax.block_until_ready(
             run(policy, carry, first=jnp.int32(done), count=jnp.int32(count))
         )
@@ -81,6 +82,7 @@ def solve(
             refuse_without_gradient(task)
         if not (np.isfinite(last.J) and np.isfinite(last.gradient_norm)):
             stop = f"nonfinite: {locate(policy, task, s0, _key(key, done - 1))} (update {done})"
+            policy = _rewind(run, starts, done - 2)
             break
         if last.gradient_norm <= tolerance:
             stop = f"converged: gradient norm {last.gradient_norm:.3g} is at most {tolerance:g}"
@@ -160,6 +162,14 @@ def check(solver: Any, policy: Any, task: Task, s0: State, steps: int) -> None:
         name = nonfinite_leaf(tree, allow_infinite=what == "task")
         if name is not None:
             raise ValueError(f"{what}{name} is not finite; every parameter must be a finite number")
+
+
+def _rewind(run: Any, starts: list, updates: int) -> Any:
+    """The policy after so many updates, made again from the start of one of the last two chunks."""
+    for policy, carry, done in reversed(starts):
+        if done <= updates:
+            return run(policy, carry, first=jnp.int32(done), count=jnp.int32(updates - done))[0]
+    return starts[0][0]
 
 
 def _key(key: PRNGKeyArray | None, index: Any) -> PRNGKeyArray | None:

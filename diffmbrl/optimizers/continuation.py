@@ -1,6 +1,6 @@
 """A schedule of easier objectives around any solver."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -33,7 +33,7 @@ class Continuation(eqx.Module):
     Use `discounted(solver, steps)` for the default schedule over a number of updates.
 
     Cost: the inner solver's.
-    Raises: `ValueError` if the schedule is empty, of unequal lengths, or has a discount outside (0, 1].
+    Raises: `ValueError` if the schedule is empty, of unequal lengths, or has a discount outside (0, 1] or a stage of nothing.
     Reference: Allgower and Georg 1990 (continuation); Kakade 2001 (optimising with a lower discount).
 
     >>> import optax
@@ -46,7 +46,6 @@ class Continuation(eqx.Module):
     discounts: Float[Array, " k"]
     horizons: Int[Array, " k"]
     lengths: Int[Array, " k"]
-    kind: ClassVar[str] = "policy"
 
     def __init__(self, solver: Solver, *, discounts: Any, lengths: Any, horizons: Any = None):
         self.solver = solver
@@ -72,7 +71,12 @@ class Continuation(eqx.Module):
     def discounted(
         cls, solver: Solver, steps: int, *, discounts: Any = DISCOUNTS, shares: Any = SHARES
     ) -> "Continuation":
-        """The default schedule of discounts, its stages taking the given shares of `steps` updates (at least one each)."""
+        """The default schedule of discounts, its stages taking the given shares of `steps` updates (at least one each).
+
+        Raises: `ValueError` if there are fewer updates than stages: the last stage would never be reached.
+        """
+        if steps < len(shares):
+            raise ValueError(f"{len(shares)} stages need at least {len(shares)} updates, got {steps}")
         lengths = [max(1, round(share * steps)) for share in shares]
         lengths[-1] = max(1, steps - sum(lengths[:-1]))
         return cls(solver, discounts=discounts, lengths=lengths)
@@ -91,13 +95,18 @@ class Continuation(eqx.Module):
         lengths = [steps * (k + 1) // stages - steps * k // stages for k in range(stages)]
         return cls(solver, discounts=[1.0] * stages, lengths=lengths, horizons=horizons[:-1] + [horizon + 1])
 
+    @property
+    def kind(self) -> str:
+        """The inner solver's."""
+        return self.solver.kind
+
     def init(self, policy: Any, task: Task) -> ContinuationCarry:
         return ContinuationCarry(self.solver.init(policy, task), jnp.zeros((), jnp.int32))
 
     def update(
         self, policy: Any, carry: ContinuationCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, ContinuationCarry, Info]:
-        starts = jnp.cumulative_sum(self.lengths, include_initial=True)[:-1]
+        starts = jnp.cumulative_sum(self.lengths, include_initial=True, dtype=jnp.int32)[:-1]
         stage = jnp.sum(carry.count >= starts) - 1
         fresh = jnp.any(carry.count == starts)
         inner = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), self.solver.init(policy, task), carry.inner)
@@ -107,7 +116,6 @@ class Continuation(eqx.Module):
 
     def weights(self, task: Task, stage: Int[Array, ""] | int) -> Float[Array, " T1"]:
         """The weights over time that a stage sets."""
-        t = jnp.arange(task.horizon + 1)
-        discount = self.discounts[stage].astype(task.weights.dtype)
-        within = (t < self.horizons[stage]).astype(task.weights.dtype)
-        return task.weights * discount**t * within
+        t, dtype = jnp.arange(task.horizon + 1, dtype=jnp.int32), task.weights.dtype
+        within = (t < self.horizons[stage]).astype(dtype)
+        return task.weights * self.discounts[stage].astype(dtype) ** t.astype(dtype) * within

@@ -27,7 +27,7 @@ class Descend(eqx.Module):
     `rule` is a constructor of optax or your own (`optax.adam`, `optax.lbfgs`, a function that returns an `optax.chain`); the
     keywords are its arguments. Those that are floats or arrays become leaves, so that a sweep over learning rates is a `vmap`
     and a new rate does not recompile; all others are static. A rule with a line search (`optax.lbfgs`) is given the true
-    return, and the value and gradient it ends with are used again in the next update, unless task or starts have changed.
+    return, and the value and gradient it ends with are used again in the next update, unless task, starts or key have changed.
 
     An update whose gradient or result is not finite is rejected and counted in `Info.nonfinite`.
 
@@ -51,7 +51,7 @@ class Descend(eqx.Module):
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
     kind: ClassVar[str] = "policy"
 
-    def __init__(self, rule: Callable, *, gradient: Gradient | None = None, **hyperparameters: Any):
+    def __init__(self, rule: Any, *, gradient: Gradient | None = None, **hyperparameters: Any):
         if isinstance(rule, optax.GradientTransformation) or not callable(rule):
             raise TypeError(
                 f"rule must be a constructor such as optax.adam, its arguments given as keywords: "
@@ -72,17 +72,20 @@ class Descend(eqx.Module):
     ) -> tuple[Any, DescendCarry, Info]:
         batch = jax.tree.leaves(s0)[0].shape[0]
         rule = self._rule()
-        fingerprint = _fingerprint(task, s0)
+        fingerprint = _fingerprint(task, s0, key)
         cost, gradient, evaluations = self._at(policy, carry, task, s0, key, fingerprint)
 
         def objective(pi):
             return -expected(pi, task, s0, key, remat=self.gradient.remat)
 
-        updates, state = optax.with_extra_args_support(rule).update(
-            gradient, carry.state, policy, value=cost, grad=gradient, value_fn=objective
-        )
+        # Optax raises floats to powers of whole numbers: let it, also where a user has forbidden that to JAX.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optax.with_extra_args_support(rule).update(
+                gradient, carry.state, policy, value=cost, grad=gradient, value_fn=objective
+            )
         moved = jax.tree.map(lambda x, u: (x + u).astype(x.dtype), policy, updates)
         finite = jnp.isfinite(cost) & _finite(gradient) & _finite(moved)
+        differs = jnp.stack([jnp.any(x != y) for x, y in zip(*map(jax.tree.leaves, (moved, policy)), strict=True)])
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda x, y: jnp.where(finite, x, y).astype(y.dtype), new, old)
@@ -92,13 +95,15 @@ class Descend(eqx.Module):
         info = Info(
             J=-cost,
             gradient_norm=optax.tree.norm(gradient),
-            accepted=finite,
+            accepted=finite & jnp.any(differs),
             damping=jnp.zeros_like(cost),
             inner_iterations=trials,
             nonfinite=(~finite).astype(jnp.int32),
             work=jax.tree.map(lambda x: x * (evaluations + trials), once),
         )
-        return keep(moved, policy), DescendCarry(keep(state, carry.state), fingerprint), info
+        # A rejected update leaves the carry of the last good one whole: value, gradient, and of which objective they are.
+        kept = keep(DescendCarry(state, fingerprint), carry)
+        return keep(moved, policy), kept, info
 
     def _rule(self) -> optax.GradientTransformation:
         return self.rule(**dict(self.options), **self.hyperparameters)
@@ -150,8 +155,12 @@ def _finite(tree: Any) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _fingerprint(task: Task, s0: State) -> Float[Array, ""]:
-    """A number that changes when the task's parameters or weights or the starts do."""
+def _fingerprint(task: Task, s0: State, key: PRNGKeyArray | None) -> Float[Array, ""]:
+    """A number that changes when the task's parameters or weights, the starts or the noise do."""
     leaves = [x for x in jax.tree.leaves((task, s0)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    if key is not None:
+        # Multiplied over the range of whole numbers, since those of small seeds are small.
+        scattered = jax.random.key_data(key) * jnp.uint32(2654435769)
+        leaves.append(scattered.astype(leaves[0].dtype) / 2.0**32)
     flat = jnp.concatenate([jnp.where(jnp.isfinite(x), x, 0).ravel() for x in leaves])
     return jnp.sum(flat * jnp.cos(jnp.arange(1, flat.size + 1, dtype=flat.dtype)))

@@ -21,7 +21,8 @@ class _Trial(NamedTuple):
     accepted: Bool[Array, ""]
     nonfinite: Int[Array, ""]
     J: Float[Array, ""]
-    plan: Affine
+    s: Float[Array, "T n"]
+    a: Float[Array, "T m"]
 
 
 class ILQR(eqx.Module):
@@ -54,7 +55,7 @@ class ILQR(eqx.Module):
     trials: int = eqx.field(static=True, default=10)
     kind: ClassVar[str] = "plan"
 
-    def init(self, policy: Affine, task: Task) -> Float[Array, ""]:
+    def init(self, policy: Any, task: Task) -> Float[Array, ""]:
         if not isinstance(policy, Affine):
             raise TypeError(f"ILQR improves an Affine plan, such as Affine.zeros(task); got {type(policy).__name__}")
         return jnp.zeros((), policy.a.dtype)
@@ -71,12 +72,14 @@ class ILQR(eqx.Module):
         gradient = adjoint(lin.A, lin.B, jnp.zeros_like(sweep.K), lin.c_s, lin.c_a, lin.c_T)
         norm = jnp.linalg.norm(gradient)
         accepted = trial.accepted & jnp.isfinite(norm) & sweep.definite
-        plan = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), trial.plan, policy)
+        plan = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), Affine(sweep.K, trial.a, trial.s), policy)
         # A full step lowers the damping, a failed search raises it; below `smallest` it is nothing.
         lower = jnp.where(damping / self.factor < self.smallest, 0.0, damping / self.factor)
         raised = jnp.maximum(damping * self.factor**2, self.smallest * self.factor**4)
-        carry = jnp.where(accepted, jnp.where(trial.count <= 2, lower, damping), raised).astype(carry.dtype)
-        bad = (~(jnp.isfinite(J) & jnp.isfinite(norm))).astype(jnp.int32)
+        adapted = jnp.where(accepted, jnp.where(trial.count <= 2, lower, damping), raised)
+        # What is not finite says nothing of the damping.
+        finite = jnp.isfinite(J) & jnp.isfinite(norm)
+        carry = jnp.where(finite, adapted, carry).astype(carry.dtype)
         T = task.horizon
         info = Info(
             J=J,
@@ -84,7 +87,7 @@ class ILQR(eqx.Module):
             accepted=accepted,
             damping=damping,
             inner_iterations=sweeps + trial.count,
-            nonfinite=trial.nonfinite + bad,
+            nonfinite=trial.nonfinite + (~finite).astype(jnp.int32),
             work=count_work(
                 forward=T * (2 + trial.count), jvp=T * (task.n + task.m), sequential=2 + sweeps + trial.count
             ),
@@ -116,10 +119,17 @@ class ILQR(eqx.Module):
             # slope < 0 is the predicted change of the cost for a small step.
             enough = reached - J >= -self.armijo.astype(J.dtype) * alpha * sweep.slope
             finite = jnp.isfinite(reached)
-            plan = Affine(sweep.K, tried.a, flat_states(tried.s)[0])
             nonfinite = trial.nonfinite + (~finite).astype(jnp.int32)
-            return _Trial(alpha, trial.count + 1, finite & enough & (reached >= J), nonfinite, reached, plan)
+            return _Trial(
+                alpha,
+                trial.count + 1,
+                finite & enough & (reached >= J),
+                nonfinite,
+                reached,
+                flat_states(tried.s)[0],
+                tried.a,
+            )
 
         zero = jnp.zeros((), jnp.int32)
-        start = _Trial(jnp.ones((), J.dtype), zero, jnp.array(False), zero, J, Affine(sweep.K, nominal.a, states))
+        start = _Trial(jnp.ones((), J.dtype), zero, jnp.array(False), zero, J, states, nominal.a)
         return jax.lax.while_loop(lambda trial: ~trial.accepted & (trial.count < self.trials), attempt, start)
