@@ -65,6 +65,8 @@ def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
     for what, number in [("seeds", setting.seeds), ("starts", setting.starts)]:
         if number < 1:
             raise ValueError(f"{what} must be at least 1, got {number}")
+    if not 0 <= setting.key < 2**32:
+        raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
     if setting.steps is not None and setting.steps < 1:
         raise ValueError(f"steps must be at least 1, got {setting.steps}")
     if not setting.budget > 0:
@@ -137,12 +139,10 @@ def _write_evaluation(write, name: str, rates: list, lanes: Lanes, done: int, sp
 
 
 def _write_profiles(write, name: str, rates: list, lanes: Lanes, when: str) -> None:
-    """|dJ/da_t| and the spectrum, at the start once and at the end for each rate."""
+    """|dJ/da_t| and the spectrum of each rate; at the start they are the same for all."""
     for index, rate in enumerate(rates):
-        if when == "start" and index > 0:
-            break
-        profile, spectrum = lanes.profile(index), lanes.spectrum(index)
+        if when == "end" or index == 0:
+            profile, spectrum = lanes.profile(index).tolist(), lanes.spectrum(index).tolist()
         head = {"method": name, "rate": rate, "when": when}
-        write({"kind": "gradient_profile", **head, "values": profile.tolist()})
-        if spectrum is not None:
-            write({"kind": "spectrum", **head, "values": spectrum.tolist()})
+        write({"kind": "gradient_profile", **head, "values": profile})
+        write({"kind": "spectrum", **head, "values": spectrum})

@@ -103,8 +103,10 @@ def profile(axis: Any, lines: list[Line], *, ylabel: str, limits: tuple[float, f
 
 
 def spectrum(axis: Any, lines: list[Line], *, limits: tuple[float, float] | None) -> None:
-    """Eigenvalues of the Gauss-Newton matrix, largest first; those that are not positive cannot be shown."""
+    """Positive eigenvalues of the Gauss-Newton matrix, largest first; both axes logarithmic, since they fall that fast."""
     _lines(axis, lines, limits, xlabel="eigenvalue number", ylabel="eigenvalue of the Gauss-Newton matrix")
+    longest = max((line.y.size for line in lines), default=1)
+    log_axis(axis.xaxis, (1.0, float(max(longest, 2))))
 
 
 def sweep(axis: Any, series: list[tuple[Style, list[Point]]]) -> None:

@@ -134,7 +134,10 @@ def _profiles(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
 
 
 def _spectra(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
-    lines = {w: [(r.arm, r.arm.spectra[w]) for r in summary.rows if w in r.arm.spectra] for w in ("start", "end")}
+    lines = {
+        w: [(r.arm, _above_rounding(r.arm.spectra[w])) for r in summary.rows if w in r.arm.spectra]
+        for w in ("start", "end")
+    }
 
     def condition(when: str) -> str:
         parts = [f"{arm.label} {words.number(float(y[0]))}" for arm, y in lines[when] if y.size]
@@ -145,7 +148,8 @@ def _spectra(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
         "eigenvalue, and its progress along the others is slower by their ratio to it." + condition("start"),
         "end": "The same after training, on the same scale." + condition("end"),
     }
-    limits = _limits([y for w in lines for _, y in lines[w]])
+    values = np.concatenate([y for w in lines for _, y in lines[w]] or [np.array([])])
+    limits = (float(values.min()), float(values.max())) if values.size else None
 
     def sketch(when: str) -> Callable[[Any], None]:
         shown = [Line(styles[arm.method], np.arange(1, len(y) + 1), y) for arm, y in lines[when]]
@@ -172,6 +176,12 @@ def _sweep(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
         "the one shown elsewhere. If it lies at an edge, the sweep was too narrow."
     )
     return [("rates", "Learning rates", "Learning-rate sweep", caption, lambda axis: figures.sweep(axis, series))]
+
+
+def _above_rounding(eigenvalues: np.ndarray) -> np.ndarray:
+    """Eigenvalues, largest first, down to where rounding in float64 hides them."""
+    finite = eigenvalues[np.isfinite(eigenvalues)]
+    return finite[finite > max(1e-14 * finite.max(initial=0.0), 0.0)]
 
 
 def _limits(values: list[np.ndarray]) -> tuple[float, float] | None:
