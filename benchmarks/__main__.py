@@ -1,0 +1,27 @@
+"""`python -m benchmarks NAME [--quick]`: run one benchmark, or list them."""
+
+import argparse
+import importlib
+import sys
+
+# JAX is imported by the benchmark, after diffmbrl has set XLA's flags.
+BENCHMARKS = {
+    "primitives": "rollout, gradient, linearisation, Riccati, products and updates, as multiples of the rollout",
+    "rematerialisation": "gradient memory and time against the segments of the scan that are recomputed",
+    "first_vs_second": "Adam, L-BFGS and Gauss-Newton on two tasks and horizons, with and without continuation",
+    "safe_horizon": "the steps up to which a float32 gradient is right, for the table of tasks",
+}
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=sorted(BENCHMARKS), help="; ".join(f"{k}: {v}" for k, v in BENCHMARKS.items()))
+    parser.add_argument("--quick", action="store_true", help="the same shape with less of everything")
+    arguments = parser.parse_args()
+    importlib.import_module(f"benchmarks.{arguments.name}").run(quick=arguments.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
