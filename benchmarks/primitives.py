@@ -127,7 +127,8 @@ def _ilqr() -> dict[str, Any]:
 
             def iterations(plan, carry, task, s0, solver=solver):
                 def one(_, state):
-                    return solver.update(*state, task, s0, key=None)[:2]
+                    plan, carry = state
+                    return solver.update(plan, carry, task, s0, key=None)[:2]
 
                 return jax.lax.fori_loop(0, INNER, one, (plan, carry))
 

@@ -1,7 +1,6 @@
 """Results: a JSON file beside a printed table, with where and when they were measured."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ def save(name: str, result: dict[str, Any], *, quick: bool) -> Path:
     """Write `results/NAME.json` (`NAME-quick.json` for a quick run)."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / (f"{name}-quick.json" if quick else f"{name}.json")
-    provenance = collect(seeds=None, time=time.time())
+    provenance = collect(seeds=None, time=None)
     provenance.pop("argv", None)
     path.write_text(json.dumps(to_json({"result": result, "provenance": provenance}), indent=1) + "\n")
     return path

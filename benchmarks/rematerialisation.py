@@ -1,9 +1,10 @@
 """Memory of a BPTT gradient at T = 2000, B = 64, against how much of the rollout is recomputed.
 
-`compiled.memory_analysis().temp_size_in_bytes` is what XLA allocates beside arguments and results.
+`_temporary_bytes(compiled)` is what XLA allocates beside arguments and results.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 
@@ -23,7 +24,7 @@ def run(*, quick: bool) -> None:
     for name, remat in SETTINGS.items():
         gradient = jax.jit(d.BPTT(remat=remat))
         compiled = gradient.lower(policy, task, s0, None).compile()
-        memory[name] = compiled.memory_analysis().temp_size_in_bytes
+        memory[name] = _temporary_bytes(compiled)
         compiling[name] = compile_seconds(gradient, policy, task, s0, None)
         calls[name] = partial(gradient, policy, task, s0, None)
     seconds = medians(calls, rounds=5)
@@ -34,3 +35,8 @@ def run(*, quick: bool) -> None:
     head = ["recomputed", "MiB", "less by", "ms", "compile s"]
     print(f"BPTT gradient, cart-pole, MLP 2x64, T = {horizon}, B = {batch}, float32\n\n{table(head, rows)}")
     save("rematerialisation", {"horizon": horizon, "batch": batch, "columns": head, "rows": rows}, quick=quick)
+
+
+def _temporary_bytes(compiled: Any) -> int:
+    """What the program allocates beside arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes

@@ -29,8 +29,8 @@ def medians(calls: dict[str, Callable[[], Any]], *, rounds: int = 9, least: floa
     for _ in range(rounds):
         for name, call in calls.items():
             begun = time.perf_counter()
-            for _ in range(repeats[name]):
-                result = call()
-            jax.block_until_ready(result)
+            for _ in range(repeats[name] - 1):
+                call()
+            jax.block_until_ready(call())
             samples[name].append((time.perf_counter() - begun) / repeats[name])
     return {name: float(np.median(values)) for name, values in samples.items()}

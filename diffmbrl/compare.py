@@ -74,6 +74,8 @@ def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
     for rate in setting.rates:
         if not (np.isfinite(rate) and rate > 0):
             raise ValueError(f"a learning rate must be a finite positive number, got {rate:g}")
+    if len(set(setting.rates)) != len(setting.rates):
+        raise ValueError(f"each learning rate can be named once, got {' '.join(f'{rate:g}' for rate in setting.rates)}")
     if not setting.hidden or min(setting.hidden) < 1:
         raise ValueError(f"hidden needs at least one layer of at least one unit, got {list(setting.hidden)}")
     rows = [method(name) for name in setting.methods]
@@ -140,9 +142,10 @@ def _write_evaluation(write, name: str, rates: list, lanes: Lanes, done: int, sp
 
 def _write_profiles(write, name: str, rates: list, lanes: Lanes, when: str) -> None:
     """|dJ/da_t| and the spectrum of each rate; at the start they are the same for all."""
+    distinct = range(len(rates)) if when == "end" else [0]
+    found = [(lanes.profile(index).tolist(), lanes.spectrum(index).tolist()) for index in distinct]
     for index, rate in enumerate(rates):
-        if when == "end" or index == 0:
-            profile, spectrum = lanes.profile(index).tolist(), lanes.spectrum(index).tolist()
+        profile, spectrum = found[index if when == "end" else 0]
         head = {"method": name, "rate": rate, "when": when}
         write({"kind": "gradient_profile", **head, "values": profile})
         write({"kind": "spectrum", **head, "values": spectrum})

@@ -12,6 +12,7 @@ Reference: Schraudolph 2002, section 3 (products); Sideris and Bobrow 2005 (the 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,8 @@ class Model(NamedTuple):
 
 
 ROWS = 256  # states in one batch through the network on a CPU: see benchmarks/primitives.py
-TIME_FIRST: Any = Trajectory(1, 1, 1, 1, 0)
+AXES: Any = (1, 1, 1, 1, 0)
+TIME_FIRST = Trajectory(*AXES)  # where the batch axis of a stack of trajectories stands
 
 
 def gauss_newton(
@@ -80,7 +82,7 @@ def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None
     lin, s = model.linearization, model.trajectory.s
     T, n, batch = lin.c_s.shape
     keys = None if key is None else split(key, jax.tree.map(lambda x: x[0], s))
-    precise = {"precision": "highest"}
+    matmul = partial(jnp.matmul, precision="highest")
 
     def step(carry, x):
         S, N = carry
@@ -91,17 +93,16 @@ def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None
             G = jax.vmap(lambda s, k: jax.jacrev(lambda v: _act(_slice(unravel(v), t), s, k, t))(theta))(s_t, keys)
         else:
             G = jax.vmap(lambda s, k: jax.jacrev(lambda v: _act(unravel(v), s, k, t))(theta))(s_t, keys)
-        a = jnp.matmul(K, S, **precise) + G
+        a = matmul(K, S) + G
         X = jnp.concatenate([S, a], axis=1)
-        HX = jnp.matmul(H, X, **precise)
-        N = N + jnp.matmul(X.reshape(-1, theta.size).T, HX.reshape(-1, theta.size), **precise)
-        return (jnp.matmul(A, S, **precise) + jnp.matmul(B, a, **precise), N), None
+        HX = matmul(H, X)
+        N = N + matmul(X.reshape(-1, theta.size).T, HX.reshape(-1, theta.size))
+        return (matmul(A, S) + matmul(B, a), N), None
 
     start = (jnp.zeros((batch, n, theta.size), theta.dtype), jnp.zeros((theta.size, theta.size), theta.dtype))
     (S, N), _ = jax.lax.scan(step, start, (jnp.arange(T), s, lin.A, lin.B, model.K, lin.H))
-    N = N + jnp.matmul(
-        S.reshape(-1, theta.size).T, jnp.matmul(jnp.moveaxis(lin.H_T, -1, 0), S, **precise).reshape(-1, theta.size), **precise
-    )
+    HS = matmul(jnp.moveaxis(lin.H_T, -1, 0), S)
+    N = N + matmul(S.reshape(-1, theta.size).T, HS.reshape(-1, theta.size))
     return (N + N.T) / (2 * batch)
 
 

@@ -1,8 +1,8 @@
 r"""Krylov spaces of a symmetric operator given by its products.
 
-One basis serves every damping: for $V N V^\top = T = U \mathrm{diag}(\rho) U^\top$ (tridiagonal), the minimiser over the space of
-$g^\top d + \tfrac12 d^\top (N + \lambda I) d$ is $d = -V^\top U (\rho + \lambda)^{-1} U^\top e_1 |g|$, which is what k iterations
-of conjugate gradients give for that damping, in exact arithmetic.
+One basis serves every damping: for $V N V^\top = U \mathrm{diag}(\rho) U^\top$ (tridiagonal), the minimiser over the space of
+$g^\top d + \tfrac12 d^\top (N + \lambda I) d$ is $d = -V^\top U (\rho + \lambda)^{-1} U^\top e_1 |g|$. In exact arithmetic
+that is what k iterations of conjugate gradients give for that damping.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from diffmbrl.solve import CHUNK, iterate
 from diffmbrl.tasks.squash import squashed
 
 
+@runtime_checkable
 class Lanes(Protocol):
     """What `compare` needs of a method's runs."""
 
@@ -222,24 +223,25 @@ class _Tally:
         return int(bad[0]) if bad.size else None
 
 
-def _iterate(solver, policy, carry, s0, task, done, updates):
+def _iterate(lane, task, done, updates):
+    solver, policy, carry, s0 = lane
     zero = jnp.zeros((), task.weights.dtype)
     return iterate(solver, policy, carry, task=task, s0=s0, key=None, first=done, count=updates, tolerance=zero)
 
 
 @jax.jit
 def _together(lanes, task, done, updates):
-    return jax.vmap(lambda *lane: _iterate(*lane, task, done, updates))(*lanes)
+    return jax.vmap(_iterate, in_axes=(0, None, None, None))(lanes, task, done, updates)
 
 
 @jax.jit
 def _one_by_one(lanes, task, done, updates):
-    return jax.lax.map(lambda lane: _iterate(*lane, task, done, updates), lanes)
+    return jax.lax.map(lambda lane: _iterate(lane, task, done, updates), lanes)
 
 
 @jax.jit
 def _plan(solver, plans, carries, s0, task, done, updates):
-    return jax.vmap(lambda *lane: _iterate(solver, *lane, task, done, updates))(plans, carries, s0)
+    return jax.vmap(lambda *lane: _iterate((solver, *lane), task, done, updates))(plans, carries, s0)
 
 
 @jax.jit

@@ -80,7 +80,7 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     return Continuation.discounted(inner, steps)
 
 
-def schedule(made: Solver) -> list[list[float]] | None:
+def schedule(made: Solver) -> list[list[float | int]] | None:
     """The stages of a continuation as [discount, updates] pairs, for the record; None without one."""
     if not isinstance(made, Continuation):
         return None

@@ -41,7 +41,8 @@ def solve(
 
     A policy solver takes `s0` [B, ...] and improves the mean return; a plan solver takes one start state. `key` drives the
     noise of policy and dynamics, update i using `fold_in(key, i)`; None means no noise. A return or gradient that is not finite
-    ends the run: the last policy without one is returned and `History.stop` names the tensor and the step. Dozens of updates run
+    ends the run: the last policy without one is returned and `History.stop` names the tensor and the step. Dozens of updates
+    run
     between two looks from the host, so a small problem is not slowed by Python; the budget is checked at each look.
 
     Raises: `ValueError` if `s0` does not have the task's state shape (with or without batch axis, as the solver takes it), if
@@ -152,7 +153,7 @@ def check(solver: Any, policy: Any, task: Task, s0: State, steps: int) -> None:
         got = ", ".join(str(list(x.shape)) for x in given)
         raise ValueError(
             f"s0 has shape {got}; {type(solver).__name__} on task '{task.name}' takes {wanted}"
-            + (f" (task.starts(key, B))" if batched else " (one start; vmap for many)")
+            + (" (task.starts(key, B))" if batched else " (one start; vmap for many)")
         )
     if not batched and not is_plan(policy):
         raise TypeError(

@@ -11,7 +11,7 @@ from diffmbrl.rollout import expected
 
 
 class BPTT(eqx.Module):
-    r"""$\nabla_\theta J = \sum_t \frac{\partial a_t}{\partial\theta}^\top \frac{dJ}{da_t}$, by reverse-mode differentiation of the rollout.
+    r"""Reverse-mode differentiation of the rollout: $\nabla_\theta J = \sum_t G_t^\top \frac{dJ}{da_t}$.
 
     Unbiased for smooth dynamics; with noise it is the pathwise (reparameterised) gradient for the keys drawn. Its size is
     governed by products of the closed-loop Jacobians, so it explodes or vanishes with the horizon as they do.

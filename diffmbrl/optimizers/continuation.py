@@ -17,7 +17,7 @@ class ContinuationCarry(NamedTuple):
     """The inner solver's carry, and how many updates were made."""
 
     inner: Any
-    count: Int[Array, ""]
+    updates: Int[Array, ""]
 
 
 class Continuation(eqx.Module):
@@ -107,12 +107,12 @@ class Continuation(eqx.Module):
         self, policy: Any, carry: ContinuationCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, ContinuationCarry, Info]:
         starts = jnp.cumulative_sum(self.lengths, include_initial=True, dtype=jnp.int32)[:-1]
-        stage = jnp.sum(carry.count >= starts) - 1
-        fresh = jnp.any(carry.count == starts)
+        stage = jnp.sum(carry.updates >= starts) - 1
+        fresh = jnp.any(carry.updates == starts)
         inner = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), self.solver.init(policy, task), carry.inner)
         eased = eqx.tree_at(lambda t: t.weights, task, self.weights(task, stage))
         policy, inner, info = self.solver.update(policy, inner, eased, s0, key=key)
-        return policy, ContinuationCarry(inner, carry.count + 1), info
+        return policy, ContinuationCarry(inner, carry.updates + 1), info
 
     def weights(self, task: Task, stage: Int[Array, ""] | int) -> Float[Array, " T1"]:
         """The weights over time that a stage sets."""

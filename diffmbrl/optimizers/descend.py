@@ -1,7 +1,7 @@
 """First-order and quasi-Newton methods: any optax rule on any gradient estimator."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Gradient, Info, State, Task, as_float, count_work
+from diffmbrl.core import Gradient, Info, State, Task, as_float
 from diffmbrl.gradients.bptt import BPTT
 from diffmbrl.rollout import expected
 
@@ -49,19 +49,23 @@ class Descend(eqx.Module):
     hyperparameters: dict[str, Array]
     rule: Callable[..., optax.GradientTransformation] = eqx.field(static=True)
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
-    kind: ClassVar[str] = "policy"
 
     def __init__(self, rule: Any, *, gradient: Gradient | None = None, **hyperparameters: Any):
-        if isinstance(rule, optax.GradientTransformation) or not callable(rule):
+        if not callable(rule):  # an optax rule itself is a tuple of functions
             raise TypeError(
                 f"rule must be a constructor such as optax.adam, its arguments given as keywords: "
                 f"Descend(optax.adam, learning_rate=1e-2); got {type(rule).__name__}"
             )
-        self.rule = rule
+        self.rule = cast(Callable[..., optax.GradientTransformation], rule)
         self.gradient = BPTT() if gradient is None else gradient
         numeric = {name: x for name, x in hyperparameters.items() if isinstance(x, float | jax.Array)}
         self.hyperparameters = {name: as_float(x) for name, x in numeric.items()}
         self.options = tuple(sorted((name, x) for name, x in hyperparameters.items() if name not in numeric))
+
+    @property
+    def kind(self) -> str:
+        """It takes a batch of starts."""
+        return "policy"
 
     def init(self, policy: Any, task: Task) -> DescendCarry:
         # nan is equal to nothing: the first update evaluates its own gradient.

@@ -1,6 +1,6 @@
 """Gauss-Newton on the policy's parameters through the rollout."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,7 +21,8 @@ class Krylov(eqx.Module):
     rank: int = eqx.field(static=True, default=30)
 
     def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
-        return lanczos(model.product, model.gradient, self.rank)
+        space = lanczos(model.product, model.gradient, self.rank)
+        return space._replace(values=jnp.maximum(space.values, 0))  # as below
 
     def passes(self, parameters: int) -> int:
         """Passes over the horizon: forward and back for each product."""
@@ -72,7 +73,11 @@ class GaussNewton(eqx.Module):
     system: Krylov | Dense = eqx.field(default_factory=Krylov)
     damping: Path | LevenbergMarquardt = eqx.field(default_factory=Path)
     chunk: int | None = eqx.field(static=True, default=None)
-    kind: ClassVar[str] = "policy"
+
+    @property
+    def kind(self) -> str:
+        """It takes a batch of starts."""
+        return "policy"
 
     def init(self, policy: Any, task: Task) -> Any:
         return self.damping.start(ravel_pytree(policy)[0].dtype)

@@ -1,6 +1,6 @@
 """The iterative linear quadratic regulator."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,7 +17,7 @@ class _Trial(NamedTuple):
     """A state of the line search: the last plan tried and what it earned."""
 
     alpha: Float[Array, ""]
-    count: Int[Array, ""]
+    tried: Int[Array, ""]
     accepted: Bool[Array, ""]
     nonfinite: Int[Array, ""]
     J: Float[Array, ""]
@@ -35,8 +35,8 @@ class ILQR(eqx.Module):
     1, 1/2, 1/4 ... that earns at least `armijo` of the predicted gain is taken; if none does, the plan stays and the damping
     mu grows. A plan is never made worse. Action limits are not enforced: plan on `tasks.squashed(task)`.
 
-    Shapes: `s0` of one start; the plan's leaves [T, ...]; `vmap` for many. Cost: one rollout, its linearisation, a Riccati sweep
-    (or several, when an action Hessian is not positive definite), one rollout for each trial.
+    Shapes: `s0` of one start; the plan's leaves [T, ...]; `vmap` for many. Cost: one rollout, its linearisation, a Riccati
+    sweep (or several, when an action Hessian is not positive definite), one rollout for each trial.
     Raises: `TypeError` if the policy is not an `Affine` plan or a state has leaves that are not float.
     Reference: Li and Todorov 2004; Tassa, Erez, Todorov 2012, section II.
 
@@ -53,7 +53,11 @@ class ILQR(eqx.Module):
     factor: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(4.0), converter=as_float)
     armijo: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-4), converter=as_float)
     trials: int = eqx.field(static=True, default=10)
-    kind: ClassVar[str] = "plan"
+
+    @property
+    def kind(self) -> str:
+        """It takes one start."""
+        return "plan"
 
     def init(self, policy: Any, task: Task) -> Float[Array, ""]:
         if not isinstance(policy, Affine):
@@ -76,7 +80,7 @@ class ILQR(eqx.Module):
         # A full step lowers the damping, a failed search raises it; below `smallest` it is nothing.
         lower = jnp.where(damping / self.factor < self.smallest, 0.0, damping / self.factor)
         raised = jnp.maximum(damping * self.factor**2, self.smallest * self.factor**4)
-        adapted = jnp.where(accepted, jnp.where(trial.count <= 2, lower, damping), raised)
+        adapted = jnp.where(accepted, jnp.where(trial.tried <= 2, lower, damping), raised)
         # What is not finite says nothing of the damping.
         finite = jnp.isfinite(J) & jnp.isfinite(norm)
         carry = jnp.where(finite, adapted, carry).astype(carry.dtype)
@@ -86,10 +90,10 @@ class ILQR(eqx.Module):
             gradient_norm=norm,
             accepted=accepted,
             damping=damping,
-            inner_iterations=sweeps + trial.count,
+            inner_iterations=sweeps + trial.tried,
             nonfinite=trial.nonfinite + (~finite).astype(jnp.int32),
             work=count_work(
-                forward=T * (2 + trial.count), jvp=T * (task.n + task.m), sequential=2 + sweeps + trial.count
+                forward=T * (2 + trial.tried), jvp=T * (task.n + task.m), sequential=2 + sweeps + trial.tried
             ),
         )
         return plan, carry, info
@@ -98,7 +102,7 @@ class ILQR(eqx.Module):
         """A Riccati sweep whose action Hessians are positive definite, with as much damping as that takes."""
 
         def again(state):
-            damping, sweep, count = state
+            _, sweep, count = state
             return ~sweep.definite & (count < 20)
 
         def raise_damping(state):
@@ -113,23 +117,23 @@ class ILQR(eqx.Module):
         states, _ = flat_states(nominal.s)
 
         def attempt(trial: _Trial) -> _Trial:
-            alpha = jnp.where(trial.count == 0, 1.0, trial.alpha / 2).astype(J.dtype)
-            tried = rollout(Affine(sweep.K, nominal.a + alpha * sweep.k, states), task, s0, key)
-            reached = returns(tried, task)
+            alpha = jnp.where(trial.tried == 0, 1.0, trial.alpha / 2).astype(J.dtype)
+            trajectory = rollout(Affine(sweep.K, nominal.a + alpha * sweep.k, states), task, s0, key)
+            reached = returns(trajectory, task)
             # slope < 0 is the predicted change of the cost for a small step.
             enough = reached - J >= -self.armijo.astype(J.dtype) * alpha * sweep.slope
             finite = jnp.isfinite(reached)
             nonfinite = trial.nonfinite + (~finite).astype(jnp.int32)
             return _Trial(
                 alpha,
-                trial.count + 1,
+                trial.tried + 1,
                 finite & enough & (reached >= J),
                 nonfinite,
                 reached,
-                flat_states(tried.s)[0],
-                tried.a,
+                flat_states(trajectory.s)[0],
+                trajectory.a,
             )
 
         zero = jnp.zeros((), jnp.int32)
         start = _Trial(jnp.ones((), J.dtype), zero, jnp.array(False), zero, J, states, nominal.a)
-        return jax.lax.while_loop(lambda trial: ~trial.accepted & (trial.count < self.trials), attempt, start)
+        return jax.lax.while_loop(lambda trial: ~trial.accepted & (trial.tried < self.trials), attempt, start)

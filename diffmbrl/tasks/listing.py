@@ -6,7 +6,7 @@ from diffmbrl.tasks.registry import TASKS
 def listing() -> str:
     """Name, dimensions, horizon, step and gradient contract of every task, and what it is."""
     head = ("task", "n", "m", "T", "dt [s]", "smooth", "dr/da", "safe horizon", "")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name, row in TASKS.items():
         task = row.make()
         what = (row.make.__doc__ or "").strip().splitlines()[0]

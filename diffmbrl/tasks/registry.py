@@ -18,7 +18,9 @@ class Row(NamedTuple):
     make: Callable[..., Task]
     smooth: bool  # dynamics and reward are continuously differentiable
     differentiable_reward: bool  # dr/da reaches the action within the horizon, directly or through the dynamics
-    safe_horizon: int  # steps up to which a float32 gradient is right to 1%: `python -m benchmarks safe_horizon`, up to 800
+    safe_horizon: (
+        int  # steps to which a float32 gradient is right to 1%, up to 800: `python -m benchmarks safe_horizon`
+    )
     hidden: tuple[int, ...]  # hidden layers of the default policy
 
 
@@ -53,5 +55,6 @@ def known(what: str, name: str, names: Any) -> str:
     """`name` if it is one of `names`; else a `ValueError` with the nearest."""
     if name in names:
         return name
-    nearest = get_close_matches(name, list(names), n=1, cutoff=0.0)
-    raise ValueError(f"unknown {what} '{name}'; did you mean '{nearest[0]}'? There are: {', '.join(names)}")
+    lower = {known.lower(): known for known in names}
+    nearest = lower[get_close_matches(name.lower(), list(lower), n=1, cutoff=0.0)[0]]
+    raise ValueError(f"unknown {what} '{name}'; did you mean '{nearest}'? There are: {', '.join(names)}")
