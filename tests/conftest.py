@@ -1,0 +1,39 @@
+"""Settings that every test runs under, and what several of them need.
+
+Shapes and dtypes in the annotations of diffmbrl are checked at every call: `--jaxtyping-packages` in pyproject.toml.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# In the environment, so that the processes that a test starts have them too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Again, for a JAX that a plugin of pytest imported before the lines above.
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+)
+# A float32 that meets a float64, or an integer a float, is a mistake.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# No deadline: the first example compiles. The same examples each time: a test that fails, fails again.
+hypothesis.settings.register_profile("diffmbrl", deadline=None, max_examples=25, derandomize=True, database=None)
+hypothesis.settings.load_profile("diffmbrl")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Double precision for the length of one test."""
+    with jax.enable_x64(True):
+        yield
