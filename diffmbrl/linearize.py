@@ -43,8 +43,7 @@ class Sweep(NamedTuple):
 
     K: Float[Array, "T m n"]
     k: Float[Array, "T m"]
-    slope: Float[Array, ""]  # the damped cost along step size alpha: alpha * slope + alpha^2 / 2 * curvature
-    curvature: Float[Array, ""]
+    slope: Float[Array, ""]  # of the damped cost in the step size alpha, which is (alpha - alpha^2 / 2) * slope
     definite: Bool[Array, ""]  # False where some action Hessian Q_aa was not positive definite: the gains are then void
 
 
@@ -209,7 +208,7 @@ def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
     eye = jnp.eye(m, dtype=A.dtype)
 
     def step(carry, x):
-        V, v, slope, curvature, definite = carry
+        V, v, slope, definite = carry
         F, c_s, c_a, H = x
         Q = H + _matmul(F.T, _matmul(V, F))
         FTv = _dot(F.T, v)
@@ -217,18 +216,14 @@ def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
         Q_sa, Q_aa = Q[:n, n:], Q[n:, n:] + damping * eye
         gains, positive = _eliminate(Q_aa, -jnp.concatenate([Q_sa.T, q_a[:, None]], axis=1))
         K, k = gains[:, :n], gains[:, n]
-        Qk = _dot(Q_aa, k)
-        KQ = Q_sa + _matmul(K.T, Q_aa)
-        V = Q[:n, :n] + _matmul(KQ, K) + _matmul(K.T, Q_sa.T)
-        v = q_s + _dot(KQ, k) + _dot(K.T, q_a)
-        carry = (V + V.T) / 2, v, slope + jnp.sum(k * q_a), curvature + jnp.sum(k * Qk), definite & positive
-        return carry, (K, k)
+        V = Q[:n, :n] + _matmul(Q_sa, K)
+        return ((V + V.T) / 2, q_s + _dot(Q_sa, k), slope + jnp.sum(k * q_a), definite & positive), (K, k)
 
     zero = jnp.zeros((), A.dtype)
-    start = (H_T, c_T, zero, zero, jnp.array(True))
+    start = (H_T, c_T, zero, jnp.array(True))
     F = jnp.concatenate([A, B], axis=2)
-    (_, _, slope, curvature, definite), (K, k) = jax.lax.scan(step, start, (F, c_s, c_a, H), reverse=True)
-    return Sweep(K, k, slope, curvature, definite)
+    (_, _, slope, definite), (K, k) = jax.lax.scan(step, start, (F, c_s, c_a, H), reverse=True)
+    return Sweep(K, k, slope, definite)
 
 
 def _matmul(X: Float[Array, "i j"], Y: Float[Array, "j k"]) -> Float[Array, "i k"]:

@@ -257,7 +257,7 @@ def test_riccati_is_the_dense_solution(n, m, x64):
         close(a, w, atol=1e-9 * np.abs(w).max())
         close(pulled.ravel(), g, atol=1e-9 * np.abs(g).max())
         assert sweep.slope == pytest.approx(float(g @ w.ravel()), rel=1e-9)
-        assert sweep.curvature == pytest.approx(float(curvature), rel=1e-9)
+        assert sweep.slope == pytest.approx(-float(curvature), rel=1e-9)
 
 
 def test_a_batch_of_sweeps_is_a_loop(x64):
