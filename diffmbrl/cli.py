@@ -1,6 +1,10 @@
 """The command line: `diffmbrl compare`, `report`, `tasks`, `doctor`."""
 
+import contextlib
+import io
+import itertools
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +19,7 @@ DEFAULT_CACHE = Path("~/.cache/diffmbrl/xla")
 class Compare:
     """Compare methods on one task: same starts, seeds and cost axes. Ends with a table, figures and a report."""
 
-    task: Annotated[str, tyro.conf.Positional]
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """Name of a task; `diffmbrl tasks` lists them."""
     methods: list[str] = field(default_factory=list)
     """Methods to run; by default all that fit the task."""
@@ -49,7 +53,7 @@ class Compare:
 class Report:
     """Rebuild the figures and the report of a run from its data alone."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
 
 
@@ -76,13 +80,8 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; bad input gives one line on stderr and exit code 2."""
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="diffmbrl",
-        description="First- and second-order policy optimisation and planning through differentiable dynamics.",
-        args=arguments,
-    )
     try:
+        command = _parse(sys.argv[1:] if arguments is None else arguments)
         return RUN[type(command)](command)
     except (ValueError, TypeError, OSError) as error:
         print(f"diffmbrl: {' '.join(str(error).split())}", file=sys.stderr)
@@ -90,6 +89,40 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffmbrl: interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: list[str]) -> Compare | Report | Tasks | Doctor:
+    """The command given. Raises: `ValueError` in one line where tyro draws a box."""
+    names = [kind.__name__.lower() for kind in RUN]
+    if not arguments:
+        raise ValueError(f"expected a command: {', '.join(names)}; see diffmbrl --help")
+    if not arguments[0].startswith("-") and arguments[0] not in names:
+        from diffmbrl.tasks.registry import known
+
+        known("command", arguments[0], names)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                Command,  # type: ignore[arg-type]
+                prog="diffmbrl",
+                description="First- and second-order policy optimisation and planning through differentiable dynamics.",
+                args=arguments,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(_one_line(printed.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box: its first paragraph, and the option that it thinks was meant."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ ") for line in box.splitlines()]
+    # After the title, paragraphs between rules, drawn with hyphens where the terminal knows no others.
+    paragraphs = itertools.groupby(lines[1:], key=lambda line: bool(line.strip("─-╰╯ ")))
+    message = next((" ".join(" ".join(paragraph).split()) for is_text, paragraph in paragraphs if is_text), "bad input")
+    meant = re.search(r"Perhaps you meant:\s+(--[\w-]+)", "\n".join(lines))
+    return message + (f"; did you mean '{meant[1]}'?" if meant else "")
 
 
 def _compare(command: Compare) -> int:
@@ -160,6 +193,8 @@ def _parameters(pairs: list[str]) -> dict[str, float]:
             equals = ""
         if not equals:
             raise ValueError(f"--param takes name=value with a number, such as m_p=0.2; got '{pair}'")
+        if [given.partition("=")[0] for given in pairs].count(name) > 1:
+            raise ValueError(f"--param {name} is given more than once: {' '.join(pairs)}")
     return parameters
 
 
@@ -168,7 +203,7 @@ def _configure(x64: bool) -> None:
     import jax
 
     jax.config.update("jax_enable_x64", x64)
-    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(DEFAULT_CACHE.expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

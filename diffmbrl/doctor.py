@@ -1,0 +1,128 @@
+"""Whether this installation computes what it should, and on what."""
+
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import diffmbrl
+from diffmbrl import tasks
+from diffmbrl.core import Task
+from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.policies import Neural
+from diffmbrl.rollout import expected
+from diffmbrl.runs import provenance
+from diffmbrl.xla import OPTION, THRESHOLD
+
+PACKAGES = ("jax", "jaxlib", "equinox", "jaxtyping", "optax", "numpy", "brax", "orbax-checkpoint")
+# Of the gradient, relative to its norm. Accelerators multiply matrices in less than float32 unless told otherwise.
+TOLERANCES = {"float32": 1e-2, "float64": 1e-6}
+
+
+def diagnose() -> tuple[bool, str]:
+    """Whether the gradient test passes, and a report: versions, devices, precision, compilation, gradient."""
+    checks = [_gradient(precision) for precision in dict.fromkeys([_precision(), "float64"])]
+    facts = provenance.collect()
+    devices, host = facts["device"], facts["host"]
+    own = {"diffmbrl": diffmbrl.__version__, "python": platform.python_version()}
+    versions = own | {name: provenance.version(name) for name in PACKAGES}
+    rows = [
+        ("versions", ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())),
+        ("platform", f"{host['system']} {host['machine']}, {host['cpus']} CPUs"),
+        ("devices", f"{devices['count']} x {devices['kind']} ({devices['platform']})"),
+        ("precision", f"{_precision()} (x64 {'on' if facts['x64'] else 'off'})"),
+        ("matrix products", f"{facts['matmul_precision']}; always highest in dynamics, rewards and sweeps"),
+        ("compilation cache", cache_state(jax.config.jax_compilation_cache_dir)),  # pyright: ignore[reportAttributeAccessIssue]
+        ("small loops", small_loops(os.environ.get("XLA_FLAGS", ""), devices["platform"])),
+        *[("gradient", line) for _, line in checks],
+    ]
+    width = max(len(name) for name, _ in rows)
+    text = "\n".join(f"{name:<{width}}  {line}" for name, line in rows)
+    healthy = all(passed for passed, _ in checks)
+    return (
+        healthy,
+        f"{text}\n\n{'All is well.' if healthy else 'The gradient is wrong: do not trust results from this installation.'}",
+    )
+
+
+def cache_state(folder: str | None) -> str:
+    """Where compiled programs are kept, how many and how large, and whether more can be."""
+    if not folder:
+        return "off: every run compiles anew; set JAX_COMPILATION_CACHE_DIR"
+    path = Path(folder).expanduser()
+    try:
+        sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()] if path.exists() else []
+        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            state = "" if path.exists() else ", not made yet"
+    except OSError as error:
+        return f"{path}: cannot be written ({error.strerror}); set JAX_COMPILATION_CACHE_DIR"
+    return f"{path}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB{state}"
+
+
+def small_loops(flags: str, backend: str) -> str:
+    """What XLA_FLAGS says of loops over time (see `xla.py`)."""
+    if backend != "cpu":
+        return f"compiled as {backend} does; the option is for CPUs"
+    value = flags.partition(f"{OPTION}=")[2].split(",")[0].split(" ")[0].strip("'\"")
+    if value:
+        return f"compiled whole up to {value} bytes a step"
+    return (
+        f"not compiled whole, so slower: XLA_FLAGS is {flags!r}; add {OPTION}={THRESHOLD} to xla_backend_extra_options"
+    )
+
+
+def _precision() -> str:
+    return "float64" if jax.config.jax_enable_x64 else "float32"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _gradient(precision: str) -> tuple[bool, str]:
+    """Autodiff in one precision against central differences in float64."""
+    tolerance = TOLERANCES[precision]
+    what = f"{precision} against central differences, cartpole-balance T = 20"
+    try:
+        error = gradient_error(precision)
+    except Exception as problem:  # a report is wanted whatever goes wrong
+        return False, f"{what}: {type(problem).__name__}: {str(problem).splitlines()[0]} FAIL"
+    passed = bool(error <= tolerance)
+    return passed, f"{what}: relative error {error:.1e}, at most {tolerance:.0e} {'PASS' if passed else 'FAIL'}"
+
+
+def gradient_error(precision: str) -> float:
+    """|autodiff - central differences| / |central differences| of dJ/dtheta, a small network balancing a cart-pole."""
+    with jax.enable_x64(precision == "float64"):
+        problem = _problem()
+        gradient = np.asarray(_by_autodiff(*problem), np.float64)
+    with jax.enable_x64(True):
+        differences = np.asarray(_by_differences(*in_double(problem)))
+    return float(np.linalg.norm(gradient - differences) / np.linalg.norm(differences))
+
+
+def _problem() -> tuple[Neural, Task, Any]:
+    # Drawn in float32 whatever the precision of the run: one problem for all.
+    with jax.enable_x64(False):
+        task = tasks.cartpole_balance(horizon=20)
+        drawn = Neural.init(task, hidden=[4], key=jax.random.key(0)), task, task.starts(jax.random.key(1), 4)
+    return in_double(drawn) if jax.config.jax_enable_x64 else drawn  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@jax.jit
+def _by_autodiff(policy: Neural, task: Task, s0: Any) -> jax.Array:
+    return ravel_pytree(jax.grad(expected)(policy, task, s0))[0]
+
+
+@jax.jit
+def _by_differences(policy: Neural, task: Task, s0: Any, eps: float = 1e-5) -> jax.Array:
+    theta, unravel = ravel_pytree(policy)
+
+    def slope(direction):
+        ahead, behind = (expected(unravel(theta + sign * eps * direction), task, s0) for sign in (1, -1))
+        return (ahead - behind) / (2 * eps)
+
+    return jax.lax.map(slope, jnp.eye(theta.size, dtype=theta.dtype))
