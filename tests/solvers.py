@@ -1,0 +1,38 @@
+"""The table that a new solver joins by one row; test_solvers.py and test_known_answers.py hold every row to its contract."""
+
+from typing import Any, NamedTuple
+
+import optax
+
+from diffmbrl import ILQR, Continuation, Dense, Descend, GaussNewton, Krylov, LevenbergMarquardt
+from diffmbrl.methods import clipped_adam
+
+
+class Row(NamedTuple):
+    """A solver and what it promises."""
+
+    name: str
+    solver: Any
+    kind: str = "policy"  # or "plan": one start at a time, from Affine.zeros(task)
+    monotone: bool = False  # the return of the objective never falls
+    exact_on_lqr: bool = False  # one update of a plan reaches the optimum of a linear-quadratic task
+
+
+ADAM = Descend(optax.adam, learning_rate=3e-2)
+
+SOLVERS = [
+    Row("adam", ADAM),
+    Row("clipped adam", Descend(clipped_adam, learning_rate=3e-2, max_norm=0.5)),
+    Row("sgd", Descend(optax.sgd, learning_rate=3e-2)),
+    Row("lbfgs", Descend(optax.lbfgs, memory_size=5), monotone=True),
+    Row("gauss-newton", GaussNewton(), monotone=True, exact_on_lqr=True),
+    Row("gauss-newton, chunked", GaussNewton(system=Krylov(8), chunk=3), monotone=True),
+    Row("gauss-newton, damped", GaussNewton(damping=LevenbergMarquardt()), monotone=True),
+    Row("dense gauss-newton", GaussNewton(system=Dense()), monotone=True, exact_on_lqr=True),
+    Row("dense gauss-newton, damped", GaussNewton(system=Dense(), damping=LevenbergMarquardt()), monotone=True),
+    Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2])),
+    Row("continued lbfgs", Continuation(Descend(optax.lbfgs, memory_size=5), discounts=[0.8, 1.0], lengths=[2, 2])),
+    Row("continued gauss-newton", Continuation(GaussNewton(system=Krylov(8)), discounts=[0.8, 1.0], lengths=[2, 2])),
+    Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True),
+    Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan"),
+]

@@ -1,0 +1,188 @@
+"""Which damped step is taken, on quadratic and other returns whose values are known."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffmbrl import GaussNewton, Krylov, LevenbergMarquardt, Neural, Path
+from diffmbrl.krylov import Spectral
+from tests.problems import bent, changed
+
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+
+N = np.diag([1.0, 4.0, 9.0]).astype(np.float32)
+G = np.asarray([1.0, -2.0, 3.0], np.float32)
+
+
+def space(scale: float = 1.0) -> Spectral:
+    """N and g, and steps of either."""
+    count = jnp.asarray(3, jnp.int32)
+    return Spectral(jnp.eye(3), scale * jnp.diag(jnp.asarray(N)), scale * jnp.asarray(G), count)
+
+
+def quadratic(scale: float = 1.0, gain: float = 1.0):
+    """Returns of steps: what the model says (`gain` 1), less or more curved."""
+    return lambda d: -scale * (d @ G + gain * jnp.sum(d @ N * d, axis=-1) / 2)
+
+
+def choose(rule, evaluate, *, carry=None, scale=1.0):
+    carry = rule.start(jnp.dtype("float32")) if carry is None else jnp.asarray(carry, jnp.float32)
+    return jax.jit(lambda rule, carry: rule.choose(carry, space(scale), jnp.zeros(()), evaluate))(rule, carry)
+
+
+# Path.
+
+
+def test_the_best_of_the_path_is_taken():
+    rule = Path(dampings=[1e-3, 1e-1, 10.0])
+    # Four times the model's curvature: shorter steps than the model's are best.
+    true = quadratic(gain=4.0)
+    _, choice = choose(rule, true)
+    dampings = 9 * rule.dampings
+    steps = np.stack([-np.linalg.solve(N + x * np.eye(3), G) for x in dampings])
+    best = np.argmax(true(steps))
+    assert best != 0
+    assert choice.accepted and choice.rollouts == 3 and choice.nonfinite == 0
+    close(choice.damping, dampings[best])
+    close(choice.step, steps[best])
+
+
+def test_with_an_exact_model_the_least_damping_is_taken():
+    carry, choice = choose(Path(), quadratic())
+    close(choice.step, -np.linalg.solve(N, G))
+    close(choice.damping, 9e-9)
+    assert carry == 1
+
+
+def test_when_no_step_improves_none_is_taken_and_the_damping_rises():
+    rule, carry = Path(), None
+    for turn in range(3):
+        carry, choice = choose(rule, lambda d: -jnp.ones(d.shape[0]), carry=carry)
+        assert not choice.accepted
+        np.testing.assert_array_equal(choice.step, np.zeros(3))
+        close(carry, 10.0 ** (turn + 1))
+    # An improvement by nothing is none.
+    assert not choose(rule, lambda d: jnp.zeros(d.shape[0]))[1].accepted
+    # It falls back as steps are accepted, not below 1.
+    for wanted in (100.0, 10.0, 1.0, 1.0):
+        carry, choice = choose(rule, quadratic(), carry=carry)
+        assert choice.accepted
+        close(carry, wanted)
+
+
+def test_steps_that_are_not_finite_are_counted_and_never_taken():
+    def partly(d):
+        returns = quadratic()(d)
+        return jnp.where(
+            jnp.arange(d.shape[0]) < 5, jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, jnp.nan, jnp.nan] + [0.0] * 7), returns
+        )
+
+    _, choice = choose(Path(), partly)
+    assert choice.accepted and choice.nonfinite == 5
+    close(choice.damping, 9 * Path().dampings[5])
+    carry, choice = choose(Path(), lambda d: jnp.full(d.shape[0], jnp.nan))
+    assert not choice.accepted and choice.nonfinite == 12 and carry == 10
+    assert np.all(np.isfinite(choice.step))
+
+
+# Levenberg-Marquardt.
+
+
+@pytest.mark.parametrize(
+    "gain, accepted, factor",
+    [
+        pytest.param(1.0, True, 0.5, id="as predicted"),
+        pytest.param(0.5, True, 0.5, id="better than predicted"),
+        pytest.param(1.5, True, 1.0, id="half of it"),
+        pytest.param(1.9, True, 4.0, id="a tenth of it"),
+        pytest.param(2.5, False, 4.0, id="a loss"),
+    ],
+)
+def test_the_damping_follows_the_ratio(gain, accepted, factor):
+    rule = LevenbergMarquardt(initial=1e-6)
+    carry, choice = choose(rule, quadratic(gain=gain))
+    assert bool(choice.accepted) == accepted and choice.rollouts == 1
+    # At this damping predicted and true decrease are those of the undamped step: 1 and 2 - gain.
+    close(carry, 1e-6 * factor)
+    close(choice.step, -np.linalg.solve(N, G) if accepted else np.zeros(3), rtol=1e-4)
+    close(choice.damping, 9e-6)
+
+
+def test_a_step_that_is_not_finite_raises_the_damping():
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        carry, choice = choose(LevenbergMarquardt(), lambda d, bad=bad: jnp.full(d.shape[0], bad))
+        assert not choice.accepted and choice.nonfinite == 1
+        close(carry, 4e-3)
+
+
+def test_its_constants_are_its_own():
+    rule = LevenbergMarquardt(initial=0.5, grow=3.0, shrink=0.1)
+    close(choose(rule, quadratic(gain=9.0))[0], 1.5)
+    close(choose(rule, quadratic())[0], 0.05)
+
+
+def test_the_damping_never_vanishes():
+    rule, carry = LevenbergMarquardt(), None
+    for _ in range(60):
+        carry, _ = choose(rule, quadratic(), carry=carry)
+    assert carry > 0
+    assert choose(rule, quadratic(), carry=carry)[1].accepted
+
+
+# Both.
+
+RULES = {"path": Path(), "levenberg-marquardt": LevenbergMarquardt()}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_units_of_the_reward_do_not_matter(rule):
+    carry, choice = choose(rule, quadratic(gain=3.0))
+    scaled_carry, scaled_choice = choose(rule, quadratic(1e3, gain=3.0), scale=1e3)
+    close(scaled_carry, carry)
+    close(scaled_choice.step, choice.step)
+    close(scaled_choice.damping, 1e3 * choice.damping)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_nor_do_they_in_the_solver(rule, x64):
+    rule = jax.tree.map(lambda x: x.astype(float), rule)
+    task = bent()
+    policy, s0 = Neural.init(task, hidden=[4], key=jax.random.key(0)), task.starts(jax.random.key(1), 3)
+    solver = GaussNewton(system=Krylov(8), damping=rule)
+
+    @jax.jit
+    def two_updates(task):
+        carry = solver.init(policy, task)
+        moved, carry, _ = solver.update(policy, carry, task, s0, key=None)
+        return solver.update(moved, carry, task, s0, key=None)
+
+    (one, _, _), (other, _, _) = two_updates(task), two_updates(changed_units(task, 1e3))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), one, other)
+
+
+def changed_units(task, factor):
+    return changed(task, weights=factor * task.weights)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_without_curvature_it_goes_along_the_gradient(rule):
+    flat = Spectral(jnp.eye(3), jnp.zeros(3), jnp.asarray(G), jnp.asarray(3, jnp.int32))
+    carry = rule.start(jnp.dtype("float32"))
+    _, choice = rule.choose(carry, flat, jnp.zeros(()), lambda d: -d @ G)
+    assert choice.accepted
+    close(choice.step / np.linalg.norm(choice.step), -G / np.linalg.norm(G))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+def test_types_are_kept(rule, double):
+    with jax.enable_x64(double):
+        dtype = jnp.zeros(()).dtype
+        rule = jax.tree.map(lambda x: x.astype(dtype), rule)
+        exact = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, space())
+        carry, choice = rule.choose(rule.start(dtype), exact, jnp.zeros(()), lambda d: -d @ jnp.asarray(G, dtype))
+        assert carry.dtype == choice.step.dtype == choice.damping.dtype == dtype
+        assert choice.rollouts.dtype == choice.nonfinite.dtype == jnp.int32

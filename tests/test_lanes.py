@@ -1,0 +1,194 @@
+"""Many runs as one program are the same runs one at a time."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffmbrl import ILQR, Affine, Descend, GaussNewton, Krylov, Neural, expected, rollouts, solve, tasks, values
+from diffmbrl.curvature import gauss_newton
+from diffmbrl.lanes import PlanLanes, PolicyLanes, draw
+from diffmbrl.tasks import squashed
+
+TASK = tasks.cartpole_balance(horizon=6)
+HIDDEN, SEEDS, STARTS, HELD_OUT, STEPS = (3,), 2, 3, 5, 4
+RATES = (3e-3, 3e-2)
+DRAWS = draw(TASK, SEEDS, STARTS, HELD_OUT, 0)
+
+mean_return = jax.jit(expected)
+all_returns = jax.jit(values)
+successes = jax.jit(lambda policy, task, s0: jax.vmap(task.success)(rollouts(policy, task, s0).s_T))
+action_gradients = jax.jit(lambda policy, task, s0: gauss_newton(policy, task, s0).g)
+
+
+def take(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def close(one: Any, other: Any, **tolerances: float) -> None:
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, **({"rtol": 1e-4, "atol": 1e-5} | tolerances)), one, other
+    )
+
+
+# Draws.
+
+
+def test_seeds_differ_in_starts_and_policies():
+    train, test, keys = DRAWS
+    assert train.shape == (SEEDS, STARTS, 4) and test.shape == (HELD_OUT, 4)
+    assert np.abs(train[0] - train[1]).min() > 1e-4
+    assert (
+        len({tuple(row) for row in np.concatenate([train.reshape(-1, 4), test]).tolist()}) == SEEDS * STARTS + HELD_OUT
+    )
+    one, other = (Neural.init(TASK, hidden=HIDDEN, key=key).net.weights[0] for key in keys)
+    assert np.abs(one - other).min() > 1e-4
+
+
+def test_a_longer_comparison_begins_with_the_seeds_of_a_shorter_one():
+    longer = draw(TASK, 5, STARTS, HELD_OUT, 0)
+    np.testing.assert_array_equal(longer[0][:SEEDS], DRAWS[0])
+    np.testing.assert_array_equal(longer[1], DRAWS[1])
+    np.testing.assert_array_equal(jax.random.key_data(longer[2][:SEEDS]), jax.random.key_data(DRAWS[2]))
+
+
+def test_another_key_is_another_comparison():
+    other = draw(TASK, SEEDS, STARTS, HELD_OUT, 1)
+    assert not np.any(other[0] == DRAWS[0]) and not np.any(other[1] == DRAWS[1])
+
+
+# Policies.
+
+SOLVERS = {
+    "adam": ([Descend(optax.adam, learning_rate=rate) for rate in RATES], False),
+    "lbfgs": ([Descend(optax.lbfgs, memory_size=4)], True),
+    "gauss-newton": ([GaussNewton(system=Krylov(6))], False),
+}
+
+
+@pytest.fixture(scope="module", params=SOLVERS)
+def run(request):
+    solvers, sequential = SOLVERS[request.param]
+    lanes = PolicyLanes(solvers, TASK, HIDDEN, DRAWS, sequential=sequential)
+    begun = lanes.evaluate()
+    assert lanes.compile() > 0
+    lanes.advance(0, 1)
+    lanes.advance(1, STEPS - 1)
+    return solvers, lanes, begun
+
+
+def test_a_lane_is_a_separate_solve(run):
+    solvers, lanes, _ = run
+    train, _, keys = DRAWS
+    assert lanes.count == len(solvers) * SEEDS
+    fields = lanes.evaluate()
+    for lane in range(lanes.count):
+        rate, seed = divmod(lane, SEEDS)
+        start = Neural.init(TASK, hidden=HIDDEN, key=keys[seed])
+        policy, history = solve(solvers[rate], start, TASK, train[seed], None, STEPS)
+        close(take(lanes.policies, lane), policy, rtol=1e-3, atol=1e-4)
+        for name in ("forward", "jvp", "vjp", "sequential"):
+            assert fields[name][rate, seed] == getattr(history.info.work, name).sum(), name
+        assert fields["nonfinite"][rate, seed] == 0
+        close(fields["J"][rate, seed], history.info.J[-1])
+        close(fields["gradient_norm"][rate, seed], history.info.gradient_norm[-1], rtol=2e-2)
+
+
+def test_evaluation(run):
+    solvers, lanes, begun = run
+    train, test, _ = DRAWS
+    fields = lanes.evaluate()
+    assert all(x.shape == (len(solvers), SEEDS) for x in fields.values())
+    for lane in range(lanes.count):
+        place = divmod(lane, SEEDS)
+        policy = take(lanes.policies, lane)
+        close(fields["train"][place], mean_return(policy, TASK, train[place[1]]))
+        close(fields["test"][place], np.mean(all_returns(policy, TASK, test)))
+        close(fields["success"][place], np.mean(successes(policy, TASK, test)))
+    assert np.all(fields["train"] > begun["train"])
+    # Before the first update nothing is known of one.
+    assert np.all(np.isnan(begun["J"])) and np.all(begun["forward"] == 0)
+
+
+def test_profiles(run):
+    _, lanes, _ = run
+    rate = lanes.rates - 1
+    profile, spectrum = lanes.profile(rate), lanes.spectrum(rate)
+    assert profile.shape == (TASK.horizon,) and spectrum.shape == (lanes.parameters,)
+    squares = []
+    for seed in range(SEEDS):
+        policy = take(lanes.policies, rate * SEEDS + seed)
+        squares.append(np.asarray(action_gradients(policy, TASK, DRAWS[0][seed])) ** 2)
+    close(profile, np.sqrt(np.mean(squares, axis=(0, 2, 3))), rtol=1e-3)
+    assert lanes.parameters == sum(x.size for x in jax.tree.leaves(take(lanes.policies, 0)))
+
+
+def test_a_seed_that_breaks_is_named_and_stops_alone():
+    train, test, keys = DRAWS
+    lanes = PolicyLanes(
+        SOLVERS["adam"][0], TASK, HIDDEN, (train.at[1, 2, 0].set(jnp.nan), test, keys), sequential=False
+    )
+    before = lanes.policies
+    assert lanes.broken(0) is None
+    lanes.advance(0, 2)
+    assert [lanes.broken(rate) for rate in range(2)] == ["s[0] of start 2, seed 1"] * 2
+    assert lanes.evaluate()["nonfinite"].tolist() == [[0, 1], [0, 1]]
+    close(take(lanes.policies, 1), take(before, 1), rtol=0, atol=0)
+    assert np.abs(take(lanes.policies, 0).net.weights[0] - take(before, 0).net.weights[0]).max() > 0
+
+
+# Plans.
+
+
+@pytest.fixture(scope="module")
+def plans():
+    lanes = PlanLanes([ILQR()], TASK, DRAWS)
+    lanes.compile()
+    lanes.advance(0, 2)
+    lanes.advance(2, 1)
+    return lanes
+
+
+def test_a_plan_is_a_separate_solve(plans):
+    task, total = squashed(TASK), np.zeros((SEEDS, STARTS))
+    forward = np.zeros(SEEDS)
+    for seed in range(SEEDS):
+        for start in range(STARTS):
+            s0 = DRAWS[0][seed, start]
+            plan, history = solve(ILQR(), Affine.zeros(task), task, s0, None, 3)
+            lane = take(plans.train[0], seed * STARTS + start)
+            close(lane.a, plan.a, rtol=1e-3, atol=1e-3)
+            total[seed, start] = mean_return(plan, task, s0[None])
+            forward[seed] += history.info.work.forward.sum()
+    fields = plans.evaluate()
+    close(fields["train"][0], total.mean(1), rtol=1e-3)
+    np.testing.assert_array_equal(fields["forward"][0], forward)
+    assert plans.count == SEEDS * STARTS and plans.parameters == TASK.horizon
+    assert fields["sequential"][0, 0] <= fields["sequential"].max() < 100
+
+
+def test_held_out_starts_are_planned_as_far(plans):
+    fields = plans.evaluate()
+    task = squashed(TASK)
+    returns = []
+    for s0 in DRAWS[1]:
+        plan, _ = solve(ILQR(), Affine.zeros(task), task, s0, None, 3)
+        returns.append(float(mean_return(plan, task, s0[None])))
+    close(fields["test"], np.full((1, SEEDS), np.mean(returns)), rtol=1e-3)
+    assert 0 <= fields["success"].min() <= fields["success"].max() <= 1
+
+
+def test_profiles_of_plans(plans):
+    assert plans.profile(0).shape == (TASK.horizon,)
+    assert plans.spectrum(0).shape == (TASK.horizon,)
+    assert plans.broken(0) is None
+
+
+def test_a_plan_that_breaks_is_named():
+    train, test, keys = DRAWS
+    lanes = PlanLanes([ILQR()], TASK, (train.at[1, 2, 0].set(jnp.nan), test, keys))
+    lanes.advance(0, 2)
+    assert lanes.broken(0) == "s[0] of start 0, start 2, seed 1"

@@ -1,0 +1,69 @@
+"""The table of methods: every row makes a solver, alone and continued, and a wrong name meets the nearest right one."""
+
+import jax
+import pytest
+
+from diffmbrl import Continuation, tasks
+from diffmbrl.core import Solver
+from diffmbrl.methods import METHODS, method, schedule, solver
+
+every_method = pytest.mark.parametrize("name", METHODS)
+TASK = tasks.lqr(horizon=7)
+
+
+@every_method
+def test_the_contract_of_a_row(name):
+    row = METHODS[name]
+    assert row.order in (1, 2) and row.kind in ("policy", "plan")
+    assert row.steps >= 5
+    assert list(row.rates) == sorted(set(row.rates)) and all(rate > 0 for rate in row.rates)
+    made = row.make(row.rates[0] if row.rates else None)
+    assert isinstance(made, Solver) and made.kind == row.kind
+    assert made.init.__doc__ is None or made.init
+    # Lanes are stacked: all rates make one structure.
+    structures = {jax.tree.structure(row.make(rate)) for rate in row.rates or [None]}
+    assert len(structures) == 1
+
+
+@every_method
+def test_continued_by_default(name):
+    row = METHODS[name]
+    rate = row.rates[0] if row.rates else None
+    continued = solver(row, TASK, rate=rate, steps=row.steps, continuation="default")
+    assert isinstance(continued, Continuation) and continued.kind == row.kind
+    stages = schedule(continued)
+    assert sum(updates for _, updates in stages) == row.steps
+    assert stages[-1][0] == 1.0
+    assert [discount for discount, _ in stages] == ([1.0] * 7 if row.kind == "plan" else [0.8, 0.9, 0.95, 0.98, 1.0])
+    plain = solver(row, TASK, rate=rate, steps=row.steps, continuation="none")
+    assert not isinstance(plain, Continuation) and schedule(plain) is None
+
+
+def test_a_rate_is_used():
+    row = METHODS["adam"]
+    made = [solver(row, TASK, rate=rate, steps=10, continuation="none") for rate in (1e-3, 1e-2)]
+    assert [round(float(each.hyperparameters["learning_rate"]), 6) for each in made] == [1e-3, 1e-2]
+
+
+def test_underscores_are_hyphens():
+    assert method("gauss_newton") == method("gauss-newton") == ("gauss-newton", METHODS["gauss-newton"])
+
+
+@pytest.mark.parametrize(
+    "wrong, nearest", [("adm", "adam"), ("l-bfgs", "lbfgs"), ("gauss-newton-lmm", "gauss-newton-lm"), ("ILQR", "ilqr")]
+)
+def test_the_nearest_name(wrong, nearest):
+    with pytest.raises(ValueError, match=f"unknown method '{wrong}'; did you mean '{nearest}'") as refusal:
+        method(wrong)
+    assert all(name in str(refusal.value) for name in METHODS)
+
+
+def test_the_nearest_continuation():
+    with pytest.raises(ValueError, match="unknown continuation 'nne'; did you mean 'none'"):
+        solver(METHODS["adam"], TASK, rate=1e-2, steps=10, continuation="nne")
+
+
+def test_fewer_updates_than_stages():
+    with pytest.raises(ValueError, match="5 stages need at least 5 updates, got 4"):
+        solver(METHODS["adam"], TASK, rate=1e-2, steps=4, continuation="default")
+    assert solver(METHODS["ilqr"], TASK, rate=None, steps=4, continuation="default").lengths.tolist() == [1] * 4
