@@ -33,10 +33,10 @@ def clipped_adam(learning_rate: Any, max_norm: Any = 1.0) -> optax.GradientTrans
 
 METHODS: dict[str, Method] = {
     "adam": Method(
-        lambda rate: Descend(clipped_adam, learning_rate=rate), 1, "policy", 1200, rates=(1e-3, 3e-3, 1e-2, 3e-2)
+        lambda rate: Descend(clipped_adam, learning_rate=rate), 1, "policy", 600, rates=(1e-3, 3e-3, 1e-2, 3e-2)
     ),
     "sgd": Method(
-        lambda rate: Descend(clipped_sgd, learning_rate=rate), 1, "policy", 1200, rates=(1e-2, 1e-1, 1.0), default=False
+        lambda rate: Descend(clipped_sgd, learning_rate=rate), 1, "policy", 600, rates=(1e-2, 1e-1, 1.0), default=False
     ),
     "lbfgs": Method(lambda rate: Descend(optax.lbfgs, memory_size=20), 1, "policy", 600, sequential=True),
     "gauss-newton": Method(lambda rate: GaussNewton(), 2, "policy", 75),
