@@ -150,9 +150,10 @@ def test_the_spectrum_is_the_matrixs_in_float64_whatever_the_run_is_in():
     values = gauss_newton_spectrum(policy, task, s0)
     with jax.enable_x64(True):
         policy, task, s0 = in_double((policy, task, s0))
+        size = ravel_pytree(policy)[0].size
         N = np.asarray(jax.jit(lambda: dense(gauss_newton(policy, task, s0), policy, task))())
     wanted = np.linalg.eigvalsh(N)[::-1]
-    assert values.dtype == np.float64 and values.shape == (ravel_pytree(policy)[0].size,)
+    assert values.dtype == np.float64 and values.shape == (size,)
     np.testing.assert_allclose(values, wanted, rtol=1e-9, atol=1e-12 * wanted[0])
     assert np.all(np.diff(values) <= 0) and values[-1] > -1e-12 * values[0]
     # Float32 would not tell its small eigenvalues from rounding.
