@@ -106,7 +106,9 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
         held = jnp.where(alive[:-1, None, None], jnp.zeros_like(F[:, :, :n]), jnp.eye(n, dtype=F.dtype))
         F = F.at[:, :, :n].add(held)
         c_T, H_T = jax.tree.map(lambda y: jnp.where(alive[-1], y, jnp.zeros_like(y)), (c_T, H_T))
-    return Linearization(F[:, :, :n], F[:, :, n:], c[:, :n], c[:, n:], project(H), c_T, project(H_T[None])[0])
+    # One projection for all: jaxlib's batched eigh waits on XLA's thread pool, and two of them at a time can lock it for good.
+    H = project(jnp.concatenate([H, jnp.pad(H_T, (0, H.shape[-1] - n))[None]]))
+    return Linearization(F[:, :, :n], F[:, :, n:], c[:, :n], c[:, n:], H[:-1], c_T, H[-1, :n, :n])
 
 
 def feedback(policy: Any, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Float[Array, "T m n"]:
@@ -139,7 +141,8 @@ def project(H: Float[Array, "N d d"]) -> Float[Array, "N d d"]:
 
     def eigen(loop):
         _, result = loop
-        values, vectors = jnp.linalg.eigh(H)
+        # Of `result`, which is H where it matters: of H itself XLA would hoist it out of the loop and run it always.
+        values, vectors = jnp.linalg.eigh(result)
         full = jnp.einsum("...ij,...j,...kj->...ik", vectors, jnp.maximum(values, 0), vectors, precision="highest")
         return jnp.array(False), jnp.where(easy[..., None, None], result, full)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import Affine, Gaussian, Linear, Neural, OpenLoop, rollout, tasks, value
+from diffmbrl import Affine, Gaussian, Linear, Neural, OpenLoop, rollout, rollouts, tasks, value
 from diffmbrl.core import Box, Task
 from diffmbrl.linearize import (
     INLINE,
@@ -428,6 +428,20 @@ def test_derivatives_after_the_end_are_zero_and_the_state_is_held(x64):
 
 
 # States.
+
+
+def test_eigenvectors_are_found_once_and_only_if_needed():
+    """Two batched eigendecompositions at a time can lock jaxlib's thread pool; one outside the loop runs for diagonal costs too."""
+    task = tasks.pendulum(horizon=3)
+    batch = rollouts(OpenLoop.zeros(task), task, task.starts(jax.random.key(0), 2))
+    text = jax.jit(jax.vmap(linearize, in_axes=(None, 0))).lower(task, batch).compile().as_text()
+    assert text is not None
+    computations = [c for c in text.split("\n\n") if "custom-call(" in c and "syevd" in c]
+    assert len(computations) == 1
+    assert computations[0].count("syevd_ffi") == 1
+    assert not computations[0].lstrip().startswith("ENTRY")
+    name = computations[0].lstrip().split(" ")[0]
+    assert f"body={name}" in text
 
 
 def test_states_must_be_float():
