@@ -431,7 +431,7 @@ def test_derivatives_after_the_end_are_zero_and_the_state_is_held(x64):
 
 
 def test_eigenvectors_are_found_once_and_only_if_needed():
-    """Two batched eigendecompositions at a time can lock jaxlib's thread pool; one outside the loop runs for diagonal costs too."""
+    """Two batched decompositions at a time can lock jaxlib's thread pool; one outside the loop runs for diagonal costs too."""
     task = tasks.pendulum(horizon=3)
     batch = rollouts(OpenLoop.zeros(task), task, task.starts(jax.random.key(0), 2))
     text = jax.jit(jax.vmap(linearize, in_axes=(None, 0))).lower(task, batch).compile().as_text()
