@@ -123,8 +123,9 @@ class Task(eqx.Module):
 
     Every callable is a module whose leaves are arrays, so masses are differentiable and a learned model takes the place of
     the true one by `eqx.tree_at(lambda t: t.dynamics, task, model)`. `weights` [T+1] is a leaf: a discount or a horizon mask
-    changes without recompiling. A terminated episode earns nothing more, its terminal reward included: `phi` is the value of
-    being cut off by the clock. `success` (s_T -> bool) says in the task's own words whether an episode ended well.
+    changes without recompiling; as [B, T+1] it gives each start of a batch weights of its own. A terminated episode earns
+    nothing more, its terminal reward included: `phi` is the value of being cut off by the clock. `success` (s_T -> bool) says
+    in the task's own words whether an episode ended well.
 
     Raises: `ValueError` if the horizon is below 1, dt is not positive, or the action limits are crossed or of unequal shape.
 
@@ -144,7 +145,7 @@ class Task(eqx.Module):
     success: Callable | None
     a_low: Float[Array, " m"]
     a_high: Float[Array, " m"]
-    weights: Float[Array, " T1"]
+    weights: Float[Array, "*batch T1"]
     horizon: int = eqx.field(static=True)
     dt: float = eqx.field(static=True)
     name: str = eqx.field(static=True)
@@ -203,6 +204,11 @@ class Task(eqx.Module):
         if count < 1:
             raise ValueError(f"the number of starts must be at least 1, got {count}")
         return jax.vmap(self.initial)(jax.random.split(key, count))
+
+
+def reweighted(task: Task, weights: Float[Array, "*batch T1"]) -> Task:
+    """The task with other weights over time."""
+    return eqx.tree_at(lambda t: t.weights, task, weights)
 
 
 class Identity(eqx.Module):

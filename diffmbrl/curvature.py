@@ -20,11 +20,20 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Trajectory, is_plan
+from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
 from diffmbrl.linearize import Linearization, adjoint, feedback, linearize, respond
-from diffmbrl.rollout import returns, rollout, split
+from diffmbrl.policies import Gaussian
+from diffmbrl.rollout import expected, returns, rollout, split, weights_axis
 
 Vector = Float[Array, " P"]
+
+
+class Curved(NamedTuple):
+    """-J near theta by its value, gradient and the products of one symmetric matrix."""
+
+    J: Float[Array, ""]
+    gradient: Vector  # of -J
+    product: Callable[[Vector], Vector]
 
 
 class Model(NamedTuple):
@@ -60,7 +69,7 @@ def gauss_newton(
     >>> model.product(model.gradient).shape
     (3,)
     """
-    J, trajectory, lin, K, g = _along(policy, task, s0, key)
+    J, trajectory, lin, K, g = along(policy, task, s0, key)
     batch = g.shape[-1]
     theta, unravel = ravel_pytree(policy)
     _, push = jax.linearize(lambda x: _actions(unravel(x), trajectory.s, split(key, s0), chunk), theta)
@@ -106,15 +115,85 @@ def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None
     return (N + N.T) / (2 * batch)
 
 
-def _along(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
-    """Returns, rollouts, their linearisation, the gains and d(-J)/dw, with the axes of `Model`."""
+def hessian(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Curved:
+    r"""The true Hessian of -J, indefinite as it is: $v \mapsto \nabla^2_\theta(-J)\,v$, forward over reverse.
 
-    def one(s, k):
-        trajectory = rollout(policy, task, s, k)
-        lin = linearize(task, trajectory, k)
-        return returns(trajectory, task), trajectory, lin, feedback(policy, trajectory, k)
+    The rollout and its reverse pass are linearised once; a product costs a tangent of both, about 2.4 BPTT gradients, and the
+    linearisation keeps what they need: memory grows with B T.
 
-    J, trajectory, lin, K = jax.vmap(one, out_axes=(0, TIME_FIRST, -1, -1))(s0, split(key, s0))
+    Reference: Pearlmutter 1994.
+
+    >>> import jax
+    >>> from diffmbrl import Linear, tasks
+    >>> task = tasks.lqr(horizon=10)
+    >>> model = hessian(Linear.zeros(task), task, task.starts(jax.random.key(0), 8))
+    >>> model.product(model.gradient).shape
+    (3,)
+    """
+    theta, unravel = ravel_pytree(policy)
+
+    def cost(x):
+        return -expected(unravel(x), task, s0, key)
+
+    (J, gradient), push = jax.linearize(jax.value_and_grad(cost), theta)
+    return Curved(-J, gradient, lambda v: push(v)[1])
+
+
+def fisher(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Curved:
+    r"""The Fisher matrix of a Gaussian policy along its own rollouts, with the gradient of -J beside it.
+
+    $$F = \tfrac1B\sum_{i,t} w_t\,(G_t^\top \Sigma^{-1} G_t \oplus 2 I_{\log\sigma}),\qquad
+    \mathrm{KL}(\pi_\theta, \pi_{\theta+d}) = \tfrac12 d^\top F d + O(d^3)$$
+
+    summed over the steps of an episode, with G the derivative of the mean. No derivative of the dynamics is in it.
+
+    Raises: `TypeError` for a policy that is not `Gaussian`: a deterministic one has no Fisher matrix.
+    Reference: Amari 1998; Kakade 2001, section 2.
+
+    >>> import jax
+    >>> from diffmbrl import Gaussian, Linear, tasks
+    >>> task = tasks.lqr(horizon=10)
+    >>> policy = Gaussian.around(Linear.zeros(task), task, std=0.1)
+    >>> model = fisher(policy, task, task.starts(jax.random.key(0), 8))
+    >>> model.product(model.gradient).shape
+    (4,)
+    """
+    if not isinstance(policy, Gaussian):
+        raise TypeError(
+            f"the Fisher matrix needs a Gaussian policy, as Gaussian.around(policy, ...); got {type(policy).__name__}"
+        )
+    theta, unravel = ravel_pytree(policy)
+    J, gradient = jax.value_and_grad(lambda x: expected(unravel(x), task, s0, key))(theta)
+    trajectory = jax.vmap(lambda s, k: rollout(policy, task, s, k), out_axes=TIME_FIRST)(s0, split(key, s0))
+    w = task.weights if task.weights.ndim == 2 else task.weights[None]
+    weights = w[:, :-1].T * trajectory.alive[:-1].astype(w.dtype) / trajectory.alive.shape[1]
+
+    def distribution(x):
+        pi = unravel(x)
+        return _actions(pi.mean, trajectory.s, None, None), pi.log_std
+
+    _, push = jax.linearize(distribution, theta)
+    pull = jax.linear_transpose(push, theta)
+
+    def product(v: Vector) -> Vector:
+        mean, log_std = push(v)
+        mean = mean * weights[:, None] / jnp.exp(2 * policy.log_std)[None, :, None]
+        return pull((mean, 2 * jnp.sum(weights) * log_std))[0]
+
+    return Curved(J, -gradient, product)
+
+
+def along(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
+    """Returns [B], rollouts, their linearisation, the gains and d(-J)/dw, with the axes of `Model`."""
+
+    def one(s, k, w):
+        weighted = reweighted(task, w)
+        trajectory = rollout(policy, weighted, s, k)
+        lin = linearize(weighted, trajectory, k)
+        return returns(trajectory, weighted), trajectory, lin, feedback(policy, trajectory, k)
+
+    batched = jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)), out_axes=(0, TIME_FIRST, -1, -1))
+    J, trajectory, lin, K = batched(s0, split(key, s0), task.weights)
     return J, trajectory, lin, K, adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
 
 

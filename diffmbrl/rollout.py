@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Trajectory, is_plan
+from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
 
 
 def rollout(
@@ -50,15 +50,22 @@ def value(
 def expected(
     policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
 ) -> Float[Array, ""]:
-    """The mean return over a batch of start states `s0` [B, ...], each with a key of its own."""
+    """The mean return over a batch of start states `s0` [B, ...], each with a key (and weights, if any) of its own."""
     return jnp.mean(values(policy, task, s0, key, remat=remat))
 
 
 def values(
     policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
 ) -> Float[Array, " B"]:
-    """The return from each start state of a batch `s0` [B, ...]."""
-    return jax.vmap(lambda s, k: value(policy, task, s, k, remat=remat))(s0, split(key, s0))
+    """The return from each start state of a batch `s0` [B, ...].
+
+    Raises: `ValueError` if the task's weights have a batch axis of another length.
+    """
+
+    def one(s, k, w):
+        return value(policy, reweighted(task, w), s, k, remat=remat)
+
+    return jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split(key, s0), task.weights)
 
 
 def rollouts(
@@ -73,6 +80,21 @@ def returns(trajectory: Trajectory, task: Task) -> Float[Array, ""]:
     s0 = jax.tree.map(lambda x: x[0], trajectory.s)
     terminal = _terminal(task, s0, trajectory.s_T, trajectory.alive[-1])
     return jnp.vdot(task.weights[:-1], trajectory.r) + terminal
+
+
+def weights_axis(task: Task, s0: State) -> int | None:
+    """Which axis of `task.weights` runs over the start states `s0` [B, ...]: None if all share them.
+
+    Raises: `ValueError` if there is one of another length.
+    """
+    if task.weights.ndim == 1:
+        return None
+    batch = jax.tree.leaves(s0)[0].shape[0]
+    if task.weights.shape[:-1] != (batch,):
+        raise ValueError(
+            f"task.weights must have shape [T+1] or [{batch}, T+1] for {batch} starts, got {list(task.weights.shape)}"
+        )
+    return 0
 
 
 def split(key: PRNGKeyArray | None, s0: State) -> Key[Array, " B"] | None:
