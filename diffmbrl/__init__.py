@@ -11,7 +11,17 @@ from diffmbrl import tasks
 from diffmbrl.core import Info, Task, Trajectory, Work
 from diffmbrl.gradients import BPTT
 from diffmbrl.nets import GRU, LSTM, MLP
-from diffmbrl.optimizers import Continuation, Dense, Descend, GaussNewton, Krylov, LevenbergMarquardt, Path
+from diffmbrl.optimizers import (
+    Continuation,
+    Dense,
+    Descend,
+    GaussNewton,
+    Krylov,
+    KrylovNewton,
+    LevenbergMarquardt,
+    NaturalGradient,
+    Path,
+)
 from diffmbrl.planners import ILQR
 from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
 from diffmbrl.rollout import expected, returns, rollout, rollouts, value, values
@@ -34,8 +44,10 @@ __all__ = [
     "History",
     "Info",
     "Krylov",
+    "KrylovNewton",
     "LevenbergMarquardt",
     "Linear",
+    "NaturalGradient",
     "Neural",
     "OpenLoop",
     "Path",

@@ -6,11 +6,12 @@ reward nor the number of steps matter.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from diffmbrl.core import as_float
@@ -94,6 +95,29 @@ class LevenbergMarquardt(eqx.Module):
         smallest = jnp.finfo(carry.dtype).eps ** 2
         carry = jnp.maximum(carry * factor, smallest)
         return carry, Choice(taken, accepted, damping, jnp.ones((), jnp.int32), (~finite).astype(jnp.int32))
+
+
+def take(
+    rule: "Path | LevenbergMarquardt",
+    policy: Any,
+    carry: Any,
+    space: Spectral,
+    J: Array,
+    gradient: Array,
+    objective: Any,
+) -> tuple[Any, Any, Choice]:
+    """Move the policy as `rule` chooses, judged by `objective` (policy -> true return), unless J or the gradient is not finite.
+
+    A gradient that is not finite leaves no finite step: nothing is accepted, the carry is kept, and it is counted.
+    """
+    theta, unravel = ravel_pytree(policy)
+    new, choice = rule.choose(carry, space, J, lambda steps: jax.vmap(lambda d: objective(unravel(theta + d)))(steps))
+    finite = jnp.isfinite(J) & jnp.all(jnp.isfinite(gradient))
+    accepted = choice.accepted & finite
+    policy = unravel(jnp.where(accepted, theta + choice.step, theta))
+    carry = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, carry)
+    nonfinite = choice.nonfinite + (~finite).astype(jnp.int32)
+    return policy, carry, choice._replace(accepted=accepted, nonfinite=nonfinite)
 
 
 def _scale(space: Spectral) -> Float[Array, ""]:

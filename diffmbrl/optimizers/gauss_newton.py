@@ -3,7 +3,6 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
@@ -11,7 +10,7 @@ from jaxtyping import PRNGKeyArray
 from diffmbrl.core import Info, State, Task, count_work
 from diffmbrl.curvature import Model, dense, gauss_newton
 from diffmbrl.krylov import Spectral, lanczos
-from diffmbrl.optimizers.damping import LevenbergMarquardt, Path
+from diffmbrl.optimizers.damping import LevenbergMarquardt, Path, take
 from diffmbrl.rollout import expected
 
 
@@ -85,28 +84,19 @@ class GaussNewton(eqx.Module):
     def update(
         self, policy: Any, carry: Any, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, Any, Info]:
-        theta, unravel = ravel_pytree(policy)
         model = gauss_newton(policy, task, s0, key, chunk=self.chunk)
         space = self.system(model, policy, task, key)
-
-        def evaluate(steps):
-            return jax.vmap(lambda d: expected(unravel(theta + d), task, s0, key))(steps)
-
-        new_carry, choice = self.damping.choose(carry, space, model.J, evaluate)
-        # A gradient that is not finite leaves no finite step: nothing is accepted and the damping is kept.
-        norm = jnp.linalg.norm(model.gradient)
-        finite = jnp.isfinite(model.J) & jnp.isfinite(norm)
-        accepted = choice.accepted & finite
-        policy = unravel(jnp.where(accepted, theta + choice.step, theta))
-        carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_carry, carry)
+        policy, carry, choice = take(
+            self.damping, policy, carry, space, model.J, model.gradient, lambda pi: expected(pi, task, s0, key)
+        )
         info = Info(
             J=model.J,
-            gradient_norm=norm,
-            accepted=accepted,
+            gradient_norm=jnp.linalg.norm(model.gradient),
+            accepted=choice.accepted,
             damping=choice.damping,
             inner_iterations=space.products,
-            nonfinite=choice.nonfinite + (~finite).astype(jnp.int32),
-            work=self._work(task, model, theta.size, choice.rollouts),
+            nonfinite=choice.nonfinite,
+            work=self._work(task, model, model.gradient.size, choice.rollouts),
         )
         return policy, carry, info
 

@@ -1,0 +1,169 @@
+"""Products with the true Hessian and the Fisher matrix against dense ones, and weights of each start."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from diffmbrl import (
+    BPTT,
+    Gaussian,
+    KrylovNewton,
+    NaturalGradient,
+    Neural,
+    expected,
+    rollouts,
+    solve,
+    tasks,
+    value,
+    values,
+)
+from diffmbrl.core import reweighted
+from diffmbrl.curvature import dense, fisher, gauss_newton, hessian
+from tests.problems import bent, same, same_tree
+
+KEY = jax.random.key(3)
+BATCH = 3
+
+
+@pytest.fixture
+def problem(x64):
+    task = bent(horizon=6)
+    return Neural.init(task, hidden=[4], key=KEY), task, task.starts(KEY, BATCH)
+
+
+def test_hessian_products_are_the_dense_hessians(problem):
+    policy, task, s0 = problem
+    theta, unravel = ravel_pytree(policy)
+
+    @jax.jit
+    def both(task):
+        model = hessian(policy, task, s0, KEY)
+        H = jax.hessian(lambda x: -expected(unravel(x), task, s0, KEY, remat=None))(theta)
+        return model.J, model.gradient, jax.vmap(model.product)(jnp.eye(theta.size)), H
+
+    # Weights over time of each start's own, too.
+    for weights in (task.weights, jnp.linspace(1, 0.1, 7), jax.random.uniform(KEY, (BATCH, 7))):
+        J, gradient, products, H = both(reweighted(task, weights))
+        assert np.min(np.linalg.eigvalsh(H)) < 0
+        same(products, H)
+        assert float(J) == pytest.approx(float(expected(policy, reweighted(task, weights), s0, KEY)))
+        same(-gradient, ravel_pytree(BPTT()(policy, reweighted(task, weights), s0, KEY)[1])[0])
+
+
+def divergence(one: Gaussian, other: Gaussian, states) -> jax.Array:
+    """KL of diagonal Gaussians by the textbook, summed over time and averaged over starts."""
+    mean, moved = (jax.vmap(jax.vmap(pi.mean))(states) for pi in (one, other))
+    ratio = jnp.exp(2 * (one.log_std - other.log_std))
+    kl = (ratio + (moved - mean) ** 2 / jnp.exp(2 * other.log_std) - 1) / 2 + other.log_std - one.log_std
+    return jnp.mean(jnp.sum(kl, axis=(1, 2)))
+
+
+def test_the_fisher_matrix_is_the_second_derivative_of_the_divergence(problem):
+    mean, task, s0 = problem
+    policy = Gaussian.around(mean, task, std=0.3)
+    theta, unravel = ravel_pytree(policy)
+
+    @jax.jit
+    def both():
+        model = fisher(policy, task, s0, KEY)
+        states = rollouts(policy, task, s0, KEY).s
+        wanted = jax.hessian(lambda x: divergence(policy, unravel(x), states))(theta)
+        return model.gradient, jax.vmap(model.product)(jnp.eye(theta.size)), wanted
+
+    gradient, products, wanted = both()
+    same(products, wanted)
+    assert np.linalg.eigvalsh(products)[-1] > 1
+    same(-gradient, ravel_pytree(BPTT()(policy, task, s0, KEY)[1])[0])
+
+
+def test_a_discount_and_weights_of_each_start_reach_the_fisher_matrix(problem):
+    mean, task, s0 = problem
+    policy = Gaussian.around(mean, task, std=0.3)
+    v = jnp.ones(ravel_pytree(policy)[0].size)
+    product = jax.jit(lambda weights: fisher(policy, reweighted(task, weights), s0).product(v))
+    w = jax.random.uniform(KEY, (BATCH, 7))
+    apart = [fisher(policy, reweighted(task, w[i]), s0[i : i + 1]).product(v) for i in range(BATCH)]
+    same(product(w), np.mean(apart, axis=0))
+    same(product(jnp.tile(w[:1], (BATCH, 1))), product(w[0]))
+
+
+def test_a_fisher_matrix_needs_a_distribution(problem):
+    policy, task, s0 = problem
+    with pytest.raises(TypeError, match=r"needs a Gaussian policy, as Gaussian\.around\(policy, \.\.\.\); got Neural"):
+        fisher(policy, task, s0)
+
+
+def test_weights_of_each_start_are_a_loop_over_starts(problem):
+    policy, task, s0 = problem
+    w = jax.random.uniform(KEY, (BATCH, 7))
+
+    def of_each(policy, s0, w, k):
+        one = reweighted(task, w)
+        model = gauss_newton(policy, one, s0[None], None)
+        return value(policy, one, s0), model.gradient, dense(model, policy, one)
+
+    J, gradient, N = jax.jit(jax.vmap(of_each, in_axes=(None, 0, 0, None)))(policy, s0, w, None)
+    weighted = reweighted(task, w)
+    same(values(policy, weighted, s0), J)
+    model = gauss_newton(policy, weighted, s0)
+    same(model.J, np.mean(J))
+    same(model.gradient, np.mean(gradient, axis=0))
+    same(jax.vmap(model.product)(jnp.eye(model.gradient.size)), np.mean(N, axis=0))
+
+
+def test_weights_of_another_number_of_starts_are_refused(problem):
+    policy, task, s0 = problem
+    for call in (expected, gauss_newton, hessian):
+        with pytest.raises(ValueError, match=r"shape \[T\+1\] or \[3, T\+1\] for 3 starts, got \[2, 7\]"):
+            call(policy, reweighted(task, jnp.ones((2, 7))), s0)
+
+
+def test_newton_is_exact_where_gauss_newton_is_and_repelled_by_a_saddle(x64):
+    """From a policy that does nothing, whose gradient in all weights but the last layer's vanishes, both move off."""
+    task = bent(horizon=6)
+    s0 = task.starts(KEY, BATCH)
+    policy = Neural.init(task, hidden=[4], key=KEY, output_scale=1e-3)
+    better, history = solve(KrylovNewton(rank=12), policy, task, s0, None, 12)
+    assert np.all(np.diff(history.info.J) >= 0)
+    assert history.info.J[-1] > history.info.J[0] + 0.1
+    gradient = BPTT()(better, task, s0, None)[1]
+    assert np.linalg.norm(ravel_pytree(gradient)[0]) < 0.05 * float(history.info.gradient_norm[0])
+
+
+def test_the_natural_gradient_moves_by_its_radius(x64):
+    task = bent(horizon=6)
+    s0 = task.starts(KEY, BATCH)
+    policy = Gaussian.around(Neural.init(task, hidden=[4], key=KEY), task, std=0.3)
+    radius = 1e-4
+    solver = NaturalGradient(radii=jnp.asarray([radius]), damping=jnp.asarray(1e-3), rank=40)
+    moved, _, info = jax.jit(lambda p: solver.update(p, solver.init(p, task), task, s0, key=None))(policy)
+    assert info.accepted
+    states = rollouts(policy, task, s0).s
+    d = ravel_pytree(moved)[0] - ravel_pytree(policy)[0]
+    quadratic = float(d @ fisher(policy, task, s0).product(d)) / 2
+    assert float(divergence(policy, moved, states)) == pytest.approx(quadratic, rel=0.05)
+    assert 0.3 * radius < quadratic < radius  # all but what the damping takes
+
+
+def test_the_natural_gradient_never_falls_and_rejects_what_is_not_finite():
+    task = bent(horizon=6)
+    s0 = task.starts(KEY, BATCH)
+    policy = Gaussian.around(Neural.init(task, hidden=[4], key=KEY), task, std=0.3)
+    better, kept = solve(NaturalGradient(), policy, task, s0, None, 8)
+    assert np.all(np.diff(kept.info.J) >= 0) and kept.info.J[-1] > kept.info.J[0]
+    assert float(expected(better, task, s0)) > float(expected(policy, task, s0))
+    solver = NaturalGradient()
+    broken = s0.at[0, 0].set(jnp.nan)
+    same_policy, carry, info = solver.update(policy, solver.init(policy, task), task, broken, key=None)
+    same_tree(same_policy, policy)
+    assert not info.accepted and info.nonfinite > 0 and float(carry) == 1.0
+
+
+def test_the_natural_gradient_says_what_it_needs():
+    task = tasks.lqr(horizon=4)
+    with pytest.raises(TypeError, match="needs a Gaussian policy"):
+        NaturalGradient().update(
+            Neural.init(task, hidden=[4], key=KEY), jnp.ones(()), task, task.starts(KEY, BATCH), key=None
+        )
