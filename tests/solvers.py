@@ -2,9 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
-from diffmbrl import ILQR, Continuation, Dense, Descend, GaussNewton, Krylov, LevenbergMarquardt
+from diffmbrl import ILQR, Continuation, Dense, Descend, GaussNewton, Krylov, KrylovNewton, LevenbergMarquardt
 from diffmbrl.methods import clipped_adam
 
 
@@ -30,9 +31,17 @@ SOLVERS = [
     Row("gauss-newton, damped", GaussNewton(damping=LevenbergMarquardt()), monotone=True),
     Row("dense gauss-newton", GaussNewton(system=Dense()), monotone=True, exact_on_lqr=True),
     Row("dense gauss-newton, damped", GaussNewton(system=Dense(), damping=LevenbergMarquardt()), monotone=True),
+    Row("krylov-newton", KrylovNewton(rank=8), monotone=True, exact_on_lqr=True),
+    Row("krylov-newton, damped", KrylovNewton(rank=8, damping=LevenbergMarquardt()), monotone=True),
     Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2])),
     Row("continued lbfgs", Continuation(Descend(optax.lbfgs, memory_size=5), discounts=[0.8, 1.0], lengths=[2, 2])),
     Row("continued gauss-newton", Continuation(GaussNewton(system=Krylov(8)), discounts=[0.8, 1.0], lengths=[2, 2])),
+    Row(
+        "trusting gauss-newton",
+        Continuation(
+            GaussNewton(system=Krylov(8)), discounts=[0.8, 1.0, 1.0], lengths=[2, 1, 1], trusts=[2.0, 2.0, jnp.inf]
+        ),
+    ),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True),
     Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan"),
 ]

@@ -7,10 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task
+from diffmbrl.core import Info, Solver, State, Task, Work, count_work, reweighted
+from diffmbrl.sensitivity import sensitivity, trust
 
 DISCOUNTS = (0.8, 0.9, 0.95, 0.98, 1.0)
 SHARES = (0.10, 0.16, 0.16, 0.16, 0.42)
+TRUSTED = (
+    (0.9, 0.95, 0.98, 1.0, 1.0, 1.0),
+    (10.0, 10.0, 10.0, 10.0, 30.0, jnp.inf),
+    (0.36, 0.13, 0.13, 0.15, 0.08, 0.15),
+)
 
 
 class ContinuationCarry(NamedTuple):
@@ -21,19 +27,24 @@ class ContinuationCarry(NamedTuple):
 
 
 class Continuation(eqx.Module):
-    r"""Solve a sequence of tasks whose weights are $w_t \gamma_k^t\,[t < h_k]$, each from the last one's solution.
+    r"""Solve a sequence of tasks whose weights are $w_t \gamma_k^t\,[t < h_k]\,u_{i,t}$, each from the last one's solution.
 
     Over a long horizon the largest curvature grows with the products of closed-loop Jacobians; it stays bounded for every T
     while $\gamma \rho^2 < 1$, with $\rho$ the closed loop's growth per step. Discounting first finds a policy that tames
     $\rho$, after which the full objective is well conditioned. In the last stage $\gamma = 1$ and $h > T$, and the objective is
     exact, unlike truncation. Stages are traced: one compile serves them all. At each stage the inner solver starts afresh.
 
+    A stage with a finite `trusts` bound $\kappa_k$ also weighs each start by the measured sensitivity of its closed loop, anew
+    at every update: $u_{i,t}$ falls where start i's grows beyond $\kappa_k$ times what is usual (`sensitivity.trust`). The few
+    starts that still go wrong otherwise dominate the mean, and their curvature the second-order model. Policies only.
+
     `stages` gives, for each stage, its discount, its horizon (a count of steps; beyond T it masks nothing, and below it the
     terminal reward is off) and the number of updates; the last stage goes on for as long as it is asked.
-    Use `discounted(solver, steps)` for the default schedule over a number of updates.
+    Use `discounted(solver, steps)` or `trusted(solver, steps)` for a default schedule over a number of updates.
 
-    Cost: the inner solver's.
-    Raises: `ValueError` if the schedule is empty, of unequal lengths, or has a discount outside (0, 1] or a stage of nothing.
+    Cost: the inner solver's; with `trusts` a rollout and its linearisation more at each update.
+    Raises: `ValueError` if the schedule is empty, of unequal lengths, has a discount outside (0, 1], a bound below 1 or a stage
+    of nothing, or would weigh the starts of a plan.
     Reference: Allgower and Georg 1990 (continuation); Kakade 2001 (optimising with a lower discount).
 
     >>> import optax
@@ -46,13 +57,21 @@ class Continuation(eqx.Module):
     discounts: Float[Array, " k"]
     horizons: Int[Array, " k"]
     lengths: Int[Array, " k"]
+    trusts: Float[Array, " k"] | None
 
-    def __init__(self, solver: Solver, *, discounts: Any, lengths: Any, horizons: Any = None):
+    def __init__(self, solver: Solver, *, discounts: Any, lengths: Any, horizons: Any = None, trusts: Any = None):
         self.solver = solver
         self.discounts = jnp.asarray(discounts, float)
         self.lengths = jnp.asarray(lengths, jnp.int32)
         beyond = jnp.full(self.discounts.shape, jnp.iinfo(jnp.int32).max, jnp.int32)
         self.horizons = beyond if horizons is None else jnp.asarray(horizons, jnp.int32)
+        self.trusts = None if trusts is None else jnp.asarray(trusts, float)
+        if self.trusts is not None and (self.trusts.shape != self.lengths.shape or not bool(jnp.all(self.trusts >= 1))):
+            raise ValueError(
+                f"trusts needs one bound of at least 1 for each of {self.lengths.size} stages, got {trusts}"
+            )
+        if self.trusts is not None and solver.kind == "plan":
+            raise ValueError("trusts compares the starts of a policy; a plan has only one: use horizons")
         shapes = {self.discounts.shape, self.lengths.shape, self.horizons.shape}
         if len(shapes) != 1 or self.discounts.ndim != 1 or not self.discounts.size:
             raise ValueError(
@@ -75,11 +94,17 @@ class Continuation(eqx.Module):
 
         Raises: `ValueError` if there are fewer updates than stages: the last stage would never be reached.
         """
-        if steps < len(shares):
-            raise ValueError(f"{len(shares)} stages need at least {len(shares)} updates, got {steps}")
-        lengths = [max(1, round(share * steps)) for share in shares]
-        lengths[-1] = max(1, steps - sum(lengths[:-1]))
-        return cls(solver, discounts=discounts, lengths=lengths)
+        return cls(solver, discounts=discounts, lengths=_lengths(shares, steps))
+
+    @classmethod
+    def trusted(cls, solver: Solver, steps: int) -> "Continuation":
+        """The schedule for second-order policy methods: long at a discount of .9, with trust in sensitivity to near the end.
+
+        Measured on `cartpole-balance` with 128 starts: benchmarks/results/trust.json.
+        Raises: `ValueError` if there are fewer updates than stages.
+        """
+        discounts, trusts, shares = TRUSTED
+        return cls(solver, discounts=discounts, trusts=trusts, lengths=_lengths(shares, steps))
 
     @classmethod
     def growing(cls, solver: Solver, steps: int, *, horizon: int, stages: int = 20) -> "Continuation":
@@ -110,8 +135,11 @@ class Continuation(eqx.Module):
         stage = jnp.sum(carry.updates >= starts) - 1
         fresh = jnp.any(carry.updates == starts)
         inner = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), self.solver.init(policy, task), carry.inner)
-        eased = eqx.tree_at(lambda t: t.weights, task, self.weights(task, stage))
-        policy, inner, info = self.solver.update(policy, inner, eased, s0, key=key)
+        weights = self.weights(task, stage)
+        if self.trusts is not None:
+            weights = weights * trust(sensitivity(policy, task, s0, key), self.trusts[stage])
+        policy, inner, info = self.solver.update(policy, inner, reweighted(task, weights), s0, key=key)
+        info = info._replace(work=jax.tree.map(jnp.add, info.work, self._work(task, s0)))
         return policy, ContinuationCarry(inner, carry.updates + 1), info
 
     def weights(self, task: Task, stage: Int[Array, ""] | int) -> Float[Array, " T1"]:
@@ -119,3 +147,19 @@ class Continuation(eqx.Module):
         t, dtype = jnp.arange(task.horizon + 1, dtype=jnp.int32), task.weights.dtype
         within = (t < self.horizons[stage]).astype(dtype)
         return task.weights * self.discounts[stage].astype(dtype) ** t.astype(dtype) * within
+
+    def _work(self, task: Task, s0: State) -> Work:
+        """What trust adds: a rollout, its linearisation and the recursion of its covariance."""
+        if self.trusts is None:
+            return count_work()
+        steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
+        return count_work(forward=2 * steps, jvp=steps * (task.n + task.m), sequential=2)
+
+
+def _lengths(shares: Any, steps: int) -> list[int]:
+    if steps < len(shares):
+        raise ValueError(f"{len(shares)} stages need at least {len(shares)} updates, got {steps}")
+    lengths = [max(1, round(share * steps)) for share in shares[:-1]]
+    while sum(lengths) >= steps:  # of few updates, one must be left for the last stage
+        lengths[lengths.index(max(lengths))] -= 1
+    return [*lengths, steps - sum(lengths)]

@@ -1,0 +1,79 @@
+r"""How far a closed loop can be trusted: its response to noise, start by start and step by step.
+
+Noise in the actions, $w_t \sim N(0, h^2)$ with h the half width of the limits (1 where there are none), spreads the states of a
+rollout with covariance
+
+$$\Sigma_{t+1} = (A_t + B_t K_t)\,\Sigma_t\,(A_t + B_t K_t)^\top + B_t h^2 B_t^\top,\qquad \Sigma_0 = 0,$$
+
+and the expected cost of step t grows by half of $m_t = \mathrm{tr}(Z_t^\top H_t Z_t \Sigma_t)$, with $Z^\top = [I\;K^\top]$.
+The sum of $m_t$ over time is, up to the scale h and the actions' own part, the trace of the matrix M of the Gauss-Newton
+model: one rollout that leaves its region, after which $m_t$ grows by orders of magnitude, fills M, the gradient and every
+Krylov space with directions that say nothing.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import State, Task
+from diffmbrl.curvature import along
+from diffmbrl.linearize import INLINE
+
+
+def sensitivity(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Float[Array, "T B"]:
+    """m_t for t = 1 to T (the last is of the terminal cost), one column for each start `s0` [B, ...].
+
+    Cost: one rollout and its linearisation, and a recursion of n x n matrices.
+
+    >>> from diffmbrl import Linear, tasks
+    >>> task = tasks.lqr(horizon=10)
+    >>> sensitivity(Linear.zeros(task), task, task.starts(jax.random.key(0), 4)).shape
+    (10, 4)
+    """
+    _, _, lin, K, _ = along(policy, task, s0, key)
+    finite = jnp.isfinite(task.a_low) & jnp.isfinite(task.a_high)
+    h = jnp.where(finite, (jnp.where(finite, task.a_high, 0) - jnp.where(finite, task.a_low, 0)) / 2, 1)
+    n, batch = lin.c_s.shape[1:]
+    eye = jnp.broadcast_to(jnp.eye(n, dtype=lin.A.dtype)[:, :, None], (n, n, batch))
+
+    def step(covariance, x):
+        A, B, K, H = x
+        Z = jnp.concatenate([eye, K])  # (s, a) in terms of s
+        m = jnp.sum(_product(_product(H, Z), covariance) * Z, axis=(0, 1))
+        closed = A + _product(B, K)
+        noise = B * h[:, None]
+        spread = _product(_product(closed, covariance), jnp.swapaxes(closed, 0, 1))
+        return spread + _product(noise, jnp.swapaxes(noise, 0, 1)), m
+
+    last, m = jax.lax.scan(step, jnp.zeros_like(eye), (lin.A, lin.B, K, lin.H))
+    m_T = jnp.sum(lin.H_T * last, axis=(0, 1))
+    return jnp.concatenate([m[1:], m_T[None]])
+
+
+def trust(m: Float[Array, "T B"], bound: Float[Array, ""]) -> Float[Array, "B T1"]:
+    r"""Weights over time for each start: 1 up to where its sensitivity leaves what is usual, falling as it grows beyond.
+
+    $$w_{i,t} = \min\Big(1,\; \kappa\,\frac{\mathrm{median}_j \max_{\tau<T} m_{j,\tau}}{\max_{\tau\le t} m_{i,\tau}}\Big)$$
+
+    with the bound $\kappa$: no step of any start then adds more than $\kappa$ times the usual to the trace of M. The measure is
+    relative to the other starts, so it has no units and leaves them alone while most of them go wrong: a discount is for that.
+    The terminal reward has the weight of the last step. An infinite bound trusts everything.
+    """
+    peak = jax.lax.cummax(jnp.where(jnp.isnan(m), jnp.inf, m), axis=0)
+    peak = jnp.concatenate(
+        [jnp.zeros_like(peak[:1]), peak[:-1], peak[-2:-1] if m.shape[0] > 1 else jnp.zeros_like(peak[:1])]
+    )
+    usual = jnp.median(peak[-1])
+    allowed = bound.astype(m.dtype) * usual
+    # Where nothing has curvature there is nothing to compare with, and where most are infinite neither.
+    trusted = (peak <= allowed) | ~(usual > 0) | ~jnp.isfinite(allowed)
+    return jnp.where(trusted, 1.0, allowed / jnp.where(trusted, 1.0, peak)).T.astype(m.dtype)
+
+
+def _product(X: Float[Array, "i j B"], Y: Float[Array, "j k B"]) -> Float[Array, "i k B"]:
+    """X Y for each of the batch, as arithmetic over the last axis: see `linearize.respond`."""
+    if X.shape[1] > INLINE:
+        return jnp.einsum("ijb,jkb->ikb", X, Y, precision="highest")
+    return sum((X[:, j, None] * Y[j] for j in range(1, X.shape[1])), X[:, 0, None] * Y[0])
