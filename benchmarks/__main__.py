@@ -9,6 +9,7 @@ BENCHMARKS = {
     "primitives": "rollout, gradient, linearisation, Riccati, products and updates, as multiples of the rollout",
     "rematerialisation": "gradient memory and time against the segments of the scan that are recomputed",
     "first_vs_second": "Adam, L-BFGS and Gauss-Newton on two tasks and horizons, with and without continuation",
+    "trust": "Gauss-Newton and L-BFGS from 128 starts, with and without weights by closed-loop sensitivity",
     "safe_horizon": "the steps up to which a float32 gradient is right, for the table of tasks",
 }
 

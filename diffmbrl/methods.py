@@ -6,11 +6,19 @@ from typing import Any, NamedTuple
 import optax
 
 from diffmbrl.core import Solver, Task
-from diffmbrl.optimizers import Continuation, Dense, Descend, GaussNewton, LevenbergMarquardt
+from diffmbrl.optimizers import (
+    Continuation,
+    Dense,
+    Descend,
+    GaussNewton,
+    Krylov,
+    KrylovNewton,
+    LevenbergMarquardt,
+)
 from diffmbrl.planners import ILQR
 from diffmbrl.tasks.registry import known
 
-CONTINUATIONS = ("default", "none")
+CONTINUATIONS = ("default", "discounts", "trust", "none")
 
 
 class Method(NamedTuple):
@@ -24,6 +32,7 @@ class Method(NamedTuple):
     sequential: bool = False  # seeds one after another: its line search branches, and `vmap` would run both branches
     default: bool = True  # whether `compare` runs it unasked
     most_parameters: int | None = None  # beyond which it does not fit
+    continuation: str = "discounts"  # the schedule by default: "discounts", "trust", or "growing" for plans
 
 
 def clipped_adam(learning_rate: Any, max_norm: Any = 1.0) -> optax.GradientTransformation:
@@ -39,12 +48,22 @@ METHODS: dict[str, Method] = {
         lambda rate: Descend(clipped_sgd, learning_rate=rate), 1, "policy", 600, rates=(1e-2, 1e-1, 1.0), default=False
     ),
     "lbfgs": Method(lambda rate: Descend(optax.lbfgs, memory_size=20), 1, "policy", 600, sequential=True),
-    "gauss-newton": Method(lambda rate: GaussNewton(), 2, "policy", 75),
+    # Ten products rather than thirty: the path takes short steps, for which more change nothing (benchmarks/trust.py).
+    "gauss-newton": Method(lambda rate: GaussNewton(system=Krylov(10)), 2, "policy", 150, continuation="trust"),
     "gauss-newton-dense": Method(
-        lambda rate: GaussNewton(system=Dense()), 2, "policy", 75, default=False, most_parameters=3000
+        lambda rate: GaussNewton(system=Dense()),
+        2,
+        "policy",
+        150,
+        default=False,
+        most_parameters=3000,
+        continuation="trust",
     ),
-    "gauss-newton-lm": Method(lambda rate: GaussNewton(damping=LevenbergMarquardt()), 2, "policy", 150, default=False),
-    "ilqr": Method(lambda rate: ILQR(), 2, "plan", 100),
+    "gauss-newton-lm": Method(
+        lambda rate: GaussNewton(damping=LevenbergMarquardt()), 2, "policy", 150, default=False, continuation="trust"
+    ),
+    "krylov-newton": Method(lambda rate: KrylovNewton(), 2, "policy", 75, default=False, continuation="trust"),
+    "ilqr": Method(lambda rate: ILQR(), 2, "plan", 100, continuation="growing"),
 }
 
 
@@ -66,10 +85,11 @@ def method(name: str) -> tuple[str, Method]:
 
 
 def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuation: str) -> Solver:
-    """The method's solver for `steps` updates, inside its default continuation unless that is "none".
+    """The method's solver for `steps` updates, inside a continuation unless that is "none".
 
-    A policy method goes through discounts .8, .9, .95, .98, 1; a plan through growing horizons, since a discount does not
-    help it. Raises: `ValueError` for another name of a continuation, or fewer updates than the schedule has stages.
+    "default" is the row's own: discounts .8, .9, .95, .98, 1 for first-order methods; discounts and trust in the measured
+    sensitivity of each start for second-order ones; growing horizons for plans, which a discount does not help. "discounts" and
+    "trust" give all policy methods the same. Raises: `ValueError` for another name, or fewer updates than stages.
     """
     known("continuation", continuation, CONTINUATIONS)
     inner = row.make(rate)
@@ -77,7 +97,8 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
         return inner
     if row.kind == "plan":
         return Continuation.growing(inner, steps, horizon=task.horizon)
-    return Continuation.discounted(inner, steps)
+    chosen = row.continuation if continuation == "default" else continuation
+    return (Continuation.trusted if chosen == "trust" else Continuation.discounted)(inner, steps)
 
 
 def schedule(made: Solver) -> list[list[float | int]] | None:

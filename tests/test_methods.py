@@ -34,9 +34,22 @@ def test_continued_by_default(name):
     stages = schedule(continued)
     assert sum(updates for _, updates in stages) == row.steps
     assert stages[-1][0] == 1.0
-    assert [discount for discount, _ in stages] == ([1.0] * 7 if row.kind == "plan" else [0.8, 0.9, 0.95, 0.98, 1.0])
+    discounts = {
+        "growing": [1.0] * 7,
+        "discounts": [0.8, 0.9, 0.95, 0.98, 1.0],
+        "trust": [0.9, 0.95, 0.98, 1.0, 1.0, 1.0],
+    }
+    assert [discount for discount, _ in stages] == discounts[row.continuation]
+    assert (continued.trusts is not None) == (row.continuation == "trust")
     plain = solver(row, TASK, rate=rate, steps=row.steps, continuation="none")
     assert not isinstance(plain, Continuation) and schedule(plain) is None
+
+
+@pytest.mark.parametrize("name", ["adam", "gauss-newton"])
+def test_all_policy_methods_can_be_given_the_same_schedule(name):
+    for continuation, trusted in (("discounts", False), ("trust", True)):
+        made = solver(METHODS[name], TASK, rate=1e-2, steps=50, continuation=continuation)
+        assert (made.trusts is not None) == trusted
 
 
 def test_a_rate_is_used():
