@@ -85,7 +85,7 @@ def test_it_improves_the_return(row):
     assert reached(better, task, s0) > reached(policy, task, s0) + 0.1
     assert not history.info.nonfinite.any()
     # Measured at the policy that the update was given, for the objective in force.
-    first = changed(task, weights=solver.weights(task, 0)) if isinstance(solver, Continuation) else task
+    first = solver.in_force(policy, task, s0, 0) if isinstance(solver, Continuation) else task
     same(history.info.J[0], reached(policy, first, s0), rtol=1e-5)
 
 

@@ -135,15 +135,22 @@ class Continuation(eqx.Module):
         stage = jnp.sum(carry.updates >= starts) - 1
         fresh = jnp.any(carry.updates == starts)
         inner = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), self.solver.init(policy, task), carry.inner)
-        weights = self.weights(task, stage)
-        if self.trusts is not None:
-            weights = weights * trust(sensitivity(policy, task, s0, key), self.trusts[stage])
-        policy, inner, info = self.solver.update(policy, inner, reweighted(task, weights), s0, key=key)
+        eased = self.in_force(policy, task, s0, stage, key=key)
+        policy, inner, info = self.solver.update(policy, inner, eased, s0, key=key)
         info = info._replace(work=jax.tree.map(jnp.add, info.work, self._work(task, s0)))
         return policy, ContinuationCarry(inner, carry.updates + 1), info
 
+    def in_force(
+        self, policy: Any, task: Task, s0: State, stage: Int[Array, ""] | int, *, key: PRNGKeyArray | None = None
+    ) -> Task:
+        """The task that a stage sets the inner solver, at this policy and from these starts."""
+        weights = self.weights(task, stage)
+        if self.trusts is not None:
+            weights = weights * trust(sensitivity(policy, task, s0, key), self.trusts[stage])
+        return reweighted(task, weights)
+
     def weights(self, task: Task, stage: Int[Array, ""] | int) -> Float[Array, " T1"]:
-        """The weights over time that a stage sets."""
+        """The weights over time that a stage sets, without trust."""
         t, dtype = jnp.arange(task.horizon + 1, dtype=jnp.int32), task.weights.dtype
         within = (t < self.horizons[stage]).astype(dtype)
         return task.weights * self.discounts[stage].astype(dtype) ** t.astype(dtype) * within
