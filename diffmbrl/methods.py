@@ -101,6 +101,11 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     return (Continuation.trusted if chosen == "trust" else Continuation.discounted)(inner, steps)
 
 
+def bounds(made: Solver) -> list[float] | None:
+    """The bound of trust at each stage of a continuation, for the record; None where it has none."""
+    return made.trusts.tolist() if isinstance(made, Continuation) and made.trusts is not None else None
+
+
 def schedule(made: Solver) -> list[list[float | int]] | None:
     """The stages of a continuation as [discount, updates] pairs, for the record; None without one."""
     if not isinstance(made, Continuation):

@@ -26,6 +26,7 @@ class Arm:
     parameters: int | None = None
     compile_seconds: float | None = None
     continuation: list[list[float]] = field(default_factory=list)  # [discount, updates] of each stage
+    trusts: list[float] = field(default_factory=list)  # its bound of trust in the starts' sensitivity, if it has any
     evaluations: dict[str, Array] = field(default_factory=dict)  # SHARED: [E], PER_SEED: [E, S]
     profiles: dict[str, Array] = field(default_factory=dict)  # "start", "end": |dJ/da_t| for each t
     spectra: dict[str, Array] = field(default_factory=dict)  # "start", "end": eigenvalues, decreasing
@@ -74,6 +75,7 @@ def collect(records: list[dict[str, Any]]) -> list[Arm]:
             arm.policy_kind = record.get("policy_kind", "policy")
             arm.parameters, arm.compile_seconds = record.get("parameters"), record.get("compile_seconds")
             arm.continuation = record.get("continuation") or []
+            arm.trusts = record.get("trusts") or []
         elif kind == "eval":
             evaluations.setdefault((method, rate), []).append(record)
         elif kind == "gradient_profile":

@@ -182,7 +182,12 @@ def _every_arm(summary: Summary) -> str:
     for row in summary.arms:
         arm = row.arm
         label = f"{_chip(methods.index(arm.method))}{escape(arm.label)}"
-        stages = ", ".join(f"{discount:g} \u00d7 {updates:g}" for discount, updates in arm.continuation) or "none"
+        trusts = [f" (trust {bound:g})" if math.isfinite(bound) else "" for bound in arm.trusts]
+        trusts = trusts or [""] * len(arm.continuation)
+        stages = ", ".join(
+            f"{discount:g} \u00d7 {updates:g}{trusted}"
+            for (discount, updates), trusted in zip(arm.continuation, trusts, strict=True)
+        )
         cells = [
             f"<th>{label}</th>",
             cell("-" if arm.rate is None else f"{arm.rate:g}"),
@@ -192,7 +197,7 @@ def _every_arm(summary: Summary) -> str:
             cell(words.count(row.iterations)),
             cell(words.count(row.nonfinite)),
             cell(words.seconds(arm.compile_seconds)),
-            cell(stages, kind="left wrap start"),
+            cell(stages or "none", kind="left wrap start"),
             cell("; ".join(arm.stops) or "-", kind="left wrap"),
         ]
         lines.append(
