@@ -32,7 +32,6 @@ SOLVERS = [
     Row("dense gauss-newton", GaussNewton(system=Dense()), monotone=True, exact_on_lqr=True),
     Row("dense gauss-newton, damped", GaussNewton(system=Dense(), damping=LevenbergMarquardt()), monotone=True),
     Row("krylov-newton", KrylovNewton(rank=12), monotone=True, exact_on_lqr=True),
-    Row("krylov-newton, damped", KrylovNewton(rank=8, damping=LevenbergMarquardt()), monotone=True),
     Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2])),
     Row("continued lbfgs", Continuation(Descend(optax.lbfgs, memory_size=5), discounts=[0.8, 1.0], lengths=[2, 2])),
     Row("continued gauss-newton", Continuation(GaussNewton(system=Krylov(8)), discounts=[0.8, 1.0], lengths=[2, 2])),

@@ -27,7 +27,7 @@ SETTING = Setting(
     steps=5,
     budget=100.0,
     rates=(1e-2, 1e-1),
-    continuation="default",
+    continuation="discounts",
     x64=False,
     key=0,
 )

@@ -84,7 +84,8 @@ def test_a_discount_and_weights_of_each_start_reach_the_fisher_matrix(problem):
     v = jnp.ones(ravel_pytree(policy)[0].size)
     product = jax.jit(lambda weights: fisher(policy, reweighted(task, weights), s0).product(v))
     w = jax.random.uniform(KEY, (BATCH, 7))
-    apart = [fisher(policy, reweighted(task, w[i]), s0[i : i + 1]).product(v) for i in range(BATCH)]
+    one = jax.jit(lambda w, s: fisher(policy, reweighted(task, w), s[None]).product(v))
+    apart = [one(w[i], s0[i]) for i in range(BATCH)]
     same(product(w), np.mean(apart, axis=0))
     same(product(jnp.tile(w[:1], (BATCH, 1))), product(w[0]))
 
@@ -106,11 +107,17 @@ def test_weights_of_each_start_are_a_loop_over_starts(problem):
 
     J, gradient, N = jax.jit(jax.vmap(of_each, in_axes=(None, 0, 0, None)))(policy, s0, w, None)
     weighted = reweighted(task, w)
-    same(values(policy, weighted, s0), J)
-    model = gauss_newton(policy, weighted, s0)
-    same(model.J, np.mean(J))
-    same(model.gradient, np.mean(gradient, axis=0))
-    same(jax.vmap(model.product)(jnp.eye(model.gradient.size)), np.mean(N, axis=0))
+
+    @jax.jit
+    def together(task):
+        model = gauss_newton(policy, task, s0)
+        products = jax.vmap(model.product)(jnp.eye(model.gradient.size))
+        return values(policy, task, s0), model.J, model.gradient, products
+
+    for one, of_loop in zip(
+        together(weighted), (J, np.mean(J), *(np.mean(x, axis=0) for x in (gradient, N))), strict=True
+    ):
+        same(one, of_loop)
 
 
 def test_weights_of_another_number_of_starts_are_refused(problem):
@@ -156,7 +163,8 @@ def test_the_natural_gradient_never_falls_and_rejects_what_is_not_finite():
     assert float(expected(better, task, s0)) > float(expected(policy, task, s0))
     solver = NaturalGradient()
     broken = s0.at[0, 0].set(jnp.nan)
-    same_policy, carry, info = solver.update(policy, solver.init(policy, task), task, broken, key=None)
+    update = jax.jit(lambda s: solver.update(policy, solver.init(policy, task), task, s, key=None))
+    same_policy, carry, info = update(broken)
     same_tree(same_policy, policy)
     assert not info.accepted and info.nonfinite > 0 and float(carry) == 1.0
 

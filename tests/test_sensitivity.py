@@ -14,13 +14,15 @@ from tests.problems import LINEAR, bent, changed, matrices, same
 
 KEY = jax.random.key(5)
 
+measured = jax.jit(sensitivity)
+
 
 @pytest.mark.parametrize("name", ["double integrator", "unstable 3x1", "stable 12x4"])
 def test_on_a_linear_system_it_is_the_variance_of_the_cost(name, x64):
     task = LINEAR[name](8)
     A, B, Q, R, Q_T = matrices(task)
     K = 0.1 * np.random.default_rng(0).normal(size=(task.m, task.n))
-    m = sensitivity(Linear(jnp.asarray(K), jnp.zeros(task.m)), task, task.starts(KEY, 2))
+    m = measured(Linear(jnp.asarray(K), jnp.zeros(task.m)), task, task.starts(KEY, 2))
     h = np.where(np.isfinite(task.a_high), (task.a_high - task.a_low) / 2, 1.0)
     spread, wanted = np.zeros((task.n, task.n)), []
     for t in range(1, 9):
@@ -35,16 +37,21 @@ def test_its_sum_is_a_trace_of_m(x64):
     task = bent(horizon=6)
     s0 = task.starts(KEY, 1)
     plan = OpenLoop(0.3 * jax.random.normal(KEY, (6, 1)))
-    model = gauss_newton(plan, task, s0)
-    own = jnp.sum(model.linearization.H[:, 2, 2])
-    same(jnp.sum(sensitivity(plan, task, s0)), jnp.trace(dense(model, plan, task)) - own)
+
+    @jax.jit
+    def trace_and_own(plan):
+        model = gauss_newton(plan, task, s0)
+        return jnp.trace(dense(model, plan, task)), jnp.sum(model.linearization.H[:, 2, 2])
+
+    trace, own = trace_and_own(plan)
+    same(jnp.sum(measured(plan, task, s0)), trace - own)
 
 
 def test_failures_grow():
     """On the cart-pole without control, starts near the top and far from it: both fall, one much later."""
     task = tasks.cartpole_balance(horizon=40)
     s0 = jnp.asarray([[0.0, 1e-4, 0.0, 0.0], [0.0, 0.6, 0.0, 0.5]])
-    m = np.asarray(sensitivity(Linear.zeros(task), task, s0))
+    m = np.asarray(measured(Linear.zeros(task), task, s0))
     assert m[-2, 0] > 1e3 * m[4, 0]
     assert np.all(np.isfinite(m))
 
@@ -91,16 +98,18 @@ def test_a_trusting_stage_is_its_weights():
     solver = Continuation(GaussNewton(), discounts=[0.9, 1.0], lengths=[1, 1], trusts=[1.0, jnp.inf])
     one = jax.jit(lambda p, c: solver.update(p, c, task, s0, key=None))
     moved, carry, info = one(policy, solver.init(policy, task))
-    weights = 0.9 ** jnp.arange(9.0) * trust(sensitivity(policy, task, s0), jnp.float32(1.0))
+    weights = 0.9 ** jnp.arange(9.0) * trust(measured(policy, task, s0), jnp.float32(1.0))
     assert weights.shape == (5, 9) and np.min(weights / 0.9 ** jnp.arange(9.0)) < 0.9
     weighted = changed(task, weights=weights)
     plain = GaussNewton()
-    wanted, _, plain_info = plain.update(policy, plain.init(policy, weighted), weighted, s0, key=None)
+    wanted, _, plain_info = jax.jit(lambda task: plain.update(policy, plain.init(policy, task), task, s0, key=None))(
+        weighted
+    )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), moved, wanted)
     np.testing.assert_allclose(info.J, plain_info.J, rtol=1e-5)
     assert info.work.sequential == plain_info.work.sequential + 2 and info.work.jvp > plain_info.work.jvp
     _, _, last = one(moved, carry)
-    np.testing.assert_allclose(last.J, expected(moved, task, s0), rtol=1e-5)
+    np.testing.assert_allclose(last.J, jax.jit(expected)(moved, task, s0), rtol=1e-5)
 
 
 def test_the_start_that_fails_is_the_one_distrusted():
@@ -109,8 +118,8 @@ def test_the_start_that_fails_is_the_one_distrusted():
     policy = Linear(jnp.asarray([[2.0, 40.0, 4.0, 9.0]]), jnp.zeros(1))
     held = task.starts(KEY, 10) * 0.2
     s0 = jnp.concatenate([held, jnp.asarray([[0.0, 1.5, 0.0, 6.0]])])
-    w = np.asarray(trust(sensitivity(policy, task, s0), jnp.float32(10.0)))
-    assert float(expected(policy, task, held)) > -1
+    w = np.asarray(trust(measured(policy, task, s0), jnp.float32(10.0)))
+    assert float(jax.jit(expected)(policy, task, held)) > -1
     np.testing.assert_array_equal(w[:10], np.ones((10, 61)))
     assert w[10, -1] < 0.1
 
