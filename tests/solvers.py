@@ -17,24 +17,34 @@ class Row(NamedTuple):
     kind: str = "policy"  # or "plan": one start at a time, from Affine.zeros(task)
     monotone: bool = False  # the return of the objective never falls
     exact_on_lqr: bool = False  # one update of a plan reaches the optimum of a linear-quadratic task
+    slow: bool = False  # its parts stand in other rows: not repeated in continuous integration
 
 
 ADAM = Descend(optax.adam, learning_rate=3e-2)
 
 SOLVERS = [
     Row("adam", ADAM),
-    Row("clipped adam", Descend(clipped_adam, learning_rate=3e-2, max_norm=0.5)),
+    Row("clipped adam", Descend(clipped_adam, learning_rate=3e-2, max_norm=0.5), slow=True),
     Row("sgd", Descend(optax.sgd, learning_rate=3e-2)),
     Row("lbfgs", Descend(optax.lbfgs, memory_size=5), monotone=True),
     Row("gauss-newton", GaussNewton(), monotone=True, exact_on_lqr=True),
-    Row("gauss-newton, chunked", GaussNewton(system=Krylov(8), chunk=3), monotone=True),
+    Row("gauss-newton, chunked", GaussNewton(system=Krylov(8), chunk=3), monotone=True, slow=True),
     Row("gauss-newton, damped", GaussNewton(damping=LevenbergMarquardt()), monotone=True),
     Row("dense gauss-newton", GaussNewton(system=Dense()), monotone=True, exact_on_lqr=True),
-    Row("dense gauss-newton, damped", GaussNewton(system=Dense(), damping=LevenbergMarquardt()), monotone=True),
+    Row(
+        "dense gauss-newton, damped",
+        GaussNewton(system=Dense(), damping=LevenbergMarquardt()),
+        monotone=True,
+        slow=True,
+    ),
     Row("krylov-newton", KrylovNewton(rank=12), monotone=True, exact_on_lqr=True),
     Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2])),
     Row("continued lbfgs", Continuation(Descend(optax.lbfgs, memory_size=5), discounts=[0.8, 1.0], lengths=[2, 2])),
-    Row("continued gauss-newton", Continuation(GaussNewton(system=Krylov(8)), discounts=[0.8, 1.0], lengths=[2, 2])),
+    Row(
+        "continued gauss-newton",
+        Continuation(GaussNewton(system=Krylov(8)), discounts=[0.8, 1.0], lengths=[2, 2]),
+        slow=True,
+    ),
     Row(
         "trusting gauss-newton",
         Continuation(

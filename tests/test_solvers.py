@@ -20,7 +20,9 @@ KEY = jax.random.key(1)
 BATCH, HORIZON, STEPS = 3, 8, 8
 ROWS = {row.name: row for row in SOLVERS}
 
-every_solver = pytest.mark.parametrize("row", SOLVERS, ids=lambda row: row.name)
+every_solver = pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow) if row.slow else row for row in SOLVERS], ids=lambda row: row.name
+)
 
 
 class Case(NamedTuple):
