@@ -16,7 +16,7 @@ compare: $(VENV)/installed  ## compare first- and second-order methods on one ta
 test: lint types tests  ## lint, types and tests
 
 tests: $(VENV)/installed-dev  ## the tests alone; ARGS goes to pytest
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
 lint: $(VENV)/installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

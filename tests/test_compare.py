@@ -16,6 +16,9 @@ from diffmbrl.lanes import PolicyLanes
 from diffmbrl.methods import METHODS
 from diffmbrl.runs import read, rebuild, summarise, table
 
+# One run serves all of these tests: one worker makes it.
+pytestmark = pytest.mark.xdist_group("compare")
+
 SETTING = Setting(
     task="lqr",
     methods=tuple(METHODS),
