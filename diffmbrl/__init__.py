@@ -21,6 +21,7 @@ from diffmbrl.optimizers import (
     LevenbergMarquardt,
     NaturalGradient,
     Path,
+    Radii,
 )
 from diffmbrl.planners import ILQR
 from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
@@ -51,6 +52,7 @@ __all__ = [
     "Neural",
     "OpenLoop",
     "Path",
+    "Radii",
     "Task",
     "Trajectory",
     "Work",

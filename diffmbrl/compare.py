@@ -10,7 +10,7 @@ import numpy as np
 from diffmbrl.core import Task
 from diffmbrl.diagnostics.reach import refuse_without_gradient
 from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw
-from diffmbrl.methods import Method, bounds, method, schedule, solver
+from diffmbrl.methods import Method, method, schedule, solver
 from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
 from diffmbrl.solve import CHUNK
 from diffmbrl.tasks import make
@@ -105,9 +105,8 @@ def _run_method(
     compile_seconds = lanes.compile()
     arm = {"method": name, "label": name, "order": row.order, "policy_kind": row.kind}
     for rate, made in zip(rates, solvers, strict=True):
-        stages = schedule(made)
         record = {"kind": "arm", **arm, "rate": rate, "compile_seconds": compile_seconds}
-        write({**record, "parameters": lanes.parameters, "continuation": stages, "trusts": bounds(made)})
+        write({**record, "parameters": lanes.parameters, "continuation": schedule(made)})
     done, spent = 0, 0.0
     every = max(1, min(CHUNK, -(-steps // LOOKS)))
     _write_evaluation(write, name, rates, lanes, 0, 0.0)

@@ -69,7 +69,8 @@ def gauss_newton(
     >>> model.product(model.gradient).shape
     (3,)
     """
-    J, trajectory, lin, K, g = along(policy, task, s0, key)
+    J, trajectory, lin, K = along(policy, task, s0, key)
+    g = adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
     batch = g.shape[-1]
     theta, unravel = ravel_pytree(policy)
     _, push = jax.linearize(lambda x: _actions(unravel(x), trajectory.s, split(key, s0), chunk), theta)
@@ -184,7 +185,7 @@ def fisher(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) 
 
 
 def along(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
-    """Returns [B], rollouts, their linearisation, the gains and d(-J)/dw, with the axes of `Model`."""
+    """Returns [B], rollouts, their linearisation and the policy's gains along them, with the axes of `Model`."""
 
     def one(s, k, w):
         weighted = reweighted(task, w)
@@ -193,8 +194,7 @@ def along(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
         return returns(trajectory, weighted), trajectory, lin, feedback(policy, trajectory, k)
 
     batched = jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)), out_axes=(0, TIME_FIRST, -1, -1))
-    J, trajectory, lin, K = batched(s0, split(key, s0), task.weights)
-    return J, trajectory, lin, K, adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
+    return batched(s0, split(key, s0), task.weights)
 
 
 def _curve(lin: Linearization, K: Array, w: Float[Array, "T m B"]) -> Float[Array, "T m B"]:

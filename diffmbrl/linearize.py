@@ -213,13 +213,13 @@ def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
     def step(carry, x):
         V, v, slope, definite = carry
         F, c_s, c_a, H = x
-        Q = H + _matmul(F.T, _matmul(V, F))
+        Q = H + matmul(F.T, matmul(V, F))
         FTv = _dot(F.T, v)
         q_s, q_a = c_s + FTv[:n], c_a + FTv[n:]
         Q_sa, Q_aa = Q[:n, n:], Q[n:, n:] + damping * eye
         gains, positive = _eliminate(Q_aa, -jnp.concatenate([Q_sa.T, q_a[:, None]], axis=1))
         K, k = gains[:, :n], gains[:, n]
-        V = Q[:n, :n] + _matmul(Q_sa, K)
+        V = Q[:n, :n] + matmul(Q_sa, K)
         return ((V + V.T) / 2, q_s + _dot(Q_sa, k), slope + jnp.sum(k * q_a), definite & positive), (K, k)
 
     zero = jnp.zeros((), A.dtype)
@@ -229,10 +229,10 @@ def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
     return Sweep(K, k, slope, definite)
 
 
-def _matmul(X: Float[Array, "i j"], Y: Float[Array, "j k"]) -> Float[Array, "i k"]:
+def matmul(X: Float[Array, "i j *batch"], Y: Float[Array, "j k *batch"]) -> Float[Array, "i k *batch"]:
     """X Y as a sum of outer products: arithmetic only, which fuses into a scan's step where a tiny matrix product does not."""
     if X.shape[1] > INLINE:
-        return jnp.matmul(X, Y, precision="highest")
+        return jnp.einsum("ij...,jk...->ik...", X, Y, precision="highest")
     return sum((X[:, j, None] * Y[j] for j in range(1, X.shape[1])), X[:, 0, None] * Y[0])
 
 

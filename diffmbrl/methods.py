@@ -1,5 +1,6 @@
 """The table of named methods: a new solver, planner or estimator is one row."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -101,14 +102,13 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     return (Continuation.trusted if chosen == "trust" else Continuation.discounted)(inner, steps)
 
 
-def bounds(made: Solver) -> list[float] | None:
-    """The bound of trust at each stage of a continuation, for the record; None where it has none."""
-    return made.trusts.tolist() if isinstance(made, Continuation) and made.trusts is not None else None
-
-
-def schedule(made: Solver) -> list[list[float | int]] | None:
-    """The stages of a continuation as [discount, updates] pairs, for the record; None without one."""
+def schedule(made: Solver) -> list[list[float | int | None]] | None:
+    """The stages of a continuation as [discount, updates, bound of trust or None], for the record; None without one."""
     if not isinstance(made, Continuation):
         return None
-    pairs = zip(made.discounts.tolist(), made.lengths.tolist(), strict=True)
-    return [[round(discount, 6), updates] for discount, updates in pairs]
+    bounds = [None] * made.lengths.size if made.trusts is None else made.trusts.tolist()
+    stages = zip(made.discounts.tolist(), made.lengths.tolist(), bounds, strict=True)
+    return [
+        [round(discount, 6), updates, None if bound is None or math.isinf(bound) else bound]
+        for discount, updates, bound in stages
+    ]

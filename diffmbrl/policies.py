@@ -159,13 +159,18 @@ def squash(z: Float[Array, " m"], low: Any, high: Any) -> Float[Array, " m"]:
     finite = np.isfinite(low) & np.isfinite(high)
     if not finite.any():
         return z
-    centre = np.where(finite, (np.where(finite, low, 0) + np.where(finite, high, 0)) / 2, 0).astype(z.dtype)
-    half = np.where(finite, (np.where(finite, high, 1) - np.where(finite, low, -1)) / 2, 1).astype(z.dtype)
+    centre, half = (x.astype(z.dtype) for x in centre_and_half(low, high, of=np))
     squashed = jnp.tanh(z) * half + centre
     return squashed if finite.all() else jnp.where(finite, squashed, z)
 
 
+def centre_and_half(low: Any, high: Any, *, of: Any = jnp) -> tuple[Any, Any]:
+    """Centre and half width of the limits of each action; 0 and 1 where it has none. `of` is numpy for known limits."""
+    finite = of.isfinite(low) & of.isfinite(high)
+    low, high = of.where(finite, low, -1), of.where(finite, high, 1)
+    return (low + high) / 2, (high - low) / 2
+
+
 def resting_action(task: Task) -> Float[Array, " m"]:
     """0 where an action is unlimited, the centre of its limits elsewhere."""
-    finite = jnp.isfinite(task.a_low) & jnp.isfinite(task.a_high)
-    return jnp.where(finite, (jnp.where(finite, task.a_low, 0) + jnp.where(finite, task.a_high, 0)) / 2, 0)
+    return centre_and_half(task.a_low, task.a_high)[0]

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task
 from diffmbrl.curvature import along
-from diffmbrl.linearize import INLINE
+from diffmbrl.linearize import matmul
+from diffmbrl.policies import centre_and_half
 
 
 def sensitivity(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Float[Array, "T B"]:
@@ -32,20 +33,19 @@ def sensitivity(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = N
     >>> sensitivity(Linear.zeros(task), task, task.starts(jax.random.key(0), 4)).shape
     (10, 4)
     """
-    _, _, lin, K, _ = along(policy, task, s0, key)
-    finite = jnp.isfinite(task.a_low) & jnp.isfinite(task.a_high)
-    h = jnp.where(finite, (jnp.where(finite, task.a_high, 0) - jnp.where(finite, task.a_low, 0)) / 2, 1)
+    _, _, lin, K = along(policy, task, s0, key)
+    _, h = centre_and_half(task.a_low, task.a_high)
     n, batch = lin.c_s.shape[1:]
     eye = jnp.broadcast_to(jnp.eye(n, dtype=lin.A.dtype)[:, :, None], (n, n, batch))
 
     def step(covariance, x):
         A, B, K, H = x
         Z = jnp.concatenate([eye, K])  # (s, a) in terms of s
-        m = jnp.sum(_product(_product(H, Z), covariance) * Z, axis=(0, 1))
-        closed = A + _product(B, K)
+        m = jnp.sum(matmul(matmul(H, Z), covariance) * Z, axis=(0, 1))
+        closed = A + matmul(B, K)
         noise = B * h[:, None]
-        spread = _product(_product(closed, covariance), jnp.swapaxes(closed, 0, 1))
-        return spread + _product(noise, jnp.swapaxes(noise, 0, 1)), m
+        spread = matmul(matmul(closed, covariance), jnp.swapaxes(closed, 0, 1))
+        return spread + matmul(noise, jnp.swapaxes(noise, 0, 1)), m
 
     last, m = jax.lax.scan(step, jnp.zeros_like(eye), (lin.A, lin.B, K, lin.H))
     m_T = jnp.sum(lin.H_T * last, axis=(0, 1))
@@ -70,10 +70,3 @@ def trust(m: Float[Array, "T B"], bound: Float[Array, ""]) -> Float[Array, "B T1
     # Where nothing has curvature there is nothing to compare with, and where most are infinite neither.
     trusted = (peak <= allowed) | ~(usual > 0) | ~jnp.isfinite(allowed)
     return jnp.where(trusted, 1.0, allowed / jnp.where(trusted, 1.0, peak)).T.astype(m.dtype)
-
-
-def _product(X: Float[Array, "i j B"], Y: Float[Array, "j k B"]) -> Float[Array, "i k B"]:
-    """X Y for each of the batch, as arithmetic over the last axis: see `linearize.respond`."""
-    if X.shape[1] > INLINE:
-        return jnp.einsum("ijb,jkb->ikb", X, Y, precision="highest")
-    return sum((X[:, j, None] * Y[j] for j in range(1, X.shape[1])), X[:, 0, None] * Y[0])

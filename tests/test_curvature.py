@@ -12,6 +12,7 @@ from diffmbrl import (
     KrylovNewton,
     NaturalGradient,
     Neural,
+    Radii,
     expected,
     rollouts,
     solve,
@@ -144,7 +145,7 @@ def test_the_natural_gradient_moves_by_its_radius(x64):
     s0 = task.starts(KEY, BATCH)
     policy = Gaussian.around(Neural.init(task, hidden=[4], key=KEY), task, std=0.3)
     radius = 1e-4
-    solver = NaturalGradient(radii=jnp.asarray([radius]), damping=jnp.asarray(1e-3), rank=40)
+    solver = NaturalGradient(radii=Radii(jnp.asarray([radius]), damping=jnp.asarray(1e-3)), rank=40)
     moved, _, info = jax.jit(lambda p: solver.update(p, solver.init(p, task), task, s0, key=None))(policy)
     assert info.accepted
     states = rollouts(policy, task, s0).s

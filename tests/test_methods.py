@@ -5,7 +5,7 @@ import pytest
 
 from diffmbrl import Continuation, tasks
 from diffmbrl.core import Solver
-from diffmbrl.methods import METHODS, bounds, method, schedule, solver
+from diffmbrl.methods import METHODS, method, schedule, solver
 
 every_method = pytest.mark.parametrize("name", METHODS)
 TASK = tasks.lqr(horizon=7)
@@ -32,15 +32,16 @@ def test_continued_by_default(name):
     continued = solver(row, TASK, rate=rate, steps=row.steps, continuation="default")
     assert isinstance(continued, Continuation) and continued.kind == row.kind
     stages = schedule(continued)
-    assert sum(updates for _, updates in stages) == row.steps
+    assert sum(updates for _, updates, _ in stages) == row.steps
     assert stages[-1][0] == 1.0
     discounts = {
         "growing": [1.0] * 7,
         "discounts": [0.8, 0.9, 0.95, 0.98, 1.0],
         "trust": [0.9, 0.95, 0.98, 1.0, 1.0, 1.0],
     }
-    assert [discount for discount, _ in stages] == discounts[row.continuation]
-    assert bounds(continued) == ([10.0, 10.0, 10.0, 10.0, 30.0, float("inf")] if row.continuation == "trust" else None)
+    assert [discount for discount, _, _ in stages] == discounts[row.continuation]
+    bounds = [10.0, 10.0, 10.0, 10.0, 30.0, None] if row.continuation == "trust" else [None] * len(stages)
+    assert [bound for _, _, bound in stages] == bounds
     plain = solver(row, TASK, rate=rate, steps=row.steps, continuation="none")
     assert not isinstance(plain, Continuation) and schedule(plain) is None
 

@@ -4,7 +4,7 @@ from diffmbrl.optimizers.continuation import Continuation
 from diffmbrl.optimizers.damping import LevenbergMarquardt, Path
 from diffmbrl.optimizers.descend import Descend
 from diffmbrl.optimizers.gauss_newton import Dense, GaussNewton, Krylov
-from diffmbrl.optimizers.natural import NaturalGradient
+from diffmbrl.optimizers.natural import NaturalGradient, Radii
 from diffmbrl.optimizers.newton import KrylovNewton
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "LevenbergMarquardt",
     "NaturalGradient",
     "Path",
+    "Radii",
 ]

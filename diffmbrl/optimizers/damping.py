@@ -1,8 +1,8 @@
 r"""How far to go along the curve of damped steps $d(\lambda) = -(N + \lambda I)^{-1} g$.
 
-Two rules of one signature: `start(dtype) -> carry` and `choose(carry, space, J, evaluate) -> carry, Choice`, where `evaluate`
-maps steps [k, P] to true returns [k]. Dampings are relative to the largest eigenvalue seen, so that neither the units of the
-reward nor the number of steps matter.
+A rule has two functions, `start(dtype) -> carry` and `choose(carry, space, J, evaluate) -> carry, Choice`, where `evaluate`
+maps steps [k, P] to true returns [k]; `take` is the update that every solver with a rule makes. Dampings are relative to the
+largest eigenvalue seen, so that neither the units of the reward nor the number of steps matter.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from diffmbrl.core import as_float
+from diffmbrl.core import Info, Work, as_float
+from diffmbrl.curvature import Curved, Model
 from diffmbrl.krylov import Spectral
 
 Evaluate = Callable[[Float[Array, "k P"]], Float[Array, " k"]]
@@ -50,16 +51,10 @@ class Path(eqx.Module):
     def choose(
         self, carry: Float[Array, ""], space: Spectral, J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
-        dampings = carry * self.dampings.astype(carry.dtype) * _scale(space)
+        dampings = carry * self.dampings.astype(carry.dtype) * scale(space)
         steps, _ = jax.vmap(space.step)(dampings)
-        returns = evaluate(steps)
-        finite = jnp.isfinite(returns)
-        best = jnp.argmax(jnp.where(finite, returns, -jnp.inf))
-        accepted = finite[best] & (returns[best] > J)
-        carry = jnp.where(accepted, jnp.maximum(carry / 10, 1.0), carry * 10)
-        step = jnp.where(accepted, steps[best], jnp.zeros_like(steps[best]))
-        count = jnp.asarray(dampings.shape[0], jnp.int32)
-        return carry, Choice(step, accepted, dampings[best], count, jnp.sum(~finite, dtype=jnp.int32))
+        choice = best_of(steps, dampings, J, evaluate)
+        return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), carry * 10), choice
 
 
 class LevenbergMarquardt(eqx.Module):
@@ -84,7 +79,7 @@ class LevenbergMarquardt(eqx.Module):
     def choose(
         self, carry: Float[Array, ""], space: Spectral, J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
-        damping = carry * _scale(space)
+        damping = carry * scale(space)
         step, predicted = space.step(damping)
         reached = evaluate(step[None])[0]
         finite = jnp.isfinite(reached)
@@ -97,30 +92,53 @@ class LevenbergMarquardt(eqx.Module):
         return carry, Choice(taken, accepted, damping, jnp.ones((), jnp.int32), (~finite).astype(jnp.int32))
 
 
+def best_of(
+    steps: Float[Array, "k P"], dampings: Float[Array, " k"], J: Float[Array, ""], evaluate: Evaluate
+) -> Choice:
+    """The step of highest true return, if that is above J; else none."""
+    returns = evaluate(steps)
+    finite = jnp.isfinite(returns)
+    best = jnp.argmax(jnp.where(finite, returns, -jnp.inf))
+    accepted = finite[best] & (returns[best] > J)
+    step = jnp.where(accepted, steps[best], jnp.zeros_like(steps[best]))
+    count = jnp.asarray(steps.shape[0], jnp.int32)
+    return Choice(step, accepted, dampings[best], count, jnp.sum(~finite, dtype=jnp.int32))
+
+
 def take(
-    rule: "Path | LevenbergMarquardt",
+    rule: Any,
     policy: Any,
     carry: Any,
+    model: Curved | Model,
     space: Spectral,
-    J: Array,
-    gradient: Array,
-    objective: Any,
-) -> tuple[Any, Any, Choice]:
-    """Move the policy as `rule` chooses, judged by `objective` (policy -> true return), unless J or the gradient is not finite.
+    objective: Callable[[Any], Array],
+    work: Callable[[Array], Work],
+) -> tuple[Any, Any, Info]:
+    """Move the policy as `rule` chooses in `space`, judged by `objective` (policy -> true return), and report it.
 
-    A gradient that is not finite leaves no finite step: nothing is accepted, the carry is kept, and it is counted.
+    `work` counts an update in which so many candidates were tried. A gradient that is not finite leaves no finite step: nothing
+    is accepted, the carry is kept, and it is counted.
     """
     theta, unravel = ravel_pytree(policy)
-    new, choice = rule.choose(carry, space, J, lambda steps: jax.vmap(lambda d: objective(unravel(theta + d)))(steps))
-    finite = jnp.isfinite(J) & jnp.all(jnp.isfinite(gradient))
+    new, choice = rule.choose(
+        carry, space, model.J, lambda steps: jax.vmap(lambda d: objective(unravel(theta + d)))(steps)
+    )
+    finite = jnp.isfinite(model.J) & jnp.all(jnp.isfinite(model.gradient))
     accepted = choice.accepted & finite
+    info = Info(
+        J=model.J,
+        gradient_norm=jnp.linalg.norm(model.gradient),
+        accepted=accepted,
+        damping=choice.damping,
+        inner_iterations=space.products,
+        nonfinite=choice.nonfinite + (~finite).astype(jnp.int32),
+        work=work(choice.rollouts),
+    )
     policy = unravel(jnp.where(accepted, theta + choice.step, theta))
-    carry = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, carry)
-    nonfinite = choice.nonfinite + (~finite).astype(jnp.int32)
-    return policy, carry, choice._replace(accepted=accepted, nonfinite=nonfinite)
+    return policy, jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, carry), info
 
 
-def _scale(space: Spectral) -> Float[Array, ""]:
-    # A vanishing operator (a reward without curvature) leaves steps along the gradient: any positive scale will do.
+def scale(space: Spectral) -> Float[Array, ""]:
+    """The largest eigenvalue; 1 for an operator without any (no curvature in the reward), whose steps follow the gradient."""
     top = jnp.max(space.values)
     return jnp.where(top > 0, top, 1.0).astype(space.values.dtype)

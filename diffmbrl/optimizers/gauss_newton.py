@@ -86,25 +86,14 @@ class GaussNewton(eqx.Module):
     ) -> tuple[Any, Any, Info]:
         model = gauss_newton(policy, task, s0, key, chunk=self.chunk)
         space = self.system(model, policy, task, key)
-        policy, carry, choice = take(
-            self.damping, policy, carry, space, model.J, model.gradient, lambda pi: expected(pi, task, s0, key)
-        )
-        info = Info(
-            J=model.J,
-            gradient_norm=jnp.linalg.norm(model.gradient),
-            accepted=choice.accepted,
-            damping=choice.damping,
-            inner_iterations=space.products,
-            nonfinite=choice.nonfinite,
-            work=self._work(task, model, model.gradient.size, choice.rollouts),
-        )
-        return policy, carry, info
-
-    def _work(self, task: Task, model: Model, parameters: int, candidates: Any):
         steps = model.g.shape[0] * model.g.shape[-1]
-        return count_work(
-            forward=steps * (2 + candidates),  # the rollout, its linearisation, the candidates
-            jvp=steps * (task.n + task.m),
-            # Rollout and adjoint, the products' linear recursions, and the candidates all at once.
-            sequential=2 + self.system.passes(parameters) + 1,
-        )
+
+        def work(candidates):
+            return count_work(
+                forward=steps * (2 + candidates),  # the rollout, its linearisation, the candidates
+                jvp=steps * (task.n + task.m),
+                # Rollout and adjoint, the products' linear recursions, and the candidates all at once.
+                sequential=2 + self.system.passes(model.gradient.size) + 1,
+            )
+
+        return take(self.damping, policy, carry, model, space, lambda pi: expected(pi, task, s0, key), work)

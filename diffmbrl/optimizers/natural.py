@@ -10,8 +10,36 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Info, State, Task, as_float, count_work
 from diffmbrl.curvature import fisher
-from diffmbrl.krylov import lanczos
+from diffmbrl.krylov import Spectral, lanczos
+from diffmbrl.optimizers.damping import Choice, Evaluate, best_of, scale, take
 from diffmbrl.rollout import expected
+
+
+class Radii(eqx.Module):
+    """A dozen steps along one direction, each to a KL divergence, the true return of each from one vmapped rollout.
+
+    The direction is solved for with `damping`, relative to the largest eigenvalue. All radii shrink tenfold when none of them
+    improves the return, and grow back as steps are accepted again.
+    """
+
+    radii: Float[Array, " k"] = eqx.field(
+        default_factory=lambda: jnp.logspace(-4, 3, 12, dtype=float), converter=as_float
+    )
+    damping: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-4), converter=as_float)
+
+    def start(self, dtype: jnp.dtype) -> Float[Array, ""]:
+        return jnp.ones((), dtype)  # the factor on all radii
+
+    def choose(
+        self, carry: Float[Array, ""], space: Spectral, J: Float[Array, ""], evaluate: Evaluate
+    ) -> tuple[Array, Choice]:
+        damping = self.damping.astype(carry.dtype) * scale(space)
+        step, _ = space.step(damping)
+        slope = jnp.sum(space.coefficients**2 / (space.values + damping))  # -g'd
+        radii = carry * self.radii.astype(carry.dtype)
+        steps = jnp.sqrt(2 * radii / jnp.maximum(slope, jnp.finfo(J.dtype).tiny))[:, None] * step
+        choice = best_of(steps, jnp.broadcast_to(damping, radii.shape), J, evaluate)
+        return jnp.where(choice.accepted, jnp.minimum(carry * 10, 1.0), carry / 10), choice
 
 
 class NaturalGradient(eqx.Module):
@@ -38,10 +66,7 @@ class NaturalGradient(eqx.Module):
     True
     """
 
-    radii: Float[Array, " k"] = eqx.field(
-        default_factory=lambda: jnp.logspace(-4, 3, 12, dtype=float), converter=as_float
-    )
-    damping: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-4), converter=as_float)
+    radii: Radii = eqx.field(default_factory=Radii)
     rank: int = eqx.field(static=True, default=10)
 
     @property
@@ -49,41 +74,19 @@ class NaturalGradient(eqx.Module):
         """It takes a batch of starts."""
         return "policy"
 
-    def init(self, policy: Any, task: Task) -> Float[Array, ""]:
-        return jnp.ones((), ravel_pytree(policy)[0].dtype)  # the factor on all radii
+    def init(self, policy: Any, task: Task) -> Any:
+        return self.radii.start(ravel_pytree(policy)[0].dtype)
 
     def update(
-        self, policy: Any, carry: Float[Array, ""], task: Task, s0: State, *, key: PRNGKeyArray | None
-    ) -> tuple[Any, Float[Array, ""], Info]:
-        theta, unravel = ravel_pytree(policy)
+        self, policy: Any, carry: Any, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Any, Any, Info]:
         model = fisher(policy, task, s0, key)
         space = lanczos(model.product, model.gradient, self.rank)
         space = space._replace(values=jnp.maximum(space.values, 0))
-        top = jnp.max(space.values)
-        damping = self.damping.astype(theta.dtype) * jnp.where(top > 0, top, 1.0)
-        step, _ = space.step(damping)
-        slope = jnp.maximum(-(model.gradient @ step), jnp.finfo(theta.dtype).tiny)
-        radii = carry * self.radii.astype(theta.dtype)
-        steps = jnp.sqrt(2 * radii / slope)[:, None] * step
-        returns = jax.vmap(lambda d: expected(unravel(theta + d), task, s0, key))(steps)
-        finite = jnp.isfinite(model.J) & jnp.all(jnp.isfinite(model.gradient))
-        best = jnp.argmax(jnp.where(jnp.isfinite(returns), returns, -jnp.inf))
-        accepted = finite & jnp.isfinite(returns[best]) & (returns[best] > model.J)
-        policy = unravel(jnp.where(accepted, theta + steps[best], theta))
-        moved = jnp.where(accepted, jnp.minimum(carry * 10, 1.0), carry / 10)
-        batch_steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
-        info = Info(
-            J=model.J,
-            gradient_norm=jnp.linalg.norm(model.gradient),
-            accepted=accepted,
-            damping=damping,
-            inner_iterations=space.products,
-            nonfinite=jnp.sum(~jnp.isfinite(returns), dtype=jnp.int32) + (~finite).astype(jnp.int32),
-            work=count_work(
-                # The gradient's rollout and its recomputation, the rollout that F stands on, the candidates.
-                forward=batch_steps * (3 + radii.shape[0]),
-                vjp=batch_steps,
-                sequential=3 + 1 + 1,
-            ),
-        )
-        return policy, jnp.where(finite, moved, carry), info
+        steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
+
+        def work(candidates):
+            # The gradient's rollout and its recomputation, the rollout that F stands on, the candidates.
+            return count_work(forward=steps * (3 + candidates), vjp=steps, sequential=3 + 1 + 1)
+
+        return take(self.radii, policy, carry, model, space, lambda pi: expected(pi, task, s0, key), work)

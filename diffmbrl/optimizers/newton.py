@@ -56,23 +56,15 @@ class KrylovNewton(eqx.Module):
         model = hessian(policy, task, s0, key)
         space = lanczos(model.product, model.gradient, self.rank)
         space = space._replace(values=jnp.abs(space.values))
-        policy, carry, choice = take(
-            self.damping, policy, carry, space, model.J, model.gradient, lambda pi: expected(pi, task, s0, key)
-        )
         steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
-        info = Info(
-            J=model.J,
-            gradient_norm=jnp.linalg.norm(model.gradient),
-            accepted=choice.accepted,
-            damping=choice.damping,
-            inner_iterations=space.products,
-            nonfinite=choice.nonfinite,
-            work=count_work(
-                forward=steps * (2 + choice.rollouts),  # the rollout, its recomputation, the candidates
+
+        def work(candidates):
+            return count_work(
+                forward=steps * (2 + candidates),  # the rollout, its recomputation, the candidates
                 jvp=steps * space.products,
                 vjp=steps * (1 + space.products),
                 # The gradient's three passes, a tangent of two for each product, and the candidates all at once.
                 sequential=3 + 2 * space.products + 1,
-            ),
-        )
-        return policy, carry, info
+            )
+
+        return take(self.damping, policy, carry, model, space, lambda pi: expected(pi, task, s0, key), work)

@@ -25,8 +25,9 @@ class Arm:
     policy_kind: str = "policy"
     parameters: int | None = None
     compile_seconds: float | None = None
-    continuation: list[list[float]] = field(default_factory=list)  # [discount, updates] of each stage
-    trusts: list[float] = field(default_factory=list)  # its bound of trust in the starts' sensitivity, if it has any
+    continuation: list[list[Any]] = field(
+        default_factory=list
+    )  # [discount, updates, bound of trust if any] of each stage
     evaluations: dict[str, Array] = field(default_factory=dict)  # SHARED: [E], PER_SEED: [E, S]
     profiles: dict[str, Array] = field(default_factory=dict)  # "start", "end": |dJ/da_t| for each t
     spectra: dict[str, Array] = field(default_factory=dict)  # "start", "end": eigenvalues, decreasing
@@ -75,7 +76,6 @@ def collect(records: list[dict[str, Any]]) -> list[Arm]:
             arm.policy_kind = record.get("policy_kind", "policy")
             arm.parameters, arm.compile_seconds = record.get("parameters"), record.get("compile_seconds")
             arm.continuation = record.get("continuation") or []
-            arm.trusts = record.get("trusts") or []
         elif kind == "eval":
             evaluations.setdefault((method, rate), []).append(record)
         elif kind == "gradient_profile":

@@ -107,7 +107,7 @@ def _effort(arm: Arm, measure: str) -> np.ndarray:
 
 def _curve(arm: Arm, style: Style) -> Curve:
     low, high = interval(arm["test"], resamples=BAND)
-    ends = np.cumsum([updates for _, updates in arm.continuation[:-1]])
+    ends = np.cumsum([stage[1] for stage in arm.continuation[:-1]])
     stages = np.unique([np.searchsorted(arm["update"], end) for end in ends if end < arm["update"][-1]]).astype(int)
     means = interquartile_mean(arm["train"]), interquartile_mean(arm["test"])
     return Curve(style, arm["update"], *means, low, high, stages)

@@ -182,12 +182,7 @@ def _every_arm(summary: Summary) -> str:
     for row in summary.arms:
         arm = row.arm
         label = f"{_chip(methods.index(arm.method))}{escape(arm.label)}"
-        trusts = [f" (trust {bound:g})" if math.isfinite(bound) else "" for bound in arm.trusts]
-        trusts = trusts or [""] * len(arm.continuation)
-        stages = ", ".join(
-            f"{discount:g} \u00d7 {updates:g}{trusted}"
-            for (discount, updates), trusted in zip(arm.continuation, trusts, strict=True)
-        )
+        stages = ", ".join(_stage(*stage) for stage in arm.continuation)
         cells = [
             f"<th>{label}</th>",
             cell("-" if arm.rate is None else f"{arm.rate:g}"),
@@ -208,6 +203,10 @@ def _every_arm(summary: Summary) -> str:
     swept = any(row.arm.rate is not None for row in summary.arms)
     shown = f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
     return page.scroll("Every arm", shown) + (note if swept else "")
+
+
+def _stage(discount: float, updates: float, bound: float | None = None) -> str:
+    return f"{discount:g} \u00d7 {updates:g}" + ("" if bound is None else f" (trust {bound:g})")
 
 
 def _figure(picture: gallery.Picture) -> str:
