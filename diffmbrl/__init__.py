@@ -20,8 +20,12 @@ from diffmbrl.optimizers import (
     KrylovNewton,
     LevenbergMarquardt,
     NaturalGradient,
+    NewtonCG,
     Path,
     Radii,
+    Sigma,
+    SquareRoot,
+    TrustRegion,
 )
 from diffmbrl.planners import ILQR
 from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
@@ -50,11 +54,15 @@ __all__ = [
     "Linear",
     "NaturalGradient",
     "Neural",
+    "NewtonCG",
     "OpenLoop",
     "Path",
     "Radii",
+    "Sigma",
+    "SquareRoot",
     "Task",
     "Trajectory",
+    "TrustRegion",
     "Work",
     "expected",
     "iterate",

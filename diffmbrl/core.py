@@ -65,6 +65,19 @@ def count_work(forward: Any = 0, jvp: Any = 0, vjp: Any = 0, sequential: Any = 0
     return Work(*(jnp.asarray(x, jnp.int32) for x in (forward, jvp, vjp, sequential)))
 
 
+class Quadratic(NamedTuple):
+    """What a second-order method knows of its quadratic model, at no cost beyond the step."""
+
+    ritz: Float[Array, "*batch k"]  # Ritz values or eigenvalues of the curvature, as they are; none for truncated CG
+    negative: Float[Array, "*batch"]  # share of negative ones in the sum of their absolute values
+    dampings: Float[Array, "*batch c"]  # of the candidates: dampings of a path, radii, or one
+    predicted: Float[Array, "*batch c"]  # improvement of J that the model promises each of them
+    improved: Float[Array, "*batch c"]  # and its true improvement
+    gap: Float[
+        Array, "*batch"
+    ]  # projection gap of the step taken (`projection.py`); NaN without the planner's matrix M
+
+
 class Info(NamedTuple):
     """What a person needs to know of one update. All are measured at the policy that the update was given."""
 
@@ -75,6 +88,7 @@ class Info(NamedTuple):
     inner_iterations: Int[Array, "*batch"]  # Krylov dimensions, line-search trials, backward passes
     nonfinite: Int[Array, "*batch"]  # non-finite returns or gradients met, the rejected candidates' included
     work: Work
+    model: Quadratic | None = None  # of second-order policy methods
 
 
 @runtime_checkable

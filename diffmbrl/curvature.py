@@ -21,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
-from diffmbrl.linearize import Linearization, adjoint, feedback, linearize, respond
+from diffmbrl.linearize import Linearization, adjoint, closed_loop, feedback, linearize, respond, riccati
 from diffmbrl.policies import Gaussian
 from diffmbrl.rollout import expected, returns, rollout, split, weights_axis
 
@@ -43,6 +43,8 @@ class Model(NamedTuple):
     J: Float[Array, ""]
     gradient: Vector  # of -J
     product: Callable[[Vector], Vector]  # v -> N v
+    push: Callable[[Vector], Float[Array, "T m B"]]  # v -> G v
+    pull: Callable[[Float[Array, "T m B"]], Vector]  # w -> G' w / B
     trajectory: Trajectory  # leaves [T, B, ...]
     linearization: Linearization  # leaves [T, ..., B]
     K: Float[Array, "T m n B"]
@@ -74,12 +76,15 @@ def gauss_newton(
     batch = g.shape[-1]
     theta, unravel = ravel_pytree(policy)
     _, push = jax.linearize(lambda x: _actions(unravel(x), trajectory.s, split(key, s0), chunk), theta)
-    pull = jax.linear_transpose(push, theta)
+    transpose = jax.linear_transpose(push, theta)
+
+    def pull(w: Array) -> Vector:
+        return transpose(w / batch)[0]
 
     def product(v: Vector) -> Vector:
-        return pull(_curve(lin, K, push(v)) / batch)[0]
+        return pull(curve(lin, K, push(v)))
 
-    return Model(jnp.mean(J), pull(g / batch)[0], product, trajectory, lin, K, g)
+    return Model(jnp.mean(J), pull(g), product, push, pull, trajectory, lin, K, g)
 
 
 def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Float[Array, "P P"]:
@@ -88,14 +93,48 @@ def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None
     $S_{t+1} = A_t S_t + B_t (K_t S_t + G_t)$ and $N = \tfrac1B\sum_{i,t} X_t^\top H_t X_t$ with $X_t = (S_t, K_t S_t + G_t)$.
     Cost: B T (n + m) P^2 flops in matrix products of depth B (n + m), one pass over time; memory B (n + m) P.
     """
+
+    def add(N, X, H):
+        HX = _matmul(H, X)
+        return N + _matmul(X.reshape(-1, X.shape[-1]).T, HX.reshape(-1, X.shape[-1]))
+
+    P = model.gradient.size
+    N = _push_all(add, jnp.zeros((P, P), model.gradient.dtype), model, model.linearization, policy, key)
+    return (N + N.T) / (2 * model.g.shape[-1])
+
+
+def square_root(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Float[Array, "P P"]:
+    r"""An upper triangular R with $R^\top R = N$, from the rows $H_t^{1/2} X_t / \sqrt B$ of `dense`, without forming N.
+
+    Cost: a QR factorisation of P + B (n + m) rows for each time step.
+    """
+    lin = model.linearization
+    n = lin.c_s.shape[1]
+    H = jnp.concatenate([lin.H, jnp.zeros_like(lin.H[:1]).at[0, :n, :n].set(lin.H_T)])
+    values, vectors = jnp.linalg.eigh(jnp.moveaxis(H, -1, 1))
+    roots = jnp.moveaxis(jnp.sqrt(jnp.maximum(values, 0))[..., None] * jnp.swapaxes(vectors, -1, -2), 1, -1)
+
+    def add(R, X, root):
+        rows = _matmul(root, X).reshape(-1, X.shape[-1])
+        return jnp.linalg.qr(jnp.concatenate([R, rows]), mode="r")
+
+    P = model.gradient.size
+    lin = lin._replace(H=roots[:-1], H_T=roots[-1, :, :n])
+    R = _push_all(add, jnp.zeros((P, P), model.gradient.dtype), model, lin, policy, key)
+    return R / jnp.sqrt(jnp.asarray(model.g.shape[-1], R.dtype))
+
+
+def _push_all(
+    add: Callable, total: Array, model: Model, lin: Linearization, policy: Any, key: PRNGKeyArray | None
+) -> Array:
+    """`add(total, X_t, H_t)` over time, with all columns of X [B, n + m, P] pushed through the closed loop at once."""
     theta, unravel = ravel_pytree(policy)
-    lin, s = model.linearization, model.trajectory.s
+    s = model.trajectory.s
     T, n, batch = lin.c_s.shape
     keys = None if key is None else split(key, jax.tree.map(lambda x: x[0], s))
-    matmul = partial(jnp.matmul, precision="highest")
 
     def step(carry, x):
-        S, N = carry
+        S, total = carry
         t, s_t, *matrices = x
         A, B, K, H = (jnp.moveaxis(matrix, -1, 0) for matrix in matrices)
         if is_plan(policy):
@@ -103,17 +142,15 @@ def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None
             G = jax.vmap(lambda s, k: jax.jacrev(lambda v: _act(_slice(unravel(v), t), s, k, t))(theta))(s_t, keys)
         else:
             G = jax.vmap(lambda s, k: jax.jacrev(lambda v: _act(unravel(v), s, k, t))(theta))(s_t, keys)
-        a = matmul(K, S) + G
-        X = jnp.concatenate([S, a], axis=1)
-        HX = matmul(H, X)
-        N = N + matmul(X.reshape(-1, theta.size).T, HX.reshape(-1, theta.size))
-        return (matmul(A, S) + matmul(B, a), N), None
+        a = _matmul(K, S) + G
+        return (_matmul(A, S) + _matmul(B, a), add(total, jnp.concatenate([S, a], axis=1), H)), None
 
-    start = (jnp.zeros((batch, n, theta.size), theta.dtype), jnp.zeros((theta.size, theta.size), theta.dtype))
-    (S, N), _ = jax.lax.scan(step, start, (jnp.arange(T), s, lin.A, lin.B, model.K, lin.H))
-    HS = matmul(jnp.moveaxis(lin.H_T, -1, 0), S)
-    N = N + matmul(S.reshape(-1, theta.size).T, HS.reshape(-1, theta.size))
-    return (N + N.T) / (2 * batch)
+    start = (jnp.zeros((batch, n, theta.size), theta.dtype), total)
+    (S, total), _ = jax.lax.scan(step, start, (jnp.arange(T), s, lin.A, lin.B, model.K, lin.H))
+    return add(total, S, jnp.moveaxis(lin.H_T, -1, 0))
+
+
+_matmul = partial(jnp.matmul, precision="highest")
 
 
 def hessian(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Curved:
@@ -197,7 +234,16 @@ def along(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
     return batched(s0, split(key, s0), task.weights)
 
 
-def _curve(lin: Linearization, K: Array, w: Float[Array, "T m B"]) -> Float[Array, "T m B"]:
+def planner_step(
+    lin: Linearization, K: Float[Array, "T m n B"], sigma: Float[Array, ""], c: Float[Array, "T m B"]
+) -> Float[Array, "T m B"]:
+    r"""$-(M + \sigma I)^{-1} c$ for each rollout, by one Riccati sweep over its closed loop: with c = g, the planner's step."""
+    loop = closed_loop(lin, K)._replace(c_s=jnp.zeros_like(lin.c_s), c_a=c, c_T=jnp.zeros_like(lin.c_T))
+    sweep = riccati(loop, sigma)
+    return respond(loop.A, loop.B, sweep.K, sweep.k)[1]
+
+
+def curve(lin: Linearization, K: Float[Array, "T m n B"], w: Float[Array, "T m B"]) -> Float[Array, "T m B"]:
     """M w for each rollout: forward through L, times H, back through its transpose."""
     n = lin.c_s.shape[1]
     s, a, s_T = respond(lin.A, lin.B, K, w)

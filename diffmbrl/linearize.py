@@ -8,7 +8,8 @@ with `w` an additive perturbation of the actions and K the policy's gain (zero f
 response of (s, a) to w, and H the Hessian of the costs, one block a time step, projected to be positive semidefinite:
 * `adjoint`:  $L^\top c$, the gradient of the cost with respect to w;
 * `respond`:  $L w$;
-* `riccati`:  $-(L^\top H L + \mu I)^{-1} L^\top c$ with K = 0, as a feedback law: the LQR problem along the trajectory.
+* `riccati`:  $-(L^\top H L + \mu I)^{-1} L^\top c$ with K = 0, as a feedback law: the LQR problem along the trajectory;
+  of `closed_loop`, the same with the policy's K.
 
 States that are not one flat array are flattened (float leaves only). Steps after the end of an episode have zero derivatives.
 """
@@ -27,24 +28,24 @@ INLINE = 16  # dimensions up to which tiny matrix products and eliminations are 
 
 
 class Linearization(NamedTuple):
-    """Derivatives along one trajectory; costs are weighted, negative rewards."""
+    """Derivatives along one trajectory, or several stacked on a last axis; costs are weighted, negative rewards."""
 
-    A: Float[Array, "T n n"]
-    B: Float[Array, "T n m"]
-    c_s: Float[Array, "T n"]
-    c_a: Float[Array, "T m"]
-    H: Float[Array, "T n+m n+m"]  # Hessian of the cost in (s, a), positive semidefinite
-    c_T: Float[Array, " n"]
-    H_T: Float[Array, "n n"]
+    A: Float[Array, "T n n *batch"]
+    B: Float[Array, "T n m *batch"]
+    c_s: Float[Array, "T n *batch"]
+    c_a: Float[Array, "T m *batch"]
+    H: Float[Array, "T n+m n+m *batch"]  # Hessian of the cost in (s, a), positive semidefinite
+    c_T: Float[Array, "n *batch"]
+    H_T: Float[Array, "n n *batch"]
 
 
 class Sweep(NamedTuple):
     r"""The minimiser of the LQR problem along a trajectory: $da_t = K_t\,ds_t + k_t$."""
 
-    K: Float[Array, "T m n"]
-    k: Float[Array, "T m"]
-    slope: Float[Array, ""]  # of the damped cost in the step size alpha, which is (alpha - alpha^2 / 2) * slope
-    definite: Bool[Array, ""]  # False where some action Hessian Q_aa was not positive definite: the gains are then void
+    K: Float[Array, "T m n *batch"]
+    k: Float[Array, "T m *batch"]
+    slope: Float[Array, "*batch"]  # of the damped cost in the step size alpha, which is (alpha - alpha^2 / 2) * slope
+    definite: Bool[Array, "*batch"]  # False where some Hessian Q_aa was not positive definite: the gains are then void
 
 
 def flat_states(states: State) -> tuple[Array, Callable[[Array], State]]:
@@ -195,6 +196,23 @@ def respond(
     return s, a, s_T
 
 
+def closed_loop(lin: Linearization, K: Float[Array, "T m n *batch"]) -> Linearization:
+    r"""The same costs and dynamics in terms of (s, w), with $da = K\,ds + w$.
+
+    $A + BK$, $c_s + K^\top c_a$ and $Z^\top H Z$ with $Z = (I, 0; K, I)$. Then `riccati` gives $-(M + \mu I)^{-1} g$, the step
+    of a planner whose actions are deviations from the policy's, for $M = L^\top H L$ and $g = L^\top c$ of the closed loop.
+    """
+    n, m = lin.B.shape[1:3]
+    eye = jnp.eye(n + m, dtype=lin.A.dtype).reshape(n + m, n + m, *(1,) * (lin.A.ndim - 3))
+
+    def step(A, B, c_s, c_a, H, K):
+        Z = jnp.broadcast_to(eye, H.shape).at[n:, :n].set(K)
+        return A + matmul(B, K), c_s + _dot(_transpose(K), c_a), matmul(_transpose(Z), matmul(H, Z))
+
+    A, c_s, H = jax.vmap(step)(lin.A, lin.B, lin.c_s, lin.c_a, lin.H, K)
+    return lin._replace(A=A, c_s=c_s, H=H)
+
+
 def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
     r"""Solve the LQR problem along a trajectory by dynamic programming, backwards in time, in O(T (n + m)^3).
 
@@ -204,26 +222,31 @@ def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
     and V, v follow from the gains for the damped Q, so that the actions of the closed loop are exactly
     $-(L^\top H L + \mu I)^{-1} L^\top c$. With no gradient (c = 0) this is the Riccati recursion. `damping` is mu.
 
+    Trajectories may be stacked along a last axis, as for `adjoint`.
+
     Reference: Tassa, Erez, Todorov 2012, section II; the damping of the actions is that of Levenberg and Marquardt.
     """
     A, B, c_s, c_a, H, c_T, H_T = linearization
-    n, m = B.shape[1:]
-    eye = jnp.eye(m, dtype=A.dtype)
+    n, m = B.shape[1:3]
+    batch = A.shape[3:]
+    eye = jnp.eye(m, dtype=A.dtype).reshape(m, m, *(1,) * len(batch))
 
     def step(carry, x):
         V, v, slope, definite = carry
         F, c_s, c_a, H = x
-        Q = H + matmul(F.T, matmul(V, F))
-        FTv = _dot(F.T, v)
+        Q = H + matmul(_transpose(F), matmul(V, F))
+        FTv = _dot(_transpose(F), v)
         q_s, q_a = c_s + FTv[:n], c_a + FTv[n:]
         Q_sa, Q_aa = Q[:n, n:], Q[n:, n:] + damping * eye
-        gains, positive = _eliminate(Q_aa, -jnp.concatenate([Q_sa.T, q_a[:, None]], axis=1))
+        gains, positive = _eliminate(Q_aa, -jnp.concatenate([_transpose(Q_sa), q_a[:, None]], axis=1))
         K, k = gains[:, :n], gains[:, n]
         V = Q[:n, :n] + matmul(Q_sa, K)
-        return ((V + V.T) / 2, q_s + _dot(Q_sa, k), slope + jnp.sum(k * q_a), definite & positive), (K, k)
+        return ((V + _transpose(V)) / 2, q_s + _dot(Q_sa, k), slope + jnp.sum(k * q_a, axis=0), definite & positive), (
+            K,
+            k,
+        )
 
-    zero = jnp.zeros((), A.dtype)
-    start = (H_T, c_T, zero, jnp.array(True))
+    start = (H_T, c_T, jnp.zeros(batch, A.dtype), jnp.ones(batch, bool))
     F = jnp.concatenate([A, B], axis=2)
     (_, _, slope, definite), (K, k) = jax.lax.scan(step, start, (F, c_s, c_a, H), reverse=True)
     return Sweep(K, k, slope, definite)
@@ -247,20 +270,23 @@ def _transpose(X: Float[Array, "i j *batch"]) -> Float[Array, "j i *batch"]:
     return jnp.swapaxes(X, 0, 1)
 
 
-def _eliminate(Q: Float[Array, "m m"], R: Float[Array, "m k"]) -> tuple[Array, Array]:
-    """Q^-1 R for a symmetric Q, and whether Q is positive definite.
+def _eliminate(Q: Float[Array, "m m *batch"], R: Float[Array, "m k *batch"]) -> tuple[Array, Array]:
+    """Q^-1 R for a symmetric Q, and whether Q is positive definite, with any axes after the matrices' two.
 
     Small systems by Gauss-Jordan elimination without pivoting, stable for a positive definite matrix, whose pivots are then
     all positive (they are the D of L D L'): plain arithmetic, where LAPACK's call alone costs more than the work.
     """
     m = Q.shape[0]
     if m > INLINE:
+        Q, R = (jnp.moveaxis(X, (0, 1), (-2, -1)) for X in (Q, R))
         factor = jnp.linalg.cholesky(Q)
-        return jax.scipy.linalg.cho_solve((factor, True), R), jnp.all(jnp.isfinite(factor))
+        solution = jax.scipy.linalg.cho_solve((factor, True), R)
+        return jnp.moveaxis(solution, (-2, -1), (0, 1)), jnp.all(jnp.isfinite(factor), axis=(-2, -1))
     rows = jnp.concatenate([Q, R], axis=1)
-    positive = jnp.array(True)
+    index = jnp.arange(m).reshape(m, *(1,) * (rows.ndim - 1))
+    positive = jnp.ones(Q.shape[2:], bool)
     for i in range(m):
         positive = positive & (rows[i, i] > 0)
         pivot_row = rows[i] / rows[i, i]
-        rows = jnp.where((jnp.arange(m) == i)[:, None], pivot_row, rows - rows[:, i : i + 1] * pivot_row)
+        rows = jnp.where(index == i, pivot_row, rows - rows[:, i : i + 1] * pivot_row)
     return rows[:, m:], positive

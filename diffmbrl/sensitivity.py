@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task
 from diffmbrl.curvature import along
-from diffmbrl.linearize import matmul
+from diffmbrl.linearize import closed_loop, matmul
 from diffmbrl.policies import centre_and_half
 
 
@@ -35,19 +35,17 @@ def sensitivity(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = N
     """
     _, _, lin, K = along(policy, task, s0, key)
     _, h = centre_and_half(task.a_low, task.a_high)
-    n, batch = lin.c_s.shape[1:]
-    eye = jnp.broadcast_to(jnp.eye(n, dtype=lin.A.dtype)[:, :, None], (n, n, batch))
+    n = task.n
+    loop = closed_loop(lin, K)
 
     def step(covariance, x):
-        A, B, K, H = x
-        Z = jnp.concatenate([eye, K])  # (s, a) in terms of s
-        m = jnp.sum(matmul(matmul(H, Z), covariance) * Z, axis=(0, 1))
-        closed = A + matmul(B, K)
+        A, B, H = x
+        m = jnp.sum(H * covariance, axis=(0, 1))
         noise = B * h[:, None]
-        spread = matmul(matmul(closed, covariance), jnp.swapaxes(closed, 0, 1))
+        spread = matmul(matmul(A, covariance), jnp.swapaxes(A, 0, 1))
         return spread + matmul(noise, jnp.swapaxes(noise, 0, 1)), m
 
-    last, m = jax.lax.scan(step, jnp.zeros_like(eye), (lin.A, lin.B, K, lin.H))
+    last, m = jax.lax.scan(step, jnp.zeros_like(lin.H_T), (loop.A, loop.B, loop.H[:, :n, :n]))
     m_T = jnp.sum(lin.H_T * last, axis=(0, 1))
     return jnp.concatenate([m[1:], m_T[None]])
 

@@ -5,7 +5,20 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from diffmbrl import ILQR, Continuation, Dense, Descend, GaussNewton, Krylov, KrylovNewton, LevenbergMarquardt
+from diffmbrl import (
+    ILQR,
+    Continuation,
+    Dense,
+    Descend,
+    GaussNewton,
+    Krylov,
+    KrylovNewton,
+    LevenbergMarquardt,
+    NewtonCG,
+    Sigma,
+    SquareRoot,
+)
+from diffmbrl.curvature import gauss_newton
 from diffmbrl.methods import clipped_adam
 
 
@@ -17,16 +30,17 @@ class Row(NamedTuple):
     kind: str = "policy"  # or "plan": one start at a time, from Affine.zeros(task)
     monotone: bool = False  # the return of the objective never falls
     exact_on_lqr: bool = False  # one update of a plan reaches the optimum of a linear-quadratic task
+    models: bool = True  # it reports its quadratic model
     slow: bool = False  # its parts stand in other rows: not repeated in continuous integration
 
 
 ADAM = Descend(optax.adam, learning_rate=3e-2)
 
 SOLVERS = [
-    Row("adam", ADAM),
-    Row("clipped adam", Descend(clipped_adam, learning_rate=3e-2, max_norm=0.5), slow=True),
-    Row("sgd", Descend(optax.sgd, learning_rate=3e-2)),
-    Row("lbfgs", Descend(optax.lbfgs, memory_size=5), monotone=True),
+    Row("adam", ADAM, models=False),
+    Row("clipped adam", Descend(clipped_adam, learning_rate=3e-2, max_norm=0.5), models=False, slow=True),
+    Row("sgd", Descend(optax.sgd, learning_rate=3e-2), models=False),
+    Row("lbfgs", Descend(optax.lbfgs, memory_size=5), monotone=True, models=False),
     Row("gauss-newton", GaussNewton(), monotone=True, exact_on_lqr=True),
     Row("gauss-newton, chunked", GaussNewton(system=Krylov(8), chunk=3), monotone=True, slow=True),
     Row("gauss-newton, damped", GaussNewton(damping=LevenbergMarquardt()), monotone=True),
@@ -37,9 +51,17 @@ SOLVERS = [
         monotone=True,
         slow=True,
     ),
+    Row("square root gauss-newton", GaussNewton(system=SquareRoot()), monotone=True, exact_on_lqr=True),
+    Row("sigma-metric", GaussNewton(system=Sigma(rank=8)), monotone=True),
+    Row("newton-cg", NewtonCG(), monotone=True, exact_on_lqr=True),
+    Row("newton-cg of gauss-newton", NewtonCG(curvature=gauss_newton), monotone=True, slow=True),
     Row("krylov-newton", KrylovNewton(rank=12), monotone=True, exact_on_lqr=True),
-    Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2])),
-    Row("continued lbfgs", Continuation(Descend(optax.lbfgs, memory_size=5), discounts=[0.8, 1.0], lengths=[2, 2])),
+    Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2]), models=False),
+    Row(
+        "continued lbfgs",
+        Continuation(Descend(optax.lbfgs, memory_size=5), discounts=[0.8, 1.0], lengths=[2, 2]),
+        models=False,
+    ),
     Row(
         "continued gauss-newton",
         Continuation(GaussNewton(system=Krylov(8)), discounts=[0.8, 1.0], lengths=[2, 2]),
@@ -51,6 +73,6 @@ SOLVERS = [
             GaussNewton(system=Krylov(8)), discounts=[0.8, 1.0, 1.0], lengths=[2, 1, 1], trusts=[2.0, 2.0, jnp.inf]
         ),
     ),
-    Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True),
-    Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan"),
+    Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
+    Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan", models=False),
 ]

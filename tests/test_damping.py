@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import GaussNewton, Krylov, LevenbergMarquardt, Neural, Path
-from diffmbrl.krylov import Spectral
+from diffmbrl import GaussNewton, Krylov, LevenbergMarquardt, Neural, Path, TrustRegion
+from diffmbrl.krylov import Spectral, Truncated
 from tests.problems import bent, changed
 
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
@@ -20,7 +20,8 @@ G = np.asarray([1.0, -2.0, 3.0], np.float32)
 def space(scale: float = 1.0) -> Spectral:
     """N and g, and steps of either."""
     count = jnp.asarray(3, jnp.int32)
-    return Spectral(jnp.eye(3), scale * jnp.diag(jnp.asarray(N)), scale * jnp.asarray(G), count)
+    values = scale * jnp.diag(jnp.asarray(N))
+    return Spectral(jnp.eye(3), values, values, scale * jnp.asarray(G), count)
 
 
 def quadratic(scale: float = 1.0, gain: float = 1.0):
@@ -45,9 +46,13 @@ def test_the_best_of_the_path_is_taken():
     steps = np.stack([-np.linalg.solve(N + x * np.eye(3), G) for x in dampings])
     best = np.argmax(true(steps))
     assert best != 0
-    assert choice.accepted and choice.rollouts == 3 and choice.nonfinite == 0
+    assert choice.accepted and choice.returns.shape == (3,)
     close(choice.damping, dampings[best])
     close(choice.step, steps[best])
+    # All candidates are reported, by the model and in truth.
+    close(choice.dampings, dampings)
+    close(choice.predicted, quadratic()(steps))
+    close(choice.returns, true(steps))
 
 
 def test_with_an_exact_model_the_least_damping_is_taken():
@@ -81,10 +86,10 @@ def test_steps_that_are_not_finite_are_counted_and_never_taken():
         )
 
     _, choice = choose(Path(), partly)
-    assert choice.accepted and choice.nonfinite == 5
+    assert choice.accepted and np.isfinite(choice.returns).sum() == 7
     close(choice.damping, 9 * Path().dampings[5])
     carry, choice = choose(Path(), lambda d: jnp.full(d.shape[0], jnp.nan))
-    assert not choice.accepted and choice.nonfinite == 12 and carry == 10
+    assert not choice.accepted and not np.isfinite(choice.returns).any() and carry == 10
     assert np.all(np.isfinite(choice.step))
 
 
@@ -104,7 +109,7 @@ def test_steps_that_are_not_finite_are_counted_and_never_taken():
 def test_the_damping_follows_the_ratio(gain, accepted, factor):
     rule = LevenbergMarquardt(initial=1e-6)
     carry, choice = choose(rule, quadratic(gain=gain))
-    assert bool(choice.accepted) == accepted and choice.rollouts == 1
+    assert bool(choice.accepted) == accepted and choice.returns.shape == (1,)
     # At this damping predicted and true decrease are those of the undamped step: 1 and 2 - gain.
     close(carry, 1e-6 * factor)
     close(choice.step, -np.linalg.solve(N, G) if accepted else np.zeros(3), rtol=1e-4)
@@ -114,7 +119,7 @@ def test_the_damping_follows_the_ratio(gain, accepted, factor):
 def test_a_step_that_is_not_finite_raises_the_damping():
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         carry, choice = choose(LevenbergMarquardt(), lambda d, bad=bad: jnp.full(d.shape[0], bad))
-        assert not choice.accepted and choice.nonfinite == 1
+        assert not choice.accepted and not np.isfinite(choice.returns).any()
         close(carry, 4e-3)
 
 
@@ -132,7 +137,47 @@ def test_the_damping_never_vanishes():
     assert choose(rule, quadratic(), carry=carry)[1].accepted
 
 
-# Both.
+# Trust region.
+
+
+def ended(length: float, *, boundary: bool) -> Truncated:
+    """A step of this length along -g, of the model that N and g make."""
+    d = -length * G / np.linalg.norm(G)
+    predicted = jnp.asarray(quadratic()(d))
+    no = jnp.array(False)
+    return Truncated(jnp.asarray(d), predicted, jnp.ones((), jnp.int32), jnp.zeros(()), no, jnp.array(boundary))
+
+
+@pytest.mark.parametrize(
+    "gain, boundary, accepted, radius",
+    [
+        pytest.param(1.0, True, True, 4.0, id="as predicted, and it wanted to go further"),
+        pytest.param(1.0, False, True, 2.0, id="as predicted, inside"),
+        pytest.param(5.8, True, True, 2.0, id="about half of it"),
+        pytest.param(20.0, True, False, 0.025, id="a loss"),
+    ],
+)
+def test_the_radius_follows_the_ratio(gain, boundary, accepted, radius):
+    found = ended(0.1, boundary=boundary)
+    carry, choice = TrustRegion().choose(jnp.asarray(2.0), found, jnp.zeros(()), quadratic(gain=gain))
+    assert bool(choice.accepted) == accepted
+    close(carry, radius)
+    close(choice.step, found.step if accepted else np.zeros(3))
+
+
+def test_a_return_that_is_not_finite_shrinks_the_radius_and_no_step_leaves_it():
+    def nowhere(d):
+        return jnp.full(d.shape[0], jnp.nan)
+
+    carry, choice = TrustRegion().choose(jnp.asarray(2.0), ended(1.0, boundary=False), jnp.zeros(()), nowhere)
+    assert not choice.accepted
+    close(carry, 0.25)
+    carry, choice = TrustRegion().choose(jnp.asarray(2.0), ended(0.0, boundary=False), jnp.zeros(()), quadratic())
+    assert not choice.accepted
+    close(carry, 2.0)
+
+
+# Path and Levenberg-Marquardt.
 
 RULES = {"path": Path(), "levenberg-marquardt": LevenbergMarquardt()}
 
@@ -169,7 +214,7 @@ def changed_units(task, factor):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_without_curvature_it_goes_along_the_gradient(rule):
-    flat = Spectral(jnp.eye(3), jnp.zeros(3), jnp.asarray(G), jnp.asarray(3, jnp.int32))
+    flat = Spectral(jnp.eye(3), jnp.zeros(3), jnp.zeros(3), jnp.asarray(G), jnp.asarray(3, jnp.int32))
     carry = rule.start(jnp.dtype("float32"))
     _, choice = rule.choose(carry, flat, jnp.zeros(()), lambda d: -d @ G)
     assert choice.accepted
@@ -185,4 +230,4 @@ def test_types_are_kept(rule, double):
         exact = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, space())
         carry, choice = rule.choose(rule.start(dtype), exact, jnp.zeros(()), lambda d: -d @ jnp.asarray(G, dtype))
         assert carry.dtype == choice.step.dtype == choice.damping.dtype == dtype
-        assert choice.rollouts.dtype == choice.nonfinite.dtype == jnp.int32
+        assert choice.dampings.dtype == choice.predicted.dtype == choice.returns.dtype == dtype

@@ -4,12 +4,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 from hypothesis import given
 from hypothesis import strategies as st
+from matfree import decomp
 
-from diffmbrl.krylov import lanczos
+from diffmbrl.krylov import conjugate_gradients, lanczos
 
 close = partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8)
 
@@ -26,7 +29,7 @@ def space_of(N, g, rank):
     return lanczos(lambda v: jnp.matmul(N, v, precision="highest"), g, rank)
 
 
-def conjugate_gradients(N: np.ndarray, g: np.ndarray, iterations: int) -> np.ndarray:
+def plain_cg(N: np.ndarray, g: np.ndarray, iterations: int) -> np.ndarray:
     """Hestenes and Stiefel's, from zero, for N d = -g."""
     d, residual = np.zeros_like(g), -g
     direction = residual
@@ -57,7 +60,7 @@ def test_at_full_rank_it_is_the_eigendecomposition(size, x64):
 def test_a_step_is_so_many_conjugate_gradient_iterations(rank, damping, x64):
     N, g = definite(1, 12, condition=30.0)  # CG itself loses its way in rounding when it is ill conditioned
     step, predicted = space_of(N, g, rank).step(jnp.asarray(damping))
-    wanted = conjugate_gradients(np.asarray(N) + damping * np.eye(12), np.asarray(g), rank)
+    wanted = plain_cg(np.asarray(N) + damping * np.eye(12), np.asarray(g), rank)
     np.testing.assert_allclose(step, wanted, rtol=1e-6, atol=1e-9)
     close(predicted, -(g @ wanted + wanted @ N @ wanted / 2))
 
@@ -133,3 +136,99 @@ def test_float32_keeps_orthogonality_on_ill_conditioned_operators():
     space = space_of(jnp.asarray(N, jnp.float32), jnp.asarray(g, jnp.float32), 30)
     np.testing.assert_allclose(space.vectors @ space.vectors.T, np.eye(30), atol=1e-5)
     assert abs(space.values.max() / 1e6 - 1) < 1e-4
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_lanczos_is_matfrees(rank, x64):
+    N, g = definite(6, 12)
+    decompose = decomp.tridiag_sym(rank, reortho="full")
+    found = decompose(lambda v: jnp.matmul(N, v, precision="highest"), g)
+    close(space_of(N, g, rank).ritz, np.linalg.eigvalsh(np.asarray(found.J_small)))
+
+
+# Truncated conjugate gradients.
+
+
+@partial(jax.jit, static_argnames="iterations")
+def truncated(N, g, radius=jnp.inf, tolerance=1e-10, iterations=100):
+    product = lambda v: jnp.matmul(N, v, precision="highest")  # noqa: E731
+    return conjugate_gradients(product, g, radius=radius, tolerance=tolerance, iterations=iterations)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_cut_short_it_is_so_many_iterations(rank, x64):
+    N, g = definite(1, 12, condition=30.0)
+    found = truncated(N, g, iterations=rank)
+    close(found.step, plain_cg(np.asarray(N), np.asarray(g), rank))
+    close(found.residual, np.linalg.norm(N @ found.step + g) / np.linalg.norm(g))
+    close(found.predicted, -(g @ found.step + found.step @ N @ found.step / 2))
+    assert found.products == rank and not found.negative and not found.boundary
+
+
+def test_whole_it_is_lineaxs_and_scipys(x64):
+    N, g = definite(7, 15)
+    found = truncated(N, g)
+    operator = lineax.MatrixLinearOperator(N, lineax.positive_semidefinite_tag)
+    close(found.step, lineax.linear_solve(operator, -g, lineax.CG(rtol=1e-12, atol=1e-12)).value, rtol=1e-6)
+    close(found.step, scipy.sparse.linalg.cg(np.asarray(N), -np.asarray(g), rtol=1e-12)[0], rtol=1e-6)
+    assert found.residual <= 1e-10
+
+
+def exact_region(N: np.ndarray, g: np.ndarray, radius: float) -> float:
+    """The least value of the model in the ball, by bisection on the multiplier (no hard case here)."""
+    values, vectors = np.linalg.eigh(N)
+    h = vectors.T @ g
+    low, high = max(0.0, -values[0]) + 1e-14, max(0.0, -values[0]) + np.linalg.norm(g) / radius + 1
+    if values[0] > 0 and np.linalg.norm(h / values) <= radius:
+        d = -h / values
+    else:
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if np.linalg.norm(h / (values + middle)) > radius else (low, middle)
+        d = -h / (values + high)
+    return float(h @ d + d @ (values * d) / 2)
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 10.0), st.booleans())
+def test_in_a_region_it_is_downhill_within_it_and_not_far_from_the_best(seed, radius, definite_matrix):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(seed)
+        Q = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+        values = rng.uniform(0.1, 2, 6) if definite_matrix else rng.normal(size=6)
+        N, g = (Q * values) @ Q.T, rng.normal(size=6)
+        found = truncated(jnp.asarray(N), jnp.asarray(g), jnp.asarray(radius))
+        d = np.asarray(found.step)
+        assert np.linalg.norm(d) <= radius * (1 + 1e-9)
+        assert bool(found.boundary) == bool(np.linalg.norm(d) > radius * (1 - 1e-9))
+        value = g @ d + d @ N @ d / 2
+        close(found.predicted, -value)
+        # At least the Cauchy point's share of what is to be had; half for a definite model (Yuan 2000).
+        best = exact_region(N, g, radius)
+        assert value <= (0.5 if definite_matrix else 0.01) * best + 1e-9
+        assert not (definite_matrix and found.negative)
+        assert not found.negative or found.boundary
+
+
+def test_negative_curvature_is_followed_to_the_boundary_or_not_at_all(x64):
+    N, g = jnp.diag(jnp.asarray([1.0, -1.0])), jnp.asarray([0.0, 1.0])
+    found = truncated(N, g, jnp.asarray(3.0))
+    close(found.step, [0.0, -3.0])
+    assert found.negative and found.boundary and found.products == 1
+    unbounded = truncated(N, g)
+    np.testing.assert_array_equal(unbounded.step, np.zeros(2))
+    assert unbounded.negative and not unbounded.boundary
+
+
+def test_a_member_that_fails_does_not_touch_the_others(x64):
+    """Not finite, indefinite, nothing to do, and an ordinary one: each as if it were alone."""
+    N, g = definite(8, 5)
+    problems = [(N, g), (N.at[0, 0].set(jnp.nan), g), (-N, g), (N, jnp.zeros(5))]
+    together = jax.jit(jax.vmap(lambda N, g: truncated(N, g, jnp.asarray(2.0), iterations=3)))(
+        *map(jnp.stack, zip(*problems, strict=True))
+    )
+    for i, (N_i, g_i) in enumerate(problems):
+        alone = truncated(N_i, g_i, jnp.asarray(2.0), iterations=3)
+        for name, x in alone._asdict().items():
+            np.testing.assert_allclose(getattr(together, name)[i], x, rtol=1e-9, err_msg=f"{i} {name}")
+    assert np.isnan(together.residual[1]) and np.all(np.isfinite(together.step))
+    assert together.products.tolist()[3] == 0

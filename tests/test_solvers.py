@@ -126,7 +126,8 @@ def test_without_jit_it_does_the_same(row, x64):
     solver, policy, carry, task, s0 = case(row, double=True)
     eager, compiled = solver.update(policy, carry, task, s0, key=KEY), update(solver, policy, carry, task, s0, KEY)
     same_tree(eager[0], compiled[0], rtol=1e-6, atol=1e-8)
-    same_tree(eager[2]._replace(damping=0.0), compiled[2]._replace(damping=0.0), rtol=1e-6)
+    eager, compiled = (info._replace(damping=0.0, model=None) for info in (eager[2], compiled[2]))
+    same_tree(eager, compiled, rtol=1e-6)
 
 
 @every_solver
@@ -145,7 +146,9 @@ def test_a_vmap_over_seeds_is_a_loop(row, x64):
             alone = update(solver, policy, carry, task, s0, KEY)
             lane_of = jax.tree.map(lambda x, lane=lane: x[lane], out)
             same_tree(lane_of[0], alone[0], rtol=1e-6, atol=1e-7)
-            same_tree(lane_of[2], alone[2], rtol=1e-6)
+            same_tree(lane_of[2]._replace(model=None), alone[2]._replace(model=None), rtol=1e-6)
+            # The longest candidates leave the region where rounding stays small.
+            same_tree(lane_of[2].model, alone[2].model, rtol=1e-3, atol=1e-6)
         policies, carries, _ = out
 
 
@@ -186,8 +189,9 @@ def test_it_keeps_the_precision(row, double):
         assert {leaf.dtype for leaf in jax.tree.leaves(policy)} == {float_type}
         whole = np.dtype(np.int32)
         expected_types = Info(float_type, float_type, np.dtype(bool), float_type, whole, whole, (whole,) * 4)
-        assert [x.dtype for x in jax.tree.leaves(info)] == jax.tree.leaves(expected_types)
-        assert all(x.shape == () for x in jax.tree.leaves(info))
+        assert [x.dtype for x in jax.tree.leaves(info._replace(model=None))] == jax.tree.leaves(expected_types)
+        assert all(x.shape == () for x in jax.tree.leaves(info._replace(model=None)))
+        assert {x.dtype for x in jax.tree.leaves(info.model)} <= {float_type}
 
 
 def _type(x: Any) -> tuple:
@@ -267,6 +271,22 @@ def test_work_is_counted(row):
     assert np.all(info.work.forward % (HORIZON * batch) == 0)
     assert np.all((info.work.vjp > 0) | (info.work.jvp > 0) | ("lbfgs" in row.name))
     assert np.all(info.inner_iterations >= 0)
+
+
+@every_solver
+def test_what_it_says_of_its_model_is_true(row):
+    J, model, accepted = (getattr(solved(row.name)[1].info, name) for name in ("J", "model", "accepted"))
+    if model is None:
+        assert not row.models
+        return
+    assert row.models
+    assert np.all(np.diff(model.ritz, axis=-1) >= 0) or "square root" in row.name
+    assert np.all((model.negative >= 0) & (model.negative <= 1))
+    if not isinstance(row.solver, Continuation):
+        # The best candidate is the one that was taken, and the next update starts where it led.
+        np.testing.assert_allclose(np.diff(J), np.max(model.improved, axis=-1)[:-1] * accepted[:-1], atol=2e-5)
+    if np.all(np.isfinite(model.gap)):
+        assert np.all((model.gap >= 0) & (model.gap <= 1.5))
 
 
 def test_work_of_first_order_methods_is_exact():

@@ -1,11 +1,13 @@
 """Optimisers of a policy's parameters."""
 
 from diffmbrl.optimizers.continuation import Continuation
-from diffmbrl.optimizers.damping import LevenbergMarquardt, Path
+from diffmbrl.optimizers.damping import LevenbergMarquardt, Path, TrustRegion
 from diffmbrl.optimizers.descend import Descend
-from diffmbrl.optimizers.gauss_newton import Dense, GaussNewton, Krylov
+from diffmbrl.optimizers.gauss_newton import GaussNewton
 from diffmbrl.optimizers.natural import NaturalGradient, Radii
 from diffmbrl.optimizers.newton import KrylovNewton
+from diffmbrl.optimizers.newton_cg import NewtonCG
+from diffmbrl.optimizers.systems import Dense, Krylov, Sigma, SquareRoot
 
 __all__ = [
     "Continuation",
@@ -16,6 +18,10 @@ __all__ = [
     "KrylovNewton",
     "LevenbergMarquardt",
     "NaturalGradient",
+    "NewtonCG",
     "Path",
     "Radii",
+    "Sigma",
+    "SquareRoot",
+    "TrustRegion",
 ]

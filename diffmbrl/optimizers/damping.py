@@ -12,23 +12,25 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from diffmbrl.core import Info, Work, as_float
+from diffmbrl.core import Info, Quadratic, Work, as_float
 from diffmbrl.curvature import Curved, Model
-from diffmbrl.krylov import Spectral
+from diffmbrl.krylov import Spectral, Truncated
+from diffmbrl.projection import projection_gap
 
-Evaluate = Callable[[Float[Array, "k P"]], Float[Array, " k"]]
+Evaluate = Callable[[Float[Array, "c P"]], Float[Array, " c"]]
 
 
 class Choice(NamedTuple):
-    """The step to take; zero where none was accepted."""
+    """The step to take, zero where none was accepted; and all candidates, by the model and in truth."""
 
     step: Float[Array, " P"]
     accepted: Bool[Array, ""]
     damping: Float[Array, ""]
-    rollouts: Int[Array, ""]  # steps whose true return was evaluated
-    nonfinite: Int[Array, ""]  # of which the return was not finite
+    dampings: Float[Array, " c"]
+    predicted: Float[Array, " c"]
+    returns: Float[Array, " c"]
 
 
 class Path(eqx.Module):
@@ -52,8 +54,7 @@ class Path(eqx.Module):
         self, carry: Float[Array, ""], space: Spectral, J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
         dampings = carry * self.dampings.astype(carry.dtype) * scale(space)
-        steps, _ = jax.vmap(space.step)(dampings)
-        choice = best_of(steps, dampings, J, evaluate)
+        choice = best_of(*jax.vmap(space.step)(dampings), dampings, J, evaluate)
         return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), carry * 10), choice
 
 
@@ -82,27 +83,54 @@ class LevenbergMarquardt(eqx.Module):
         damping = carry * scale(space)
         step, predicted = space.step(damping)
         reached = evaluate(step[None])[0]
-        finite = jnp.isfinite(reached)
-        ratio = jnp.where(finite, (reached - J) / jnp.maximum(predicted, jnp.finfo(J.dtype).tiny), -1.0)
+        ratio = _ratio(reached, J, predicted)
         factor = jnp.where(ratio < 0.25, self.grow, jnp.where(ratio > 0.75, self.shrink, 1.0)).astype(carry.dtype)
-        accepted = ratio > 0
-        taken = jnp.where(accepted, step, jnp.zeros_like(step))
-        smallest = jnp.finfo(carry.dtype).eps ** 2
-        carry = jnp.maximum(carry * factor, smallest)
-        return carry, Choice(taken, accepted, damping, jnp.ones((), jnp.int32), (~finite).astype(jnp.int32))
+        carry = jnp.maximum(carry * factor, jnp.finfo(carry.dtype).eps ** 2)
+        return carry, _only(step, ratio > 0, damping, predicted, reached)
+
+
+class TrustRegion(eqx.Module):
+    r"""One radius for steps of `conjugate_gradients`, adapted from the ratio of true to predicted decrease.
+
+    The step is taken when $\varrho > 0$. The radius becomes $|d| / 4$ when $\varrho < 1/4$; it doubles when $\varrho > 3/4$ and
+    the step ended on the boundary.
+
+    Reference: Nocedal and Wright, Numerical Optimization, algorithm 4.1.
+
+    >>> float(TrustRegion().initial)
+    1.0
+    """
+
+    initial: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1.0), converter=as_float)
+
+    def start(self, dtype: jnp.dtype) -> Float[Array, ""]:
+        return self.initial.astype(dtype)
+
+    def choose(
+        self, carry: Float[Array, ""], found: Truncated, J: Float[Array, ""], evaluate: Evaluate
+    ) -> tuple[Array, Choice]:
+        reached = evaluate(found.step[None])[0]
+        ratio = _ratio(reached, J, found.predicted)
+        length = jnp.linalg.norm(found.step)
+        # A step of nothing says nothing of the radius: CG met what is not finite, or the gradient is zero.
+        shrunk = jnp.where(length > 0, length / 4, carry)
+        grown = jnp.where(found.boundary & (ratio > 0.75), 2 * carry, carry)
+        return jnp.where(ratio < 0.25, shrunk, grown), _only(found.step, ratio > 0, carry, found.predicted, reached)
 
 
 def best_of(
-    steps: Float[Array, "k P"], dampings: Float[Array, " k"], J: Float[Array, ""], evaluate: Evaluate
+    steps: Float[Array, "c P"],
+    predicted: Float[Array, " c"],
+    dampings: Float[Array, " c"],
+    J: Float[Array, ""],
+    evaluate: Evaluate,
 ) -> Choice:
     """The step of highest true return, if that is above J; else none."""
     returns = evaluate(steps)
-    finite = jnp.isfinite(returns)
-    best = jnp.argmax(jnp.where(finite, returns, -jnp.inf))
-    accepted = finite[best] & (returns[best] > J)
+    best = jnp.argmax(jnp.where(jnp.isfinite(returns), returns, -jnp.inf))
+    accepted = jnp.isfinite(returns[best]) & (returns[best] > J)
     step = jnp.where(accepted, steps[best], jnp.zeros_like(steps[best]))
-    count = jnp.asarray(steps.shape[0], jnp.int32)
-    return Choice(step, accepted, dampings[best], count, jnp.sum(~finite, dtype=jnp.int32))
+    return Choice(step, accepted, dampings[best], dampings, predicted, returns)
 
 
 def take(
@@ -110,9 +138,9 @@ def take(
     policy: Any,
     carry: Any,
     model: Curved | Model,
-    space: Spectral,
+    space: Spectral | Truncated,
     objective: Callable[[Any], Array],
-    work: Callable[[Array], Work],
+    work: Callable[[int], Work],
 ) -> tuple[Any, Any, Info]:
     """Move the policy as `rule` chooses in `space`, judged by `objective` (policy -> true return), and report it.
 
@@ -125,16 +153,27 @@ def take(
     )
     finite = jnp.isfinite(model.J) & jnp.all(jnp.isfinite(model.gradient))
     accepted = choice.accepted & finite
+    step = jnp.where(accepted, choice.step, jnp.zeros_like(theta))
+    bad = jnp.sum(~jnp.isfinite(choice.returns), dtype=jnp.int32)
+    ritz = space.ritz if isinstance(space, Spectral) else jnp.zeros(0, theta.dtype)
     info = Info(
         J=model.J,
         gradient_norm=jnp.linalg.norm(model.gradient),
         accepted=accepted,
         damping=choice.damping,
         inner_iterations=space.products,
-        nonfinite=choice.nonfinite + (~finite).astype(jnp.int32),
-        work=work(choice.rollouts),
+        nonfinite=bad + (~finite).astype(jnp.int32),
+        work=work(choice.returns.size),
+        model=Quadratic(
+            ritz=ritz,
+            negative=_share(ritz) if isinstance(space, Spectral) else space.negative.astype(theta.dtype),
+            dampings=choice.dampings,
+            predicted=choice.predicted,
+            improved=choice.returns - model.J,
+            gap=projection_gap(model, step) if isinstance(model, Model) else jnp.full((), jnp.nan, theta.dtype),
+        ),
     )
-    policy = unravel(jnp.where(accepted, theta + choice.step, theta))
+    policy = unravel(jnp.where(accepted, theta + step, theta))
     return policy, jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, carry), info
 
 
@@ -142,3 +181,21 @@ def scale(space: Spectral) -> Float[Array, ""]:
     """The largest eigenvalue; 1 for an operator without any (no curvature in the reward), whose steps follow the gradient."""
     top = jnp.max(space.values)
     return jnp.where(top > 0, top, 1.0).astype(space.values.dtype)
+
+
+def _ratio(reached: Array, J: Array, predicted: Array) -> Array:
+    """Of true to predicted improvement; -1 for a return that is not finite."""
+    tiny = jnp.finfo(J.dtype).tiny
+    return jnp.where(jnp.isfinite(reached), (reached - J) / jnp.maximum(predicted, tiny), -1.0)
+
+
+def _only(step: Array, accepted: Array, damping: Array, predicted: Array, reached: Array) -> Choice:
+    """The choice of a rule with one candidate."""
+    taken = jnp.where(accepted, step, jnp.zeros_like(step))
+    return Choice(taken, accepted, damping, damping[None], predicted[None], reached[None])
+
+
+def _share(ritz: Array) -> Array:
+    """Of the negative in the sum of absolute values."""
+    total = jnp.sum(jnp.abs(ritz))
+    return jnp.sum(jnp.maximum(-ritz, 0)) / jnp.where(total > 0, total, 1.0)

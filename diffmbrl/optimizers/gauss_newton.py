@@ -3,43 +3,14 @@
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
 
 from diffmbrl.core import Info, State, Task, count_work
-from diffmbrl.curvature import Model, dense, gauss_newton
-from diffmbrl.krylov import Spectral, lanczos
+from diffmbrl.curvature import gauss_newton
 from diffmbrl.optimizers.damping import LevenbergMarquardt, Path, take
+from diffmbrl.optimizers.systems import Krylov, System
 from diffmbrl.rollout import expected
-
-
-class Krylov(eqx.Module):
-    """Conjugate gradients, for all dampings at once: the Krylov space of dimension `rank` from the gradient."""
-
-    rank: int = eqx.field(static=True, default=30)
-
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
-        space = lanczos(model.product, model.gradient, self.rank)
-        return space._replace(values=jnp.maximum(space.values, 0))  # as below
-
-    def passes(self, parameters: int) -> int:
-        """Passes over the horizon: forward and back for each product."""
-        return 2 * min(self.rank, parameters)
-
-
-class Dense(eqx.Module):
-    """The whole matrix and its eigenvectors: exact, one pass over time, P^2 memory; for up to some thousand parameters."""
-
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
-        values, vectors = jnp.linalg.eigh(dense(model, policy, task, key))
-        coefficients = jnp.matmul(vectors.T, model.gradient, precision="highest")
-        # The matrix is positive semidefinite; what rounding leaves below zero would turn a damped step uphill.
-        return Spectral(vectors.T, jnp.maximum(values, 0), coefficients, jnp.asarray(values.shape[0], jnp.int32))
-
-    def passes(self, parameters: int) -> int:
-        """Passes over the horizon: one."""
-        return 1
 
 
 class GaussNewton(eqx.Module):
@@ -49,9 +20,10 @@ class GaussNewton(eqx.Module):
 
     averaged over the starts, where G stacks $d\pi/d\theta$ over time, M is the LQR Hessian along the trajectory and g the
     gradient of the cost in the actions (`curvature.py`). `system` says how it is solved, for every damping from one
-    factorisation: `Krylov(rank)` by products, `Dense()` with the matrix. `damping` says which is taken: `Path()` the best of
-    a dozen by their true returns, `LevenbergMarquardt()` one, adapted by the reduction ratio. On an `OpenLoop` plan the step is
-    iLQR's, without its feedback.
+    factorisation: `Krylov(rank)` by products, `Dense()` with the matrix, `SquareRoot()` without squaring its condition,
+    `Sigma(sigma)` with slack between the planner's actions and the policy's. `damping` says which is taken: `Path()` the best
+    of a dozen by their true returns, `LevenbergMarquardt()` one, adapted by the reduction ratio. On an `OpenLoop` plan the step
+    is iLQR's, without its feedback.
 
     The return never falls: a step that does not improve it is not taken, and the damping grows.
 
@@ -69,7 +41,7 @@ class GaussNewton(eqx.Module):
     True
     """
 
-    system: Krylov | Dense = eqx.field(default_factory=Krylov)
+    system: System = eqx.field(default_factory=Krylov)
     damping: Path | LevenbergMarquardt = eqx.field(default_factory=Path)
     chunk: int | None = eqx.field(static=True, default=None)
 

@@ -37,8 +37,9 @@ class Radii(eqx.Module):
         step, _ = space.step(damping)
         slope = jnp.sum(space.coefficients**2 / (space.values + damping))  # -g'd
         radii = carry * self.radii.astype(carry.dtype)
-        steps = jnp.sqrt(2 * radii / jnp.maximum(slope, jnp.finfo(J.dtype).tiny))[:, None] * step
-        choice = best_of(steps, jnp.broadcast_to(damping, radii.shape), J, evaluate)
+        lengths = jnp.sqrt(2 * radii / jnp.maximum(slope, jnp.finfo(J.dtype).tiny))
+        # F says nothing of J's curvature: the model is linear.
+        choice = best_of(lengths[:, None] * step, lengths * slope, radii, J, evaluate)
         return jnp.where(choice.accepted, jnp.minimum(carry * 10, 1.0), carry / 10), choice
 
 

@@ -1,0 +1,104 @@
+r"""How the damped Gauss-Newton system is solved: by products, by the matrix, by its square root, or in the sigma-metric.
+
+A system is called with the quadratic model and returns the eigenvectors or Ritz vectors in which every damping is cheap.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import Task, as_float
+from diffmbrl.curvature import Model, curve, dense, planner_step, square_root
+from diffmbrl.krylov import Spectral, lanczos
+
+
+class Krylov(eqx.Module):
+    """Conjugate gradients, for all dampings at once: the Krylov space of dimension `rank` from the gradient."""
+
+    rank: int = eqx.field(static=True, default=30)
+
+    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+        space = lanczos(model.product, model.gradient, self.rank)
+        return space._replace(values=jnp.maximum(space.values, 0))  # as below
+
+    def passes(self, parameters: int) -> int:
+        """Passes over the horizon: forward and back for each product."""
+        return 2 * min(self.rank, parameters)
+
+
+class Dense(eqx.Module):
+    """The whole matrix and its eigenvectors: exact, one pass over time, P^2 memory; for up to some thousand parameters."""
+
+    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+        values, vectors = jnp.linalg.eigh(dense(model, policy, task, key))
+        coefficients = jnp.matmul(vectors.T, model.gradient, precision="highest")
+        # The matrix is positive semidefinite; what rounding leaves below zero would turn a damped step uphill.
+        count = jnp.asarray(values.shape[0], jnp.int32)
+        return Spectral(vectors.T, values, jnp.maximum(values, 0), coefficients, count)
+
+    def passes(self, parameters: int) -> int:
+        """Passes over the horizon: one."""
+        return 1
+
+
+class SquareRoot(eqx.Module):
+    r"""The singular vectors of a matrix R with $R^\top R = N$, which is never formed: for float32.
+
+    Eigenvalues are found to the square of the relative precision of `Dense`, $10^{-14}$ of the largest in float32: the flat
+    directions of a badly conditioned rollout are then still directions and not rounding. A QR factorisation of P + B (n + m)
+    rows at each time step: some ten times the cost of `Dense`.
+
+    Reference: Golub and Van Loan, Matrix Computations, section 5.3 (least squares by QR rather than the normal equations).
+    """
+
+    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+        _, singular, vectors = jnp.linalg.svd(square_root(model, policy, task, key))
+        coefficients = jnp.matmul(vectors, model.gradient, precision="highest")
+        count = jnp.asarray(singular.shape[0], jnp.int32)
+        return Spectral(vectors, singular**2, singular**2, coefficients, count)
+
+    def passes(self, parameters: int) -> int:
+        """Passes over the horizon: one."""
+        return 1
+
+
+class Sigma(eqx.Module):
+    r"""The sigma-metric: from Gauss-Newton (sigma large) to plain imitation of the planner (sigma small), one knob.
+
+    The planner's actions may differ from the policy's by a slack w - G d at the price $\tfrac\sigma2|w - Gd|^2$. Eliminating w
+    from $\tfrac12 w^\top M w + g^\top w$ leaves
+
+    $$G^\top \big[\sigma M (M + \sigma I)^{-1}\big] G\,d = -G^\top \sigma (M + \sigma I)^{-1} g,$$
+
+    Gauss-Newton as $\sigma \to \infty$, and as $\sigma \to 0$ the regression $\min_d |G d - w^*|^2$ of the policy onto the step
+    $w^* = -M^{-1} g$ of iLQR around its own closed loop. `sigma` is relative to the curvature $g^\top M g / g^\top g$ of M
+    along its gradient. Solved in the Krylov space of dimension `rank`; each product takes a Riccati sweep and three recursions
+    more.
+
+    Reference: Mora et al. 2021 (PODS), section 4; Levine and Koltun 2013 for the imitation of a planner.
+    """
+
+    sigma: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1.0), converter=as_float)
+    rank: int = eqx.field(static=True, default=10)
+
+    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+        lin, K, g = model.linearization, model.K, model.g
+        tiny = jnp.finfo(g.dtype).tiny
+        sigma = self.sigma.astype(g.dtype) * jnp.sum(g * curve(lin, K, g)) / jnp.maximum(jnp.sum(g * g), tiny)
+        # An operator without curvature leaves nothing to be relative to.
+        sigma = jnp.where(sigma > 0, sigma, self.sigma.astype(g.dtype))
+
+        def soft(w: Float[Array, "T m B"]) -> Float[Array, "T m B"]:
+            return -sigma * planner_step(lin, K, sigma, w)
+
+        space = lanczos(lambda v: model.pull(curve(lin, K, soft(model.push(v)))), model.pull(soft(g)), self.rank)
+        return space._replace(values=jnp.maximum(space.values, 0))
+
+    def passes(self, parameters: int) -> int:
+        """Passes over the horizon: four for each product, and as many for sigma and the planner's step."""
+        return 4 * (min(self.rank, parameters) + 1)
+
+
+System = Krylov | Dense | SquareRoot | Sigma
