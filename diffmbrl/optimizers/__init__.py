@@ -7,6 +7,7 @@ from diffmbrl.optimizers.gauss_newton import GaussNewton
 from diffmbrl.optimizers.natural import NaturalGradient, Radii
 from diffmbrl.optimizers.newton import KrylovNewton
 from diffmbrl.optimizers.newton_cg import NewtonCG
+from diffmbrl.optimizers.sampled import Sampled
 from diffmbrl.optimizers.systems import Dense, Krylov, Sigma, SquareRoot
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "NewtonCG",
     "Path",
     "Radii",
+    "Sampled",
     "Sigma",
     "SquareRoot",
     "TrustRegion",

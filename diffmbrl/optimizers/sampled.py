@@ -1,0 +1,81 @@
+"""Which starts and which noise an update sees: mini-batches of a pool of starts, and noise that stays for a while."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from diffmbrl.core import Info, Solver, State, Task, reweighted
+
+
+class SampledCarry(NamedTuple):
+    """The inner solver's carry, and how many updates were made."""
+
+    inner: Any
+    updates: Int[Array, ""]
+
+
+class Sampled(eqx.Module):
+    r"""Any policy solver on a mini-batch of `size` starts out of the pool it is given, changed every `every` updates.
+
+    Block $b = \lfloor i / \text{every} \rfloor$ of updates sees starts $b\,\text{size}, \dots$ of the pool, in turn and round
+    again at its end. Starts are independent draws, so a pool of `size` times the number of blocks gives each block fresh ones,
+    and `every` as long as a stage of a `Continuation` gives fresh starts to each stage. Noise in policy and dynamics is drawn
+    from block b's key: within a block all updates, and all candidates of an update, face the same noise (common random
+    numbers), so that a line search or a damping path compares policies and not draws.
+
+    A second-order method trusts its curvature further than a few starts determine it: large batches for a while serve it
+    better than small ones that change. The inner solver's carry is kept from block to block.
+
+    Raises: `ValueError` if `size` or `every` is below 1, if the pool is smaller than `size`, or for a planner.
+    Reference: Byrd, Chin, Nocedal, Wu 2012 (sample sizes of second-order methods); Ng and Jordan 2000 (fixed noise).
+
+    >>> import jax
+    >>> from diffmbrl import GaussNewton, Neural, solve, tasks
+    >>> task = tasks.cartpole_balance(horizon=20)
+    >>> key = jax.random.key(0)
+    >>> solver = Sampled(GaussNewton(), size=8, every=2)
+    >>> policy, history = solve(solver, Neural.init(task, key=key), task, task.starts(key, 32), None, steps=4)
+    >>> history.updates
+    4
+    """
+
+    solver: Any
+    key: PRNGKeyArray
+    size: int = eqx.field(static=True)
+    every: int = eqx.field(static=True)
+
+    def __init__(self, solver: Solver, *, size: int, every: int = 1, key: PRNGKeyArray | None = None):
+        for name, number in (("size", size), ("every", every)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if solver.kind != "policy":
+            raise ValueError("mini-batches are of starts, and a planner has only one")
+        self.solver, self.size, self.every = solver, size, every
+        self.key = jax.random.key(0) if key is None else key
+
+    @property
+    def kind(self) -> str:
+        """The inner solver's."""
+        return self.solver.kind
+
+    def init(self, policy: Any, task: Task) -> SampledCarry:
+        return SampledCarry(self.solver.init(policy, task), jnp.zeros((), jnp.int32))
+
+    def update(
+        self, policy: Any, carry: SampledCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Any, SampledCarry, Info]:
+        pool = jax.tree.leaves(s0)[0].shape[0]
+        if pool < self.size:
+            raise ValueError(f"a mini-batch of {self.size} needs as many starts, got {pool}")
+        block = carry.updates // self.every
+        chosen = (block * self.size + jnp.arange(self.size, dtype=jnp.int32)) % pool
+        batch = jax.tree.map(lambda x: x[chosen], s0)
+        if task.weights.ndim == 2:
+            task = reweighted(task, task.weights[chosen])
+        # No key asks for no noise.
+        noise = None if key is None else jax.random.fold_in(self.key, block)
+        policy, inner, info = self.solver.update(policy, carry.inner, task, batch, key=noise)
+        return policy, SampledCarry(inner, carry.updates + 1), info
