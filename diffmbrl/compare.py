@@ -124,6 +124,8 @@ def _run_method(
             break
     _write_profiles(write, name, rates, lanes, "end")
     for index, rate in enumerate(rates):
+        if (path := lanes.path(index)) is not None:
+            write({"kind": "path", "method": name, "rate": rate, **path})
         where = lanes.broken(index)
         reason = stop if where is None else f"nonfinite: {where}; the others: {stop}"
         write({"kind": "stop", "method": name, "rate": rate, "reason": reason})

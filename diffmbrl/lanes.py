@@ -4,6 +4,7 @@
 """
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl.core import Info, Solver, State, Task, Work
+from diffmbrl.core import Info, Quadratic, Solver, State, Task, Work
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.nonfinite import locate
 from diffmbrl.diagnostics.spectrum import gauss_newton_spectrum
@@ -34,6 +35,7 @@ class Lanes(Protocol):
     def evaluate(self) -> dict[str, np.ndarray]: ...
     def profile(self, rate: int) -> np.ndarray: ...
     def spectrum(self, rate: int) -> np.ndarray: ...
+    def path(self, rate: int) -> dict[str, np.ndarray] | None: ...
     def broken(self, rate: int) -> str | None: ...
 
 
@@ -100,6 +102,14 @@ class PolicyLanes:
         """Eigenvalues of the Gauss-Newton matrix of the first seed's policy."""
         lane = rate * self.seeds
         return gauss_newton_spectrum(_take(self.policies, lane), self.task, _take(self.train, lane))
+
+    def path(self, rate: int) -> dict[str, np.ndarray] | None:
+        """The candidates of the first seed's first update, by the model and in truth; None for a method without a model."""
+        model = self.tally.first
+        if model is None:
+            return None
+        lane = rate * self.seeds
+        return {name: np.asarray(getattr(model, name)[lane]) for name in ("dampings", "predicted", "improved")}
 
     def broken(self, rate: int) -> str | None:
         """Where a seed of this rate met a non-finite value and stopped, if one did."""
@@ -173,6 +183,9 @@ class PlanLanes:
         plan = OpenLoop(_take(self.train[0], 0).a)
         return gauss_newton_spectrum(plan, self.task, _take(self.train[2], slice(0, 1)))
 
+    def path(self, rate: int) -> None:
+        """Planners report none."""
+
     def broken(self, rate: int) -> str | None:
         """Where the plan of some start met a non-finite value and stopped, if one did."""
         lane = self.tally.broken(0)
@@ -197,6 +210,7 @@ class _Tally:
         self.shape = (rates, seeds, lanes)
         self.totals = {name: np.zeros(self.shape) for name in (*Work._fields, "nonfinite")}
         self.latest = {name: np.full(self.shape, np.nan) for name in ("J", "gradient_norm", "damping", "accepted")}
+        self.first: Quadratic | None = None  # what each lane's first update said of its model
 
     def add(self, info: Info, made: Any) -> None:
         """The rows of one call; those beyond `made` are zero."""
@@ -208,6 +222,10 @@ class _Tally:
         for name in ("J", "gradient_norm", "damping"):
             self.latest[name] = np.asarray(getattr(info, name))[lane, made - 1].reshape(self.shape)
         self.latest["accepted"] = (np.asarray(info.accepted).sum(1) / made).reshape(self.shape)
+        if info.model is not None:
+            model = jax.tree.map(np.asarray, info.model)
+            self.first = self.first or jax.tree.map(lambda x: x[:, 0], model)
+            self.latest |= {name: x.reshape(self.shape) for name, x in _quality(model, made).items()}
 
     def fields(self) -> dict[str, np.ndarray]:
         """For an evaluation's record."""
@@ -221,6 +239,22 @@ class _Tally:
         begun = self.totals["sequential"][rate] > 0
         bad = np.flatnonzero(begun & ~np.isfinite(last))
         return int(bad[0]) if bad.size else None
+
+
+def _quality(model: Quadratic, made: np.ndarray) -> dict[str, np.ndarray]:
+    """What the updates of one call said of their models, for each lane: medians over updates, but for the last Ritz values."""
+    filled = np.arange(model.gap.shape[1]) < made[:, None]
+    best = np.argmax(np.nan_to_num(model.improved, nan=-np.inf), axis=-1)[..., None]
+    predicted, improved = (np.take_along_axis(x, best, -1)[..., 0] for x in (model.predicted, model.improved))
+    ratio = improved / np.where(predicted > 0, predicted, np.nan)
+    lane = np.arange(made.size)
+    out = {"agreement": ratio, "negative": model.negative, "gap": model.gap}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a lane without any is NaN
+        out = {name: np.nanmedian(np.where(filled, x, np.nan), axis=1) for name, x in out.items()}
+    if model.ritz.shape[-1]:
+        out |= {"curvature": model.ritz[lane, made - 1].max(-1), "lowest": model.ritz[lane, made - 1].min(-1)}
+    return out
 
 
 def _iterate(lane, task, done, updates):

@@ -15,6 +15,9 @@ from diffmbrl.optimizers import (
     Krylov,
     KrylovNewton,
     LevenbergMarquardt,
+    NewtonCG,
+    Sigma,
+    SquareRoot,
 )
 from diffmbrl.planners import ILQR
 from diffmbrl.tasks.registry import known
@@ -63,6 +66,19 @@ METHODS: dict[str, Method] = {
     "gauss-newton-lm": Method(
         lambda rate: GaussNewton(damping=LevenbergMarquardt()), 2, "policy", 150, default=False, continuation="trust"
     ),
+    "gauss-newton-sqrt": Method(
+        lambda rate: GaussNewton(system=SquareRoot()),
+        2,
+        "policy",
+        150,
+        default=False,
+        most_parameters=1000,
+        continuation="trust",
+    ),
+    "sigma-metric": Method(
+        lambda rate: GaussNewton(system=Sigma()), 2, "policy", 150, default=False, continuation="trust"
+    ),
+    "newton-cg": Method(lambda rate: NewtonCG(), 2, "policy", 150, default=False, continuation="trust"),
     "krylov-newton": Method(lambda rate: KrylovNewton(), 2, "policy", 75, default=False, continuation="trust"),
     "ilqr": Method(lambda rate: ILQR(), 2, "plan", 100, continuation="growing"),
 }

@@ -83,8 +83,25 @@ def test_every_method_at_every_rate_is_an_arm(records):
         assert (arm["order"], arm["policy_kind"], arm["label"]) == (row.order, row.kind, arm["method"])
         assert arm["compile_seconds"] > 0
         assert arm["parameters"] == (10 if row.kind == "plan" else PARAMETERS)
-        assert sum(updates for _, updates in arm["continuation"]) == SETTING.steps
-    assert {record["kind"] for record in records} == {"arm", "eval", "gradient_profile", "spectrum", "stop"}
+        assert sum(updates for _, updates, _ in arm["continuation"]) == SETTING.steps
+    assert {record["kind"] for record in records} == {"arm", "eval", "gradient_profile", "path", "spectrum", "stop"}
+
+
+def test_what_second_order_methods_say_of_their_models(run, records):
+    paths = of(records, "path")
+    assert {path["method"] for path in paths} == {
+        name for name, row in METHODS.items() if row.order == 2 and row.kind == "policy"
+    }
+    for path in paths:
+        last = of(records, "eval", method=path["method"])[-1]
+        assert all(len(last[name]) == SETTING.seeds for name in ("agreement", "negative", "gap"))
+        assert np.all(np.isfinite(last["agreement"])) and len(path["predicted"]) == len(path["dampings"])
+    [gauss_newton] = of(records, "eval", method="gauss-newton", update=5)
+    assert np.all((np.asarray(gauss_newton["gap"]) > 0) & (np.asarray(gauss_newton["gap"]) < 1))
+    assert np.all(np.asarray(gauss_newton["curvature"]) > 0)
+    assert "gap" not in of(records, "eval", method="adam", update=5)[0]
+    names = {path.stem for path in (run[0] / "figures").iterdir()}
+    assert {"model-gap", "model-agreement", "model-curvature", "model-negative", "model-path"} <= names
 
 
 @pytest.mark.parametrize("method, rate", ARMS)

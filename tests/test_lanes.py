@@ -95,6 +95,18 @@ def test_a_lane_is_a_separate_solve(run):
         assert fields["nonfinite"][rate, seed] == 0
         close(fields["J"][rate, seed], history.info.J[-1])
         close(fields["gradient_norm"][rate, seed], history.info.gradient_norm[-1], rtol=2e-2)
+        if (model := history.info.model) is not None:
+            # Medians over the updates of the last call, which was all but the first; the last Ritz values.
+            improved, predicted = (
+                model.improved.max(-1),
+                np.take_along_axis(model.predicted, model.improved.argmax(-1)[:, None], -1).squeeze(-1),
+            )
+            close(fields["agreement"][rate, seed], np.median((improved / predicted)[1:]), rtol=2e-2)
+            close(fields["gap"][rate, seed], np.median(model.gap[1:]), rtol=2e-2)
+            close(fields["curvature"][rate, seed], model.ritz[-1].max(), rtol=2e-2)
+            if seed == 0:
+                path = lanes.path(rate)
+                close(path["improved"], model.improved[0], rtol=1e-2, atol=1e-3)
 
 
 def test_evaluation(run):

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from diffmbrl.runs.statistics import interquartile_mean
 
 SHARED = ("update", "seconds", "lanes")  # one number an evaluation
-PER_SEED = ("forward", "jvp", "vjp", "sequential", "train", "test", "success", "nonfinite")
+MODEL = ("agreement", "gap", "curvature", "lowest", "negative", "damping")  # of a second-order method's quadratic model
+PER_SEED = ("forward", "jvp", "vjp", "sequential", "train", "test", "success", "nonfinite", *MODEL)
 Array = np.ndarray
 
 
@@ -31,6 +32,9 @@ class Arm:
     evaluations: dict[str, Array] = field(default_factory=dict)  # SHARED: [E], PER_SEED: [E, S]
     profiles: dict[str, Array] = field(default_factory=dict)  # "start", "end": |dJ/da_t| for each t
     spectra: dict[str, Array] = field(default_factory=dict)  # "start", "end": eigenvalues, decreasing
+    path: dict[str, Array] = field(
+        default_factory=dict
+    )  # dampings of the first update, and predicted and true improvement
     stops: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Array:
@@ -82,6 +86,8 @@ def collect(records: list[dict[str, Any]]) -> list[Arm]:
             arm.profiles[record["when"]] = np.asarray(record["values"], float)
         elif kind == "spectrum":
             arm.spectra[record["when"]] = np.asarray(record["values"], float)
+        elif kind == "path":
+            arm.path = {name: np.asarray(record[name], float) for name in ("dampings", "predicted", "improved")}
         elif kind == "stop":
             arm.stops.append(str(record.get("reason", "")))
     for key, rows in evaluations.items():

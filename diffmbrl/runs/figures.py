@@ -109,6 +109,30 @@ def spectrum(axis: Any, lines: list[Line], *, limits: tuple[float, float] | None
     log_axis(axis.xaxis, (1.0, float(max(longest, 2))))
 
 
+def model(axis: Any, thick: list[Line], thin: list[Line], *, ylabel: str, limits: tuple[float, float] | None) -> None:
+    """What second-order methods say of their models against the number of updates."""
+    _lines(axis, thick, limits, xlabel="iterations", ylabel=ylabel)
+    for line in thin:
+        axis.plot(line.x, np.where(line.y > 0, line.y, np.nan), color=line.style.colour, linewidth=0.9)
+    if thin:
+        key(axis, [("largest curvature", {"linewidth": 2.0}), ("damping", {"linewidth": 0.9})])
+
+
+def path(axis: Any, series: list[tuple[Line, Array]]) -> None:
+    """Predicted (dashed) and true improvement of each candidate against its damping."""
+    drawn = [y[y > 0] for line, true in series for y in (line.y, true)]
+    log_axis(axis.xaxis, (min(line.x.min() for line, _ in series), max(line.x.max() for line, _ in series)))
+    log_axis(axis.yaxis, (min(y.min() for y in drawn if y.size), max(y.max() for y in drawn if y.size)))
+    axis.set_xlabel("damping")
+    axis.set_ylabel("improvement of the return")
+    for line, true in series:
+        looks = {"color": line.style.colour, "marker": line.style.marker, "markersize": 4}
+        axis.plot(line.x, np.where(line.y > 0, line.y, np.nan), linestyle="--", linewidth=0.9, **looks)
+        axis.plot(line.x, np.where(true > 0, true, np.nan), linewidth=2.0, **looks)
+    key(axis, [("true", {"linewidth": 2.0}), ("predicted", {"linewidth": 0.9, "linestyle": "--"})])
+    name_ends(axis, [Line(line.style, line.x, true) for line, true in series])
+
+
 def sweep(axis: Any, series: list[tuple[Style, list[Point]]]) -> None:
     """Final return against the learning rate: held-out filled with its interval, training hollow, the chosen one ringed."""
     columns = [[p.train, p.test] for _, points in series for p in points]

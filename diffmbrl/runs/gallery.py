@@ -37,6 +37,7 @@ def draw(summary: Summary, folder: Path) -> list[Picture]:
         *_returns(arms, styles),
         *_profiles(summary, styles),
         *_spectra(summary, styles),
+        *_models(arms, styles),
         *_sweep(summary, styles),
     ]
     folder.mkdir(exist_ok=True)
@@ -156,6 +157,74 @@ def _spectra(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
         return lambda axis: figures.spectrum(axis, shown, limits=limits)
 
     return [(f"spectrum-{w}", "Curvature", f"Spectrum, {w}", captions[w], sketch(w)) for w in lines if lines[w]]
+
+
+def _models(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
+    """What second-order methods said of their quadratic models along the run: medians over updates and seeds."""
+    kinds = [
+        (
+            "gap",
+            "projection gap",
+            "Projection gap",
+            "How much of the planner's step the policy's step misses, in the metric of M: 0 when the policy follows iLQR "
+            "around its own closed loop, 1 when the step does nothing of it.",
+        ),
+        (
+            "agreement",
+            "true over predicted improvement",
+            "Model against truth",
+            "Of the step taken: 1 where the quadratic model is right, below it where the return falls short of it.",
+        ),
+        (
+            "curvature",
+            "curvature and damping",
+            "Largest curvature and the damping chosen",
+            "The largest Ritz value, thick, and the damping of the step taken, thin. Directions of less curvature than the "
+            "damping hardly move.",
+        ),
+        (
+            "negative",
+            "share of negative curvature",
+            "Negative curvature",
+            "The negative Ritz values' share of the sum of absolute values, of the methods that see the true Hessian.",
+        ),
+    ]
+    sketches: list[Sketch] = []
+    for name, ylabel, title, caption in kinds:
+        lines = [(styles[arm.method], arm["update"], _middle(arm[name]), _middle(arm["damping"])) for arm in arms]
+        lines = [line for line in lines if np.any(line[2] > FLOOR)]
+        if not lines:
+            continue
+        thick = [Line(style, x, y) for style, x, y, _ in lines]
+        thin = [Line(style, x, damping) for style, x, _, damping in lines] if name == "curvature" else []
+        sketches.append((f"model-{name}", "Model", title, caption, _model_sketch(thick, thin, ylabel)))
+    paths = [arm for arm in arms if arm.path and np.sum(arm.path["predicted"] > 0) > 1]
+    if paths:
+        caption = (
+            "The candidates of the first update, from the first seed: the improvement that the model promises, dashed, and the "
+            "true one. Where they part, the step has left the region that the model describes; the best true one is taken."
+        )
+        series = [
+            (Line(styles[arm.method], arm.path["dampings"], arm.path["predicted"]), arm.path["improved"])
+            for arm in paths
+        ]
+        sketches.append(
+            ("model-path", "Model", "The path of dampings", caption, lambda axis: figures.path(axis, series))
+        )
+    return sketches
+
+
+def _model_sketch(thick: list[Line], thin: list[Line], ylabel: str) -> Callable[[Any], None]:
+    limits = _limits([line.y for line in (*thick, *thin)])
+    return lambda axis: figures.model(axis, thick, thin, ylabel=ylabel, limits=limits)
+
+
+def _middle(values: np.ndarray) -> np.ndarray:
+    """Medians over seeds; NaN where no seed has a number."""
+    out = np.full(len(values), np.nan)
+    seen = np.isfinite(values).any(axis=1)
+    out[seen] = np.nanmedian(np.where(np.isfinite(values[seen]), values[seen], np.nan), axis=1)
+    return out
 
 
 def _sweep(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:

@@ -205,7 +205,7 @@ def _every_arm(summary: Summary) -> str:
     return page.scroll("Every arm", shown) + (note if swept else "")
 
 
-def _stage(discount: float, updates: float, bound: float | None = None) -> str:
+def _stage(discount: float, updates: int, bound: float | None = None) -> str:
     return f"{discount:g} \u00d7 {updates:g}" + ("" if bound is None else f" (trust {bound:g})")
 
 
