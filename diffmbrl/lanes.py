@@ -244,16 +244,17 @@ class _Tally:
 def _quality(model: Quadratic, made: np.ndarray) -> dict[str, np.ndarray]:
     """What the updates of one call said of their models, for each lane: medians over updates, but for the last Ritz values."""
     filled = np.arange(model.gap.shape[1]) < made[:, None]
-    best = np.argmax(np.nan_to_num(model.improved, nan=-np.inf), axis=-1)[..., None]
-    predicted, improved = (np.take_along_axis(x, best, -1)[..., 0] for x in (model.predicted, model.improved))
+    ritz, predicted, improved = (np.asarray(x) for x in (model.ritz, model.predicted, model.improved))
+    best = np.argmax(np.nan_to_num(improved, nan=-np.inf), axis=-1)[..., None]
+    predicted, improved = (np.take_along_axis(x, best, -1)[..., 0] for x in (predicted, improved))
     ratio = improved / np.where(predicted > 0, predicted, np.nan)
     lane = np.arange(made.size)
-    out = {"agreement": ratio, "negative": model.negative, "gap": model.gap}
+    out = {"agreement": ratio, "negative": np.asarray(model.negative), "gap": np.asarray(model.gap)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a lane without any is NaN
         out = {name: np.nanmedian(np.where(filled, x, np.nan), axis=1) for name, x in out.items()}
-    if model.ritz.shape[-1]:
-        out |= {"curvature": model.ritz[lane, made - 1].max(-1), "lowest": model.ritz[lane, made - 1].min(-1)}
+    if ritz.shape[-1]:
+        out |= {"curvature": ritz[lane, made - 1].max(-1), "lowest": ritz[lane, made - 1].min(-1)}
     return out
 
 

@@ -50,6 +50,35 @@ def sensitivity(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = N
     return jnp.concatenate([m[1:], m_T[None]])
 
 
+def growth(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Float[Array, " B"]:
+    r"""The closed loop's growth per step along each rollout, $\rho_i = |\Phi_i|_F^{1/T}$ with $\Phi = \prod_t (A_t + B_t K_t)$.
+
+    Below 1 where perturbations of the start die out. With a discount $\gamma$ the matrix M stays bounded for every horizon
+    while $\gamma \rho^2 < 1$. The product is rescaled at every step, so that it cannot overflow.
+
+    Cost: as `sensitivity`.
+    Reference: Benettin et al. 1980 (the largest Lyapunov exponent is log rho as T grows).
+
+    >>> from diffmbrl import Linear, tasks
+    >>> task = tasks.lqr(horizon=400)
+    >>> growth(Linear.zeros(task), task, task.starts(jax.random.key(0), 4)).round(2)
+    Array([1.01, 1.01, 1.01, 1.01], dtype=float32)
+    """
+    _, _, lin, K = along(policy, task, s0, key)
+    A = closed_loop(lin, K).A
+    tiny = jnp.finfo(A.dtype).tiny
+
+    def step(product, A):
+        product = matmul(A, product)
+        size = jnp.maximum(jnp.sqrt(jnp.sum(product**2, axis=(0, 1))), tiny)
+        return product / size, jnp.log(size)
+
+    n, batch = A.shape[1], A.shape[3]
+    start = jnp.broadcast_to(jnp.eye(n, dtype=A.dtype)[:, :, None], (n, n, batch)) / n**0.5
+    _, logs = jax.lax.scan(step, start, A)
+    return jnp.exp(jnp.mean(logs, axis=0))
+
+
 def trust(m: Float[Array, "T B"], bound: Float[Array, ""]) -> Float[Array, "B T1"]:
     r"""Weights over time for each start: 1 up to where its sensitivity leaves what is usual, falling as it grows beyond.
 

@@ -58,7 +58,7 @@ def test_around_a_continuation_it_gives_every_stage_fresh_starts(problem):
     policy, task, s0 = problem
     stages = Continuation(INNER, discounts=[0.8, 1.0], lengths=[EVERY, EVERY])
     better, history = solve(Sampled(stages, size=POOL // 2, every=EVERY), policy, task, s0, None, 2 * EVERY)
-    first, _ = solve(INNER, policy, reweighted(task, task.weights * 0.8 ** jnp.arange(7)), s0[:5], None, EVERY)
+    first, _ = solve(INNER, policy, reweighted(task, task.weights * 0.8 ** jnp.arange(7.0)), s0[:5], None, EVERY)
     second, _ = solve(INNER, first, task, s0[5:], None, EVERY)
     same_tree(better, second, rtol=1e-4, atol=1e-5)
     assert history.updates == 2 * EVERY

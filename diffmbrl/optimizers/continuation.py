@@ -1,4 +1,4 @@
-"""A schedule of easier objectives around any solver."""
+"""A schedule of easier objectives around any solver: by the clock, by progress, or by the measured growth."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import Info, Solver, State, Task, Work, count_work, reweighted
-from diffmbrl.sensitivity import sensitivity, trust
+from diffmbrl.sensitivity import growth, sensitivity, trust
 
 DISCOUNTS = (0.8, 0.9, 0.95, 0.98, 1.0)
 SHARES = (0.10, 0.16, 0.16, 0.16, 0.42)
@@ -17,13 +17,18 @@ TRUSTED = (
     (10.0, 10.0, 10.0, 10.0, 30.0, jnp.inf),
     (0.36, 0.13, 0.13, 0.15, 0.08, 0.15),
 )
+TOLERANCE, PATIENCE = 0.02, 5  # progress below 2% in 5 updates ends a stage of `trusted`
+HELD = 0.9  # share of the starts whose growth must allow the next discount
 
 
 class ContinuationCarry(NamedTuple):
-    """The inner solver's carry, and how many updates were made."""
+    """The inner solver's carry, and where in the schedule it is."""
 
     inner: Any
-    updates: Int[Array, ""]
+    updates: Int[Array, ""]  # made in all
+    stage: Int[Array, ""]
+    made: Int[Array, ""]  # updates made in this stage
+    mark: Float[Array, ""]  # J when it was last looked at for progress, `made` a multiple of the patience
 
 
 class Continuation(eqx.Module):
@@ -34,17 +39,25 @@ class Continuation(eqx.Module):
     $\rho$, after which the full objective is well conditioned. In the last stage $\gamma = 1$ and $h > T$, and the objective is
     exact, unlike truncation. Stages are traced: one compile serves them all. At each stage the inner solver starts afresh.
 
+    Stage k ends after `lengths[0] + ... + lengths[k]` updates in all at the latest, and the last goes on for as long as it is
+    asked. It ends sooner
+
+    * with a `tolerance`: when J has risen by less than that share of |J| in `patience` updates. What it leaves is the next
+      stages' to use;
+    * with a `kappa` $\kappa$: as soon as the closed loop, measured at every update, allows the next discount,
+      $\gamma_{k+1} \rho^2 \le \kappa$ for nine tenths of the starts (`sensitivity.growth`).
+
     A stage with a finite `trusts` bound $\kappa_k$ also weighs each start by the measured sensitivity of its closed loop, anew
     at every update: $u_{i,t}$ falls where start i's grows beyond $\kappa_k$ times what is usual (`sensitivity.trust`). The few
-    starts that still go wrong otherwise dominate the mean, and their curvature the second-order model. Policies only.
+    starts that still go wrong otherwise dominate the mean, and their curvature the second-order model. Policies only, as kappa.
 
     `stages` gives, for each stage, its discount, its horizon (a count of steps; beyond T it masks nothing, and below it the
-    terminal reward is off) and the number of updates; the last stage goes on for as long as it is asked.
-    Use `discounted(solver, steps)` or `trusted(solver, steps)` for a default schedule over a number of updates.
+    terminal reward is off) and the number of updates. Use `discounted`, `trusted` or `measured(solver, steps)` for a default
+    schedule over a number of updates.
 
-    Cost: the inner solver's; with `trusts` a rollout and its linearisation more at each update.
+    Cost: the inner solver's; with `trusts` or `kappa` a rollout and its linearisation more at each update.
     Raises: `ValueError` if the schedule is empty, of unequal lengths, has a discount outside (0, 1], a bound below 1 or a stage
-    of nothing, or would weigh the starts of a plan.
+    of nothing, if the patience is below 1 or kappa not positive, or if it would compare the starts of a plan.
     Reference: Allgower and Georg 1990 (continuation); Kakade 2001 (optimising with a lower discount).
 
     >>> import optax
@@ -58,20 +71,44 @@ class Continuation(eqx.Module):
     horizons: Int[Array, " k"]
     lengths: Int[Array, " k"]
     trusts: Float[Array, " k"] | None
+    kappa: Float[Array, ""] | None
+    tolerance: Float[Array, ""]
+    patience: Int[Array, ""]
 
-    def __init__(self, solver: Solver, *, discounts: Any, lengths: Any, horizons: Any = None, trusts: Any = None):
+    def __init__(
+        self,
+        solver: Solver,
+        *,
+        discounts: Any,
+        lengths: Any,
+        horizons: Any = None,
+        trusts: Any = None,
+        kappa: Any = None,
+        tolerance: Any = -jnp.inf,
+        patience: int = PATIENCE,
+    ):
         self.solver = solver
         self.discounts = jnp.asarray(discounts, float)
         self.lengths = jnp.asarray(lengths, jnp.int32)
         beyond = jnp.full(self.discounts.shape, jnp.iinfo(jnp.int32).max, jnp.int32)
         self.horizons = beyond if horizons is None else jnp.asarray(horizons, jnp.int32)
         self.trusts = None if trusts is None else jnp.asarray(trusts, float)
+        self.kappa = None if kappa is None else jnp.asarray(kappa, float)
+        self.tolerance = jnp.asarray(tolerance, float)
+        self.patience = jnp.asarray(patience, jnp.int32)
+        self._check(trusts, kappa, patience)
+
+    def _check(self, trusts: Any, kappa: Any, patience: Any) -> None:
         if self.trusts is not None and (self.trusts.shape != self.lengths.shape or not bool(jnp.all(self.trusts >= 1))):
             raise ValueError(
                 f"trusts needs one bound of at least 1 for each of {self.lengths.size} stages, got {trusts}"
             )
-        if self.trusts is not None and solver.kind == "plan":
-            raise ValueError("trusts compares the starts of a policy; a plan has only one: use horizons")
+        if self.kind == "plan" and not (self.trusts is None and self.kappa is None):
+            raise ValueError("trusts and kappa compare the starts of a policy; a plan has only one: use horizons")
+        if self.kappa is not None and not bool(self.kappa > 0):
+            raise ValueError(f"kappa must be positive, got {kappa}")
+        if bool(self.patience < 1):
+            raise ValueError(f"patience must be at least 1 update, got {patience}")
         shapes = {self.discounts.shape, self.lengths.shape, self.horizons.shape}
         if len(shapes) != 1 or self.discounts.ndim != 1 or not self.discounts.size:
             raise ValueError(
@@ -98,13 +135,23 @@ class Continuation(eqx.Module):
 
     @classmethod
     def trusted(cls, solver: Solver, steps: int) -> "Continuation":
-        """The schedule for second-order policy methods: long at a discount of .9, with trust in sensitivity to near the end.
+        """The schedule for second-order policy methods: from a discount of .9, with trust in sensitivity to near the end.
 
-        Measured on `cartpole-balance` with 128 starts: benchmarks/results/trust.json.
+        Unstable systems need most of the updates at .9, until nearly all starts are held; those that rest at their start, such
+        as a pole that hangs, have nothing to gain there and soon go on. Hence a stage ends when its progress does.
         Raises: `ValueError` if there are fewer updates than stages.
         """
         discounts, trusts, shares = TRUSTED
-        return cls(solver, discounts=discounts, trusts=trusts, lengths=_lengths(shares, steps))
+        lengths = _lengths(shares, steps)
+        return cls(solver, discounts=discounts, trusts=trusts, lengths=lengths, tolerance=TOLERANCE)
+
+    @classmethod
+    def measured(cls, solver: Solver, steps: int, *, kappa: float = 1.0) -> "Continuation":
+        r"""The discounts of `discounted`, each entered as soon as the closed loop allows it: $\gamma_{k+1} \rho^2 \le \kappa$.
+
+        Raises: `ValueError` if there are fewer updates than stages, or kappa is not positive.
+        """
+        return cls(solver, discounts=DISCOUNTS, lengths=_lengths(SHARES, steps), kappa=kappa)
 
     @classmethod
     def growing(cls, solver: Solver, steps: int, *, horizon: int, stages: int = 20) -> "Continuation":
@@ -126,19 +173,29 @@ class Continuation(eqx.Module):
         return self.solver.kind
 
     def init(self, policy: Any, task: Task) -> ContinuationCarry:
-        return ContinuationCarry(self.solver.init(policy, task), jnp.zeros((), jnp.int32))
+        zero = jnp.zeros((), jnp.int32)
+        mark = jnp.full((), -jnp.inf, task.weights.dtype)
+        return ContinuationCarry(self.solver.init(policy, task), zero, zero, zero, mark)
 
     def update(
         self, policy: Any, carry: ContinuationCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, ContinuationCarry, Info]:
-        starts = jnp.cumulative_sum(self.lengths, include_initial=True, dtype=jnp.int32)[:-1]
-        stage = jnp.sum(carry.updates >= starts) - 1
-        fresh = jnp.any(carry.updates == starts)
-        inner = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), self.solver.init(policy, task), carry.inner)
+        _, updates, stage, made, mark = carry
+        fresh = self.solver.init(policy, task)
+        inner = jax.tree.map(lambda new, old: jnp.where(made == 0, new, old), fresh, carry.inner)
         eased = self.in_force(policy, task, s0, stage, key=key)
+        allowed = self._allowed(policy, task, s0, stage, key)
         policy, inner, info = self.solver.update(policy, inner, eased, s0, key=key)
         info = info._replace(work=jax.tree.map(jnp.add, info.work, self._work(task, s0)))
-        return policy, ContinuationCarry(inner, carry.updates + 1), info
+        # Info.J is measured before the update, so at a look it is the fruit of the `patience` updates since the last one.
+        looking = made % self.patience == 0
+        rise = self.tolerance.astype(mark.dtype) * jnp.abs(mark)
+        stalled = looking & (made > 0) & (info.J.astype(mark.dtype) - mark < rise)
+        ends = jnp.cumulative_sum(self.lengths, dtype=jnp.int32)[stage]
+        over = (stage < self.lengths.size - 1) & (stalled | allowed | (updates + 1 >= ends))
+        mark = jnp.where(looking, info.J.astype(mark.dtype), mark)
+        made = jnp.where(over, 0, made + 1)
+        return policy, ContinuationCarry(inner, updates + 1, stage + over.astype(jnp.int32), made, mark), info
 
     def in_force(
         self, policy: Any, task: Task, s0: State, stage: Int[Array, ""] | int, *, key: PRNGKeyArray | None = None
@@ -155,9 +212,18 @@ class Continuation(eqx.Module):
         within = (t < self.horizons[stage]).astype(dtype)
         return task.weights * self.discounts[stage].astype(dtype) ** t.astype(dtype) * within
 
+    def _allowed(self, policy: Any, task: Task, s0: State, stage: Int[Array, ""], key: PRNGKeyArray | None) -> Array:
+        """Whether the measured growth allows the next stage's discount."""
+        if self.kappa is None:
+            return jnp.zeros((), bool)
+        following = self.discounts[jnp.minimum(stage + 1, self.discounts.size - 1)]
+        rho = growth(policy, task, s0, key)
+        held = following.astype(rho.dtype) * rho**2 <= self.kappa.astype(rho.dtype)
+        return jnp.mean(held.astype(rho.dtype)) >= HELD
+
     def _work(self, task: Task, s0: State) -> Work:
-        """What trust adds: a rollout, its linearisation and the recursion of its covariance."""
-        if self.trusts is None:
+        """What trust and kappa add: a rollout, its linearisation and a recursion of n x n matrices."""
+        if self.trusts is None and self.kappa is None:
             return count_work()
         steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
         return count_work(forward=2 * steps, jvp=steps * (task.n + task.m), sequential=2)
