@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, Work, count_work, reweighted
+from diffmbrl.core import Info, Solver, State, Task, Work, count_work, renewed, reweighted
 from diffmbrl.sensitivity import sensitivity, trust
 
 DISCOUNTS = (0.8, 0.9, 0.95, 0.98, 1.0)
@@ -134,7 +134,8 @@ class Continuation(eqx.Module):
         starts = jnp.cumulative_sum(self.lengths, include_initial=True, dtype=jnp.int32)[:-1]
         stage = jnp.sum(carry.updates >= starts) - 1
         fresh = jnp.any(carry.updates == starts)
-        inner = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), self.solver.init(policy, task), carry.inner)
+        anew = renewed(self.solver, policy, carry.inner, task)
+        inner = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), anew, carry.inner)
         eased = self.in_force(policy, task, s0, stage, key=key)
         policy, inner, info = self.solver.update(policy, inner, eased, s0, key=key)
         info = info._replace(work=jax.tree.map(jnp.add, info.work, self._work(task, s0)))
