@@ -61,11 +61,11 @@ METHODS: dict[str, Method] = {
         default=False,
     ),
     "muon": Method(
-        lambda rate, steps: Descend(muon, learning_rate=rate, anneal=float(steps)),
+        lambda rate, steps: Descend(clipped_muon, learning_rate=rate, anneal=float(steps)),
         1,
         "policy",
         600,
-        rates=(3e-3, 1e-2, 3e-2),
+        rates=(1e-2, 3e-2, 1e-1),
         default=False,
     ),
     "soap": Method(
@@ -137,12 +137,17 @@ def clipped_soap(learning_rate: Any, max_norm: Any = 1.0) -> optax.GradientTrans
     return optax.chain(optax.clip_by_global_norm(max_norm), soap(learning_rate, b1=0.9, b2=0.999))
 
 
-def muon(learning_rate: Any) -> optax.GradientTransformation:
+def clipped_muon(learning_rate: Any, max_norm: Any = 1.0) -> optax.GradientTransformation:
     """Muon on matrices, which here are [out, in], and Adam on the rest: optax's, told which axis is which.
+
+    The length of a step does not depend on the gradient's, but its direction is the momentum's, and an exploded gradient fills
+    that for dozens of updates: final costs of two seeds on `cartpole-balance`, T = 100, 128 starts, rate .03, are 1.2 and 1.8,
+    and 160 and 31 without the clipping.
 
     Reference: Jordan 2024, Muon: an optimizer for hidden layers in neural networks; Bernstein and Newhouse 2024.
     """
-    return optax.contrib.muon(learning_rate, muon_weight_dimension_numbers=_matrices)
+    rule = optax.contrib.muon(learning_rate, muon_weight_dimension_numbers=_matrices)
+    return optax.chain(optax.clip_by_global_norm(max_norm), rule)
 
 
 def _matrices(params: Any) -> Any:

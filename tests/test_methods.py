@@ -9,7 +9,7 @@ import pytest
 
 from diffmbrl import Continuation, tasks
 from diffmbrl.core import Solver
-from diffmbrl.methods import METHODS, method, muon, schedule, solver
+from diffmbrl.methods import METHODS, clipped_muon, method, schedule, solver
 
 every_method = pytest.mark.parametrize("name", METHODS)
 TASK = tasks.lqr(horizon=7)
@@ -76,7 +76,7 @@ def test_muon_takes_the_second_axis_of_a_matrix_for_its_inputs():
     gradients = {
         name: jax.random.normal(jax.random.key(k), x.shape) for k, (name, x) in enumerate(sorted(params.items()))
     }
-    rule: Any = muon(1.0)
+    rule: Any = clipped_muon(1.0)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = rule.update(gradients, rule.init(params), params)
     largest = {name: float(np.linalg.norm(updates[name], 2)) for name in ("up", "down")}
