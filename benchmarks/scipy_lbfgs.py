@@ -65,7 +65,7 @@ def by_scipy(name: str, steps: int, seeds: int) -> dict[str, Any]:
         return _value_and_gradient(unravel(x), task, s0, weights)
 
     begun = time.perf_counter()
-    jax.block_until_ready(compiled(ravel_pytree(policies[0])[0], task, train[0], stages[0][0]))
+    jax.block_until_ready(compiled(np.asarray(ravel_pytree(policies[0])[0]), task, train[0], stages[0][0]))
     compiling, cpu, runs = time.perf_counter() - begun, 0.0, []
     for policy, s0 in zip(policies, train, strict=True):
         started = time.process_time()
