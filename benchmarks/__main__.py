@@ -10,6 +10,7 @@ BENCHMARKS = {
     "rematerialisation": "gradient memory and time against the segments of the scan that are recomputed",
     "first_vs_second": "Adam, L-BFGS and Gauss-Newton on two tasks and horizons, with and without continuation",
     "trust": "Gauss-Newton and L-BFGS from 128 starts, with and without weights by closed-loop sensitivity",
+    "scipy_lbfgs": "L-BFGS of scipy around one compiled gradient against optax's, compiled whole",
     "safe_horizon": "the steps up to which a float32 gradient is right, for the table of tasks",
 }
 

@@ -111,6 +111,15 @@ class Solver(Protocol):
     ) -> tuple[Any, Any, Info]: ...
 
 
+def renewed(solver: Solver, policy: Any, carry: Any, task: Any) -> Any:
+    """The carry with which a solver goes on to another objective: its `renew(policy, carry, task)`, or `init` if it has none.
+
+    What was learned of the old objective (moments, curvature) must go; how far the solver has come may stay.
+    """
+    renew = getattr(solver, "renew", None)
+    return solver.init(policy, task) if renew is None else renew(policy, carry, task)
+
+
 @runtime_checkable
 class Gradient(Protocol):
     """An estimator of dJ/dtheta: `(policy, task, s0 [B, ...], key) -> J, dJ/dpi` (a pytree like the policy)."""

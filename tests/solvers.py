@@ -19,7 +19,8 @@ from diffmbrl import (
     SquareRoot,
 )
 from diffmbrl.curvature import gauss_newton
-from diffmbrl.methods import clipped_adam
+from diffmbrl.methods import clipped_adam, clipped_muon
+from diffmbrl.optimizers.soap import soap
 
 
 class Row(NamedTuple):
@@ -39,6 +40,9 @@ ADAM = Descend(optax.adam, learning_rate=3e-2)
 SOLVERS = [
     Row("adam", ADAM, models=False),
     Row("clipped adam", Descend(clipped_adam, learning_rate=3e-2, max_norm=0.5), models=False, slow=True),
+    Row("annealed adam", Descend(optax.adam, learning_rate=6e-2, anneal=30.0), models=False, slow=True),
+    Row("muon", Descend(clipped_muon, learning_rate=3e-2), models=False),
+    Row("soap", Descend(soap, learning_rate=3e-2, every=2), models=False),
     Row("sgd", Descend(optax.sgd, learning_rate=3e-2), models=False),
     Row("lbfgs", Descend(optax.lbfgs, memory_size=5), monotone=True, models=False),
     Row("gauss-newton", GaussNewton(), monotone=True, exact_on_lqr=True),

@@ -1,11 +1,15 @@
 """The table of methods: every row makes a solver, alone and continued, and a wrong name meets the nearest right one."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from diffmbrl import Continuation, tasks
 from diffmbrl.core import Solver
-from diffmbrl.methods import METHODS, method, schedule, solver
+from diffmbrl.methods import METHODS, clipped_muon, method, schedule, solver
 
 every_method = pytest.mark.parametrize("name", METHODS)
 TASK = tasks.lqr(horizon=7)
@@ -17,11 +21,11 @@ def test_the_contract_of_a_row(name):
     assert row.order in (1, 2) and row.kind in ("policy", "plan")
     assert row.steps >= 5
     assert list(row.rates) == sorted(set(row.rates)) and all(rate > 0 for rate in row.rates)
-    made = row.make(row.rates[0] if row.rates else None)
+    made = row.make(row.rates[0] if row.rates else None, row.steps)
     assert isinstance(made, Solver) and made.kind == row.kind
     assert made.init.__doc__ is None or made.init
     # Lanes are stacked: all rates make one structure.
-    structures = {jax.tree.structure(row.make(rate)) for rate in row.rates or [None]}
+    structures = {jax.tree.structure(row.make(rate, row.steps)) for rate in row.rates or [None]}
     assert len(structures) == 1
 
 
@@ -57,6 +61,28 @@ def test_a_rate_is_used():
     row = METHODS["adam"]
     made = [solver(row, TASK, rate=rate, steps=10, continuation="none") for rate in (1e-3, 1e-2)]
     assert [round(float(each.hyperparameters["learning_rate"]), 6) for each in made] == [1e-3, 1e-2]
+
+
+@pytest.mark.parametrize("name", ["adam-decay", "muon", "soap"])
+def test_the_rate_falls_to_nothing_over_the_number_of_updates(name):
+    made = solver(METHODS[name], TASK, rate=1e-2, steps=40, continuation="default").solver
+    assert float(made.anneal) == 40.0
+    assert [round(float(made.annealed(jnp.int32(k))), 6) for k in (0, 20, 40, 50)] == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_muon_takes_the_second_axis_of_a_matrix_for_its_inputs():
+    """Steps of one spectral norm times sqrt(out / in) for a wide layer, 1 for a narrow one; vectors are Adam's."""
+    params = {"up": jnp.ones((16, 4)), "down": jnp.ones((4, 16)), "b": jnp.ones(3)}
+    gradients = {
+        name: jax.random.normal(jax.random.key(k), x.shape) for k, (name, x) in enumerate(sorted(params.items()))
+    }
+    rule: Any = clipped_muon(1.0)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = rule.update(gradients, rule.init(params), params)
+    largest = {name: float(np.linalg.norm(updates[name], 2)) for name in ("up", "down")}
+    # Newton and Schulz's five turns leave singular values between .7 and 1.2.
+    assert 1.4 < largest["up"] < 2.4 and 0.7 < largest["down"] < 1.2, largest
+    np.testing.assert_allclose(np.abs(updates["b"]), np.abs(updates["b"][0]), rtol=1e-4)
 
 
 def test_underscores_are_hyphens():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, Work, count_work, reweighted
+from diffmbrl.core import Info, Solver, State, Task, Work, count_work, renewed, reweighted
 from diffmbrl.sensitivity import growth, sensitivity, trust
 
 DISCOUNTS = (0.8, 0.9, 0.95, 0.98, 1.0)
@@ -181,7 +181,7 @@ class Continuation(eqx.Module):
         self, policy: Any, carry: ContinuationCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, ContinuationCarry, Info]:
         _, updates, stage, made, mark = carry
-        fresh = self.solver.init(policy, task)
+        fresh = renewed(self.solver, policy, carry.inner, task)
         inner = jax.tree.map(lambda new, old: jnp.where(made == 0, new, old), fresh, carry.inner)
         eased = self.in_force(policy, task, s0, stage, key=key)
         allowed = self._allowed(policy, task, s0, stage, key)

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import Gradient, Info, State, Task, as_float
 from diffmbrl.gradients.bptt import BPTT
@@ -19,6 +19,7 @@ class DescendCarry(NamedTuple):
 
     state: Any
     fingerprint: Float[Array, ""]
+    updates: Int[Array, ""]  # made so far, which annealing goes by
 
 
 class Descend(eqx.Module):
@@ -29,11 +30,17 @@ class Descend(eqx.Module):
     and a new rate does not recompile; all others are static. A rule with a line search (`optax.lbfgs`) is given the true
     return, and the value and gradient it ends with are used again in the next update, unless task, starts or key have changed.
 
+    With `anneal` the step of update k, counted from 0, is multiplied by $(1 + \cos(\pi \min(k / \mathrm{anneal}, 1))) / 2$: a
+    rate that falls to 0 over that many updates. It is a leaf, too. Inside a `Continuation` each stage starts the rule afresh,
+    its moments being those of another objective, but the count goes on: the early stages, which only hand on a policy, take the
+    long steps, and the last one, whose objective is the task's own, the short ones.
+
     An update whose gradient or result is not finite is rejected and counted in `Info.nonfinite`.
 
     Shapes: policy leaves any; `s0` [B, ...]. Cost: one gradient, or one for each line-search trial.
-    Raises: `TypeError` if `rule` is not a constructor.
-    Reference: the rule's; Liu and Nocedal 1989 for L-BFGS.
+    Raises: `TypeError` if `rule` is not a constructor; `ValueError` if `anneal` is not positive, or the rule has a line search,
+    which chooses the length of its steps.
+    Reference: the rule's; Liu and Nocedal 1989 for L-BFGS; Loshchilov and Hutter 2017, equation 5, for the cosine.
 
     >>> import jax, optax
     >>> from diffmbrl import Neural, solve, tasks
@@ -47,17 +54,23 @@ class Descend(eqx.Module):
 
     gradient: Any
     hyperparameters: dict[str, Array]
+    anneal: Float[Array, ""] | None
     rule: Callable[..., optax.GradientTransformation] = eqx.field(static=True)
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
 
-    def __init__(self, rule: Any, *, gradient: Gradient | None = None, **hyperparameters: Any):
+    def __init__(
+        self, rule: Any, *, gradient: Gradient | None = None, anneal: float | None = None, **hyperparameters: Any
+    ):
         if not callable(rule):  # an optax rule itself is a tuple of functions
             raise TypeError(
                 f"rule must be a constructor such as optax.adam, its arguments given as keywords: "
                 f"Descend(optax.adam, learning_rate=1e-2); got {type(rule).__name__}"
             )
         self.rule = cast(Callable[..., optax.GradientTransformation], rule)
+        if anneal is not None and not anneal > 0:
+            raise ValueError(f"anneal must be a positive number of updates, or None for a constant rate; got {anneal}")
         self.gradient = BPTT() if gradient is None else gradient
+        self.anneal = None if anneal is None else as_float(anneal)
         numeric = {name: x for name, x in hyperparameters.items() if isinstance(x, float | jax.Array)}
         self.hyperparameters = {name: as_float(x) for name, x in numeric.items()}
         self.options = tuple(sorted((name, x) for name, x in hyperparameters.items() if name not in numeric))
@@ -68,8 +81,22 @@ class Descend(eqx.Module):
         return "policy"
 
     def init(self, policy: Any, task: Task) -> DescendCarry:
+        state = _strong(self._rule().init(policy))
+        if self.anneal is not None and any(map(_is_line_search, jax.tree.leaves(state, is_leaf=_is_line_search))):
+            raise ValueError("a line search chooses the length of its steps: anneal must be None")
         # nan is equal to nothing: the first update evaluates its own gradient.
-        return DescendCarry(_strong(self._rule().init(policy)), jnp.full((), jnp.nan, task.weights.dtype))
+        return DescendCarry(state, jnp.full((), jnp.nan, task.weights.dtype), jnp.zeros((), jnp.int32))
+
+    def annealed(self, updates: Int[Array, ""]) -> Float[Array, ""]:
+        """What the step is multiplied by after so many updates: 1 for a constant rate."""
+        if self.anneal is None:
+            return jnp.ones(())
+        done = jnp.minimum(updates.astype(self.anneal.dtype) / self.anneal, 1)
+        return (1 + jnp.cos(jnp.pi * done)) / 2
+
+    def renew(self, policy: Any, carry: DescendCarry, task: Task) -> DescendCarry:
+        """Afresh for another objective, but for the count that annealing goes by."""
+        return self.init(policy, task)._replace(updates=carry.updates)
 
     def update(
         self, policy: Any, carry: DescendCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
@@ -87,6 +114,9 @@ class Descend(eqx.Module):
             updates, state = optax.with_extra_args_support(rule).update(
                 gradient, carry.state, policy, value=cost, grad=gradient, value_fn=objective
             )
+        if self.anneal is not None:
+            factor = self.annealed(carry.updates)
+            updates = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
         moved = jax.tree.map(lambda x, u: (x + u).astype(x.dtype), policy, updates)
         finite = jnp.isfinite(cost) & _finite(gradient) & _finite(moved)
         differs = jnp.stack([jnp.any(x != y) for x, y in zip(*map(jax.tree.leaves, (moved, policy)), strict=True)])
@@ -106,7 +136,7 @@ class Descend(eqx.Module):
             work=jax.tree.map(lambda x: x * (evaluations + trials), once),
         )
         # A rejected update leaves the carry of the last good one whole: value, gradient, and of which objective they are.
-        kept = keep(DescendCarry(state, fingerprint), carry)
+        kept = keep(DescendCarry(state, fingerprint, carry.updates + 1), carry)
         return keep(moved, policy), kept, info
 
     def _rule(self) -> optax.GradientTransformation:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, reweighted
+from diffmbrl.core import Info, Solver, State, Task, renewed, reweighted
 
 
 class SampledCarry(NamedTuple):
@@ -63,6 +63,10 @@ class Sampled(eqx.Module):
 
     def init(self, policy: Any, task: Task) -> SampledCarry:
         return SampledCarry(self.solver.init(policy, task), jnp.zeros((), jnp.int32))
+
+    def renew(self, policy: Any, carry: SampledCarry, task: Task) -> SampledCarry:
+        """Afresh for another objective, but for what the inner solver keeps."""
+        return SampledCarry(renewed(self.solver, policy, carry.inner, task), jnp.zeros((), jnp.int32))
 
     def update(
         self, policy: Any, carry: SampledCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
