@@ -51,10 +51,13 @@ class Path(eqx.Module):
         return jnp.ones((), dtype)
 
     def choose(
-        self, carry: Float[Array, ""], space: Spectral, J: Float[Array, ""], evaluate: Evaluate
+        self, carry: Float[Array, ""], space: Spectral | tuple[Spectral, ...], J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
-        dampings = carry * self.dampings.astype(carry.dtype) * scale(space)
-        choice = best_of(*jax.vmap(space.step)(dampings), dampings, J, evaluate)
+        """Of several spaces, a path through each, and the best of all."""
+        spaces = space if isinstance(space, tuple) and not isinstance(space, Spectral) else (space,)
+        dampings = [carry * self.dampings.astype(carry.dtype) * scale(one) for one in spaces]
+        paths = [(*jax.vmap(one.step)(d), d) for one, d in zip(spaces, dampings, strict=True)]
+        choice = best_of(*map(jnp.concatenate, zip(*paths, strict=True)), J, evaluate)
         return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), carry * 10), choice
 
 
@@ -138,12 +141,13 @@ def take(
     policy: Any,
     carry: Any,
     model: Curved | Model,
-    space: Spectral | Truncated,
+    space: Spectral | Truncated | tuple[Spectral, ...],
     objective: Callable[[Any], Array],
     work: Callable[[int], Work],
 ) -> tuple[Any, Any, Info]:
     """Move the policy as `rule` chooses in `space`, judged by `objective` (policy -> true return), and report it.
 
+    Of several spaces, which share the gradient, the first is reported.
     `work` counts an update in which so many candidates were tried. A gradient that is not finite leaves no finite step: nothing
     is accepted, the carry is kept, and it is counted.
     """
@@ -155,18 +159,20 @@ def take(
     accepted = choice.accepted & finite
     step = jnp.where(accepted, choice.step, jnp.zeros_like(theta))
     bad = jnp.sum(~jnp.isfinite(choice.returns), dtype=jnp.int32)
-    ritz = space.ritz if isinstance(space, Spectral) else jnp.zeros(0, theta.dtype)
+    spaces = space if not hasattr(space, "_fields") else (space,)
+    seen = spaces[0]
+    ritz = seen.ritz if isinstance(seen, Spectral) else jnp.zeros(0, theta.dtype)
     info = Info(
         J=model.J,
         gradient_norm=jnp.linalg.norm(model.gradient),
         accepted=accepted,
         damping=choice.damping,
-        inner_iterations=space.products,
+        inner_iterations=sum(one.products for one in spaces[1:]) + seen.products,
         nonfinite=bad + (~finite).astype(jnp.int32),
         work=work(choice.returns.size),
         model=Quadratic(
             ritz=ritz,
-            negative=_share(ritz) if isinstance(space, Spectral) else space.negative.astype(theta.dtype),
+            negative=_share(ritz) if isinstance(seen, Spectral) else seen.negative.astype(theta.dtype),
             dampings=choice.dampings,
             predicted=choice.predicted,
             improved=choice.returns - model.J,
