@@ -162,13 +162,14 @@ class LeafBlocks(eqx.Module):
 
     def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Blocks:
         blocks = leaf_blocks(model, policy, task, key, largest=self.largest)
+        eigen = iter(_eigen([N for N in blocks if N.ndim == 2]))
         parts = []
         for N in blocks:
             if N.ndim == 1:
                 parts.append(Diagonal(_ridged(N, self.ridge)))
             else:
-                values, vectors = jnp.linalg.eigh(N)
-                parts.append(Block(vectors, _ridged(jnp.maximum(values, 0), self.ridge)))
+                values, vectors = next(eigen)
+                parts.append(Block(vectors, _ridged(values, self.ridge)))
         return Blocks(tuple(parts))
 
 
@@ -178,14 +179,28 @@ class Kronecker(eqx.Module):
     ridge: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-3), converter=as_float)
 
     def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Factored:
+        eigen = _eigen([factor for pair in kronecker_factors(model, policy, task) for factor in pair])
         layers = []
-        for inputs, outputs in kronecker_factors(model, policy, task):
-            (a, A), (b, B) = jnp.linalg.eigh(inputs), jnp.linalg.eigh(outputs)
-            layers.append(Layer(B, A, _ridged(jnp.maximum(b, 0)[:, None] * jnp.maximum(a, 0), self.ridge)))
+        for (a, A), (b, B) in zip(eigen[::2], eigen[1::2], strict=True):
+            layers.append(Layer(B, A, _ridged(b[:, None] * a, self.ridge)))
         return Factored(tuple(layers), ravel_pytree(policy)[1])
 
 
 Preconditioner = Jacobi | SignedJacobi | LeafBlocks | Kronecker
+
+
+def _eigen(matrices: list[Float[Array, "_ _"]]) -> list[tuple[Array, Array]]:
+    """Eigenvalues, none negative, and eigenvectors of positive semidefinite matrices, one after another.
+
+    jaxlib's batched eigh waits on XLA's thread pool, and two of them at a time can lock it for good: each therefore waits for
+    the last one's result, times 0, which the compiler must keep since it may not be finite.
+    """
+    found, last = [], None
+    for N in matrices:
+        values, vectors = jnp.linalg.eigh(N if last is None else N + 0 * last)
+        found.append((jnp.maximum(values, 0), vectors))
+        last = values[0]
+    return found
 
 
 def _ridged(values: Array, ridge: Float[Array, ""]) -> Array:
