@@ -6,6 +6,12 @@ dimension k gives the steps $-(N + \lambda P)^{-1} g$, for every damping as befo
 A maker (`Jacobi`, `SignedJacobi`, `LeafBlocks`, `Kronecker`) is called with the quadratic model and returns a `Metric`. `ridge`
 times the mean eigenvalue is added to every P, without which directions of no curvature would be all that counts.
 
+Measured (benchmarks/results/preconditioning.json, `cartpole-balance`, 385 parameters, 64 starts): the undamped model falls much
+faster in the metric of the leaves' blocks (10 products: .97 of what can be had against .63 at the start, .69 against .03 at the
+end of a run), a little faster in those of the factors and the diagonal; but early on the model is not to be trusted that far, and
+the best true improvement of the path of dampings is smaller in every metric (start: .071 of the return without, .060 with the
+diagonal, .012 with the blocks; at the end .0011, .0027, .0042). Without is therefore the default, and these are options.
+
 Reference: Chapelle and Erhan 2011; Martens 2010, section 4.7 (the power of the diagonal); Martens and Grosse 2015.
 """
 
@@ -123,8 +129,8 @@ class Jacobi(eqx.Module):
     >>> from diffmbrl import Linear, tasks
     >>> from diffmbrl.curvature import gauss_newton
     >>> task = tasks.lqr(horizon=3)
-    >>> policy = Linear.zeros(task)
-    >>> P = Jacobi()(gauss_newton(policy, task, task.starts(jax.random.key(0), 2)), policy, task, None)
+    >>> policy, s0 = Linear.zeros(task), task.starts(jax.random.key(0), 2)
+    >>> P = jax.jit(lambda policy: Jacobi()(gauss_newton(policy, task, s0), policy, task, None))(policy)
     >>> P.inverse(P.values).tolist()
     [1.0, 1.0, 1.0]
     """
@@ -155,7 +161,10 @@ class SignedJacobi(eqx.Module):
 
 
 class LeafBlocks(eqx.Module):
-    """The exact block of each leaf of the policy with up to `largest` parameters, and the diagonal of the others."""
+    """The exact block of each leaf of the policy with up to `largest` parameters, and the diagonal of the others.
+
+    Nearly as dear as `Dense` where one leaf has most of the parameters.
+    """
 
     ridge: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-3), converter=as_float)
     largest: int = eqx.field(static=True, default=512)

@@ -264,17 +264,20 @@ def test_preconditioned_members_of_a_batch_do_not_touch_each_other(x64):
 
 def test_what_cannot_be_is_refused():
     policy, task, s0 = set_up(horizon=2, batch=2)
-    model = gauss_newton(policy, task, s0)
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
-        SignedJacobi(samples=0)(model, policy, task, None)
     linear = Linear.zeros(task)
+
+    def make(maker, policy):
+        jax.eval_shape(lambda p: maker(gauss_newton(p, task, s0), p, task, None).inverse(jnp.zeros(17)), policy)
+
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        make(SignedJacobi(samples=0), policy)
     with pytest.raises(TypeError, match="Kronecker factors need a Neural policy; got Linear: take Jacobi"):
-        Kronecker()(gauss_newton(linear, task, s0), linear, task, None)
+        make(Kronecker(), linear)
     solver = NewtonCG(preconditioner=Jacobi())
     with pytest.raises(
         TypeError, match="Jacobi approximates the Gauss-Newton matrix: NewtonCG\\(curvature=gauss_newton"
     ):
-        solver.update(policy, solver.init(policy, task), task, s0, key=None)
+        jax.eval_shape(lambda p: solver.update(p, solver.init(p, task), task, s0, key=None), policy)
 
 
 def test_it_counts_the_pass_that_makes_it():
