@@ -154,6 +154,9 @@ def _look(policies: Any, task: Task, s0: State) -> dict[str, Array]:
         values = jnp.linalg.eigvalsh(H)
         return jnp.sum(jnp.maximum(-values, 0)) / jnp.sum(jnp.abs(values))
 
+    success = task.success
+    assert success is not None, f"task '{task.name}' does not say what success is"
+
     def one(policy):
         trajectory = d.rollouts(policy, task, s0)
         z = jax.vmap(jax.vmap(lambda s: policy.net(policy.features(s))))(trajectory.s)
@@ -164,7 +167,7 @@ def _look(policies: Any, task: Task, s0: State) -> dict[str, Array]:
         H = jax.vmap(jax.vmap(jax.hessian(cost)))(jnp.concatenate([trajectory.s, trajectory.a], axis=-1))
         return {
             "cost": -jnp.mean(jax.vmap(lambda tau: d.returns(tau, task))(trajectory)),
-            "success": jnp.mean(jax.vmap(task.success)(trajectory.s_T)),
+            "success": jnp.mean(jax.vmap(success)(trajectory.s_T)),
             "saturated": jnp.mean(jnp.abs(jnp.tanh(z)) > SATURATED),
             "clipped_aa": negative(H[..., task.n :, task.n :]),
             "clipped": negative(H),

@@ -55,10 +55,10 @@ SOLVERS = [
     ),
     Row("square root gauss-newton", GaussNewton(system=SquareRoot()), monotone=True, exact_on_lqr=True),
     Row("sigma-metric", GaussNewton(system=Sigma(rank=8)), monotone=True),
-    Row("preconditioned gauss-newton", GaussNewton(system=Preconditioned(rank=8)), monotone=True),
+    Row("preconditioned gauss-newton", GaussNewton(system=Preconditioned(rank=4)), monotone=True),
     Row(
         "gauss-newton in its blocks' metric",
-        GaussNewton(system=Preconditioned(LeafBlocks(), rank=8)),
+        GaussNewton(system=Preconditioned(LeafBlocks(), rank=4)),
         monotone=True,
         slow=True,
     ),
