@@ -7,10 +7,11 @@ A maker (`Jacobi`, `SignedJacobi`, `LeafBlocks`, `Kronecker`) is called with the
 times the mean eigenvalue is added to every P, without which directions of no curvature would be all that counts.
 
 Measured (benchmarks/results/preconditioning.json: `cartpole-balance`, 385 parameters, 64 starts, 10 products). The undamped
-model falls much faster in the metric of the leaves' blocks (.97 of what can be had against .63 without at the start of a run, .69
-against .03 at its end), a little faster in those of the factors and the diagonal. It helps where the model is right that far, at
-the end of a run: the best true improvement of the path of dampings is .0011 of the return without, .0027 with the diagonal and
-.0042 with the blocks. At the start, where it is wrong, it hurts: .071, .060 and .012. So it is an option, not the default.
+model falls much faster in the metric of the leaves' blocks (.97 of what can be had against .63 without at the start of a
+run, .69 against .03 at its end), a little faster in those of the factors and the diagonal. It helps where the model is
+right that far, at the end of a run: the best true improvement of the path of dampings is .0011 of the return without, .0027
+with the diagonal and .0042 with the blocks. At the start, where it is wrong, it hurts: .071, .060 and .012. So it is an
+option, not the default.
 
 Reference: Chapelle and Erhan 2011; Martens 2010, section 4.7 (the power of the diagonal); Martens and Grosse 2015.
 """
