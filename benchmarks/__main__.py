@@ -9,8 +9,11 @@ BENCHMARKS = {
     "primitives": "rollout, gradient, linearisation, Riccati, products and updates, as multiples of the rollout",
     "rematerialisation": "gradient memory and time against the segments of the scan that are recomputed",
     "first_vs_second": "Adam, L-BFGS and Gauss-Newton on two tasks and horizons, with and without continuation",
+    "robust": "the default second-order method, L-BFGS and Adam on every task, twenty seeds, nothing tuned",
     "trust": "Gauss-Newton and L-BFGS from 128 starts, with and without weights by closed-loop sensitivity",
     "scipy_lbfgs": "L-BFGS of scipy around one compiled gradient against optax's, compiled whole",
+    "squash": "Gauss-Newton with action limits squashed in the policy, in the plant, and there with a cost on the logit",
+    "preconditioning": "Gauss-Newton's Krylov space in the metric of diagonal and block approximations",
     "safe_horizon": "the steps up to which a float32 gradient is right, for the table of tasks",
 }
 

@@ -10,14 +10,19 @@ from diffmbrl.runs.provenance import collect
 RESULTS = Path(__file__).parent / "results"
 
 
+def path(name: str, *, quick: bool) -> Path:
+    """`results/NAME.json`, or `NAME-quick.json` for a quick run."""
+    return RESULTS / (f"{name}-quick.json" if quick else f"{name}.json")
+
+
 def save(name: str, result: dict[str, Any], *, quick: bool) -> Path:
-    """Write `results/NAME.json` (`NAME-quick.json` for a quick run)."""
+    """Write the results file of a benchmark."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / (f"{name}-quick.json" if quick else f"{name}.json")
+    file = path(name, quick=quick)
     provenance = collect(seeds=None, time=None)
     provenance.pop("argv", None)
-    path.write_text(json.dumps(to_json({"result": result, "provenance": provenance}), indent=1) + "\n")
-    return path
+    file.write_text(json.dumps(to_json({"result": result, "provenance": provenance}), indent=1) + "\n")
+    return file
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:

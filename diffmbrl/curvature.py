@@ -99,7 +99,7 @@ def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None
         return N + _matmul(X.reshape(-1, X.shape[-1]).T, HX.reshape(-1, X.shape[-1]))
 
     P = model.gradient.size
-    N = _push_all(add, jnp.zeros((P, P), model.gradient.dtype), model, model.linearization, policy, key)
+    N = push_all(add, jnp.zeros((P, P), model.gradient.dtype), model, model.linearization, policy, key)
     return (N + N.T) / (2 * model.g.shape[-1])
 
 
@@ -120,13 +120,11 @@ def square_root(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None 
 
     P = model.gradient.size
     lin = lin._replace(H=roots[:-1], H_T=roots[-1, :, :n])
-    R = _push_all(add, jnp.zeros((P, P), model.gradient.dtype), model, lin, policy, key)
+    R = push_all(add, jnp.zeros((P, P), model.gradient.dtype), model, lin, policy, key)
     return R / jnp.sqrt(jnp.asarray(model.g.shape[-1], R.dtype))
 
 
-def _push_all(
-    add: Callable, total: Array, model: Model, lin: Linearization, policy: Any, key: PRNGKeyArray | None
-) -> Array:
+def push_all(add: Callable, total: Any, model: Model, lin: Linearization, policy: Any, key: PRNGKeyArray | None) -> Any:
     """`add(total, X_t, H_t)` over time, with all columns of X [B, n + m, P] pushed through the closed loop at once."""
     theta, unravel = ravel_pytree(policy)
     s = model.trajectory.s

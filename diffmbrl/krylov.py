@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 class Spectral(NamedTuple):
     r"""A symmetric operator and a vector g in (a subspace of) its eigenvectors: steps for any damping are then cheap."""
 
-    vectors: Float[Array, "k P"]  # orthonormal rows
+    vectors: Float[Array, "k P"]  # rows, orthonormal; in the metric of a preconditioner, if there is one
     ritz: Float[Array, " k"]  # eigenvalues or Ritz values, as they are
     values: Float[Array, " k"]  # the same as steps use them: none negative for a safe one
     coefficients: Float[Array, " k"]  # g in the basis
@@ -77,6 +77,7 @@ class Truncated(NamedTuple):
     residual: Float[Array, ""]  # |N d + g| / |g|
     negative: Bool[Array, ""]  # it met a direction without positive curvature
     boundary: Bool[Array, ""]  # it ended on the boundary of the trust region
+    length: Float[Array, ""]  # of the step, in the norm of the trust region
 
 
 def conjugate_gradients(
@@ -86,14 +87,18 @@ def conjugate_gradients(
     radius: Float[Array, ""] | float = jnp.inf,
     tolerance: Float[Array, ""] | float = 1e-5,
     iterations: int = 100,
+    preconditioner: Callable[[Float[Array, " P"]], Float[Array, " P"]] | None = None,
 ) -> Truncated:
-    r"""Minimise $g^\top d + \tfrac12 d^\top N d$ over $|d| \le$ `radius`, by Steihaug's truncated conjugate gradients.
+    r"""Minimise $g^\top d + \tfrac12 d^\top N d$ over $|d|_P \le$ `radius`, by Steihaug's truncated conjugate gradients.
+
+    `preconditioner` is $v \mapsto P^{-1} v$ of a positive definite P, whose norm $|d|_P = \sqrt{d^\top P d}$ is then the trust
+    region's; it is followed by the recursion of the directions, so P itself is not needed. The identity without one.
 
     From d = 0 until the residual is `tolerance` of |g|, or the boundary is crossed, or a direction has no positive curvature:
     that is followed to the boundary, or not at all where the radius is infinite. Under `vmap` members that have ended wait,
     untouched, for the others. A product that is not finite ends it at the last finite step, with a residual of NaN.
 
-    Reference: Steihaug 1983; Nocedal and Wright, Numerical Optimization, algorithm 7.2.
+    Reference: Steihaug 1983; Nocedal and Wright, Numerical Optimization, algorithms 7.2 and 5.3 (preconditioned).
 
     >>> import jax.numpy as jnp
     >>> found = conjugate_gradients(lambda v: jnp.array([1.0, 2.0]) * v, jnp.array([1.0, 1.0]))
@@ -101,39 +106,47 @@ def conjugate_gradients(
     ([-1.0, -0.5], 2)
     """
     radius, tolerance = (jnp.asarray(x, g.dtype) for x in (radius, tolerance))
+    inverse = (lambda v: v) if preconditioner is None else preconditioner
     norm = jnp.linalg.norm(g)
     no = jnp.zeros((), bool)
 
     def going(state):
-        i, _, _, _, r, _, _, ended = state
+        i, *_, r, _, _, _, ended = state
         return (i < iterations) & ~ended & (jnp.linalg.norm(r) > tolerance * norm)
 
     def step(state):
-        i, d, Nd, p, r, *_ = state
+        i, d, Nd, Pd, p, Pp, r, squared, *_ = state
         Np = product(p)
         finite = jnp.all(jnp.isfinite(Np))
-        curvature, squared = p @ Np, r @ r
+        curvature = p @ Np
         negative = finite & (curvature <= 0)
         alpha = squared / jnp.where(curvature > 0, curvature, 1.0)
-        crossing = finite & (negative | (jnp.linalg.norm(d + alpha * p) >= radius))
-        reach = jnp.where(jnp.isfinite(radius), _to_boundary(d, p, radius), 0.0)
+        crossing = finite & (negative | (_norm(d + alpha * p, Pd + alpha * Pp) >= radius))
+        reach = jnp.where(jnp.isfinite(radius), _to_boundary(p @ Pp, d @ Pp, radius**2 - d @ Pd), 0.0)
         length = jnp.where(crossing, reach, jnp.where(finite, alpha, 0.0)).astype(g.dtype)
         along = jnp.where(finite, Np, jnp.zeros_like(Np))
-        d, Nd = d + length * p, Nd + length * along
+        d, Nd, Pd = d + length * p, Nd + length * along, Pd + length * Pp
         # The residual of an operator that is not finite is not either: it is reported, not hidden.
         new = r + length * along + jnp.where(finite, 0.0, jnp.nan).astype(g.dtype)
-        p = -new + (new @ new) / jnp.where(squared > 0, squared, 1.0) * p
-        return i + 1, d, Nd, p, new, negative, crossing & jnp.isfinite(radius), crossing | ~finite
+        z = inverse(new)
+        shorter = new @ z
+        beta = shorter / jnp.where(squared > 0, squared, 1.0)
+        p, Pp = -z + beta * p, -new + beta * Pp  # P p without P: from P z = r
+        return i + 1, d, Nd, Pd, p, Pp, new, shorter, negative, crossing & jnp.isfinite(radius), crossing | ~finite
 
-    zero = jnp.zeros_like(g)
-    start = (jnp.zeros((), jnp.int32), zero, zero, -g, g, no, no, no)
-    i, d, Nd, _, r, negative, boundary, _ = jax.lax.while_loop(going, step, start)
+    zero, z = jnp.zeros_like(g), inverse(g)
+    start = (jnp.zeros((), jnp.int32), zero, zero, zero, -z, -g, g, g @ z, no, no, no)
+    i, d, Nd, Pd, _, _, r, _, negative, boundary, _ = jax.lax.while_loop(going, step, start)
     residual = jnp.linalg.norm(r) / jnp.where(norm > 0, norm, 1.0)
-    return Truncated(d, -(g @ d + 0.5 * d @ Nd), i, residual, negative, boundary)
+    return Truncated(d, -(g @ d + 0.5 * d @ Nd), i, residual, negative, boundary, _norm(d, Pd))
 
 
-def _to_boundary(d: Float[Array, " P"], p: Float[Array, " P"], radius: Float[Array, ""]) -> Float[Array, ""]:
-    """The positive root of |d + tau p| = radius, without cancellation."""
-    a, b, c = p @ p, d @ p, jnp.maximum(radius**2 - d @ d, 0)
+def _norm(d: Float[Array, " P"], Pd: Float[Array, " P"]) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.maximum(d @ Pd, 0))
+
+
+def _to_boundary(a: Float[Array, ""], b: Float[Array, ""], c: Float[Array, ""]) -> Float[Array, ""]:
+    """The positive root of a tau^2 + 2 b tau = c, without cancellation: |d + tau p| reaches a radius."""
+    c = jnp.maximum(c, 0)
     root = jnp.sqrt(b**2 + a * c)
-    return jnp.where(b > 0, c / jnp.maximum(b + root, jnp.finfo(d.dtype).tiny), (root - b) / jnp.where(a > 0, a, 1.0))
+    return jnp.where(b > 0, c / jnp.maximum(b + root, jnp.finfo(c.dtype).tiny), (root - b) / jnp.where(a > 0, a, 1.0))

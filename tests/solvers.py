@@ -15,12 +15,14 @@ from diffmbrl import (
     KrylovNewton,
     LevenbergMarquardt,
     NewtonCG,
+    Preconditioned,
     Sigma,
     SquareRoot,
 )
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.methods import clipped_adam, clipped_muon
 from diffmbrl.optimizers.soap import soap
+from diffmbrl.preconditioners import LeafBlocks, SignedJacobi
 
 
 class Row(NamedTuple):
@@ -57,8 +59,21 @@ SOLVERS = [
     ),
     Row("square root gauss-newton", GaussNewton(system=SquareRoot()), monotone=True, exact_on_lqr=True),
     Row("sigma-metric", GaussNewton(system=Sigma(rank=8)), monotone=True),
+    Row("preconditioned gauss-newton", GaussNewton(system=Preconditioned(rank=4)), monotone=True),
+    Row(
+        "gauss-newton in its blocks' metric",
+        GaussNewton(system=Preconditioned(LeafBlocks(), rank=4)),
+        monotone=True,
+        slow=True,
+    ),
     Row("newton-cg", NewtonCG(), monotone=True, exact_on_lqr=True),
     Row("newton-cg of gauss-newton", NewtonCG(curvature=gauss_newton), monotone=True, slow=True),
+    Row(
+        "newton-cg of gauss-newton, preconditioned",
+        NewtonCG(curvature=gauss_newton, preconditioner=SignedJacobi()),
+        monotone=True,
+        slow=True,
+    ),
     Row("krylov-newton", KrylovNewton(rank=12), monotone=True, exact_on_lqr=True),
     Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2]), models=False),
     Row(

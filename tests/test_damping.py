@@ -144,8 +144,8 @@ def ended(length: float, *, boundary: bool) -> Truncated:
     """A step of this length along -g, of the model that N and g make."""
     d = -length * G / np.linalg.norm(G)
     predicted = jnp.asarray(quadratic()(d))
-    no = jnp.array(False)
-    return Truncated(jnp.asarray(d), predicted, jnp.ones((), jnp.int32), jnp.zeros(()), no, jnp.array(boundary))
+    one, zero, no = jnp.ones((), jnp.int32), jnp.zeros(()), jnp.array(False)
+    return Truncated(jnp.asarray(d), predicted, one, zero, no, jnp.array(boundary), jnp.asarray(length))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from diffmbrl.optimizers.natural import NaturalGradient, Radii
 from diffmbrl.optimizers.newton import KrylovNewton
 from diffmbrl.optimizers.newton_cg import NewtonCG
 from diffmbrl.optimizers.sampled import Sampled
-from diffmbrl.optimizers.systems import Dense, Krylov, Sigma, SquareRoot
+from diffmbrl.optimizers.systems import Dense, Krylov, Preconditioned, Sigma, SquareRoot
 
 __all__ = [
     "Continuation",
@@ -21,6 +21,7 @@ __all__ = [
     "NaturalGradient",
     "NewtonCG",
     "Path",
+    "Preconditioned",
     "Radii",
     "Sampled",
     "Sigma",

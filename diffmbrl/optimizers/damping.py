@@ -96,7 +96,7 @@ class TrustRegion(eqx.Module):
     r"""One radius for steps of `conjugate_gradients`, adapted from the ratio of true to predicted decrease.
 
     The step is taken when $\varrho > 0$. The radius becomes $|d| / 4$ when $\varrho < 1/4$; it doubles when $\varrho > 3/4$ and
-    the step ended on the boundary.
+    the step ended on the boundary. With a preconditioner the norm is its own.
 
     Reference: Nocedal and Wright, Numerical Optimization, algorithm 4.1.
 
@@ -114,9 +114,8 @@ class TrustRegion(eqx.Module):
     ) -> tuple[Array, Choice]:
         reached = evaluate(found.step[None])[0]
         ratio = _ratio(reached, J, found.predicted)
-        length = jnp.linalg.norm(found.step)
         # A step of nothing says nothing of the radius: CG met what is not finite, or the gradient is zero.
-        shrunk = jnp.where(length > 0, length / 4, carry)
+        shrunk = jnp.where(found.length > 0, found.length / 4, carry)
         grown = jnp.where(found.boundary & (ratio > 0.75), 2 * carry, carry)
         return jnp.where(ratio < 0.25, shrunk, grown), _only(found.step, ratio > 0, carry, found.predicted, reached)
 

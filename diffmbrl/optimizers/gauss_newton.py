@@ -21,7 +21,8 @@ class GaussNewton(eqx.Module):
     averaged over the starts, where G stacks $d\pi/d\theta$ over time, M is the LQR Hessian along the trajectory and g the
     gradient of the cost in the actions (`curvature.py`). `system` says how it is solved, for every damping from one
     factorisation: `Krylov(rank)` by products, `Dense()` with the matrix, `SquareRoot()` without squaring its condition,
-    `Sigma(sigma)` with slack between the planner's actions and the policy's. `damping` says which is taken: `Path()` the best
+    `Sigma(sigma)` with slack between the planner's actions and the policy's, `Preconditioned(...)` in the metric of an
+    approximation. `damping` says which is taken: `Path()` the best
     of a dozen by their true returns, `LevenbergMarquardt()` one, adapted by the reduction ratio. On an `OpenLoop` plan the step
     is iLQR's, without its feedback.
 

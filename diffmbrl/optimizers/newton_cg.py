@@ -9,9 +9,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Info, State, Task, as_float, count_work
-from diffmbrl.curvature import Curved, Model, hessian
+from diffmbrl.curvature import Curved, Model, Vector, hessian
 from diffmbrl.krylov import conjugate_gradients
 from diffmbrl.optimizers.damping import TrustRegion, take
+from diffmbrl.preconditioners import Preconditioner
 from diffmbrl.rollout import expected
 
 
@@ -22,10 +23,12 @@ class NewtonCG(eqx.Module):
 
     by conjugate gradients to a relative residual of `tolerance`, to the boundary, or along the first direction of negative
     curvature to the boundary. `region` adapts the radius. N is the true Hessian, or the Gauss-Newton matrix with
-    `curvature=gauss_newton`. Where `KrylovNewton` judges a dozen dampings, this trusts one radius.
+    `curvature=gauss_newton`, for which `preconditioner` may be one of `preconditioners.py`: the radius is then in its norm.
+    Where `KrylovNewton` judges a dozen dampings, this trusts one radius.
 
     The return never falls. Shapes: policy leaves any; `s0` [B, ...]. Cost: up to `iterations` products (2.4 BPTT gradients each
     of the Hessian, .7 of Gauss-Newton), and one rollout.
+    Raises: `TypeError` for a preconditioner of the true Hessian, which has none.
     Reference: Steihaug 1983; Nocedal and Wright, Numerical Optimization, algorithms 4.1 and 7.2.
 
     >>> import jax
@@ -41,6 +44,7 @@ class NewtonCG(eqx.Module):
     tolerance: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(0.1), converter=as_float)
     iterations: int = eqx.field(static=True, default=30)
     curvature: Callable[..., Curved | Model] = eqx.field(static=True, default=hessian)
+    preconditioner: Preconditioner | None = None
 
     @property
     def kind(self) -> str:
@@ -55,7 +59,12 @@ class NewtonCG(eqx.Module):
     ) -> tuple[Any, Any, Info]:
         model = self.curvature(policy, task, s0, key)
         found = conjugate_gradients(
-            model.product, model.gradient, radius=carry, tolerance=self.tolerance, iterations=self.iterations
+            model.product,
+            model.gradient,
+            radius=carry,
+            tolerance=self.tolerance,
+            iterations=self.iterations,
+            preconditioner=self._inverse(model, policy, task, key),
         )
         steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
 
@@ -64,7 +73,7 @@ class NewtonCG(eqx.Module):
                 return count_work(
                     forward=steps * (2 + candidates),
                     jvp=steps * (task.n + task.m),
-                    sequential=2 + 2 * found.products + 1,
+                    sequential=2 + 2 * found.products + 1 + (self.preconditioner is not None),
                 )
             return count_work(
                 forward=steps * (2 + candidates),
@@ -74,3 +83,15 @@ class NewtonCG(eqx.Module):
             )
 
         return take(self.region, policy, carry, model, found, lambda pi: expected(pi, task, s0, key), work)
+
+    def _inverse(
+        self, model: Curved | Model, policy: Any, task: Task, key: PRNGKeyArray | None
+    ) -> Callable[[Vector], Vector] | None:
+        if self.preconditioner is None:
+            return None
+        if not isinstance(model, Model):
+            raise TypeError(
+                f"{type(self.preconditioner).__name__} approximates the Gauss-Newton matrix: "
+                "NewtonCG(curvature=gauss_newton, preconditioner=...), or leave the preconditioner out"
+            )
+        return self.preconditioner(model, policy, task, key).inverse

@@ -1,4 +1,5 @@
-r"""How the damped Gauss-Newton system is solved: by products, by the matrix, by its square root, or in the sigma-metric.
+r"""How the damped Gauss-Newton system is solved: by products, preconditioned or not, by the matrix or its
+square root, or in the sigma-metric.
 
 A system is called with the quadratic model and returns the eigenvectors or Ritz vectors in which every damping is cheap.
 """
@@ -6,12 +7,14 @@ A system is called with the quadratic model and returns the eigenvectors or Ritz
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task, as_float
 from diffmbrl.curvature import Model, curve, dense, planner_step, square_root
 from diffmbrl.krylov import Spectral, lanczos
+from diffmbrl.preconditioners import Jacobi, Preconditioner
 
 
 class Krylov(eqx.Module):
@@ -101,4 +104,26 @@ class Sigma(eqx.Module):
         return 4 * (min(self.rank, parameters) + 1)
 
 
-System = Krylov | Dense | SquareRoot | Sigma
+class Preconditioned(eqx.Module):
+    r"""`Krylov` in the metric of an approximation P of N: the path of dampings is $d(\lambda) = -(N + \lambda P)^{-1} g$.
+
+    Lanczos on $P^{-1/2} N P^{-1/2}$ from $P^{-1/2} g$; dampings are relative to the largest eigenvalue of that operator. P is
+    one of `preconditioners.py`, made anew at every update.
+
+    Reference: Chapelle and Erhan 2011; Martens 2010, section 4.7.
+    """
+
+    preconditioner: Preconditioner = eqx.field(default_factory=Jacobi)
+    rank: int = eqx.field(static=True, default=10)
+
+    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+        P = self.preconditioner(model, policy, task, key)
+        space = lanczos(lambda y: P.root(model.product(P.root(y))), P.root(model.gradient), self.rank)
+        return space._replace(vectors=jax.vmap(P.root)(space.vectors), values=jnp.maximum(space.values, 0))
+
+    def passes(self, parameters: int) -> int:
+        """Passes over the horizon: forward and back for each product, and one for P."""
+        return 2 * min(self.rank, parameters) + 1
+
+
+System = Krylov | Dense | SquareRoot | Sigma | Preconditioned
