@@ -63,7 +63,7 @@ def _rate(done: list[dict], name: str, horizon: int, arm: str, quick: bool) -> f
     medians = {}
     for rate in METHODS[arm].rates:
         _all_seeds(done, name, horizon, arm, rate, TOGETHER, quick)
-        costs = [r["train"] for r in _of(done, name, horizon, arm, rate) if r["seed"] < TOGETHER]
+        costs = [float(r["train"]) for r in _of(done, name, horizon, arm, rate) if r["seed"] < TOGETHER]
         medians[rate] = float(np.median(np.where(np.isfinite(costs), costs, np.inf)))
     return min(medians, key=lambda rate: medians[rate]) if medians else None
 
@@ -108,7 +108,9 @@ def _of(done: list[dict], name: str, horizon: int, arm: str, rate: float | None)
 
 def _row(done: list[dict], name: str, horizon: int, arm: str, rate: float | None) -> list[Any]:
     runs = _of(done, name, horizon, arm, rate)
-    column = {key: np.asarray([r[key] for r in runs]) for key in ("train", "test", "success", "sequential", "cpu")}
+    column = {
+        key: np.asarray([float(r[key]) for r in runs]) for key in ("train", "test", "success", "sequential", "cpu")
+    }
     label = f"{name} {horizon} {arm}" + ("" if rate is None else f" {rate:g}")
     succeeded = int(np.sum(column["success"] >= WELL))
     costs = [np.median(column["train"]), np.median(column["test"]), np.max(column["test"])]

@@ -54,10 +54,14 @@ class Path(eqx.Module):
         self, carry: Float[Array, ""], space: Spectral | tuple[Spectral, ...], J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
         """Of several spaces, a path through each, and the best of all."""
-        spaces = space if isinstance(space, tuple) and not isinstance(space, Spectral) else (space,)
-        dampings = [carry * self.dampings.astype(carry.dtype) * scale(one) for one in spaces]
-        paths = [(*jax.vmap(one.step)(d), d) for one, d in zip(spaces, dampings, strict=True)]
-        choice = best_of(*map(jnp.concatenate, zip(*paths, strict=True)), J, evaluate)
+        steps, predicted, dampings = [], [], []
+        for one in (space,) if isinstance(space, Spectral) else space:
+            dampings.append(carry * self.dampings.astype(carry.dtype) * scale(one))
+            step, decrease = jax.vmap(one.step)(dampings[-1])
+            steps.append(step)
+            predicted.append(decrease)
+        steps, predicted, dampings = (jnp.concatenate(x) for x in (steps, predicted, dampings))
+        choice = best_of(steps, predicted, dampings, J, evaluate)
         return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), carry * 10), choice
 
 
@@ -158,7 +162,7 @@ def take(
     accepted = choice.accepted & finite
     step = jnp.where(accepted, choice.step, jnp.zeros_like(theta))
     bad = jnp.sum(~jnp.isfinite(choice.returns), dtype=jnp.int32)
-    spaces = space if not hasattr(space, "_fields") else (space,)
+    spaces = (space,) if isinstance(space, Spectral | Truncated) else space
     seen = spaces[0]
     ritz = seen.ritz if isinstance(seen, Spectral) else jnp.zeros(0, theta.dtype)
     info = Info(
@@ -166,7 +170,7 @@ def take(
         gradient_norm=jnp.linalg.norm(model.gradient),
         accepted=accepted,
         damping=choice.damping,
-        inner_iterations=sum(one.products for one in spaces[1:]) + seen.products,
+        inner_iterations=jnp.sum(jnp.stack([one.products for one in spaces])),
         nonfinite=bad + (~finite).astype(jnp.int32),
         work=work(choice.returns.size),
         model=Quadratic(
