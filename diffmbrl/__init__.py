@@ -12,6 +12,7 @@ from diffmbrl.core import Info, Task, Trajectory, Work
 from diffmbrl.gradients import BPTT
 from diffmbrl.nets import GRU, LSTM, MLP
 from diffmbrl.optimizers import (
+    Consensus,
     Continuation,
     Dense,
     Descend,
@@ -43,6 +44,7 @@ __all__ = [
     "LSTM",
     "MLP",
     "Affine",
+    "Consensus",
     "Continuation",
     "Dense",
     "Descend",

@@ -75,7 +75,7 @@ def gauss_newton(
     g = adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
     batch = g.shape[-1]
     theta, unravel = ravel_pytree(policy)
-    _, push = jax.linearize(lambda x: _actions(unravel(x), trajectory.s, split(key, s0), chunk), theta)
+    _, push = jax.linearize(lambda x: actions(unravel(x), trajectory.s, split(key, s0), chunk), theta)
     transpose = jax.linear_transpose(push, theta)
 
     def pull(w: Array) -> Vector:
@@ -206,7 +206,7 @@ def fisher(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) 
 
     def distribution(x):
         pi = unravel(x)
-        return _actions(pi.mean, trajectory.s, None, None), pi.log_std
+        return actions(pi.mean, trajectory.s, None, None), pi.log_std
 
     _, push = jax.linearize(distribution, theta)
     pull = jax.linear_transpose(push, theta)
@@ -254,7 +254,7 @@ def _times(H: Float[Array, "T d d B"], z: Float[Array, "T d B"]) -> Float[Array,
     return sum((H[:, :, k] * z[:, k, None] for k in range(1, z.shape[1])), H[:, :, 0] * z[:, 0, None])
 
 
-def _actions(policy: Any, s: State, keys: Key[Array, " B"] | None, chunk: int | None) -> Float[Array, "T m B"]:
+def actions(policy: Any, s: State, keys: Key[Array, " B"] | None, chunk: int | None) -> Float[Array, "T m B"]:
     """pi at every state of the trajectories: no recursion, so one batch of B T states, or chunks of them."""
     T = jax.tree.leaves(s)[0].shape[0]
     plan = policy if is_plan(policy) else None

@@ -46,6 +46,7 @@ class Sweep(NamedTuple):
     k: Float[Array, "T m *batch"]
     slope: Float[Array, "*batch"]  # of the damped cost in the step size alpha, which is (alpha - alpha^2 / 2) * slope
     definite: Bool[Array, "*batch"]  # False where some Hessian Q_aa was not positive definite: the gains are then void
+    Q_aa: Float[Array, "T m m *batch"]  # damped: the pivots of the block elimination of $L^\top H L + \mu I$
 
 
 def flat_states(states: State) -> tuple[Array, Callable[[Array], State]]:
@@ -244,12 +245,13 @@ def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
         return ((V + _transpose(V)) / 2, q_s + _dot(Q_sa, k), slope + jnp.sum(k * q_a, axis=0), definite & positive), (
             K,
             k,
+            Q_aa,
         )
 
     start = (H_T, c_T, jnp.zeros(batch, A.dtype), jnp.ones(batch, bool))
     F = jnp.concatenate([A, B], axis=2)
-    (_, _, slope, definite), (K, k) = jax.lax.scan(step, start, (F, c_s, c_a, H), reverse=True)
-    return Sweep(K, k, slope, definite)
+    (_, _, slope, definite), (K, k, Q_aa) = jax.lax.scan(step, start, (F, c_s, c_a, H), reverse=True)
+    return Sweep(K, k, slope, definite, Q_aa)
 
 
 def matmul(X: Float[Array, "i j *batch"], Y: Float[Array, "j k *batch"]) -> Float[Array, "i k *batch"]:

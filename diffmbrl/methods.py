@@ -10,6 +10,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from diffmbrl.core import Solver, Task
 from diffmbrl.optimizers import (
+    Consensus,
     Continuation,
     Dense,
     Descend,
@@ -117,6 +118,7 @@ METHODS: dict[str, Method] = {
         lambda rate, steps: GaussNewton(system=Sigma()), 2, "policy", 150, default=False, continuation="trust"
     ),
     "newton-cg": Method(lambda rate, steps: NewtonCG(), 2, "policy", 150, default=False, continuation="trust"),
+    "consensus": Method(lambda rate, steps: Consensus(), 2, "policy", 75, default=False, continuation="trust"),
     "krylov-newton": Method(lambda rate, steps: KrylovNewton(), 2, "policy", 75, continuation="trust"),
     "ilqr": Method(lambda rate, steps: ILQR(), 2, "plan", 100, continuation="growing"),
 }

@@ -7,6 +7,7 @@ import optax
 
 from diffmbrl import (
     ILQR,
+    Consensus,
     Continuation,
     Dense,
     Descend,
@@ -75,6 +76,7 @@ SOLVERS = [
         slow=True,
     ),
     Row("krylov-newton", KrylovNewton(rank=12), monotone=True, exact_on_lqr=True),
+    Row("consensus", Consensus(rank=8), monotone=True),
     Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2]), models=False),
     Row(
         "continued lbfgs",

@@ -1,5 +1,6 @@
 """Optimisers of a policy's parameters."""
 
+from diffmbrl.optimizers.consensus import Consensus
 from diffmbrl.optimizers.continuation import Continuation
 from diffmbrl.optimizers.damping import LevenbergMarquardt, Path, TrustRegion
 from diffmbrl.optimizers.descend import Descend
@@ -11,6 +12,7 @@ from diffmbrl.optimizers.sampled import Sampled
 from diffmbrl.optimizers.systems import Dense, Krylov, Preconditioned, Sigma, SquareRoot
 
 __all__ = [
+    "Consensus",
     "Continuation",
     "Dense",
     "Descend",

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from diffmbrl.core import Info, Quadratic, Work, as_float
 from diffmbrl.curvature import Curved, Model
@@ -31,6 +31,16 @@ class Choice(NamedTuple):
     dampings: Float[Array, " c"]
     predicted: Float[Array, " c"]
     returns: Float[Array, " c"]
+
+
+class Proposals(NamedTuple):
+    """Steps found otherwise than in one quadratic model, each with what it promises and the share of a whole step it is."""
+
+    steps: Float[Array, "c P"]
+    predicted: Float[Array, " c"]
+    shares: Float[Array, " c"]
+    products: Int[Array, ""]
+    negative: Float[Array, ""]
 
 
 class Path(eqx.Module):
@@ -144,7 +154,7 @@ def take(
     policy: Any,
     carry: Any,
     model: Curved | Model,
-    space: Spectral | Truncated | tuple[Spectral, ...],
+    space: Spectral | Truncated | Proposals | tuple[Spectral, ...],
     objective: Callable[[Any], Array],
     work: Callable[[int], Work],
 ) -> tuple[Any, Any, Info]:
@@ -162,7 +172,7 @@ def take(
     accepted = choice.accepted & finite
     step = jnp.where(accepted, choice.step, jnp.zeros_like(theta))
     bad = jnp.sum(~jnp.isfinite(choice.returns), dtype=jnp.int32)
-    spaces = (space,) if isinstance(space, Spectral | Truncated) else space
+    spaces = (space,) if isinstance(space, Spectral | Truncated | Proposals) else space
     seen = spaces[0]
     ritz = seen.ritz if isinstance(seen, Spectral) else jnp.zeros(0, theta.dtype)
     info = Info(
