@@ -39,30 +39,29 @@ HEAD = ["task, T, method", "seeds", "succeeded", "starts", "train", "test", "wor
 
 def run(*, quick: bool) -> None:
     done = _done(quick)
-    for name, horizon in SETTINGS[:2] if quick else SETTINGS:
+    for first in range(0, TOGETHER if quick else SEEDS, TOGETHER):
         for arm in ARMS:
-            rate = _rate(done, name, horizon, arm, quick)
-            _all_seeds(done, name, horizon, arm, rate, 5 if quick else SEEDS, quick)
-            row = _row(done, name, horizon, arm, rate)
-            print(table(HEAD, [row]).splitlines()[-1], flush=True)
+            for name, horizon in SETTINGS[:2] if quick else SETTINGS:
+                rate = _rate(done, name, horizon, arm, quick)
+                _five_seeds(done, name, horizon, arm, rate, first, quick)
+                print(table(HEAD, [_row(done, name, horizon, arm, rate)]).splitlines()[-1], flush=True)
     print(f"\nMedians over seeds; float32; {STARTS} starts\n\n{table(HEAD, _rows(done))}")
 
 
-def _all_seeds(
-    done: list[dict], name: str, horizon: int, arm: str, rate: float | None, seeds: int, quick: bool
+def _five_seeds(
+    done: list[dict], name: str, horizon: int, arm: str, rate: float | None, first: int, quick: bool
 ) -> None:
-    for first in range(0, seeds, TOGETHER):
-        same = (name, horizon, arm, rate)
-        if not any((r["task"], r["horizon"], r["arm"], r["rate"]) == same and r["seed"] == first for r in done):
-            done += _run(name, horizon, arm, rate, first, quick)
-            save("robust", {"columns": HEAD, "rows": _rows(done), "seeds": done}, quick=quick)
+    """Run them, and save, unless they are there."""
+    if not any(r["seed"] == first for r in _of(done, name, horizon, arm, rate)):
+        done += _run(name, horizon, arm, rate, first, quick)
+        save("robust", {"columns": HEAD, "rows": _rows(done), "seeds": done}, quick=quick)
 
 
 def _rate(done: list[dict], name: str, horizon: int, arm: str, quick: bool) -> float | None:
-    """The learning rate of the lowest median training cost on five seeds; None for a method without one."""
+    """The learning rate of the lowest median training cost on the first five seeds; None for a method without one."""
     medians = {}
     for rate in METHODS[arm].rates:
-        _all_seeds(done, name, horizon, arm, rate, TOGETHER, quick)
+        _five_seeds(done, name, horizon, arm, rate, 0, quick)
         costs = [float(r["train"]) for r in _of(done, name, horizon, arm, rate) if r["seed"] < TOGETHER]
         medians[rate] = float(np.median(np.where(np.isfinite(costs), costs, np.inf)))
     return min(medians, key=lambda rate: medians[rate]) if medians else None

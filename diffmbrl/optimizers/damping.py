@@ -180,7 +180,7 @@ def take(
         gradient_norm=jnp.linalg.norm(model.gradient),
         accepted=accepted,
         damping=choice.damping,
-        inner_iterations=jnp.sum(jnp.stack([one.products for one in spaces])),
+        inner_iterations=jnp.sum(jnp.stack([one.products for one in spaces]), dtype=jnp.int32),
         nonfinite=bad + (~finite).astype(jnp.int32),
         work=work(choice.returns.size),
         model=Quadratic(

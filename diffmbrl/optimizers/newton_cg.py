@@ -73,7 +73,7 @@ class NewtonCG(eqx.Module):
                 return count_work(
                     forward=steps * (2 + candidates),
                     jvp=steps * (task.n + task.m),
-                    sequential=2 + 2 * found.products + 1 + (self.preconditioner is not None),
+                    sequential=2 + 2 * found.products + 1 + int(self.preconditioner is not None),
                 )
             return count_work(
                 forward=steps * (2 + candidates),
