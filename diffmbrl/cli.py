@@ -36,7 +36,8 @@ class Compare:
     lr: list[float] = field(default_factory=list)
     """Learning rates swept by methods that have one; by default each method's own list."""
     continuation: str = "default"
-    """`default`: discounts .8 .9 .95 .98 1 (growing horizons for plans); `none` to see why."""
+    """`default`: each method's own; `discounts` (.8 .9 .95 .98 1), `trust` (in the measured sensitivity of each start) or
+    `measured` (discounts as the closed loop's growth allows) for all; `none` to see why."""
     hidden: list[int] = field(default_factory=list)
     """Hidden layers of the policy network; by default the task's own."""
     param: list[str] = field(default_factory=list)

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from diffmbrl.core import Task
 from diffmbrl.diagnostics.reach import refuse_without_gradient
 from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw
 from diffmbrl.methods import Method, method, schedule, solver
+from diffmbrl.policies import Neural
 from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
 from diffmbrl.solve import CHUNK
 from diffmbrl.tasks import make
@@ -81,10 +83,22 @@ def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
     rows = [method(name) for name in setting.methods]
     if len({name for name, _ in rows}) != len(rows):
         raise ValueError(f"each method can be named once, got {' '.join(setting.methods)}")
-    for _, row in rows:
+    size = _parameters(task, setting.hidden)
+    for name, row in rows:
+        if row.most_parameters is not None and size > row.most_parameters:
+            raise ValueError(
+                f"{name} forms matrices of P x P and takes policies of at most {row.most_parameters} parameters; hidden "
+                f"{list(setting.hidden)} makes {size}"
+            )
         solver(row, task, rate=1.0, steps=setting.steps or row.steps, continuation=setting.continuation)
     refuse_without_gradient(task)
     return task, rows
+
+
+def _parameters(task: Task, hidden: tuple[int, ...]) -> int:
+    """The number of a policy's parameters, without drawing it."""
+    policy = jax.eval_shape(lambda key: Neural.init(task, hidden=hidden, key=key), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(policy))
 
 
 def _run_method(

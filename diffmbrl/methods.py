@@ -26,7 +26,7 @@ from diffmbrl.optimizers.soap import soap
 from diffmbrl.planners import ILQR
 from diffmbrl.tasks.registry import known
 
-CONTINUATIONS = ("default", "discounts", "trust", "none")
+CONTINUATIONS = ("default", "discounts", "trust", "measured", "none")
 
 
 class Method(NamedTuple):
@@ -86,7 +86,7 @@ METHODS: dict[str, Method] = {
         default=False,
     ),
     "lbfgs": Method(lambda rate, steps: Descend(optax.lbfgs, memory_size=20), 1, "policy", 600, sequential=True),
-    # Ten products rather than thirty: the path takes short steps, for which more change nothing (benchmarks/trust.py).
+    # Ten products rather than thirty: the path takes short steps, for which more change nothing.
     "gauss-newton": Method(lambda rate, steps: GaussNewton(system=Krylov(10)), 2, "policy", 150, continuation="trust"),
     "gauss-newton-dense": Method(
         lambda rate, steps: GaussNewton(system=Dense()),
@@ -120,6 +120,15 @@ METHODS: dict[str, Method] = {
     "newton-cg": Method(lambda rate, steps: NewtonCG(), 2, "policy", 150, default=False, continuation="trust"),
     "consensus": Method(lambda rate, steps: Consensus(), 2, "policy", 75, default=False, continuation="trust"),
     "krylov-newton": Method(lambda rate, steps: KrylovNewton(), 2, "policy", 75, continuation="trust"),
+    "newton-dense": Method(
+        lambda rate, steps: KrylovNewton(rank=None),
+        2,
+        "policy",
+        40,
+        default=False,
+        most_parameters=1500,
+        continuation="trust",
+    ),
     "ilqr": Method(lambda rate, steps: ILQR(), 2, "plan", 100, continuation="growing"),
 }
 
@@ -174,8 +183,9 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     """The method's solver for `steps` updates, inside a continuation unless that is "none".
 
     "default" is the row's own: discounts .8, .9, .95, .98, 1 for first-order methods; discounts and trust in the measured
-    sensitivity of each start for second-order ones; growing horizons for plans, which a discount does not help. "discounts" and
-    "trust" give all policy methods the same. Raises: `ValueError` for another name, or fewer updates than stages.
+    sensitivity of each start for second-order ones; growing horizons for plans, which a discount does not help. "discounts",
+    "trust" and "measured" (discounts as the measured growth of the closed loop allows them) give all policy methods the same.
+    Raises: `ValueError` for another name, or fewer updates than stages.
     """
     known("continuation", continuation, CONTINUATIONS)
     inner = row.make(rate, steps)
@@ -184,7 +194,11 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     if row.kind == "plan":
         return Continuation.growing(inner, steps, horizon=task.horizon)
     chosen = row.continuation if continuation == "default" else continuation
-    return (Continuation.trusted if chosen == "trust" else Continuation.discounted)(inner, steps)
+    return {
+        "discounts": Continuation.discounted,
+        "trust": Continuation.trusted,
+        "measured": Continuation.measured,
+    }[chosen](inner, steps)
 
 
 def schedule(made: Solver) -> list[list[float | int | None]] | None:
