@@ -59,7 +59,7 @@ class Size(NamedTuple):
     trained_steps: int
 
 
-FULL = Size(("pendulum-swingup", "cartpole-balance"), (10, 25, 50, 100, 200, 400), 5, 4, (16, 16), 1e-4, 100, 64, 300)
+FULL = Size(("pendulum-swingup", "cartpole-balance"), (10, 40, 100, 200, 400), 5, 4, (8, 8), 1e-4, 100, 64, 300)
 QUICK = FULL._replace(
     tasks=FULL.tasks[:1],
     horizons=(10, 40),
@@ -101,7 +101,9 @@ def _spectra(name: str, T: int, policies: Callable[[], Any], size: Size) -> dict
     s0 = draw(task, size.seeds, size.starts, 1, 1)[0]
     both = jax.tree.map(lambda x: jnp.concatenate([x, x]), s0)
     # Columns and starts are vmapped, and seeds five at a time: the tangents of all at once would fill the memory.
-    run = jax.jit(lambda pi, s: jax.lax.map(lambda lane: _matrices(*lane, task, size.sigma), (pi, s), batch_size=5))
+    run = jax.jit(
+        lambda pi, s: jax.lax.map(lambda lane: _matrices(lane[0], lane[1], task, size.sigma), (pi, s), batch_size=5)
+    )
     found = {key: np.asarray(x) for key, x in run(policies(), both).items()}
     ends = _ends(found)
     return {
@@ -123,16 +125,13 @@ def _matrices(policy: Any, s0: Any, task: Any, sigma: float) -> dict[str, Any]:
     space = lanczos(model.product, model.gradient, RANK)
     true = jax.vmap(hessian(policy, task, s0).product)(eye)
 
-    one = jax.tree.map(lambda x: x[..., :1], (lin, K))
+    lin_1, K_1 = lin._replace(**{k: x[..., :1] for k, x in lin._asdict().items()}), K[..., :1]
     plan = OpenLoop(model.trajectory.a[:, 0])
     plan_true = jax.vmap(hessian(plan, task, s0[:1]).product)(jnp.eye(plan.a.size, dtype=g.dtype))
     basis = jnp.eye(plan.a.size, dtype=g.dtype).reshape(-1, *plan.a.shape, 1)
-    open_loop = one[0], jnp.zeros_like(one[1])
-    M_open, M = (_apply(partial(curve, *along), basis) for along in (open_loop, one))
-    nothing = jnp.zeros((), g.dtype)
-    inverse_open, inverse = (
-        _apply(lambda w, along=along: -planner_step(*along, nothing, w), basis) for along in (open_loop, one)
-    )
+    gains, nothing = (jnp.zeros_like(K_1), K_1), jnp.zeros((), g.dtype)
+    M_open, M = (_apply(partial(curve, lin_1, K), basis) for K in gains)
+    inverse_open, inverse = (_apply(lambda w, K=K: -planner_step(lin_1, K, nothing, w), basis) for K in gains)
     return {
         "plan, Hessian": _eigenvalues(plan_true),
         "plan, M": _eigenvalues(M_open),
@@ -145,7 +144,8 @@ def _matrices(policy: Any, s0: Any, task: Any, sigma: float) -> dict[str, Any]:
         "G'G": _eigenvalues(jnp.einsum("ptmb,qtmb->pq", G, G) / B),
         "Ritz": space.ritz,
         "sigma": relative,
-        "gap": jnp.linalg.norm(space.vectors @ N @ space.vectors.T - jnp.diag(space.ritz)) / jnp.linalg.norm(N),
+        "Lanczos residual": jnp.linalg.norm(space.vectors @ N @ space.vectors.T - jnp.diag(space.ritz))
+        / jnp.linalg.norm(N),
     }
 
 

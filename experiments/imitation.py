@@ -100,7 +100,7 @@ class Size(NamedTuple):
     looks: int
 
 
-FULL = Size(("pendulum-swingup", "cartpole-balance"), 100, 3, 64, (16, 16), 100, 600, 25)
+FULL = Size(("pendulum-swingup", "cartpole-balance"), 100, 3, 32, (8, 8), 75, 450, 25)
 QUICK = FULL._replace(
     tasks=FULL.tasks[:1], horizon=30, seeds=2, starts=8, hidden=(6,), updates=10, descents=30, looks=5
 )
@@ -179,15 +179,16 @@ def paint(numbers: Any) -> Any:
         "sequential": "sequential passes over the horizon",
         "cpu": "CPU time of all seeds [s]",
     }
-    labels = list(arms(FULL))
+    styles = {label: style_of(label, index=i) for i, label in enumerate(arms(FULL))}
     for row, (name, runs) in zip(axes, numbers.items(), strict=True):
+        lines = []
         for axis, (measure_, xlabel) in zip(row, measures.items(), strict=True):
-            lines = []
             effort_axis(axis, [np.asarray(run[measure_], float) for run in runs.values()], xlabel)
             log_limits(axis, "y", [array(run["test"]) for run in runs.values()])
-            for label, run in runs.items():
-                style = style_of(label, index=labels.index(label))
-                lines.append(band(axis, style, run[measure_], array(run["test"]), dashed=bool(run["rates"])))
+            lines = [
+                band(axis, styles[label], run[measure_], array(run["test"]), dashed=bool(run["rates"]))
+                for label, run in runs.items()
+            ]
             axis.set_ylabel("cost on held-out starts")
         title(row[0], f"{name}")
         title(row[1], "median and range over seeds")

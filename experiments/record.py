@@ -12,6 +12,7 @@ so that a figure or a sentence is made again (`--redraw`) without measuring agai
 import importlib
 import io
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ class Parts:
         if name not in self.kept:
             begun = time.process_time()
             value = compute()
-            print(f"{name}: {time.process_time() - begun:.0f} s of CPU", flush=True)
+            print(f"{name}: {time.process_time() - begun:.0f} s of CPU", file=sys.stderr, flush=True)
             with Writer(self.path) as writer:
                 writer.write({"kind": "part", "key": key, "value": rounded(to_json(value))})
             self.kept[name] = [r["value"] for r in read(self.path)[0]][-1]
