@@ -38,8 +38,8 @@ EXPECTED = (
     "and whitening by Riccati takes out what the dynamics put in."
 )
 WHO = ("initial", "trained")
-ACTIONS = ("plan, Hessian", "plan, M", "closed loop, M")
 PARAMETERS = ("Hessian", "N = G'MG", "whitened N", "G'G")
+SPECTRA = {"actions": ("plan, M", "closed loop, M", "whitened M", "plan, Hessian"), "parameters": PARAMETERS}
 RANK = 30  # of Lanczos, the default of Krylov
 DAMPINGS = np.logspace(-12, 0, 25)
 FLOOR = 1e-16  # eigenvalues below this share of the largest are rounding
@@ -80,7 +80,8 @@ def measure(size: Size, parts: Any):
         numbers[name] = {}
         for T in size.horizons:
             part = {"task": name, "T": T} | {k: v for k, v in size._asdict().items() if k not in ("tasks", "horizons")}
-            numbers[name][str(T)] = parts(part, partial(_spectra, name, T, policies, size))
+            found = parts(part, partial(_spectra, name, T, policies, size))
+            numbers[name][str(T)] = {who: _kept(found[who]) for who in WHO}
     yield numbers
 
 
@@ -104,7 +105,8 @@ def _spectra(name: str, T: int, policies: Callable[[], Any], size: Size) -> dict
     run = jax.jit(
         lambda pi, s: jax.lax.map(lambda lane: _matrices(lane[0], lane[1], task, size.sigma), (pi, s), batch_size=5)
     )
-    found = {key: np.asarray(x) for key, x in run(policies(), both).items()}
+    # Eigenvalues by numpy: of two batched eigendecompositions in one program, each can wait for the other's threads for good.
+    found = {key: _eigenvalues(np.asarray(x)) for key, x in run(policies(), both).items()}
     ends = _ends(found)
     return {
         who: {key: _summary(key, x[i * size.seeds : (i + 1) * size.seeds]) for key, x in (found | ends).items()}
@@ -113,7 +115,7 @@ def _spectra(name: str, T: int, policies: Callable[[], Any], size: Size) -> dict
 
 
 def _matrices(policy: Any, s0: Any, task: Any, sigma: float) -> dict[str, Any]:
-    """Eigenvalues, increasing, of all matrices at one policy."""
+    """All matrices at one policy; of Lanczos the Ritz values, and what N has outside their diagonal."""
     model = gauss_newton(policy, task, s0)
     lin, K, g = model.linearization, model.K, model.g
     B, P = g.shape[-1], model.gradient.size
@@ -133,15 +135,15 @@ def _matrices(policy: Any, s0: Any, task: Any, sigma: float) -> dict[str, Any]:
     M_open, M = (_apply(partial(curve, lin_1, K), basis) for K in gains)
     inverse_open, inverse = (_apply(lambda w, K=K: -planner_step(lin_1, K, nothing, w), basis) for K in gains)
     return {
-        "plan, Hessian": _eigenvalues(plan_true),
-        "plan, M": _eigenvalues(M_open),
-        "plan, inverse": _eigenvalues(inverse_open),
-        "closed loop, M": _eigenvalues(M),
-        "closed loop, inverse": _eigenvalues(inverse),
-        "Hessian": _eigenvalues(true),
-        "N = G'MG": _eigenvalues(N),
-        "whitened N": _eigenvalues(jnp.einsum("ptmb,qtmb->pq", G, soft) / B),
-        "G'G": _eigenvalues(jnp.einsum("ptmb,qtmb->pq", G, G) / B),
+        "plan, Hessian": plan_true,
+        "plan, M": M_open,
+        "plan, inverse": inverse_open,
+        "closed loop, M": M,
+        "closed loop, inverse": inverse,
+        "Hessian": true,
+        "N = G'MG": N,
+        "whitened N": jnp.einsum("ptmb,qtmb->pq", G, soft) / B,
+        "G'G": jnp.einsum("ptmb,qtmb->pq", G, G) / B,
         "Ritz": space.ritz,
         "sigma": relative,
         "Lanczos residual": jnp.linalg.norm(space.vectors @ N @ space.vectors.T - jnp.diag(space.ritz))
@@ -153,8 +155,9 @@ def _apply(operator: Any, basis: Any) -> Any:
     return jax.vmap(operator)(basis).reshape(basis.shape[0], -1)
 
 
-def _eigenvalues(X: Any) -> Any:
-    return jnp.linalg.eigvalsh((X + X.T) / 2)
+def _eigenvalues(x: np.ndarray) -> np.ndarray:
+    """Increasing, of matrices [lanes, d, d]; anything else as it is."""
+    return np.linalg.eigvalsh((x + np.swapaxes(x, 1, 2)) / 2) if x.ndim == 3 else x
 
 
 def _ends(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -186,6 +189,25 @@ def _summary(key: str, x: np.ndarray) -> Any:
     return np.median(np.sort(np.abs(x), axis=1)[:, ::-1], axis=0)
 
 
+def _kept(found: dict[str, Any]) -> dict[str, Any]:
+    """What is worth saving: forty eigenvalues of each spectrum, M's from both ends; medians of the directions; the rest."""
+    found = {key: array(x) for key, x in found.items()}
+    for loop in ("plan", "closed loop"):
+        found[f"{loop}, M"] = _joined(found[f"{loop}, M"], found.pop(f"{loop}, inverse"))
+    found["whitened M"] = found["closed loop, M"] / (found["closed loop, M"] + np.median(found["sigma"]))
+    for space, spectra in SPECTRA.items():
+        shown = np.unique(np.round(np.geomspace(1, found[spectra[0]].size, 40)).astype(int))
+        found |= {key: found[key][shown - 1] for key in spectra} | {f"number, {space}": shown}
+    return {key: np.median(x, axis=0) if key.startswith("directions") else x for key, x in found.items()}
+
+
+def _joined(values: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """Eigenvalues of M, decreasing: the upper ones from M, those below the geometric middle from its inverse."""
+    lower = 1 / np.maximum(inverse[::-1], np.finfo(float).tiny)
+    middle = np.sqrt(values[0]) * np.sqrt(lower[-1])
+    return np.where(values > middle, values, np.minimum(lower, values[0]))
+
+
 def conclude(numbers: Any) -> str:
     """From the first horizon to the last, medians over seeds."""
     return " ".join(_sentence(name, horizons) for name, horizons in numbers.items())
@@ -202,17 +224,18 @@ def _sentence(name: str, horizons: Any) -> str:
 
     def left(what: str) -> str:
         column = int(np.argmin(np.abs(np.log10(DAMPINGS) + 6)))
-        found = [np.median(array(horizons[t]["initial"][f"directions, {what}"])[:, column]) for t in (T[0], T[-1])]
+        found = [array(horizons[t]["initial"][f"directions, {what}"])[column] for t in (T[0], T[-1])]
         return "{:.1f} and {:.1f}".format(*found)
 
     true, N, whitened = PARAMETERS[:3]
     closed, soft = "condition, closed loop, M", "condition, closed loop, whitened"
-    plan = at(T[-1], "initial", "condition, plan, M") / at(T[-1], "initial", closed)
-    tamed = at(T[-1], "initial", closed) / at(T[-1], "trained", closed)
+    plan = {who: at(T[-1], who, "condition, plan, M") / at(T[-1], who, closed) for who in WHO}
+    tamed = at(T[-1], "trained", closed) / at(T[-1], "initial", closed)
     return (
         f"{name}, medians, T = {T[0]} to {T[-1]}: the condition of M goes from {grown('initial', closed)} in the untrained "
-        f"closed loop (the plan's is {plan:.2g} times that at the end) and {grown('trained', closed)} in the trained one "
-        f"({tamed:.2g} times less); whitened it ends at {at(T[-1], 'initial', soft):.1e} untrained. "
+        f"closed loop and {grown('trained', closed)} in the trained one ({tamed:.2g} times the untrained one's at the end); "
+        f"the plan's, of the same actions without feedback, is then {plan['initial']:.2g} times that untrained and "
+        f"{plan['trained']:.2g} times trained; whitened it ends at {at(T[-1], 'initial', soft):.1e} untrained. "
         f"The largest eigenvalue of N goes from {grown('initial', f'top, {N}')} and {grown('trained', f'top, {N}')}, "
         f"of the Hessian from {grown('initial', f'top, {true}')} and {grown('trained', f'top, {true}')}, "
         f"of the whitened N from {grown('initial', f'top, {whitened}')}. Untrained, a damping of 1e-6 follows {left(N)} "
@@ -221,9 +244,9 @@ def _sentence(name: str, horizons: Any) -> str:
     )
 
 
-STYLES = {
-    what: style_of(what, index=i) for i, what in enumerate(("plan, M", "closed loop, M", "whitened M", "plan, Hessian"))
-} | {what: style_of(what, index=i) for i, what in enumerate((*PARAMETERS[1::-1], *PARAMETERS[2:]))}
+STYLES = {what: style_of(what, index=i) for i, what in enumerate(SPECTRA["actions"])} | {
+    what: style_of(what, index=i) for i, what in enumerate((*PARAMETERS[1::-1], *PARAMETERS[2:]))
+}
 
 
 def paint(numbers: Any) -> Any:
@@ -268,26 +291,23 @@ def _against_T(axis: Any, horizons: Any, series: dict[str, str], *, ylabel: str)
     axis.set_ylabel(ylabel)
     lines = {k: band(axis, STYLES[k[1]], T, y, dashed=k[0] == "trained") for k, y in values.items()}
     key(axis, [("initial policy", {"linewidth": 1.7}), ("trained", {"linewidth": 1.7, "linestyle": "--"})])
-    name_ends(axis, [line for (who, _), line in lines.items() if who == "initial"])
+    named = [line for (who, _), line in lines.items() if who == "initial"]
+    for (who, what), line in lines.items():
+        if who == "trained" and line.y[-1] > 1e3 * max(other.y[-1] for other in named):
+            named.append(line._replace(style=line.style._replace(label=f"{what}, trained"[:16])))
+    name_ends(axis, named)
 
 
 def _spectrum(axis: Any, found: Any, space: str) -> None:
-    """Eigenvalues by number; those of M from both ends, the lower half from its inverse."""
-    if space == "actions":
-        spectra = {}
-        for what, loop in (("plan, M", "plan"), ("closed loop, M", "closed loop")):
-            spectra[what] = _joined(array(found[f"{loop}, M"]), array(found[f"{loop}, inverse"]))
-        sigma = float(np.median(array(found["sigma"])))
-        spectra["whitened M"] = spectra["closed loop, M"] / (spectra["closed loop, M"] + sigma)
-        spectra["plan, Hessian"] = array(found["plan, Hessian"])
-    else:
-        spectra = {what: array(found[what]) for what in PARAMETERS}
-    spectra = {
-        what: np.where(y > FLOOR * y[0], y, np.nan) if what not in ACTIONS[1:] else y for what, y in spectra.items()
-    }
-    lines = [Line(STYLES[what], np.arange(1, y.size + 1), y) for what, y in spectra.items()]
+    """Eigenvalues by number, and of N as Lanczos finds them."""
+    x = array(found[f"number, {space}"])
+    lines = []
+    for what in SPECTRA[space]:
+        y = array(found[what])
+        # Below that share of the largest there is rounding, but for M, whose lower half is from its inverse.
+        lines.append(Line(STYLES[what], x, y if what.endswith(" M") else np.where(y > FLOOR * y[0], y, np.nan)))
     log_limits(axis, "y", [line.y for line in lines])
-    log_axis(axis.xaxis, (1.0, float(max(line.y.size for line in lines))))
+    log_axis(axis.xaxis, (1.0, float(x[-1])))
     axis.set_xlabel("number of the eigenvalue")
     axis.set_ylabel("|eigenvalue|")
     for line in lines:
@@ -297,13 +317,6 @@ def _spectrum(axis: Any, found: Any, space: str) -> None:
         axis.plot(np.arange(1, ritz.size + 1), ritz, "x", color=STYLES[PARAMETERS[1]].colour, markersize=4)
         key(axis, [(f"N by {RANK} Lanczos steps", {"linestyle": "none", "marker": "x", "markersize": 4})])
     name_ends(axis, lines)
-
-
-def _joined(values: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-    """Eigenvalues of M, decreasing: the upper ones from M, those below the geometric middle from its inverse."""
-    lower = 1 / np.maximum(inverse[::-1], np.finfo(float).tiny)
-    middle = np.sqrt(values[0] * lower[-1])
-    return np.where(values > middle, values, np.minimum(lower, values[0]))
 
 
 def _damping(axis: Any, horizons: Any) -> None:
@@ -317,10 +330,10 @@ def _damping(axis: Any, horizons: Any) -> None:
     lines, values = [], []
     for what in PARAMETERS[1:3]:
         for i, t in enumerate(shown):
-            y = array(horizons[t]["initial"][f"directions, {what}"]).T
+            y = array(horizons[t]["initial"][f"directions, {what}"])
             values.append(y)
-            style = STYLES[what]._replace(label=f"{what.split()[0]}, T = {t}")
-            axis.plot(DAMPINGS, np.median(y, axis=1), color=style.colour, linewidth=0.8 + 0.7 * i)
-            lines.append(Line(style, DAMPINGS[::-1], np.median(y, axis=1)[::-1]))
+            style = STYLES[what]._replace(label=f"{what.split()[0]}, T {t}")
+            axis.plot(DAMPINGS, y, color=style.colour, linewidth=0.8 + 0.7 * i)
+            lines.append(Line(style, DAMPINGS[::-1], y[::-1]))
     log_limits(axis, "y", values)
     name_ends(axis, lines)

@@ -2,7 +2,8 @@ r"""Is it better to step in the actions and let the policy imitate, or to step i
 
 After PODS (Mora et al. 2021), every method under the same schedule of discounts:
 * first-order imitation: regression onto a gradient step in the actions, $\min_d |G d + \eta g|^2$, that is
-  $d = -\eta\,(G'G + \mu I)^{-1} G'g$, with the best of a path of step sizes $\eta$ by true rollouts;
+  $d = -\eta\,(G'G + \mu I)^{-1} G'g$, with the best of a path of step sizes $\eta$ by true rollouts (the natural gradient of a
+  Gaussian policy with fixed noise, whose Fisher matrix is G'G up to a factor);
 * second-order imitation: regression onto the planner's step, `Sigma` with a small sigma, with its path of dampings;
 * Gauss-Newton on the parameters, which weighs the same regression by M: Krylov and dense;
 * gradient descent and Adam on the parameters at the best of their rates, and L-BFGS.

@@ -127,7 +127,7 @@ def _ends(policy: Any, task: Any, s0: Any, discounts: Any) -> dict[str, Any]:
     def at(discount):
         eased = _discounted(lin, discount)
         N = lanczos(lambda x: model.pull(curve(eased, K, model.push(x))), v, RANK).ritz[-1]
-        M, smallest = jax.vmap(_ends_of_M, in_axes=(_last(eased), -1))(eased, K)
+        M, smallest = jax.vmap(partial(_ends_of_M, after=N), in_axes=(_last(eased), -1))(eased, K)
         return {"N": N, "M": M, "smallest": smallest}
 
     return jax.vmap(at)(discounts) | {"growth": _growth(closed_loop(lin, K).A)}
@@ -144,13 +144,18 @@ def _last(lin: Linearization) -> Any:
     return jax.tree.map(lambda x: x.ndim - 1, lin)
 
 
-def _ends_of_M(lin: Linearization, K: Any) -> tuple[Any, Any]:
-    """Largest and smallest eigenvalue of M of one start, the smallest as the largest of M^-1."""
+def _ends_of_M(lin: Linearization, K: Any, after: Any) -> tuple[Any, Any]:
+    """Largest and smallest eigenvalue of M of one start, the smallest as the largest of M^-1.
+
+    Each Krylov space is found `after` the one before: of two batched eigendecompositions at a time, each can wait for the
+    other's threads for good.
+    """
     lin, K = jax.tree.map(lambda x: x[..., None], (lin, K))
     T, m = K.shape[:2]
     v = jax.random.normal(jax.random.key(1), (T * m,), K.dtype)
     nothing = jnp.zeros((), K.dtype)
-    top = lanczos(lambda x: curve(lin, K, x.reshape(T, m, 1)).ravel(), v, RANK).ritz[-1]
+    top = lanczos(lambda x: curve(lin, K, x.reshape(T, m, 1)).ravel(), v + 0 * after, RANK).ritz[-1]
+    v = v + 0 * top
     inverse = lanczos(lambda x: -planner_step(lin, K, nothing, x.reshape(T, m, 1)).ravel(), v, RANK).ritz[-1]
     return top, 1 / inverse
 
