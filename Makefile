@@ -8,7 +8,7 @@ WORKERS ?= 2
 TASK ?= cartpole-balance
 
 .DEFAULT_GOAL := help
-.PHONY: bench clean compare format help lint setup test tests types
+.PHONY: bench clean compare experiment format help lint setup test tests types
 
 compare: $(VENV)/installed  ## compare first- and second-order methods on one task: TASK=cartpole-balance
 	$(BIN)/diffmbrl compare $(TASK) $(ARGS)
@@ -32,6 +32,9 @@ format: $(VENV)/installed-dev  ## let ruff repair what it can, and format
 bench: $(VENV)/installed-dev  ## every benchmark; BENCH=primitives for one
 	$(BIN)/python -m benchmarks $(BENCH)
 
+experiment: $(VENV)/installed  ## one question, one figure: NAME=conditioning, ARGS=--quick
+	$(BIN)/python -m experiments $(or $(NAME),--help) $(ARGS)
+
 setup: $(VENV)/installed-dev  ## .venv with everything a developer needs
 
 clean:  ## remove .venv, caches and builds; runs stay
@@ -39,7 +42,7 @@ clean:  ## remove .venv, caches and builds; runs stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Stamps, so that an installation is redone only when what it depends on has changed.
 $(VENV)/created:

@@ -22,5 +22,5 @@ def test_pictures_and_folders_named_exist() -> None:
     root = Path(__file__).parents[1]
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (root / picture).is_file()
-    for name in re.findall(r"`((?:diffmbrl|tests|benchmarks)/[\w/.]+)`", README):
+    for name in re.findall(r"`((?:diffmbrl|tests|benchmarks|experiments)/[\w/.]+)`", README):
         assert (root / name).exists()

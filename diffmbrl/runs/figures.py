@@ -69,13 +69,26 @@ def canvas() -> tuple[Any, Any]:
 
     figure = Figure(figsize=SIZE, facecolor=PAPER)
     FigureCanvasAgg(figure)
-    axis = figure.add_axes((0.135, 0.14, RIGHT - 0.135, 0.81), facecolor=PAPER)
+    axis = figure.add_axes((0.135, 0.14, RIGHT - 0.135, 0.81))
+    dress(axis)
+    return figure, axis
+
+
+def dress(axis: Any) -> None:
+    """Paper, frame, ticks and grid of every axis."""
+    axis.set_facecolor(PAPER)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(MUTED)
     axis.tick_params(which="both", color=MUTED, labelcolor=INK, labelsize=9)
     axis.grid(True, color=RULE, linewidth=0.8)
     axis.set_axisbelow(True)
-    return figure, axis
+
+
+def settings(salt: str) -> Any:
+    """Matplotlib's for every figure. The salt makes the ids in the SVG, and so its bytes, the same each time; text stays text,
+    searchable and light."""
+    looks = {"svg.hashsalt": salt, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    return looks | {"text.color": INK, "axes.labelcolor": INK}
 
 
 def returns(axis: Any, curves: list[Curve], *, xlabel: str) -> None:

@@ -265,10 +265,7 @@ def _limits(values: list[np.ndarray]) -> tuple[float, float] | None:
 def _save(folder: Path, name: str, group: str, title: str, caption: str, paint: Callable[[Any], None]) -> Picture:
     import matplotlib
 
-    # The salt makes the ids in the SVG, and so its bytes, the same each time; text stays text, searchable and light.
-    looks: Any = {"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
-    looks |= {"text.color": figures.INK, "axes.labelcolor": figures.INK}
-    with matplotlib.rc_context(looks):
+    with matplotlib.rc_context(figures.settings(name)):
         figure, axis = figures.canvas()
         paint(axis)
         png, svg = io.BytesIO(), io.BytesIO()

@@ -1,0 +1,77 @@
+"""Training runs of an experiment: one method at its learning rates, all seeds at once, looked at on the way."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffmbrl.core import Solver
+from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.solve import CHUNK
+from diffmbrl.tasks import make
+
+HELD_OUT = 256
+
+
+class Arm(NamedTuple):
+    """A solver for a learning rate, its updates, the rates it is tried at (none for one without), whether seeds go in turn."""
+
+    make: Callable[[float | None, int], Solver]  # of a rate and the number of updates
+    steps: int
+    rates: Sequence[float] = ()
+    sequential: bool = False
+
+
+def train(
+    arm: Arm, name: str, *, horizon: int, hidden: Sequence[int], seeds: int, starts: int, looks: int
+) -> dict[str, Any]:
+    """Costs (-J) and work against updates, [looks, seeds], of the rate with the lowest median of final training costs.
+
+    A cost that is not finite counts as infinite. `cpu` is the process's seconds for all seeds of one rate, without compiling
+    and looking. `gap` is the median projection gap of the updates since the look before.
+    """
+    task = make(name, horizon=horizon)
+    rates: list[float | None] = list(arm.rates) or [None]
+    lanes = PolicyLanes(
+        [arm.make(rate, arm.steps) for rate in rates],
+        task,
+        hidden,
+        draw(task, seeds, starts, HELD_OUT, 0),
+        sequential=arm.sequential,
+    )
+    compiling = lanes.compile()
+    every = max(1, min(CHUNK, -(-arm.steps // looks)))
+    seen, update, cpu = [lanes.evaluate()], [0], [0.0]
+    while update[-1] < arm.steps:
+        count = min(every, arm.steps - update[-1])
+        begun = time.process_time()
+        lanes.advance(update[-1], count)
+        cpu.append(cpu[-1] + (time.process_time() - begun) / len(rates))
+        update.append(update[-1] + count)
+        seen.append(lanes.evaluate())
+    final = _costs(seen[-1]["train"])
+    best = int(np.argmin(np.median(final, axis=1)))
+    last = seen[-1]
+    out = {
+        "update": update,
+        "cpu": cpu,
+        "compile": compiling,
+        "parameters": lanes.parameters,
+        "rate": rates[best],
+        "rates": list(arm.rates),
+        "train_by_rate": final if arm.rates else [],
+        "test_by_rate": _costs(last["test"]) if arm.rates else [],
+        "train": np.stack([_costs(look["train"][best]) for look in seen]),
+        "test": np.stack([_costs(look["test"][best]) for look in seen]),
+        "success": last["success"][best],
+        "sequential": [float(np.mean(look["sequential"][best])) for look in seen],
+        "evaluations": [float(np.mean(sum(look[k][best] for k in ("forward", "jvp", "vjp")))) for look in seen],
+    }
+    if "gap" in last:
+        out["gap"] = np.stack([look["gap"][best] for look in seen[1:]])
+    return out
+
+
+def _costs(returns: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(returns), -returns, np.inf)
