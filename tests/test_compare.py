@@ -233,6 +233,10 @@ def test_a_run_that_fails_says_so(tmp_path, monkeypatch):
         ({"rates": (0.1, 0.1)}, "each learning rate can be named once, got 0.1 0.1"),
         ({"hidden": ()}, r"hidden needs at least one layer of at least one unit, got \[\]"),
         ({"hidden": (4, 0)}, r"hidden needs at least one layer of at least one unit, got \[4, 0\]"),
+        (
+            {"methods": ("newton-dense",), "hidden": (40, 40)},
+            r"newton-dense forms matrices .* at most 1500 parameters; hidden \[40, 40\] makes 1801",
+        ),
         ({"continuation": "defualt"}, "unknown continuation 'defualt'; did you mean 'default'"),
         ({"key": -1}, "key must be a whole number from 0 to 4294967295, got -1"),
         ({"key": 2**32}, "key must be a whole number from 0 to 4294967295, got 4294967296"),

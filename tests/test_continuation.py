@@ -127,6 +127,60 @@ def test_growing_ends_with_the_exact_objective(steps):
     assert steps == 1 or info.J[0] < info.J[-1]
 
 
+class Rising(eqx.Module):
+    """Does nothing, and reports returns from a list, whatever the stage."""
+
+    returns: Any
+    kind: ClassVar[str] = "policy"
+
+    def init(self, policy: Any, task: Any) -> Any:
+        return ()
+
+    def update(self, policy: Any, carry: Any, task: Any, s0: Any, *, key: Any) -> Any:
+        # Each update takes the next, by the number of updates that the policy's bias counts.
+        now = self.returns[policy.b[0].astype(jnp.int32)]
+        info = Info(now, task.weights[1], *(jnp.zeros(()),) * 2, *(jnp.zeros((), jnp.int32),) * 2, count_work())
+        return eqx.tree_at(lambda p: p.b, policy, policy.b + 1), carry, info
+
+
+def discounts_along(solver: Continuation, updates: int) -> list[float]:
+    policy, s0 = Linear.zeros(TASK), TASK.starts(KEY, 2)
+    update = jax.jit(lambda policy, carry: solver.update(policy, carry, TASK, s0, key=None))
+    carry, seen = solver.init(policy, TASK), []
+    for _ in range(updates):
+        policy, carry, info = update(policy, carry)
+        seen.append(round(float(info.gradient_norm), 3))
+    return seen
+
+
+def test_a_stage_ends_when_progress_does():
+    """Looked at every 2 updates: returns that rise by a tenth keep it, those that do not end it, its length does anyhow."""
+    returns = [-10.0, -9.5, -9.0, -8.9, -8.9, -8.9, -8.9, -8.0, -7.0, -6.0, -5.0, -4.0]
+    schedule = {"discounts": [0.5, 0.7, 1.0], "lengths": [7, 2, 1], "tolerance": 0.1, "patience": 2}
+    seen = discounts_along(Continuation(Rising(jnp.asarray(returns)), **schedule), 11)
+    # 10% of 10 were gained from update 0 to 2, not of 9 from 2 to 4; the next stage may last until 9 updates in all.
+    assert seen == [0.5] * 5 + [0.7] * 4 + [1.0] * 2
+    steady = discounts_along(Continuation(Rising(-(0.8 ** jnp.arange(12.0))), **schedule), 11)
+    assert steady == [0.5] * 7 + [0.7] * 2 + [1.0] * 2
+    assert (
+        discounts_along(Continuation(Rising(jnp.asarray(returns)), **(schedule | {"tolerance": -jnp.inf})), 11)
+        == steady
+    )
+
+
+@pytest.mark.parametrize("radius, stages", [(0.9, [0, 1, 2, 2]), (1.02, [0, 1, 1, 1]), (1.5, [0, 0, 0, 0])])
+def test_a_discount_is_entered_as_soon_as_the_growth_allows(radius, stages):
+    """Without control, s' = radius s: the next discount times the radius squared must be at most kappa = 1."""
+    task = tasks.linear.linear_quadratic(
+        radius * jnp.eye(2), jnp.eye(2)[:, :1], jnp.eye(2), jnp.eye(1), jnp.eye(2), horizon=100, dt=1.0
+    )
+    solver = Continuation(Recorder(), discounts=[0.8, 0.95, 1.0], lengths=[10, 10, 1], kappa=1.0)
+    info = run(solver, 4, task)
+    t = np.arange(101)
+    close(info.J, [np.sum(np.asarray([0.8, 0.95, 1.0])[k] ** t * (1 + t)) for k in stages], rtol=1e-4)
+    assert info.work.sequential[0] == 2
+
+
 def test_around_a_planner_it_plans():
     task = tasks.lqr(horizon=6)
     s0 = task.initial(KEY)
@@ -169,6 +223,8 @@ def test_schedules_are_lanes():
         ({"discounts": [float("nan")], "lengths": [1]}, r"discounts must lie in \(0, 1\], got \[nan\]"),
         ({"discounts": [1.0], "lengths": [0]}, r"at least one update and one step, got lengths \[0\]"),
         ({"discounts": [1.0], "lengths": [1], "horizons": [0]}, r"and horizons \[0\]"),
+        ({"discounts": [1.0], "lengths": [1], "kappa": 0.0}, "kappa must be positive, got 0.0"),
+        ({"discounts": [1.0], "lengths": [1], "patience": 0}, "patience must be at least 1 update, got 0"),
     ],
 )
 def test_bad_schedules(schedule, message):

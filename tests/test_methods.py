@@ -52,9 +52,13 @@ def test_continued_by_default(name):
 
 @pytest.mark.parametrize("name", ["adam", "gauss-newton"])
 def test_all_policy_methods_can_be_given_the_same_schedule(name):
-    for continuation, trusted in (("discounts", False), ("trust", True)):
+    for continuation, trusted, measured in (
+        ("discounts", False, False),
+        ("trust", True, False),
+        ("measured", False, True),
+    ):
         made = solver(METHODS[name], TASK, rate=1e-2, steps=50, continuation=continuation)
-        assert (made.trusts is not None) == trusted
+        assert (made.trusts is not None, made.kappa is not None) == (trusted, measured)
 
 
 def test_a_rate_is_used():

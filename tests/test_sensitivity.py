@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from diffmbrl import ILQR, Continuation, GaussNewton, Linear, Neural, OpenLoop, expected, tasks
 from diffmbrl.curvature import dense, gauss_newton
-from diffmbrl.sensitivity import sensitivity, trust
+from diffmbrl.sensitivity import growth, sensitivity, trust
 from tests.problems import LINEAR, bent, changed, matrices, same
 
 KEY = jax.random.key(5)
@@ -30,6 +30,22 @@ def test_on_a_linear_system_it_is_the_variance_of_the_cost(name, x64):
         wanted.append(np.trace((Q + K.T @ R @ K if t < 8 else Q_T) @ spread))
     same(m[:, 0], wanted)
     same(m[:, 1], wanted)  # the same from every start
+
+
+@pytest.mark.parametrize("name", ["unstable 3x1", "stable 12x4"])
+def test_growth_is_that_of_the_power_of_the_closed_loop(name, x64):
+    task = LINEAR[name](60)
+    A, B, *_ = matrices(task)
+    K = 0.05 * np.random.default_rng(1).normal(size=(task.m, task.n))
+    rho = jax.jit(growth)(Linear(jnp.asarray(K), jnp.zeros(task.m)), task, task.starts(KEY, 2))
+    power = np.linalg.matrix_power(A + B @ K, 60) / np.sqrt(task.n)
+    same(rho, [np.linalg.norm(power) ** (1 / 60)] * 2)
+
+
+def test_growth_does_not_overflow():
+    task = LINEAR["unstable 3x1"](4000)  # 1.1^4000 is 1e165
+    rho = jax.jit(growth)(Linear.zeros(task), task, task.starts(KEY, 1))
+    np.testing.assert_allclose(rho, 1.1, rtol=1e-2)
 
 
 def test_its_sum_is_a_trace_of_m(x64):
