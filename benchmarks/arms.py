@@ -1,0 +1,143 @@
+"""One method on one task from several seeds, as every comparison of optimisers here runs and records it."""
+
+import json
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import diffmbrl as d
+from benchmarks.record import path, save
+from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.methods import METHODS, solver
+from diffmbrl.solve import CHUNK
+
+HELD_OUT, TOGETHER = 256, 5  # held-out starts; seeds that run side by side
+WELL = 0.95  # share of the held-out starts that must end well in the task's own words for a seed to succeed
+# Costs in BPTT gradients of the same starts, from the benchmark of primitives: a product of the Gauss-Newton matrix, one of the
+# Hessian, a rollout.
+PRODUCT, HESSIAN, FORWARD = 0.75, 2.4, 1 / 4.2
+
+
+class Case(NamedTuple):
+    """What a run depends on, but for the seed."""
+
+    task: str
+    horizon: int
+    arm: str
+    continuation: str
+    starts: int
+    rate: float | None = None
+
+
+def task_of(case: Case) -> d.Task:
+    """The case's task; `lqr-unstable-8` is a random linear system with 8 states, 3 actions and a spectral radius of 1.1."""
+    if case.task == "lqr-unstable-8":
+        return d.tasks.random_lqr(jax.random.key(0), 8, 3, stability="unstable", horizon=case.horizon)
+    return d.tasks.make(case.task, horizon=case.horizon)
+
+
+class Ledger:
+    """The seeds that were run, in a results file: what an interrupted benchmark has done it does not do again."""
+
+    def __init__(self, name: str, *, quick: bool):
+        self.name, self.quick = name, quick
+        file = path(name, quick=quick)
+        self.seeds: list[dict[str, Any]] = (
+            [] if quick or not file.exists() else json.loads(file.read_text())["result"]["seeds"]
+        )
+
+    def of(self, case: Case) -> list[dict[str, Any]]:
+        """The seeds of one case."""
+        wanted = case._asdict()
+        return [run for run in self.seeds if all(run[key] == value for key, value in wanted.items())]
+
+    def run(self, case: Case, *, first: int = 0) -> None:
+        """Run five seeds and save, unless they are there."""
+        if not any(run["seed"] == first for run in self.of(case)):
+            self.seeds += _run(case, first, self.quick)
+            save(self.name, {"columns": HEAD, "rows": self.rows(), "seeds": self.seeds}, quick=self.quick)
+
+    def tuned(self, case: Case) -> Case:
+        """The case at the rate of the table with the lowest median training cost on the first five seeds."""
+        medians = {}
+        for rate in METHODS[case.arm].rates:
+            self.run(case._replace(rate=rate))
+            costs = np.asarray(
+                [float(run["train"]) for run in self.of(case._replace(rate=rate)) if run["seed"] < TOGETHER]
+            )
+            medians[rate] = float(np.median(np.where(np.isfinite(costs), costs, np.inf)))
+        return case._replace(rate=min(medians, key=lambda rate: medians[rate]) if medians else None)
+
+    def rows(self) -> list[list[Any]]:
+        """A row of the table for each case."""
+        cases = dict.fromkeys(Case(*(run[key] for key in Case._fields)) for run in self.seeds)
+        return [self.row(case) for case in cases]
+
+    def row(self, case: Case) -> list[Any]:
+        """Medians over seeds; CPU time is the mean of a seed."""
+        runs = self.of(case)
+        keys = ("train", "test", "success", "gradients", "sequential", "cpu")
+        train, test, success, gradients, sequential, cpu = (np.asarray([float(r[key]) for r in runs]) for key in keys)
+        rate = "" if case.rate is None else f" {case.rate:g}"
+        label = f"{case.task} {case.horizon} {case.continuation} {case.arm}{rate}"
+        numbers = [np.mean(success), np.median(train), np.median(test), np.max(test), np.median(gradients)]
+        spent = [np.median(sequential), np.mean(cpu), runs[0]["compile"]]
+        return [label, len(runs), int(np.sum(success >= WELL)), *map(float, [*numbers, *spent])]
+
+
+HEAD = [
+    "task, T, continuation, method",
+    "seeds",
+    "succeeded",
+    "starts",
+    "train",
+    "test",
+    "worst",
+    "gradients",
+    "sequential",
+    "CPU s",
+    "compile s",
+]
+
+
+def _run(case: Case, first: int, quick: bool) -> list[dict[str, Any]]:
+    row, task = METHODS[case.arm], task_of(case)
+    steps = max(6, row.steps // 10) if quick else row.steps
+    train, test, keys = draw(task, first + TOGETHER, case.starts, HELD_OUT, 0)
+    draws = (jax.tree.map(lambda x: x[first:], train), test, keys[first:])
+    made = solver(row, task, rate=case.rate, steps=steps, continuation=case.continuation)
+    hidden = d.tasks.TASKS["lqr" if case.task.startswith("lqr") else case.task].hidden
+    lanes = PolicyLanes([made], task, hidden, draws, sequential=row.sequential)
+    compiling, cpu, wall = lanes.compile(), time.process_time(), time.perf_counter()
+    for before in range(0, steps, CHUNK):
+        lanes.advance(before, min(CHUNK, steps - before))
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    look = lanes.evaluate()
+    inner = getattr(made, "solver", made)
+    shared = case._asdict() | {"updates": steps, "compile": compiling, "parameters": lanes.parameters}
+    shared |= {"cpu": cpu / TOGETHER, "wall": wall / TOGETHER}
+    runs = []
+    for k in range(TOGETHER):
+        work = {name: float(look[name][0, k]) for name in ("sequential", "forward", "jvp", "vjp", "nonfinite")}
+        costs = {"train": -float(look["train"][0, k]), "test": -float(look["test"][0, k])}
+        gradients = _gradients(inner, work, steps, lanes.parameters, case)
+        runs.append(
+            shared | costs | work | {"seed": first + k, "success": float(look["success"][0, k]), "gradients": gradients}
+        )
+    return runs
+
+
+def _gradients(inner: Any, work: dict[str, float], steps: int, parameters: int, case: Case) -> float:
+    """Work in BPTT gradients of the training starts; NaN for a matrix formed whole, which is no number of them."""
+    batch_steps = case.starts * case.horizon
+    if isinstance(inner, d.Descend):
+        return work["vjp"] / batch_steps
+    if isinstance(inner, d.GaussNewton) and isinstance(inner.system, d.Krylov):
+        return steps * (1 + min(inner.system.rank, parameters) * PRODUCT + 12 * FORWARD)
+    if isinstance(inner, d.KrylovNewton) and inner.rank is not None:
+        share = min(1.0, inner.starts / case.starts)
+        hessian = min(inner.rank, parameters) * HESSIAN * share
+        return steps * (1 + min(inner.structured, parameters) * PRODUCT + share + hessian + 24 * FORWARD)
+    return float("nan")
