@@ -25,13 +25,13 @@ class Compare:
     """Methods to run; by default all that fit the task."""
     horizon: int | None = None
     """Time steps T; by default the task's own."""
-    seeds: int = 5
+    seeds: int = 3
     """Seeds, run side by side."""
-    starts: int = 32
-    """Training starts of each seed."""
+    starts: int = 128
+    """Training starts of each seed; of 32 every method learns the starts rather than the task."""
     steps: int | None = None
     """Updates of each method; by default each method's own number."""
-    budget: float = 45.0
+    budget: float = 90.0
     """Seconds of updates for each method, compile time and evaluation apart."""
     lr: list[float] = field(default_factory=list)
     """Learning rates swept by methods that have one; by default each method's own list."""

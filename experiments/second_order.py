@@ -11,6 +11,7 @@ r"""When does the curvature of a rollout stay bounded, how much of a planner's s
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,13 +30,16 @@ from experiments.sheet import band, heading, log_limits, note, sheet, title
 
 EXPECTED = (
     "The largest eigenvalue of M stops growing with T where discount * rho^2 < 1 and grows without bound beyond; the "
-    "projection gap falls along training; a schedule that follows the growth (trust) ends lower than fixed "
-    "discounts, and those lower than none."
+    "projection gap falls along training; a schedule that follows what is measured (discounts as the growth allows them, "
+    "trust in the sensitivity of each start, stages that end when progress does) ends lower than the same by the clock, "
+    "and those lower than none."
 )
 # A schedule is one row: from a solver and its number of updates to the solver that is run.
 SCHEDULES = {
     "none": lambda solver, steps: solver,
     "discounts": Continuation.discounted,
+    "measured": Continuation.measured,
+    "trust, by the clock": lambda solver, steps: _by_the_clock(Continuation.trusted(solver, steps)),
     "trust": Continuation.trusted,
 }
 RANK = 40  # of Lanczos for the ends of a spectrum
@@ -83,6 +87,11 @@ QUICK = FULL._replace(
     updates=10,
     looks=10,
 )
+
+
+def _by_the_clock(schedule: Continuation) -> Continuation:
+    """Without an end to a stage before its time."""
+    return eqx.tree_at(lambda c: c.tolerance, schedule, jnp.full_like(schedule.tolerance, -jnp.inf))
 
 
 def measure(size: Size, parts: Any):
