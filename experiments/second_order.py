@@ -39,7 +39,7 @@ SCHEDULES = {
     "none": lambda solver, steps: solver,
     "discounts": Continuation.discounted,
     "measured": Continuation.measured,
-    "trust, by the clock": lambda solver, steps: _by_the_clock(Continuation.trusted(solver, steps)),
+    "clocked trust": lambda solver, steps: _by_the_clock(Continuation.trusted(solver, steps)),
     "trust": Continuation.trusted,
 }
 RANK = 40  # of Lanczos for the ends of a spectrum
