@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
     ),
     "newton-cg": Method(lambda rate, steps: NewtonCG(), 2, "policy", 150, default=False, continuation="trust"),
     "consensus": Method(lambda rate, steps: Consensus(), 2, "policy", 75, default=False, continuation="trust"),
-    "krylov-newton": Method(lambda rate, steps: KrylovNewton(), 2, "policy", 75, continuation="trust"),
+    "krylov-newton": Method(lambda rate, steps: KrylovNewton(), 2, "policy", 100, continuation="trust"),
     "newton-dense": Method(
         lambda rate, steps: KrylovNewton(rank=None),
         2,

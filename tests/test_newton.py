@@ -45,17 +45,20 @@ def candidates(H, N, g, dampings):
 
 
 @pytest.mark.parametrize("rank", [None, 40], ids=["all eigenvectors", "full Krylov space"])
-def test_it_takes_the_best_of_saddle_free_newton_and_gauss_newton(problem, rank, x64):
+@pytest.mark.parametrize("margin", [1.0, 1e6], ids=["the best of both", "Gauss-Newton before"])
+def test_it_takes_a_step_of_saddle_free_newton_or_of_gauss_newton(problem, rank, margin, x64):
     policy, task, s0 = problem
     dampings = np.asarray([1e-2, 1e-1, 1.0])
-    solver = KrylovNewton(damping=Path(jnp.asarray(dampings)), rank=rank, structured=40, starts=6)
+    solver = KrylovNewton(damping=Path(jnp.asarray(dampings)), rank=rank, structured=40, starts=6, margin=margin)
     moved, _, info = update(solver, policy, solver.init(policy, task), task, s0)
     H, N, g = (np.asarray(x) for x in matrices(policy, task, s0))
     theta, unravel = ravel_pytree(policy)
     steps = candidates(H, N, g, dampings)
     improved = np.asarray([expected(unravel(theta + d), task, s0) - expected(policy, task, s0) for d in steps])
     np.testing.assert_allclose(info.model.improved, improved, rtol=1e-4, atol=1e-8)
-    np.testing.assert_allclose(ravel_pytree(moved)[0] - theta, steps[np.argmax(improved)], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        ravel_pytree(moved)[0] - theta, steps[np.argmax(improved / np.repeat([margin, 1], 3))], rtol=1e-3, atol=1e-6
+    )
     assert info.accepted and np.linalg.eigvalsh(H)[0] < 0
     same(info.model.ritz[:1], np.linalg.eigvalsh(H)[:1], rtol=1e-6)
 

@@ -61,18 +61,18 @@ class Path(eqx.Module):
         return jnp.ones((), dtype)
 
     def choose(
-        self, carry: Float[Array, ""], space: Spectral | tuple[Spectral, ...], J: Float[Array, ""], evaluate: Evaluate
+        self, carry: Float[Array, ""], space: Spectral, J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
-        """Of several spaces, a path through each, and the best of all."""
-        steps, predicted, dampings = [], [], []
-        for one in (space,) if isinstance(space, Spectral) else space:
-            dampings.append(carry * self.dampings.astype(carry.dtype) * scale(one))
-            step, decrease = jax.vmap(one.step)(dampings[-1])
-            steps.append(step)
-            predicted.append(decrease)
-        steps, predicted, dampings = (jnp.concatenate(x) for x in (steps, predicted, dampings))
-        choice = best_of(steps, predicted, dampings, J, evaluate)
-        return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), carry * 10), choice
+        dampings = self.along(carry, space)
+        choice = best_of(*jax.vmap(space.step)(dampings), dampings, J, evaluate)
+        return self.next(carry, choice), choice
+
+    def along(self, carry: Float[Array, ""], space: Spectral) -> Float[Array, " k"]:
+        """The dampings of a space's path."""
+        return carry * self.dampings.astype(carry.dtype) * scale(space)
+
+    def next(self, carry: Float[Array, ""], choice: Choice) -> Float[Array, ""]:
+        return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), carry * 10)
 
 
 class LevenbergMarquardt(eqx.Module):
@@ -140,10 +140,12 @@ def best_of(
     dampings: Float[Array, " c"],
     J: Float[Array, ""],
     evaluate: Evaluate,
+    *,
+    worth: Float[Array, " c"] | float = 1.0,
 ) -> Choice:
-    """The step of highest true return, if that is above J; else none."""
+    """The step that improves the true return the most, each improvement times its `worth`, if one does; else none."""
     returns = evaluate(steps)
-    best = jnp.argmax(jnp.where(jnp.isfinite(returns), returns, -jnp.inf))
+    best = jnp.argmax(jnp.where(jnp.isfinite(returns), (returns - J) * worth, -jnp.inf))
     accepted = jnp.isfinite(returns[best]) & (returns[best] > J)
     step = jnp.where(accepted, steps[best], jnp.zeros_like(steps[best]))
     return Choice(step, accepted, dampings[best], dampings, predicted, returns)

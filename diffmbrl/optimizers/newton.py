@@ -1,4 +1,4 @@
-"""Newton's method on the policy's parameters: the true Hessian made safe at saddles, and Gauss-Newton beside it."""
+"""Newton's method on the policy's parameters: the true Hessian made safe at saddles, and Gauss-Newton before it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,18 +7,35 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, count_work, reweighted
+from diffmbrl.core import Info, State, Task, as_float, count_work, reweighted
 from diffmbrl.curvature import Vector, gauss_newton, hessian
 from diffmbrl.krylov import Spectral, eigen, lanczos
-from diffmbrl.optimizers.damping import Path, take
+from diffmbrl.optimizers.damping import Choice, Evaluate, Path, best_of, take
 from diffmbrl.optimizers.systems import Dense, Krylov
 from diffmbrl.rollout import expected
 
 
+class TwoPaths(eqx.Module):
+    """A path of dampings through each of two spaces; a step of the first must improve `margin` times as much to be taken."""
+
+    path: Path
+    margin: Float[Array, ""]
+
+    def choose(
+        self, carry: Float[Array, ""], spaces: tuple[Spectral, Spectral], J: Float[Array, ""], evaluate: Evaluate
+    ) -> tuple[Array, Choice]:
+        dampings = [self.path.along(carry, space) for space in spaces]
+        paths = [jax.vmap(space.step)(each) for space, each in zip(spaces, dampings, strict=True)]
+        steps, predicted = (jnp.concatenate(x) for x in zip(*paths, strict=True))
+        worth = jnp.concatenate([jnp.ones_like(dampings[0]) / self.margin.astype(J.dtype), jnp.ones_like(dampings[1])])
+        choice = best_of(steps, predicted, jnp.concatenate(dampings), J, evaluate, worth=worth)
+        return self.path.next(carry, choice), choice
+
+
 class KrylovNewton(eqx.Module):
-    r"""Saddle-free Newton and Gauss-Newton, a path of dampings through each, the best step of both by its true return.
+    r"""Gauss-Newton and saddle-free Newton, a path of dampings through each, judged by their true returns.
 
     $$d(\lambda) = -V^\top U\,(|\rho| + \lambda)^{-1}\,U^\top e_1\,|g|$$
 
@@ -28,8 +45,10 @@ class KrylovNewton(eqx.Module):
     is downhill.
 
     The two fail in different places. Gauss-Newton leaves out the curvature of network and dynamics, and with it the negative
-    curvature by which a pendulum's policy leaves the plateaus between swinging left and right; the Hessian of a long rollout
-    far from its optimum describes a smaller region than the Gauss-Newton matrix does.
+    curvature by which a pendulum's policy leaves the plateaus between swinging left and right. The Hessian's steps are often
+    the better ones of the moment, but can lead a long rollout into poorer places: of the best of both at every update one seed
+    of `cartpole-swingup` ends at a cost of 32 that ends at 21 with a margin of 4. So a step of the Hessian is taken only if it
+    improves the return `margin` times as much as the best of Gauss-Newton's, as where that has come to rest.
 
     A `rank` of None takes all eigenvectors of both matrices instead, each formed in one batched pass: an update is then a dozen
     passes over the horizon, one after another, rather than 58, for P times the work. That is for devices with cores to spare.
@@ -52,6 +71,7 @@ class KrylovNewton(eqx.Module):
     """
 
     damping: Path = eqx.field(default_factory=Path)
+    margin: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(4.0), converter=as_float)
     rank: int | None = eqx.field(static=True, default=15)
     structured: int = eqx.field(static=True, default=10)
     starts: int = eqx.field(static=True, default=64)
@@ -97,7 +117,13 @@ class KrylovNewton(eqx.Module):
             )
 
         policy, damping, info = take(
-            self.damping, policy, damping, model, (space, other), lambda pi: expected(pi, task, s0, key), work
+            TwoPaths(self.damping, self.margin),
+            policy,
+            damping,
+            model,
+            (space, other),
+            lambda pi: expected(pi, task, s0, key),
+            work,
         )
         return policy, (damping, updates + 1), info
 
