@@ -67,7 +67,7 @@ SOLVERS = [
         monotone=True,
         slow=True,
     ),
-    Row("newton-cg", NewtonCG(), monotone=True, exact_on_lqr=True),
+    Row("newton-cg", NewtonCG(), monotone=True),
     Row("newton-cg of gauss-newton", NewtonCG(curvature=gauss_newton), monotone=True, slow=True),
     Row(
         "newton-cg of gauss-newton, preconditioned",
@@ -75,7 +75,7 @@ SOLVERS = [
         monotone=True,
         slow=True,
     ),
-    Row("krylov-newton", KrylovNewton(rank=12, structured=4), monotone=True, exact_on_lqr=True),
+    Row("krylov-newton", KrylovNewton(rank=12, structured=12), monotone=True, exact_on_lqr=True),
     Row("consensus", Consensus(rank=8), monotone=True),
     Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2]), models=False),
     Row(

@@ -184,8 +184,8 @@ def test_by_default_all_methods_that_are_marked(folder, monkeypatch):
     assert (setting.horizon, setting.hidden, setting.seeds, setting.starts) == (
         100,
         TASKS["cartpole-balance"].hidden,
-        5,
-        32,
+        3,
+        128,
     )
     assert (setting.continuation, setting.rates, setting.steps, setting.x64) == ("default", (), None, False)
 

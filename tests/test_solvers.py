@@ -147,9 +147,13 @@ def test_a_vmap_over_seeds_is_a_loop(row, x64):
             lane_of = jax.tree.map(lambda x, lane=lane: x[lane], out)
             same_tree(lane_of[0], alone[0], rtol=1e-6, atol=1e-7)
             same_tree(lane_of[2]._replace(model=None), alone[2]._replace(model=None), rtol=1e-6)
-            # The longest candidates leave the region where rounding stays small.
-            same_tree(lane_of[2].model, alone[2].model, rtol=1e-3, atol=1e-6)
+            same_tree(_within(lane_of[2].model), _within(alone[2].model), rtol=1e-3, atol=1e-6)
         policies, carries, _ = out
+
+
+def _within(model: Any) -> Any:
+    """By how much the longest candidates throw the policy away is a matter of rounding; that they do is not."""
+    return model if model is None else model._replace(improved=np.maximum(model.improved, -100.0))
 
 
 @every_solver
