@@ -140,8 +140,11 @@ def path(axis: Any, series: list[tuple[Line, Array]]) -> None:
     axis.set_ylabel("improvement of the return")
     for line, true in series:
         looks = {"color": line.style.colour, "marker": line.style.marker, "markersize": 4}
-        axis.plot(line.x, np.where(line.y > 0, line.y, np.nan), linestyle="--", linewidth=0.9, **looks)
-        axis.plot(line.x, np.where(true > 0, true, np.nan), linewidth=2.0, **looks)
+        # A method with two paths has the dampings of one after those of the other: no line from end to start.
+        ends = np.flatnonzero(np.diff(line.x) < 0) + 1
+        for x, predicted, improved in zip(*(np.split(column, ends) for column in (line.x, line.y, true)), strict=True):
+            axis.plot(x, np.where(predicted > 0, predicted, np.nan), linestyle="--", linewidth=0.9, **looks)
+            axis.plot(x, np.where(improved > 0, improved, np.nan), linewidth=2.0, **looks)
     key(axis, [("true", {"linewidth": 2.0}), ("predicted", {"linewidth": 0.9, "linestyle": "--"})])
     name_ends(axis, [Line(line.style, line.x, true) for line, true in series])
 
