@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, as_float, count_work, reweighted
+from diffmbrl.core import Info, State, Task, as_float, count_work
 from diffmbrl.curvature import Vector, gauss_newton, hessian
 from diffmbrl.krylov import Spectral, eigen, lanczos
 from diffmbrl.optimizers.damping import Choice, Evaluate, Path, best_of, take
+from diffmbrl.optimizers.sampled import in_turn
 from diffmbrl.optimizers.systems import Dense, Krylov
 from diffmbrl.rollout import expected
 
@@ -94,19 +95,20 @@ class KrylovNewton(eqx.Module):
     ) -> tuple[Any, Any, Info]:
         damping, updates = carry
         model = gauss_newton(policy, task, s0, key)
-        full = hessian(policy, *self._some(task, s0, updates), key)
+        batch = model.g.shape[-1]
+        some = (task, s0) if batch <= self.starts else in_turn(task, s0, updates, self.starts)
+        full = hessian(policy, *some, key)
         space = self._space(full.product, model.gradient)
         system = Dense() if self.rank is None else Krylov(self.structured)
         other = system(model, policy, task, key)
-        batch = model.g.shape[-1]
-        steps, some = batch * task.horizon, min(self.starts, batch) * task.horizon
+        steps, partial = batch * task.horizon, min(self.starts, batch) * task.horizon
 
         def work(candidates):
             return count_work(
                 # The rollout, its linearisation and the candidates; the rollout under the Hessian, and its recomputation.
-                forward=steps * (2 + candidates) + 2 * some,
-                jvp=steps * (task.n + task.m) + some * space.products,
-                vjp=some * (1 + space.products),
+                forward=steps * (2 + candidates) + 2 * partial,
+                jvp=steps * (task.n + task.m) + partial * space.products,
+                vjp=partial * (1 + space.products),
                 # Rollout and adjoint, Gauss-Newton's passes; three of the Hessian's gradient, a tangent of two for each product
                 # or for all together; and the candidates all at once.
                 sequential=2
@@ -128,15 +130,8 @@ class KrylovNewton(eqx.Module):
         return policy, (damping, updates + 1), info
 
     def _space(self, product: Callable[[Vector], Vector], g: Vector) -> Spectral:
-        space = eigen(product, g) if self.rank is None else lanczos(product, g, self.rank)
+        if self.rank is None:
+            space = eigen(jax.vmap(product)(jnp.eye(g.size, dtype=g.dtype)), g)  # one batched pass
+        else:
+            space = lanczos(product, g, self.rank)
         return space._replace(values=jnp.abs(space.values))
-
-    def _some(self, task: Task, s0: State, updates: Any) -> tuple[Task, State]:
-        """As many starts as the Hessian is averaged over, in turn."""
-        batch = jax.tree.leaves(s0)[0].shape[0]
-        if batch <= self.starts:
-            return task, s0
-        chosen = (updates * self.starts + jnp.arange(self.starts, dtype=jnp.int32)) % batch
-        if task.weights.ndim == 2:
-            task = reweighted(task, task.weights[chosen])
-        return task, jax.tree.map(lambda x: x[chosen], s0)

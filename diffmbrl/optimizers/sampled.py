@@ -75,11 +75,17 @@ class Sampled(eqx.Module):
         if pool < self.size:
             raise ValueError(f"a mini-batch of {self.size} needs as many starts, got {pool}")
         block = carry.updates // self.every
-        chosen = (block * self.size + jnp.arange(self.size, dtype=jnp.int32)) % pool
-        batch = jax.tree.map(lambda x: x[chosen], s0)
-        if task.weights.ndim == 2:
-            task = reweighted(task, task.weights[chosen])
+        task, batch = in_turn(task, s0, block, self.size)
         # No key asks for no noise.
         noise = None if key is None else jax.random.fold_in(self.key, block)
         policy, inner, info = self.solver.update(policy, carry.inner, task, batch, key=noise)
         return policy, SampledCarry(inner, carry.updates + 1), info
+
+
+def in_turn(task: Task, s0: State, turn: Int[Array, ""], size: int) -> tuple[Task, State]:
+    """Starts `turn * size` and on, `size` of them, round again at the end, and the task with their weights."""
+    pool = jax.tree.leaves(s0)[0].shape[0]
+    chosen = (turn * size + jnp.arange(size, dtype=jnp.int32)) % pool
+    if task.weights.ndim == 2:
+        task = reweighted(task, task.weights[chosen])
+    return task, jax.tree.map(lambda x: x[chosen], s0)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task, as_float
 from diffmbrl.curvature import Model, curve, dense, planner_step, square_root
-from diffmbrl.krylov import Spectral, lanczos
+from diffmbrl.krylov import Spectral, eigen, lanczos
 from diffmbrl.preconditioners import Jacobi, Preconditioner
 
 
@@ -35,11 +35,9 @@ class Dense(eqx.Module):
     """The whole matrix and its eigenvectors: exact, one pass over time, P^2 memory; for up to some thousand parameters."""
 
     def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
-        values, vectors = jnp.linalg.eigh(dense(model, policy, task, key))
-        coefficients = jnp.matmul(vectors.T, model.gradient, precision="highest")
+        space = eigen(dense(model, policy, task, key), model.gradient)
         # The matrix is positive semidefinite; what rounding leaves below zero would turn a damped step uphill.
-        count = jnp.asarray(values.shape[0], jnp.int32)
-        return Spectral(vectors.T, values, jnp.maximum(values, 0), coefficients, count)
+        return space._replace(values=jnp.maximum(space.values, 0))
 
     def passes(self, parameters: int) -> int:
         """Passes over the horizon: one."""
