@@ -1,7 +1,6 @@
 """One method on one task from several seeds, as every comparison of optimisers here runs and records it."""
 
 import json
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +8,9 @@ import numpy as np
 
 import diffmbrl as d
 from benchmarks.record import path, save
+from benchmarks.timing import all_updates
 from diffmbrl.lanes import PolicyLanes, draw
 from diffmbrl.methods import METHODS, solver
-from diffmbrl.solve import CHUNK
 
 HELD_OUT, TOGETHER = 256, 5  # held-out starts; seeds that run side by side
 WELL = 0.95  # share of the held-out starts that must end well in the task's own words for a seed to succeed
@@ -110,10 +109,8 @@ def _run(case: Case, first: int, quick: bool) -> list[dict[str, Any]]:
     made = solver(row, task, rate=case.rate, steps=steps, continuation=case.continuation)
     hidden = d.tasks.TASKS["lqr" if case.task.startswith("lqr") else case.task].hidden
     lanes = PolicyLanes([made], task, hidden, draws, sequential=row.sequential)
-    compiling, cpu, wall = lanes.compile(), time.process_time(), time.perf_counter()
-    for before in range(0, steps, CHUNK):
-        lanes.advance(before, min(CHUNK, steps - before))
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    compiling = lanes.compile()
+    cpu, wall = all_updates(lanes, steps)
     look = lanes.evaluate()
     inner = getattr(made, "solver", made)
     shared = case._asdict() | {"updates": steps, "compile": compiling, "parameters": lanes.parameters}

@@ -20,9 +20,9 @@ from scipy.optimize import minimize
 
 import diffmbrl as d
 from benchmarks.record import save, table
+from benchmarks.timing import all_updates
 from diffmbrl.core import State, Task, reweighted
 from diffmbrl.lanes import PolicyLanes, draw
-from diffmbrl.solve import CHUNK
 
 TASKS, HORIZON, STARTS, SEEDS, STEPS, MEMORY = ("cartpole-balance", "pendulum-swingup"), 100, 128, 3, 600, 20
 HEAD = ["task, L-BFGS of", "train", "test", "train worst", "test worst", "success", "gradients", "sequential", "CPU s"]
@@ -122,10 +122,8 @@ def by_optax(name: str, steps: int, seeds: int) -> dict[str, Any]:
     task = d.tasks.make(name, horizon=HORIZON)
     solver = d.Continuation.discounted(d.Descend(optax.lbfgs, memory_size=MEMORY), steps)
     lanes = PolicyLanes([solver], task, d.tasks.TASKS[name].hidden, draw(task, seeds, STARTS, 256, 0), sequential=True)
-    compiling, cpu = lanes.compile(), time.process_time()
-    for done in range(0, steps, CHUNK):
-        lanes.advance(done, min(CHUNK, steps - done))
-    cpu = time.process_time() - cpu
+    compiling = lanes.compile()
+    cpu, _ = all_updates(lanes, steps)
     look = lanes.evaluate()
     return {
         "task": name,

@@ -15,7 +15,6 @@ R h^2 (1 - t^2)(1 - 3 t^2) with t = tanh z, against R h^2 (1 - t^2)^2 in the pol
 where the action enters: of half the limits' width on the action, or of size 1 on the logit, which saturation mutes.
 """
 
-import time
 from typing import Any
 
 import equinox as eqx
@@ -27,10 +26,10 @@ from jaxtyping import Array, Float
 
 import diffmbrl as d
 from benchmarks.record import save, table
+from benchmarks.timing import all_updates
 from diffmbrl.core import Reward, State, Task
 from diffmbrl.lanes import PolicyLanes, draw
 from diffmbrl.policies import centre_and_half
-from diffmbrl.solve import CHUNK
 from diffmbrl.tasks.squash import squashed
 
 NAMES, HORIZON, STARTS, SEEDS = ("cartpole-balance", "quadrotor2d", "cartpole-swingup"), 100, 128, 3
@@ -122,10 +121,8 @@ def _run(name: str, arm: str, place: str, quick: bool) -> dict[str, Any]:
     draws = draw(task, SEEDS, STARTS, 256, 0)
     lanes = PolicyLanes([make(steps)], trained, d.tasks.TASKS[name].hidden, draws, sequential=sequential)
     start = _look(lanes.policies, judged, lanes.test)
-    compiling, cpu = lanes.compile(), time.process_time()
-    for done in range(0, steps, CHUNK):
-        lanes.advance(done, min(CHUNK, steps - done))
-    cpu = time.process_time() - cpu
+    compiling = lanes.compile()
+    cpu, _ = all_updates(lanes, steps)
     end = _look(lanes.policies, judged, lanes.test)
     train = _train(lanes.policies, judged, lanes.train)
     return {
