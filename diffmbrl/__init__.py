@@ -8,6 +8,7 @@ compile_small_loops_whole()
 # isort: on
 
 from diffmbrl import tasks
+from diffmbrl.constraints import Constraints, violation
 from diffmbrl.core import Info, Task, Trajectory, Work
 from diffmbrl.gradients import BPTT
 from diffmbrl.nets import GRU, LSTM, MLP
@@ -45,6 +46,7 @@ __all__ = [
     "MLP",
     "Affine",
     "Consensus",
+    "Constraints",
     "Continuation",
     "Dense",
     "Descend",
@@ -79,4 +81,5 @@ __all__ = [
     "tasks",
     "value",
     "values",
+    "violation",
 ]

@@ -82,13 +82,14 @@ class Info(NamedTuple):
     """What a person needs to know of one update. All are measured at the policy that the update was given."""
 
     J: Float[Array, "*batch"]  # return of the objective in force (a continuation stage's, not always the task's)
-    gradient_norm: Float[Array, "*batch"]  # |dJ/dtheta|
+    gradient_norm: Float[Array, "*batch"] | None  # |dJ/dtheta|; None for a method that takes no gradient
     accepted: Bool[Array, "*batch"]  # whether the update changed the policy
     damping: Float[Array, "*batch"]  # the damping of the step taken; 0 for a method without one
     inner_iterations: Int[Array, "*batch"]  # Krylov dimensions, line-search trials, backward passes
     nonfinite: Int[Array, "*batch"]  # non-finite returns or gradients met, the rejected candidates' included
     work: Work
     model: Quadratic | None = None  # of second-order policy methods
+    violation: Float[Array, "*batch"] | None = None  # largest violation of a constraint, of methods that enforce them
 
 
 @runtime_checkable
@@ -148,7 +149,7 @@ class Task(eqx.Module):
     the true one by `eqx.tree_at(lambda t: t.dynamics, task, model)`. `weights` [T+1] is a leaf: a discount or a horizon mask
     changes without recompiling; as [B, T+1] it gives each start of a batch weights of its own. A terminated episode earns
     nothing more, its terminal reward included: `phi` is the value of being cut off by the clock. `success` (s_T -> bool) says
-    in the task's own words whether an episode ended well.
+    in the task's own words whether an episode ended well. `constraints` (`constraints.py`) are for planners that know them.
 
     Raises: `ValueError` if the horizon is below 1, dt is not positive, or the action limits are crossed or of unequal shape.
 
@@ -166,6 +167,7 @@ class Task(eqx.Module):
     features: Callable
     done: Callable | None
     success: Callable | None
+    constraints: Any
     a_low: Float[Array, " m"]
     a_high: Float[Array, " m"]
     weights: Float[Array, "*batch T1"]
@@ -188,6 +190,7 @@ class Task(eqx.Module):
         features: Callable | None = None,
         done: Callable | None = None,
         success: Callable | None = None,
+        constraints: Any = None,
     ):
         if not isinstance(horizon, int) or horizon < 1:
             raise ValueError(f"horizon must be a whole number of at least 1, got {horizon!r}")
@@ -197,7 +200,7 @@ class Task(eqx.Module):
         self.dynamics, self.reward, self.initial = dynamics, reward, initial
         self.terminal = terminal if terminal is not None else NoTerminal()
         self.features = features if features is not None else Identity()
-        self.done, self.success = done, success
+        self.done, self.success, self.constraints = done, success, constraints
         self.a_low, self.a_high = as_float(a_low), as_float(a_high)
         if self.a_low.ndim != 1 or self.a_low.shape != self.a_high.shape:
             raise ValueError(

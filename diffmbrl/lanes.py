@@ -210,6 +210,7 @@ class _Tally:
         self.shape = (rates, seeds, lanes)
         self.totals = {name: np.zeros(self.shape) for name in (*Work._fields, "nonfinite")}
         self.latest = {name: np.full(self.shape, np.nan) for name in ("J", "gradient_norm", "damping", "accepted")}
+        self.takes_gradients = True
         self.first: Quadratic | None = None  # what each lane's first update said of its model
 
     def add(self, info: Info, made: Any) -> None:
@@ -220,7 +221,9 @@ class _Tally:
             self.totals[name] += np.asarray(getattr(info.work, name), np.float64).sum(1).reshape(self.shape)
         self.totals["nonfinite"] += np.asarray(info.nonfinite).sum(1).reshape(self.shape)
         for name in ("J", "gradient_norm", "damping"):
-            self.latest[name] = np.asarray(getattr(info, name))[lane, made - 1].reshape(self.shape)
+            if (values := getattr(info, name)) is not None:
+                self.latest[name] = np.asarray(values)[lane, made - 1].reshape(self.shape)
+        self.takes_gradients = info.gradient_norm is not None
         self.latest["accepted"] = (np.asarray(info.accepted).sum(1) / made).reshape(self.shape)
         if info.model is not None:
             model = jax.tree.map(np.asarray, info.model)
@@ -235,7 +238,7 @@ class _Tally:
 
     def broken(self, rate: int) -> int | None:
         """The first lane of this rate whose last return or gradient was not finite, once any update was made."""
-        last = self.latest["J"][rate] + self.latest["gradient_norm"][rate]
+        last = self.latest["J"][rate] + (self.latest["gradient_norm"][rate] if self.takes_gradients else 0)
         begun = self.totals["sequential"][rate] > 0
         bad = np.flatnonzero(begun & ~np.isfinite(last))
         return int(bad[0]) if bad.size else None

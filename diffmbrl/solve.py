@@ -79,14 +79,15 @@ def solve(
         chunks.append(jax.tree.map(lambda x, made=made: np.asarray(x)[:made], info))
         done += made
         last = jax.tree.map(lambda x: x[-1], chunks[-1])
-        if done == made and last.gradient_norm == 0:
+        norm = np.inf if last.gradient_norm is None else last.gradient_norm
+        if done == made and norm == 0:
             refuse_without_gradient(task)
-        if not (np.isfinite(last.J) and np.isfinite(last.gradient_norm)):
+        if not (np.isfinite(last.J) and (np.isfinite(norm) or last.gradient_norm is None)):
             stop = f"nonfinite: {locate(policy, task, s0, _key(key, done - 1))} (update {done})"
             policy = _rewind(run, starts, done - 2)
             break
-        if last.gradient_norm <= tolerance:
-            stop = f"converged: gradient norm {last.gradient_norm:.3g} is at most {tolerance:g}"
+        if norm <= tolerance:
+            stop = f"converged: gradient norm {norm:.3g} is at most {tolerance:g}"
             break
         if spent >= seconds:
             stop = f"budget of {seconds:g} s after {done} updates"
@@ -126,7 +127,9 @@ def iterate(
     def going(state):
         _, _, info, i = state
         last = jax.tree.map(lambda x: x[jnp.maximum(i - 1, 0)], info)
-        ended = ~jnp.isfinite(last.J) | ~jnp.isfinite(last.gradient_norm) | (last.gradient_norm <= tolerance)
+        ended = ~jnp.isfinite(last.J)
+        if last.gradient_norm is not None:
+            ended = ended | ~jnp.isfinite(last.gradient_norm) | (last.gradient_norm <= tolerance)
         return (i < jnp.minimum(count, CHUNK)) & ((i == 0) | ~ended)
 
     def body(state):
