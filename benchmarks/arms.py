@@ -136,5 +136,5 @@ def _gradients(inner: Any, work: dict[str, float], steps: int, parameters: int, 
     if isinstance(inner, d.KrylovNewton) and inner.rank is not None:
         share = min(1.0, inner.starts / case.starts)
         hessian = min(inner.rank, parameters) * HESSIAN * share
-        return steps * (1 + min(inner.structured, parameters) * PRODUCT + share + hessian + 24 * FORWARD)
+        return steps * (1 + min(inner.structured, parameters) * PRODUCT + share + hessian + 30 * FORWARD)
     return float("nan")

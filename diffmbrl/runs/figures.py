@@ -140,7 +140,7 @@ def path(axis: Any, series: list[tuple[Line, Array]]) -> None:
     axis.set_ylabel("improvement of the return")
     for line, true in series:
         looks = {"color": line.style.colour, "marker": line.style.marker, "markersize": 4}
-        # A method with two paths has the dampings of one after those of the other: no line from end to start.
+        # A method with several paths has the dampings of one after those of the other: no line from end to start.
         ends = np.flatnonzero(np.diff(line.x) < 0) + 1
         for x, predicted, improved in zip(*(np.split(column, ends) for column in (line.x, line.y, true)), strict=True):
             axis.plot(x, np.where(predicted > 0, predicted, np.nan), linestyle="--", linewidth=0.9, **looks)
