@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task
 from diffmbrl.curvature import along
-from diffmbrl.linearize import closed_loop, matmul
+from diffmbrl.linearize import Linearization, closed_loop, matmul
 from diffmbrl.policies import centre_and_half
 
 
@@ -34,6 +34,11 @@ def sensitivity(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = N
     (10, 4)
     """
     _, _, lin, K = along(policy, task, s0, key)
+    return spread(lin, K, task)
+
+
+def spread(lin: Linearization, K: Float[Array, "T m n B"], task: Task) -> Float[Array, "T B"]:
+    """`sensitivity` along rollouts that were linearised already."""
     _, h = centre_and_half(task.a_low, task.a_high)
     n = task.n
     loop = closed_loop(lin, K)
@@ -42,8 +47,8 @@ def sensitivity(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = N
         A, B, H = x
         m = jnp.sum(H * covariance, axis=(0, 1))
         noise = B * h[:, None]
-        spread = matmul(matmul(A, covariance), jnp.swapaxes(A, 0, 1))
-        return spread + matmul(noise, jnp.swapaxes(noise, 0, 1)), m
+        carried = matmul(matmul(A, covariance), jnp.swapaxes(A, 0, 1))
+        return carried + matmul(noise, jnp.swapaxes(noise, 0, 1)), m
 
     last, m = jax.lax.scan(step, jnp.zeros_like(lin.H_T), (loop.A, loop.B, loop.H[:, :n, :n]))
     m_T = jnp.sum(lin.H_T * last, axis=(0, 1))

@@ -4,6 +4,7 @@ from diffmbrl.optimizers.consensus import Consensus
 from diffmbrl.optimizers.continuation import Continuation
 from diffmbrl.optimizers.damping import LevenbergMarquardt, Path, TrustRegion
 from diffmbrl.optimizers.descend import Descend
+from diffmbrl.optimizers.gate import Gate
 from diffmbrl.optimizers.gauss_newton import GaussNewton
 from diffmbrl.optimizers.natural import NaturalGradient, Radii
 from diffmbrl.optimizers.newton import KrylovNewton
@@ -16,6 +17,7 @@ __all__ = [
     "Continuation",
     "Dense",
     "Descend",
+    "Gate",
     "GaussNewton",
     "Krylov",
     "KrylovNewton",

@@ -1,7 +1,8 @@
 r"""How far to go along the curve of damped steps $d(\lambda) = -(N + \lambda I)^{-1} g$.
 
-A rule has two functions, `start(dtype) -> carry` and `choose(carry, space, J, evaluate) -> carry, Choice`, where `evaluate`
-maps steps [k, P] to true returns [k]; `take` is the update that every solver with a rule makes. Dampings are relative to the
+A rule has `start(dtype) -> carry` and `choose(carry, space, J, evaluate) -> carry, Choice`, where `evaluate` maps steps [k, P]
+to true returns [k]; one whose step may be refused (`gate.py`) has `refuse(carry) -> carry` too, which makes the next one
+shorter. `take` is the update that every solver with a rule makes. Dampings are relative to the
 largest eigenvalue seen, so that neither the units of the reward nor the number of steps matter.
 """
 
@@ -72,7 +73,10 @@ class Path(eqx.Module):
         return carry * self.dampings.astype(carry.dtype) * scale(space)
 
     def next(self, carry: Float[Array, ""], choice: Choice) -> Float[Array, ""]:
-        return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), carry * 10)
+        return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), self.refuse(carry))
+
+    def refuse(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        return carry * 10
 
 
 class LevenbergMarquardt(eqx.Module):
@@ -105,6 +109,9 @@ class LevenbergMarquardt(eqx.Module):
         carry = jnp.maximum(carry * factor, jnp.finfo(carry.dtype).eps ** 2)
         return carry, _only(step, ratio > 0, damping, predicted, reached)
 
+    def refuse(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        return carry * self.grow.astype(carry.dtype)
+
 
 class TrustRegion(eqx.Module):
     r"""One radius for steps of `conjugate_gradients`, adapted from the ratio of true to predicted decrease.
@@ -133,6 +140,9 @@ class TrustRegion(eqx.Module):
         grown = jnp.where(found.boundary & (ratio > 0.75), 2 * carry, carry)
         return jnp.where(ratio < 0.25, shrunk, grown), _only(found.step, ratio > 0, carry, found.predicted, reached)
 
+    def refuse(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        return carry / 4
+
 
 def best_of(
     steps: Float[Array, "c P"],
@@ -159,8 +169,12 @@ def take(
     space: Spectral | Truncated | Proposals | tuple[Spectral, ...],
     objective: Callable[[Any], Array],
     work: Callable[[int], Work],
+    *,
+    allows: Callable[[Any], Bool[Array, ""]] | None = None,
 ) -> tuple[Any, Any, Info]:
     """Move the policy as `rule` chooses in `space`, judged by `objective` (policy -> true return), and report it.
+
+    A step whose policy `allows` does not is refused.
 
     Of several spaces, which share the gradient, the first is reported.
     `work` counts an update in which so many candidates were tried. A gradient that is not finite leaves no finite step: nothing
@@ -170,6 +184,10 @@ def take(
     new, choice = rule.choose(
         carry, space, model.J, lambda steps: jax.vmap(lambda d: objective(unravel(theta + d)))(steps)
     )
+    if allows is not None:
+        allowed = allows(unravel(theta + choice.step)) | ~choice.accepted
+        new = jax.tree.map(lambda x, refused: jnp.where(allowed, x, refused), new, rule.refuse(carry))
+        choice = choice._replace(accepted=choice.accepted & allowed)
     finite = jnp.isfinite(model.J) & jnp.all(jnp.isfinite(model.gradient))
     accepted = choice.accepted & finite
     step = jnp.where(accepted, choice.step, jnp.zeros_like(theta))

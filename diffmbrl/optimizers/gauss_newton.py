@@ -9,6 +9,7 @@ from jaxtyping import PRNGKeyArray
 from diffmbrl.core import Info, State, Task, count_work
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.optimizers.damping import LevenbergMarquardt, Path, take
+from diffmbrl.optimizers.gate import Gate
 from diffmbrl.optimizers.systems import Krylov, System
 from diffmbrl.rollout import expected
 
@@ -26,7 +27,8 @@ class GaussNewton(eqx.Module):
     of a dozen by their true returns, `LevenbergMarquardt()` one, adapted by the reduction ratio. On an `OpenLoop` plan the step
     is iLQR's, without its feedback.
 
-    The return never falls: a step that does not improve it is not taken, and the damping grows.
+    The return never falls: a step that does not improve it is not taken, and the damping grows. With a `gate`, neither is one
+    that makes the closed loop much more sensitive.
 
     Shapes: policy leaves any; `s0` [B, ...]. Cost: one rollout, its linearisation, `rank` products (each about .7 of a BPTT
     gradient) or one dense pass, and B rollouts for each damping tried. `chunk` is `curvature.gauss_newton`'s.
@@ -44,6 +46,7 @@ class GaussNewton(eqx.Module):
 
     system: System = eqx.field(default_factory=Krylov)
     damping: Path | LevenbergMarquardt = eqx.field(default_factory=Path)
+    gate: Gate | None = None
     chunk: int | None = eqx.field(static=True, default=None)
 
     @property
@@ -61,12 +64,18 @@ class GaussNewton(eqx.Module):
         space = self.system(model, policy, task, key)
         steps = model.g.shape[0] * model.g.shape[-1]
 
+        gated = int(self.gate is not None)
+
         def work(candidates):
             return count_work(
-                forward=steps * (2 + candidates),  # the rollout, its linearisation, the candidates
-                jvp=steps * (task.n + task.m),
+                # The rollout, its linearisation, the candidates; and the gate's rollout, linearised.
+                forward=steps * (2 + candidates + 2 * gated),
+                jvp=steps * (task.n + task.m) * (1 + gated),
                 # Rollout and adjoint, the products' linear recursions, and the candidates all at once.
-                sequential=2 + self.system.passes(model.gradient.size) + 1,
+                sequential=2 + self.system.passes(model.gradient.size) + 1 + 3 * gated,
             )
 
-        return take(self.damping, policy, carry, model, space, lambda pi: expected(pi, task, s0, key), work)
+        allows = None if self.gate is None else self.gate.around(policy, model, task, s0, key)
+        return take(
+            self.damping, policy, carry, model, space, lambda pi: expected(pi, task, s0, key), work, allows=allows
+        )

@@ -13,6 +13,7 @@ from diffmbrl.core import Info, State, Task, as_float, count_work
 from diffmbrl.curvature import Vector, gauss_newton, hessian
 from diffmbrl.krylov import Spectral, eigen, lanczos
 from diffmbrl.optimizers.damping import Choice, Evaluate, Path, best_of, take
+from diffmbrl.optimizers.gate import Gate
 from diffmbrl.optimizers.sampled import in_turn
 from diffmbrl.optimizers.systems import Dense, Krylov
 from diffmbrl.rollout import expected
@@ -42,6 +43,9 @@ class ThreePaths(eqx.Module):
         choice = best_of(steps, predicted, jnp.concatenate(dampings), J, evaluate, worth=worth)
         return self.path.next(carry, choice), choice
 
+    def refuse(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        return self.path.refuse(carry)
+
 
 class KrylovNewton(eqx.Module):
     r"""Gauss-Newton, saddle-free Newton and the gradient's imitation, a path of dampings through each, judged by true returns.
@@ -69,7 +73,8 @@ class KrylovNewton(eqx.Module):
     spare.
 
     The Hessian is averaged over `starts` of the starts, others at each update; gradient, Gauss-Newton matrix and the returns
-    that judge a step are of all of them. The return never falls.
+    that judge a step are of all of them. The return never falls, nor, with a `gate`, does the closed loop become much more
+    sensitive in one step.
 
     Shapes: policy leaves any; `s0` [B, ...]. Cost: `structured` products of about .7 BPTT gradients; `rank` of about 2.4, times
     the share `starts` / B; B rollouts for each of 30 candidates.
@@ -87,6 +92,7 @@ class KrylovNewton(eqx.Module):
 
     damping: Path = eqx.field(default_factory=Path)
     margin: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(4.0), converter=as_float)
+    gate: Gate | None = None
     rank: int | None = eqx.field(static=True, default=15)
     structured: int = eqx.field(static=True, default=10)
     starts: int = eqx.field(static=True, default=64)
@@ -119,11 +125,13 @@ class KrylovNewton(eqx.Module):
         imitation = imitation._replace(values=jnp.maximum(imitation.values, 0))
         steps, partial = batch * task.horizon, min(self.starts, batch) * task.horizon
 
+        gated = int(self.gate is not None)
+
         def work(candidates):
             return count_work(
-                # The rollout, its linearisation and the candidates; the rollout under the Hessian, and its recomputation.
-                forward=steps * (2 + candidates) + 2 * partial,
-                jvp=steps * (task.n + task.m) + partial * space.products,
+                # The rollout, its linearisation, the candidates and the gate's; the Hessian's rollout, and its recomputation.
+                forward=steps * (2 + candidates + 2 * gated) + 2 * partial,
+                jvp=steps * (task.n + task.m) * (1 + gated) + partial * space.products,
                 vjp=partial * (1 + space.products),
                 # Rollout and adjoint, Gauss-Newton's passes; three of the Hessian's gradient, a tangent of two for each product
                 # or for all together; and the candidates all at once.
@@ -131,7 +139,8 @@ class KrylovNewton(eqx.Module):
                 + system.passes(model.gradient.size)
                 + 3
                 + 2 * (1 if self.rank is None else space.products)
-                + 1,
+                + 1
+                + 3 * gated,
             )
 
         policy, damping, info = take(
@@ -142,6 +151,7 @@ class KrylovNewton(eqx.Module):
             (space, other, imitation),
             lambda pi: expected(pi, task, s0, key),
             work,
+            allows=None if self.gate is None else self.gate.around(policy, model, task, s0, key),
         )
         return policy, (damping, updates + 1), info
 

@@ -12,6 +12,7 @@ from diffmbrl.core import Info, State, Task, as_float, count_work
 from diffmbrl.curvature import Curved, Model, Vector, hessian
 from diffmbrl.krylov import conjugate_gradients
 from diffmbrl.optimizers.damping import TrustRegion, take
+from diffmbrl.optimizers.gate import Gate
 from diffmbrl.preconditioners import Preconditioner
 from diffmbrl.rollout import expected
 
@@ -26,8 +27,10 @@ class NewtonCG(eqx.Module):
     `curvature=gauss_newton`, for which `preconditioner` may be one of `preconditioners.py`: the radius is then in its norm.
     Where `KrylovNewton` judges a dozen dampings, this trusts one radius.
 
-    The return never falls. Shapes: policy leaves any; `s0` [B, ...]. Cost: up to `iterations` products (2.4 BPTT gradients each
-    of the Hessian, .7 of Gauss-Newton), and one rollout.
+    The return never falls, nor, with a `gate`, does the closed loop become much more sensitive in one step.
+
+    Shapes: policy leaves any; `s0` [B, ...]. Cost: up to `iterations` products (2.4 BPTT gradients each of the Hessian, .7 of
+    Gauss-Newton), and one rollout.
     Raises: `TypeError` for a preconditioner of the true Hessian, which has none.
     Reference: Steihaug 1983; Nocedal and Wright, Numerical Optimization, algorithms 4.1 and 7.2.
 
@@ -45,6 +48,7 @@ class NewtonCG(eqx.Module):
     iterations: int = eqx.field(static=True, default=30)
     curvature: Callable[..., Curved | Model] = eqx.field(static=True, default=hessian)
     preconditioner: Preconditioner | None = None
+    gate: Gate | None = None
 
     @property
     def kind(self) -> str:
@@ -67,22 +71,28 @@ class NewtonCG(eqx.Module):
             preconditioner=self._inverse(model, policy, task, key),
         )
         steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
+        # Rollouts that the gate linearises: the candidate's, and the policy's where the model has none.
+        gated = 0 if self.gate is None else 2 - isinstance(model, Model)
 
         def work(candidates):
+            forward, tangents = steps * (2 + candidates + 2 * gated), steps * (task.n + task.m)
             if isinstance(model, Model):
                 return count_work(
-                    forward=steps * (2 + candidates),
-                    jvp=steps * (task.n + task.m),
-                    sequential=2 + 2 * found.products + 1 + int(self.preconditioner is not None),
+                    forward=forward,
+                    jvp=tangents * (1 + gated),
+                    sequential=2 + 2 * found.products + 1 + int(self.preconditioner is not None) + 3 * gated,
                 )
             return count_work(
-                forward=steps * (2 + candidates),
-                jvp=steps * found.products,
+                forward=forward,
+                jvp=steps * found.products + tangents * gated,
                 vjp=steps * (1 + found.products),
-                sequential=3 + 2 * found.products + 1,
+                sequential=3 + 2 * found.products + 1 + 3 * gated,
             )
 
-        return take(self.region, policy, carry, model, found, lambda pi: expected(pi, task, s0, key), work)
+        allows = None if self.gate is None else self.gate.around(policy, model, task, s0, key)
+        return take(
+            self.region, policy, carry, model, found, lambda pi: expected(pi, task, s0, key), work, allows=allows
+        )
 
     def _inverse(
         self, model: Curved | Model, policy: Any, task: Task, key: PRNGKeyArray | None
