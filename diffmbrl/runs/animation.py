@@ -135,7 +135,7 @@ def gif(
     a_high: Array,
     action_names: Sequence[str] | None = None,
     title: str = "",
-    most_frames: int = 100,
+    most_frames: int = 101,
 ) -> None:
     """The same as a GIF that repeats, in real time to the hundredth of a second that the format knows.
 
@@ -153,6 +153,10 @@ def gif(
     # One palette without dithering: what rests is then the same in each frame, and is stored once.
     pictures = [Image.fromarray(painter.paint(k)) for k in steps]
     palette = pictures[len(steps) // 2].quantize(32)
+    colours = palette.getpalette() or []
+    corner = 3 * palette.getpixel((0, 0))
+    colours[corner : corner + 3] = [255, 255, 255]  # the paper, which the palette has mixed with its neighbours
+    palette.putpalette(colours)
     images = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [10 * round(100 * (after - before) * dt) for before, after in zip(steps, steps[1:], strict=False)]
     durations = [max(duration, 20) for duration in durations]
@@ -171,9 +175,9 @@ class _Painter:
         x, y, scale, tall = _view(frames)
         m, bottom = a.shape[1], 0.3
         heights = np.array([tall / 100, *[0.5] * m])
-        total = heights.sum() + 0.12 * m + bottom + (0.3 if title else 0.05)
+        total = heights.sum() + 0.12 * m + bottom + 0.3
         self.figure = blank((WIDTH / 100, total))
-        top = total - (0.3 if title else 0.05)
+        top = total - 0.3
         if title:
             self.figure.text(0.02, 1 - 0.2 / total, title, fontsize=9, color=INK, va="center", parse_math=False)
         axis = self.figure.add_axes((0.0, (top - heights[0]) / total, 1.0, heights[0] / total))
@@ -201,7 +205,7 @@ class _Painter:
             strip.tick_params(labelsize=7, labelbottom=j == m - 1, length=2)
             self.figure.text(0.02, (level + 0.25) / total, names[j], fontsize=8, va="center", parse_math=False)
             self.cursors.append(strip.axvline(0.0, color=PALETTE[1], linewidth=1.2))
-        self.clock = self.figure.text(0.98, 0.09 / total, "", fontsize=8, ha="right", color=MUTED)
+        self.clock = self.figure.text(0.98, 1 - 0.2 / total, "", fontsize=8, ha="right", va="center", color=MUTED)
 
     def paint(self, k: int) -> Array:
         """Frame k, [height, width, 3]."""

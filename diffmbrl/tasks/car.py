@@ -8,7 +8,7 @@ from diffmbrl.constraints import Constraints
 from diffmbrl.core import Box, Task, as_float, parameter
 from diffmbrl.tasks.integrate import rk4
 from diffmbrl.tasks.parameters import accept
-from diffmbrl.tasks.twolink import tilt
+from diffmbrl.tasks.tilt import tilt
 
 STEERING, ACCELERATION = 0.6, 3.0  # rad, m/s^2
 OBSTACLES = ((-8.0, 0.8), (-4.0, -0.8))  # m

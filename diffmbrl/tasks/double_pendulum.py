@@ -10,7 +10,8 @@ from diffmbrl.core import Box, Task, parameter
 from diffmbrl.tasks.acrobot import LinksFeatures, Standing
 from diffmbrl.tasks.integrate import rk4
 from diffmbrl.tasks.parameters import accept
-from diffmbrl.tasks.twolink import Links, acceleration, tilt, weight
+from diffmbrl.tasks.tilt import tilt
+from diffmbrl.tasks.twolink import Links, acceleration, weight
 
 TORQUE = 4.0  # N m
 
@@ -18,8 +19,8 @@ TORQUE = 4.0  # N m
 class DoublePendulum(eqx.Module):
     """State (angle of the first rod [rad, 0 upright], of the second relative to it, their rates), action: torques [N m].
 
-    Equations: `twolink.py`, with the masses at the ends. `step` is `rk4` or `semi_implicit`: without torques, RK4 at dt = .05
-    loses less than 2% of the energy of a swing of 2 rad in 10 s, and 1e-5 of it at dt = .0125.
+    Equations: `twolink.py`, with the masses at the ends. `step` is `rk4` or `semi_implicit`: over 10 s without torques, from
+    2 rad, RK4 keeps the energy to .3% at dt = .05 and to 4e-6 at dt = .0125, where the semi-implicit step is off by 25%.
     """
 
     m_1: Float[Array, ""] = parameter(1.0)  # kg

@@ -18,8 +18,8 @@ def rk4(derivative: Callable, s: Float[Array, " n"], a: Float[Array, " m"], dt: 
 def semi_implicit(derivative: Callable, s: Float[Array, " n"], a: Float[Array, " m"], dt: float) -> Float[Array, " n"]:
     """Euler's step of order dt for s = (q, v), dq/dt = v: first the velocities, then the positions with the new ones.
 
-    At a quarter of the cost of `rk4` it is less exact, but where forces depend on q alone it is symplectic: the energy swings
-    about its true value and does not drift.
+    At a quarter of the cost of `rk4` it is less exact. Where accelerations depend on q alone it is symplectic: the energy then
+    swings about its true value and does not drift.
     """
     half = s.shape[0] // 2
     v = s[half:] + dt * derivative(s, a)[half:]

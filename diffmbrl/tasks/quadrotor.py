@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 from diffmbrl.core import Box, Task, as_float, parameter
 from diffmbrl.tasks.integrate import rk4
 from diffmbrl.tasks.parameters import accept, accept_real
-from diffmbrl.tasks.twolink import tilt
+from diffmbrl.tasks.tilt import tilt
 
-TORQUES = (0.02, 0.02, 0.01)  # N m
+TORQUES = (0.05, 0.05, 0.02)  # N m
 
 
 class Quadrotor(eqx.Module):
@@ -93,13 +93,13 @@ class Arrived(eqx.Module):
 
 
 def quadrotor(*, horizon: int = 100, mass: ScalarLike = 0.5, g: ScalarLike = 9.81) -> Task:
-    """Hover at the origin from +-1 m, angles +-.5 rad, speeds +-.5 m/s, body rates +-.5 rad/s.
+    """Hover at the origin from +-1 m, angles +-.3 rad, speeds +-.3 m/s, body rates +-.3 rad/s.
 
-    Thrust 0 to 2 m g, torques up to .02 N m about roll and pitch and .01 about yaw. Success: within .3 m of the origin, cosines
+    Thrust 0 to 2 m g, torques up to .05 N m about roll and pitch and .02 about yaw. Success: within .3 m of the origin, cosines
     of roll and pitch above .95, slower than 1 m/s at the end. Equations: Beard 2008, Quadrotor Dynamics and Control, section 2
     (Euler angles); masses as in Drake's Crazyflie-sized example of the planar one.
     """
-    spread = jnp.asarray([1.0] * 3 + [0.5] * 9, float)
+    spread = jnp.asarray([1.0] * 3 + [0.3] * 9, float)
     return _fly("quadrotor", jnp.zeros(3, float), spread, horizon, mass, g)
 
 

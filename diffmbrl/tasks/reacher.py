@@ -9,7 +9,7 @@ from diffmbrl.tasks.integrate import rk4
 from diffmbrl.tasks.parameters import accept
 from diffmbrl.tasks.twolink import Links, acceleration
 
-TORQUE = 1.0  # N m
+TORQUE = 4.0  # N m
 
 
 class Reacher(eqx.Module):
@@ -51,13 +51,13 @@ class Miss(eqx.Module):
 
 
 class ReachReward(eqx.Module):
-    """-dt (20 |miss|^2 + .05 |rates|^2 + .1 |a|^2)."""
+    """-dt (20 |miss|^2 + .05 |rates|^2 + .05 |a|^2)."""
 
     miss: Miss
     dt: float = eqx.field(static=True, default=0.025)
 
     def __call__(self, s: Float[Array, "6"], a: Float[Array, "2"]) -> Float[Array, ""]:
-        cost = 20 * jnp.sum(self.miss(s) ** 2) + 0.05 * jnp.sum(s[2:4] ** 2) + 0.1 * jnp.sum(a**2)
+        cost = 20 * jnp.sum(self.miss(s) ** 2) + 0.05 * jnp.sum(s[2:4] ** 2) + 0.05 * jnp.sum(a**2)
         return -self.dt * cost
 
 
@@ -96,7 +96,7 @@ def reacher(
     l_1: ScalarLike = 0.5,
     l_2: ScalarLike = 0.5,
 ) -> Task:
-    """Reach any target in a square of 1.3 m about the shoulder; joints +-1.5 rad, rates +-.5 rad/s, torques up to 1 N m.
+    """Reach any target in a square of 1.3 m about the shoulder; joints +-1.5 rad, rates +-.5 rad/s, torques up to 4 N m.
 
     Success: the tip within 5 cm of the target and both joints slower than .5 rad/s at the end.
     Source: the two-link manipulator of Murray, Li, Sastry 1994, A Mathematical Introduction to Robotic Manipulation, section

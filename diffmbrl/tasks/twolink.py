@@ -48,8 +48,3 @@ def weight(links: Links, g: Float[Array, ""], q: Float[Array, "2"]) -> Float[Arr
     m_1, m_2, l_1, c_1, c_2, *_ = links
     outer = m_2 * c_2 * g * jnp.sin(q[0] + q[1])
     return jnp.stack([(m_1 * c_1 + m_2 * l_1) * g * jnp.sin(q[0]) + outer, outer])
-
-
-def tilt(angle: Float[Array, ""]) -> Float[Array, ""]:
-    """1 - cos(angle), without the cancellation that costs float32 four digits near the top."""
-    return 2 * jnp.sin(angle / 2) ** 2
