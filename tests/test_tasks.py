@@ -404,7 +404,13 @@ def test_the_goal_is_an_equilibrium_of_no_cost_and_a_success(name):
     assert task.success(goal)
     assert not task.success(goal.at[0].add(1.0))
     if name != "lqr":
-        first = {"cartpole-balance": 1, "cartpole-swingup": 1, "quadrotor2d": 2, "quadrotor": 3, "quadrotor-waypoint": 4}
+        first = {
+            "cartpole-balance": 1,
+            "cartpole-swingup": 1,
+            "quadrotor2d": 2,
+            "quadrotor": 3,
+            "quadrotor-waypoint": 4,
+        }
         angle = first.get(name, 2 if name == "car" else 0)
         assert not task.success(goal.at[angle].add(jnp.pi))
         assert task.success(goal.at[angle].add(2 * jnp.pi))

@@ -4,6 +4,7 @@ A frame is a list of lines and circles as in `tasks/drawing.py`; below it, each 
 """
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ STYLE = """.film { max-width: 560px; font: 13px/1.4 -apple-system, "Segoe UI", R
 .film svg { display: block; width: 100%; height: auto; } .film svg * { vector-effect: non-scaling-stroke; }
 .film text { fill: var(--muted, #5d666f); font-size: 12px; }
 .film .bar { display: flex; gap: .7em; align-items: center; } .film input { flex: 1; min-width: 4em; }
-.film button { font: inherit; width: 4.5em; } .film output { width: 5.5em; text-align: right; font-variant-numeric: tabular-nums; }"""
+.film button { font: inherit; width: 4.5em; }
+.film output { width: 5.5em; text-align: right; font-variant-numeric: tabular-nums; }"""
 # Frames are whole tenths of a pixel, all moving numbers of one after those of the other.
 SCRIPT = """(() => {
 const film = document.getElementById("@id@"), data = @data@;
@@ -58,7 +60,9 @@ const tick = now => {
 };
 const play = on => {
   playing = on; button.textContent = on ? "Pause" : "Play";
-  if (on) { begun = performance.now() - 1000 * (+slider.value < last ? data.times[+slider.value] : 0); requestAnimationFrame(tick); }
+  if (!on) return;
+  begun = performance.now() - 1000 * (+slider.value < last ? data.times[+slider.value] : 0);
+  requestAnimationFrame(tick);
 };
 button.addEventListener("click", () => play(!playing));
 slider.addEventListener("input", () => { play(false); show(+slider.value); });
@@ -69,11 +73,11 @@ if (!matchMedia("(prefers-reduced-motion: reduce)").matches) play(true);
 
 def animate(
     frames: Sequence[Sequence[Any]],
-    a: Array,
+    a: Any,
     *,
     dt: float,
-    a_low: Array,
-    a_high: Array,
+    a_low: Any,
+    a_high: Any,
     action_names: Sequence[str] | None = None,
     title: str = "",
 ) -> str:
@@ -92,7 +96,9 @@ def animate(
     pixels = [[np.rint(10 * _pixels(shape, view)).astype(int) for shape in frames[k]] for k in steps]
     still = [all(np.array_equal(frame[i], pixels[0][i]) for frame in pixels) for i in range(len(pixels[0]))]
     drawn = [_element(shape, pixels[0][i], view, still[i]) for i, shape in enumerate(frames[0])]
-    moving = [[x for part, rests in zip(frame, still, strict=True) if not rests for x in part.tolist()] for frame in pixels]
+    moving = [
+        [x for part, rests in zip(frame, still, strict=True) if not rests for x in part.tolist()] for frame in pixels
+    ]
     data = {
         "frames": moving,
         "times": [round(k * dt, 4) for k in steps],
@@ -128,11 +134,11 @@ def animation_page(title: str, fragment: str) -> str:
 def gif(
     path: str | Path,
     frames: Sequence[Sequence[Any]],
-    a: Array,
+    a: Any,
     *,
     dt: float,
-    a_low: Array,
-    a_high: Array,
+    a_low: Any,
+    a_high: Any,
     action_names: Sequence[str] | None = None,
     title: str = "",
     most_frames: int = 101,
@@ -152,13 +158,12 @@ def gif(
     painter = _Painter(frames, a, dt, low, high, names, title)
     # One palette without dithering: what rests is then the same in each frame, and is stored once.
     pictures = [Image.fromarray(painter.paint(k)) for k in steps]
-    palette = pictures[len(steps) // 2].quantize(32)
-    colours = palette.getpalette() or []
-    corner = 3 * palette.getpixel((0, 0))
-    colours[corner : corner + 3] = [255, 255, 255]  # the paper, which the palette has mixed with its neighbours
-    palette.putpalette(colours)
+    colours = np.array(pictures[len(steps) // 2].quantize(32).getpalette()).reshape(-1, 3)
+    colours[np.argmax(colours.sum(axis=1))] = 255  # the paper, which has been mixed with the edges of letters
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colours.ravel().tolist())
     images = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    durations = [10 * round(100 * (after - before) * dt) for before, after in zip(steps, steps[1:], strict=False)]
+    durations = [10 * round(100 * (after - before) * dt) for before, after in itertools.pairwise(steps)]
     durations = [max(duration, 20) for duration in durations]
     images[0].save(
         path, format="GIF", save_all=True, append_images=images[1:], duration=[*durations, 700], loop=0, disposal=1
@@ -221,7 +226,7 @@ class _Painter:
         return np.asarray(self.figure.canvas.buffer_rgba())[..., :3].copy()
 
 
-def _checked(frames: Any, a: Array, a_low: Array, a_high: Array, names: Any) -> tuple[Array, Array, Array, list[str]]:
+def _checked(frames: Any, a: Any, a_low: Any, a_high: Any, names: Any) -> tuple[Array, Array, Array, list[str]]:
     a = np.asarray(a, np.float64)
     if a.ndim != 2 or len(a) < 1 or len(frames) != len(a) + 1:
         raise ValueError(f"expected actions [T, m] and T+1 frames, got {list(a.shape)} and {len(frames)} frames")

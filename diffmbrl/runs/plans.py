@@ -1,4 +1,4 @@
-"""A plan as a figure: states, actions between their limits, and how strong its feedback is, over time. Arrays in, a figure out."""
+"""A plan as a figure: states, actions between their limits, and how strong its feedback is, over time; of arrays alone."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ PANEL = (2.9, 1.55)  # inches
 
 
 def plan_figure(
-    s: Array,
-    a: Array,
-    K: Array | None = None,
+    s: Any,
+    a: Any,
+    K: Any = None,
     *,
-    a_low: Array,
-    a_high: Array,
+    a_low: Any,
+    a_high: Any,
     dt: float,
     state_names: Sequence[str] | None = None,
     action_names: Sequence[str] | None = None,

@@ -92,11 +92,11 @@ def acrobot(
     Source: Sutton 1996, "Generalization in reinforcement learning", figure 4, as in Gymnasium's Acrobot-v1 (its "book"
     equations, followed step by step in the tests), with twenty times its torque, for two swings instead of dozens.
     """
-    values = accept("acrobot", m_1=m_1, m_2=m_2, l_1=l_1, l_2=l_2, inertia=inertia, g=g)
+    m_1, m_2, l_1, l_2, inertia, g = accept("acrobot", m_1=m_1, m_2=m_2, l_1=l_1, l_2=l_2, inertia=inertia, g=g)
     centre, spread = jnp.asarray([jnp.pi, 0.0, 0.0, 0.0], float), jnp.full(4, 0.2, float)
     return Task(
         name="acrobot",
-        dynamics=Acrobot(*values),
+        dynamics=Acrobot(m_1, m_2, l_1, l_2, inertia, g),
         reward=StandReward(),
         terminal=StandTerminal(),
         initial=Box(centre - spread, centre + spread),

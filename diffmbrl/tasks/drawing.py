@@ -72,7 +72,12 @@ def pendulum(task: Task, s: Array) -> list[Shape]:
     length = _leaf(task, "l", 1.0)
     tip = length * _from_top(s[0])
     reach = _ring(length)
-    return [Line(np.stack([np.zeros(2), tip])), Circle(tip, 0.08, ACCENT), Circle(np.zeros(2), 0.03), Line(reach, GROUND)]
+    return [
+        Line(np.stack([np.zeros(2), tip])),
+        Circle(tip, 0.08, ACCENT),
+        Circle(np.zeros(2), 0.03),
+        Line(reach, GROUND),
+    ]
 
 
 def cartpole(task: Task, s: Array) -> list[Shape]:
@@ -107,7 +112,9 @@ def car(task: Task, s: Array) -> list[Shape]:
     outline = _box(base / 2, 0.0, 1.4 * base, 0.5 * base)
     turned = outline @ np.stack([_direction(s[2]), _direction(s[2] + math.pi / 2)]) + s[:2]
     obstacles = getattr(task.constraints, "inequality", None)
-    round_ones = [] if obstacles is None else zip(np.asarray(obstacles.centres), np.asarray(obstacles.radii), strict=True)
+    round_ones = (
+        [] if obstacles is None else zip(np.asarray(obstacles.centres), np.asarray(obstacles.radii), strict=True)
+    )
     return [
         *[Circle(np.asarray(centre, np.float64), float(radius), OBSTACLE) for centre, radius in round_ones],
         *[Line(outline, TARGET), Line(turned), Circle(s[:2], 0.12, ACCENT)],
@@ -125,7 +132,7 @@ def quadrotor2d(task: Task, s: Array) -> list[Shape]:
 
 
 def quadrotor(task: Task, s: Array) -> list[Shape]:
-    """Seen from above and aside: the arms (blue: ahead) with their rotors, a plumb line to the level of the origin, the target."""
+    """Seen from above and aside: arms (blue: ahead) and rotors, a plumb line to the level of the origin, the target."""
     target = np.asarray(getattr(task.reward, "target", np.zeros(3)), np.float64)
     R = _rotation(*s[3:6])
     turn = np.linspace(0, 2 * math.pi, 9)

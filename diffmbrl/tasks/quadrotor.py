@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
-from diffmbrl.core import Box, Task, as_float, parameter
+from diffmbrl.core import Box, Task, parameter
 from diffmbrl.tasks.integrate import rk4
 from diffmbrl.tasks.parameters import accept, accept_real
 from diffmbrl.tasks.tilt import tilt

@@ -51,23 +51,23 @@ class Miss(eqx.Module):
 
 
 class ReachReward(eqx.Module):
-    """-dt (20 |miss|^2 + .05 |rates|^2 + .05 |a|^2)."""
+    """-dt (10 |miss|^2 + .05 |rates|^2 + .2 |a|^2)."""
 
     miss: Miss
     dt: float = eqx.field(static=True, default=0.025)
 
     def __call__(self, s: Float[Array, "6"], a: Float[Array, "2"]) -> Float[Array, ""]:
-        cost = 20 * jnp.sum(self.miss(s) ** 2) + 0.05 * jnp.sum(s[2:4] ** 2) + 0.05 * jnp.sum(a**2)
+        cost = 10 * jnp.sum(self.miss(s) ** 2) + 0.05 * jnp.sum(s[2:4] ** 2) + 0.2 * jnp.sum(a**2)
         return -self.dt * cost
 
 
 class ReachTerminal(eqx.Module):
-    """-(100 |miss|^2 + .5 |rates|^2)."""
+    """-(50 |miss|^2 + .5 |rates|^2)."""
 
     miss: Miss
 
     def __call__(self, s: Float[Array, "6"]) -> Float[Array, ""]:
-        return -(100 * jnp.sum(self.miss(s) ** 2) + 0.5 * jnp.sum(s[2:4] ** 2))
+        return -(50 * jnp.sum(self.miss(s) ** 2) + 0.5 * jnp.sum(s[2:4] ** 2))
 
 
 class ReachFeatures(eqx.Module):
