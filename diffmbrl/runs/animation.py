@@ -159,7 +159,7 @@ def gif(
     # One palette without dithering: what rests is then the same in each frame, and is stored once.
     pictures = [Image.fromarray(painter.paint(k)) for k in steps]
     colours = np.array(pictures[len(steps) // 2].quantize(32).getpalette()).reshape(-1, 3)
-    colours[np.argmax(colours.sum(axis=1))] = 255  # the paper, which has been mixed with the edges of letters
+    colours[colours.min(axis=1) > 240] = 255  # the paper, which has been mixed with the edges of letters
     palette = Image.new("P", (1, 1))
     palette.putpalette(colours.ravel().tolist())
     images = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
