@@ -56,14 +56,14 @@ TASKS: dict[str, Row] = {
     "quadrotor2d": Row(
         quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]"), drawing.quadrotor2d
     ),
-    "acrobot": Row(acrobot, True, True, 0, (32, 32), ANGLES, ("elbow torque [N m]",), drawing.two_links),
-    "double-pendulum": Row(double_pendulum, True, True, 0, (32, 32), ANGLES, TWO_TORQUES, drawing.two_links),
+    "acrobot": Row(acrobot, True, True, 800, (32, 32), ANGLES, ("elbow torque [N m]",), drawing.two_links),
+    "double-pendulum": Row(double_pendulum, True, True, 800, (32, 32), ANGLES, TWO_TORQUES, drawing.two_links),
     "reacher": Row(
-        reacher, True, True, 0, (32, 32), (*ANGLES, "target x [m]", "target y [m]"), TWO_TORQUES, drawing.reacher
+        reacher, True, True, 800, (32, 32), (*ANGLES, "target x [m]", "target y [m]"), TWO_TORQUES, drawing.reacher
     ),
-    "car": Row(car, True, True, 0, (32, 32), ROAD, ("steering [rad]", "acceleration [m/s^2]"), drawing.car),
-    "quadrotor": Row(quadrotor, True, True, 0, (32, 32), FLIGHT, THRUST, drawing.quadrotor),
-    "quadrotor-waypoint": Row(quadrotor_waypoint, True, True, 0, (32, 32), FLIGHT, THRUST, drawing.quadrotor),
+    "car": Row(car, True, True, 800, (32, 32), ROAD, ("steering [rad]", "acceleration [m/s^2]"), drawing.car),
+    "quadrotor": Row(quadrotor, True, True, 200, (32, 32), FLIGHT, THRUST, drawing.quadrotor),
+    "quadrotor-waypoint": Row(quadrotor_waypoint, True, True, 100, (32, 32), FLIGHT, THRUST, drawing.quadrotor),
 }
 
 
