@@ -135,6 +135,13 @@ def changed(task: Task, **leaves: Any) -> Task:
     return task
 
 
+def lagrangian_acceleration(L, q, v, force):
+    """q'' from Lagrange's equations, d/dt dL/dv - dL/dq = force, by automatic differentiation."""
+    mass = jax.hessian(L, 1)(q, v)
+    coriolis = jax.jacobian(jax.grad(L, 1), 0)(q, v) @ v
+    return jnp.linalg.solve(mass, force + jax.grad(L, 0)(q, v) - coriolis)
+
+
 same = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 
 

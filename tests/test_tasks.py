@@ -19,6 +19,7 @@ from diffmbrl.tasks.integrate import rk4
 from diffmbrl.tasks.parameters import accept
 from diffmbrl.tasks.pendulum import GymPendulum
 from diffmbrl.tasks.quadrotor2d import Quadrotor2d
+from tests.problems import lagrangian_acceleration
 
 KEY = jax.random.key(0)
 close = partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
@@ -170,6 +171,8 @@ def test_a_task_can_be_built_of_traced_parameters(name, parameter, x64):
 
 PHYSICS = [("lqr", "mass"), ("pendulum", "g"), ("pendulum-swingup", "strength")]
 PHYSICS += [("cartpole-balance", "m_p"), ("cartpole-swingup", "l"), ("quadrotor2d", "inertia")]
+PHYSICS += [("acrobot", "inertia"), ("double-pendulum", "l_2"), ("reacher", "m_1"), ("car", "radius")]
+PHYSICS += [("quadrotor", "mass"), ("quadrotor-waypoint", "g")]
 
 
 @pytest.mark.parametrize("name, parameter", PHYSICS)
@@ -192,7 +195,7 @@ def test_whole_numbers_are_numbers():
 
 
 @pytest.mark.parametrize(
-    "wrong, nearest", [("cartpole-balanc", "cartpole-balance"), ("qadrotor", "quadrotor2d"), ("?", "lqr")]
+    "wrong, nearest", [("cartpole-balanc", "cartpole-balance"), ("qadrotor2", "quadrotor2d"), ("?", "lqr")]
 )
 def test_unknown_task(wrong, nearest):
     with pytest.raises(ValueError, match="unknown task") as error:
@@ -257,13 +260,6 @@ def test_pendulum_starts_limits_and_parameters_are_gymnasiums():
     np.testing.assert_array_equal(task.initial.low, -task.initial.high)
     env = env.unwrapped
     assert (env.m, env.l, env.g, env.dt) == (task.dynamics.m, task.dynamics.l, task.dynamics.g, task.dt)
-
-
-def lagrangian_acceleration(L, q, v, force):
-    """q'' from Lagrange's equations, d/dt dL/dv - dL/dq = force, by automatic differentiation."""
-    mass = jax.hessian(L, 1)(q, v)
-    coriolis = jax.jacobian(jax.grad(L, 1), 0)(q, v) @ v
-    return jnp.linalg.solve(mass, force + jax.grad(L, 0)(q, v) - coriolis)
 
 
 def test_gym_pendulum_is_a_rod(x64):
@@ -386,21 +382,48 @@ def test_cart_pole_costs(name, x64):
         close(spread, [0.5, 0.5, 0.2, 0.2])
 
 
+def goal_of(task):
+    """The state to end in, and the action that holds it."""
+    s, hold = jnp.zeros(task.n), jnp.zeros(task.m)
+    if task.name == "quadrotor2d":
+        hold = task.reward.hover * jnp.ones(2)
+    if task.name.startswith("quadrotor-") or task.name == "quadrotor":
+        s, hold = s.at[:3].set(task.reward.target), hold.at[0].set(task.reward.hover)
+    if task.name == "reacher":
+        s = s.at[4].set(1.0)  # where the stretched arm ends
+    return s, hold
+
+
 @every_task
 def test_the_goal_is_an_equilibrium_of_no_cost_and_a_success(name):
     task = tasks.make(name)
-    hover = task.reward.hover * jnp.ones(2) if name == "quadrotor2d" else jnp.zeros(task.m)
-    goal = jnp.zeros(task.n)
-    np.testing.assert_allclose(task.dynamics(goal, hover), goal, atol=1e-6)
-    assert task.reward(goal, hover) == 0
+    goal, hold = goal_of(task)
+    np.testing.assert_allclose(task.dynamics(goal, hold), goal, atol=1e-6)
+    assert task.reward(goal, hold) == 0
     assert task.terminal(goal) == 0
     assert task.success(goal)
-    assert not task.success(goal.at[0].set(1.0))
+    assert not task.success(goal.at[0].add(1.0))
     if name != "lqr":
-        angle = {"pendulum": 0, "pendulum-swingup": 0, "quadrotor2d": 2}.get(name, 1)
-        assert not task.success(goal.at[angle].set(jnp.pi))
-        assert task.success(goal.at[angle].set(2 * jnp.pi))
-        assert not task.success(goal.at[-1].set(1.5)) or name == "quadrotor2d"
+        first = {
+            "cartpole-balance": 1,
+            "cartpole-swingup": 1,
+            "quadrotor2d": 2,
+            "quadrotor": 3,
+            "quadrotor-waypoint": 4,
+        }
+        angle = first.get(name, 2 if name == "car" else 0)
+        assert not task.success(goal.at[angle].add(jnp.pi))
+        assert task.success(goal.at[angle].add(2 * jnp.pi))
+        rate = {"reacher": 3, "quadrotor": 8, "quadrotor-waypoint": 6}.get(name, -1)
+        assert not task.success(goal.at[rate].add(1.5)) or name == "quadrotor2d"
+
+
+@every_task
+def test_every_number_of_state_and_action_has_a_name(name):
+    row, task = TASKS[name], tasks.make(name, horizon=3)
+    assert len(set(row.states)) == task.n
+    assert len(set(row.actions)) == task.m
+    assert all(text.endswith("]") for text in (*row.states, *row.actions) if text != "logit")
 
 
 # quadrotor2d.

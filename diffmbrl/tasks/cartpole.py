@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 from diffmbrl.core import Box, Task, parameter
 from diffmbrl.tasks.integrate import rk4
 from diffmbrl.tasks.parameters import accept
+from diffmbrl.tasks.tilt import tilt
 
 FORCE = 10.0  # N
 
@@ -44,7 +45,7 @@ class CartPoleReward(eqx.Module):
 
     def __call__(self, s: Float[Array, "4"], a: Float[Array, "1"]) -> Float[Array, ""]:
         x, angle, v, w = s
-        cost = 0.5 * x**2 + 2 * _tilt(angle) + 0.05 * v**2 + 0.05 * w**2 + 0.01 * a[0] ** 2
+        cost = 0.5 * x**2 + 2 * tilt(angle) + 0.05 * v**2 + 0.05 * w**2 + 0.01 * a[0] ** 2
         return -self.dt * cost
 
 
@@ -53,7 +54,7 @@ class CartPoleTerminal(eqx.Module):
 
     def __call__(self, s: Float[Array, "4"]) -> Float[Array, ""]:
         x, angle, v, w = s
-        return -(5 * x**2 + 20 * _tilt(angle) + v**2 + w**2)
+        return -(5 * x**2 + 20 * tilt(angle) + v**2 + w**2)
 
 
 class CartPoleFeatures(eqx.Module):
@@ -70,11 +71,6 @@ class Balanced(eqx.Module):
     def __call__(self, s: Float[Array, "4"]) -> Array:
         x, angle, v, w = s
         return (jnp.abs(x) < 0.5) & (jnp.cos(angle) > 0.95) & (jnp.abs(v) < 1) & (jnp.abs(w) < 1)
-
-
-def _tilt(angle: Float[Array, ""]) -> Float[Array, ""]:
-    # 1 - cos(angle), without the cancellation that costs float32 four digits near the top.
-    return 2 * jnp.sin(angle / 2) ** 2
 
 
 def cartpole_balance(
