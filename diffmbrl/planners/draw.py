@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import parameter
 
+FAR = 5.0  # standard deviations
+
 
 class Even(eqx.Module):
     """Evenly within the limits, whatever the mean; within `mean +- 2 std` where an action has none."""
@@ -58,9 +60,9 @@ class TruncatedNormal(eqx.Module):
         high: Float[Array, " m"],
     ) -> Float[Array, "N T m"]:
         spread = jnp.maximum(std, jnp.finfo(std.dtype).tiny ** 0.5)
-        z = jax.random.truncated_normal(
-            key, (low - mean) / spread, (high - mean) / spread, (count, *mean.shape), mean.dtype
-        )
+        # Drawn by the inverse of erf, which is infinite at 1: in single precision erf is 1 from 5.6 deviations on.
+        least, most = jnp.maximum((low - mean) / spread, -FAR), jnp.minimum((high - mean) / spread, FAR)
+        z = jax.random.truncated_normal(key, least, most, (count, *mean.shape), mean.dtype)
         return jnp.clip(mean + std * z, low, high)
 
 

@@ -58,11 +58,11 @@ class CEM(eqx.Module):
         J: Float[Array, " N"],
     ) -> tuple[Float[Array, "T m"], Float[Array, "T m"]]:
         best, index = jax.lax.top_k(J, self.elites)
-        weights = jnp.isfinite(best).astype(mean.dtype)
-        weights = (weights / jnp.sum(weights))[:, None, None]
-        chosen = sequences[index]
-        centre = jnp.sum(weights * chosen, axis=0)
-        variance = jnp.sum(weights * (chosen - centre) ** 2, axis=0)
+        counts = jnp.isfinite(best).astype(mean.dtype)[:, None, None]
+        number, chosen = jnp.sum(counts), sequences[index]
+        centre = jnp.sum(counts * chosen, axis=0) / number
+        # Without bias: where rewards do not depend on an action its deviation stays.
+        variance = jnp.sum(counts * (chosen - centre) ** 2, axis=0) / jnp.maximum(number - 1, 1)
         kept = self.momentum.astype(mean.dtype)
         return kept * mean + (1 - kept) * centre, jnp.sqrt(kept * std**2 + (1 - kept) * variance)
 

@@ -123,6 +123,10 @@ class Sampling(eqx.Module):
         elites = jnp.broadcast_to(a, (self.keep, *a.shape))
         return SamplingCarry(a, jnp.broadcast_to(start, a.shape), elites, start)
 
+    def renew(self, policy: Any, carry: SamplingCarry, task: Task) -> SamplingCarry:
+        """The search goes on when the objective changes: of a growing horizon, what is planned stays and the rest is open."""
+        return carry
+
     def shift(self, carry: SamplingCarry) -> SamplingCarry:
         """The carry for the next step of a receding horizon, whose plan has moved on by one step."""
 
