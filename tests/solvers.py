@@ -107,7 +107,15 @@ SOLVERS = [
         gradients=False,
         slow=True,
     ),
-    Row("cem", Sampling(CEM(elites=8), samples=64, std=1.0), "plan", monotone=True, models=False, gradients=False),
+    Row(
+        "cem",
+        Sampling(CEM(elites=8), samples=64, std=1.0),
+        "plan",
+        monotone=True,
+        models=False,
+        gradients=False,
+        slow=True,
+    ),
     Row(
         "icem",
         Sampling(CEM(elites=8), draw=Coloured(1.0), samples=64, keep=4, std=1.0),

@@ -1,4 +1,4 @@
-r"""A network with two heads as dynamics: $s' = s + \sigma_\Delta \circ (\mu(z) + e^{\ell(z)} \circ \epsilon)$, $\epsilon \sim N(0, I)$."""
+r"""A network with two heads as dynamics: $s' = s + \sigma_\Delta \circ (\mu(z) + e^{\ell(z)} \epsilon)$, with normal noise."""
 
 from collections.abc import Callable, Sequence
 

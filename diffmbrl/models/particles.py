@@ -1,6 +1,6 @@
 r"""The task of P particles: states side by side under the same actions, and the mean of their rewards.
 
-$$J = \frac1P \sum_p \Big[\sum_{t<T} w_t\, r(s^p_t, a_t) + w_T\, \phi(s^p_T)\Big],\qquad s^p_{t+1} = f(s^p_t, a_t, \text{noise}^p_t)$$
+$$J = \frac1P \sum_p \Big[\sum_{t<T} w_t\, r(s^p_t, a_t) + w_T\, \phi(s^p_T)\Big],\quad s^p_{t+1} = f^p_t(s^p_t, a_t)$$
 
 It is a task like any other, of states [P, ...], so whatever plans for one state plans for the particles' mean: gradient
 methods, iLQR and sampling alike. With an `Ensemble` each particle follows the members as its propagation says.

@@ -1,7 +1,7 @@
 r"""How a sampling planner learns from the returns of the sequences it has drawn.
 
-Each is a callable `(mean [T, m], std [T, m], sequences [N, T, m], J [N]) -> mean, std`; a return of -inf counts for nothing, and
-at least one is finite.
+Each is a callable `(mean [T, m], std [T, m], sequences [N, T, m], J [N]) -> mean, std`; a return of -inf counts for
+nothing, and at least one is finite.
 """
 
 from typing import Any
@@ -100,8 +100,8 @@ class MPPI(eqx.Module):
     r"""Model predictive path integral control: the mean weighted by $w \propto e^{J / \lambda}$; the deviation stays.
 
     `temperature` is $\lambda$ in the units of the return, or an `EffectiveSize`. Towards 0 the mean is the best sequence,
-    towards infinity that of all. The control cost that the derivation adds to each return for the distance from the mean is left
-    out: a reward of one's own says what actions cost.
+    towards infinity that of all. The control cost that the derivation adds to each return for the distance from the mean is
+    left out: a reward of one's own says what actions cost.
 
     Raises: `ValueError` if the temperature is not positive.
     Reference: Williams et al. 2017, algorithm 2, with the returns taken relative to the best.

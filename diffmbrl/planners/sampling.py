@@ -27,7 +27,7 @@ class SamplingCarry(NamedTuple):
 class Sampling(eqx.Module):
     r"""Draw sequences around a mean, score them by rollouts, and refit the mean and deviation to what they earned.
 
-    $$a^i \sim \mathrm{draw}(\mu, \sigma),\qquad J_i = J(a^i),\qquad (\mu, \sigma) \leftarrow \mathrm{refit}(\mu, \sigma, a, J)$$
+    $$a^i \sim \mathrm{draw}(\mu, \sigma),\quad J_i = J(a^i),\quad (\mu, \sigma) \leftarrow \mathrm{refit}(\mu, \sigma, a, J)$$
 
     One update is one such iteration; the parts are modules to compose:
 
@@ -40,9 +40,9 @@ class Sampling(eqx.Module):
     | MPPI | `Normal()` | `MPPI(temperature)` | |
 
     Scored are `samples` sequences: the plan that the update was given, `keep` elites of the update before, and the rest drawn
-    anew; then the refitted mean. The plan returned is the best of them all, so with deterministic dynamics it is never worse than
-    the one given, and the mean of the search stays in the carry. Under noise or particles all are scored by the same draws, and
-    the plan given is scored anew at every update.
+    anew; then the refitted mean. The plan returned is the best of them all, so with deterministic dynamics it is never worse
+    than the one given, and the mean of the search stays in the carry. Under noise or particles all are scored by the same
+    draws, and the plan given is scored anew at every update.
 
     The deviation of a search begins at `share` of the width of an action's limits, and at `std` where it has none. Actions are
     always within the limits. `particles` scores the mean return of so many particles (`models.particles`), whose futures
@@ -51,8 +51,8 @@ class Sampling(eqx.Module):
     For a receding horizon, `shift(carry)` moves the search one step on: the mean and the elites lose their first action and
     repeat their last, and the deviation begins anew.
 
-    Shapes: `s0` of one start; plans `OpenLoop` or `Affine` (of which the actions it takes are the start, and whose gains become 0);
-    `vmap` for many. Cost: two rollouts one after another, of `samples` + 1 and 1 sequences of `particles` each; for an
+    Shapes: `s0` of one start; plans `OpenLoop` or `Affine` (of which the actions it takes are the start, and whose gains become
+    0); `vmap` for many. Cost: two rollouts one after another, of `samples` + 1 and 1 sequences of `particles` each; for an
     `Affine` plan one more.
     Raises: `ValueError` without a key, for more kept than samples, or where an action has no limits and `std` is not given;
     `TypeError` for a policy that is not such a plan.
@@ -152,7 +152,7 @@ class Sampling(eqx.Module):
         sequences = jnp.concatenate([_within(given, task)[None], carry.elites, drawn])
         J, nonfinite = scores(jnp.concatenate([given[None], sequences]), cloud, starts, key)
         J_given, J = J[0], J[1:]
-        found = jnp.any(J > -jnp.inf)
+        found = jnp.any(jnp.isfinite(J))
 
         mean, std = self.refit(carry.mean, carry.std, sequences, J)
         mean = _within(mean, task)

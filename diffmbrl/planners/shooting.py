@@ -56,7 +56,7 @@ class ShootingCarry(NamedTuple):
 
 
 class Shooting(eqx.Module):
-    r"""$z \leftarrow z + \mathrm{rule}(\nabla_z (-J))$ on a sequence of actions $a_t = \mathrm{limits}(z_t)$, from several starts.
+    r"""$z \leftarrow z + \mathrm{rule}(\nabla_z (-J))$ on sequences of actions $a_t = \mathrm{limits}(z_t)$.
 
     `descend` is the rule with its gradient estimator, any `Descend`: Adam, L-BFGS with its line search. `limits` keeps actions
     within the task's: `Tanh()` or `Projection()`. With `starts` = k > 1 sequences are improved side by side, the plan given and
@@ -92,9 +92,9 @@ class Shooting(eqx.Module):
 
     def __init__(
         self,
-        descend: Descend,
+        descend: Any,
         *,
-        limits: Tanh | Projection | None = None,
+        limits: Any = None,
         starts: int = 1,
         spread: float | Array = 1.0,
         particles: int | None = None,
@@ -103,6 +103,8 @@ class Shooting(eqx.Module):
             raise TypeError(
                 f"descend must be a rule on a gradient, Descend(optax.adam, learning_rate=1e-2); got {type(descend).__name__}"
             )
+        if not isinstance(limits, Tanh | Projection | None):
+            raise TypeError(f"limits must be Tanh() or Projection(), got {type(limits).__name__}")
         if starts < 1:
             raise ValueError(f"starts must be at least 1, got {starts}")
         if particles is not None and particles < 1:
