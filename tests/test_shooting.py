@@ -87,7 +87,7 @@ def test_a_plan_moved_on_and_its_sequences_agree():
 def test_wrong_arguments():
     task = tasks.lqr(horizon=4)
     plan = OpenLoop.zeros(task)
-    with pytest.raises(TypeError, match="descend must be a rule on a gradient.*got function"):
+    with pytest.raises(TypeError, match=r"descend must be a rule on a gradient.*got function"):
         Shooting(optax.adam)
     with pytest.raises(TypeError, match=r"limits must be Tanh\(\) or Projection\(\), got str"):
         Shooting(ADAM, limits="tanh")

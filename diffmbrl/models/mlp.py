@@ -14,8 +14,8 @@ from diffmbrl.nets import MLP
 class Scales(eqx.Module):
     """What the network sees and says in units of one: mean and deviation of (s, a), deviation of the change of s."""
 
-    mean: Float[Array, " n+m"]
-    std: Float[Array, " n+m"]
+    mean: Float[Array, " d"]
+    std: Float[Array, " d"]
     delta: Float[Array, " n"]
 
     @classmethod
@@ -24,7 +24,7 @@ class Scales(eqx.Module):
         n, m = task.n, task.m
         return cls(*(jnp.full(size, value, float) for size, value in [(n + m, 0.0), (n + m, 1.0), (n, 1.0)]))
 
-    def inputs(self, s: Float[Array, " n"], a: Float[Array, " m"]) -> Float[Array, " n+m"]:
+    def inputs(self, s: Float[Array, " n"], a: Float[Array, " m"]) -> Float[Array, " d"]:
         return (jnp.concatenate([s, a]) - self.mean) / self.std
 
 

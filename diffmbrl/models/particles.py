@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Dynamics, State, Task, reweighted
+from diffmbrl.core import Dynamics, Identity, State, Task
 
 
 class Cloud(NamedTuple):
@@ -92,19 +92,21 @@ def particles(task: Task, count: int) -> Task:
     constraints = task.constraints
     if constraints is not None:
         constraints = jax.tree.map(EachParticle, constraints, is_leaf=lambda x: x is not constraints)
-    made = Task(
-        name=task.name,
-        dynamics=ParticleDynamics(task.dynamics, task.done),
-        reward=ParticleReward(task.reward),
-        terminal=ParticleReward(task.terminal),
-        initial=ParticleStart(task.initial, task.done, count),
-        constraints=constraints,
-        a_low=task.a_low,
-        a_high=task.a_high,
-        horizon=task.horizon,
-        dt=task.dt,
+    return eqx.tree_at(
+        lambda t: (t.dynamics, t.reward, t.terminal, t.initial, t.features, t.done, t.success, t.constraints),
+        task,
+        (
+            ParticleDynamics(task.dynamics, task.done),
+            ParticleReward(task.reward),
+            ParticleReward(task.terminal),
+            ParticleStart(task.initial, task.done, count),
+            Identity(),
+            None,
+            None,
+            constraints,
+        ),
+        is_leaf=lambda x: x is None,
     )
-    return reweighted(made, task.weights)
 
 
 def spread(s0: State, task: Task, count: int) -> State:

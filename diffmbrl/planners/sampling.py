@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Info, State, Task, as_float, count_work, is_concrete
@@ -111,7 +112,8 @@ class Sampling(eqx.Module):
     def init(self, policy: Any, task: Task) -> SamplingCarry:
         check_plan(policy, task, type(self).__name__)
         limited = jnp.isfinite(task.a_low) & jnp.isfinite(task.a_high)
-        if self.std is None and is_concrete(limited) and not bool(jnp.all(limited)):
+        limits = (task.a_low, task.a_high)
+        if self.std is None and is_concrete(limits) and not np.all(np.isfinite(limits)):
             raise ValueError(
                 f"task '{task.name}' has no limits on some action, {task.a_low} to {task.a_high}: say how far to look for "
                 "it, Sampling(std=...)"
