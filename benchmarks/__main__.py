@@ -14,6 +14,7 @@ BENCHMARKS = {
     "scipy_lbfgs": "L-BFGS of scipy around one compiled gradient against optax's, compiled whole",
     "squash": "Gauss-Newton with action limits squashed in the policy, in the plant, and there with a cost on the logit",
     "preconditioning": "Gauss-Newton's Krylov space in the metric of diagonal and block approximations",
+    "cem": "one action of CEM on an ensemble, beside its matrix products, mbrl-lib and planners that take gradients",
     "safe_horizon": "the steps up to which a float32 gradient is right, for the table of tasks",
 }
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl.core import Info, Quadratic, Solver, State, Task, Work
+from diffmbrl.core import Info, Quadratic, Solver, State, Task, Work, keeps_limits
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.nonfinite import locate
 from diffmbrl.diagnostics.spectrum import gauss_newton_spectrum
@@ -123,25 +123,31 @@ class PolicyLanes:
         return slice(rate * self.seeds, (rate + 1) * self.seeds)
 
     def _run(self, done: int, updates: int):
-        lanes = (self.solvers, self.policies, self.carries, self.train)
+        lanes = (self.solvers, self.policies, self.carries, self.train, None)
         return jax.block_until_ready(self.map(lanes, self.task, jnp.int32(done), jnp.int32(updates)))
 
 
 class PlanLanes:
     """A planner from every training start of every seed, each planned on its own; held-out starts likewise, untimed.
 
-    Action limits are moved into the plant, since a plan knows none. The returns are of the same task.
+    Action limits are moved into the plant, unless the planner keeps them itself. The returns are of the same task. Each start
+    has a key of its own, by which a planner draws; update i of it uses `fold_in(key, i)`.
     """
 
     def __init__(self, solvers: Sequence[Solver], task: Task, draws: tuple[State, State, Any]):
         train, test, keys = draws
-        self.task, self.solver, self.rates, self.seeds = squashed(task), solvers[0], 1, keys.shape[0]
+        self.solver, self.rates, self.seeds = solvers[0], 1, keys.shape[0]
+        self.task = task if keeps_limits(self.solver) else squashed(task)
         self.starts = jax.tree.leaves(train)[0].shape[1]
         self.count = self.seeds * self.starts
         flat = jax.tree.map(lambda x: x.reshape(self.count, *x.shape[2:]), train)
         zero = Affine.zeros(self.task)
         self.parameters = zero.a.size
-        self.train, self.test = (self._lanes(zero, starts) for starts in (flat, test))
+        held_out = jax.tree.leaves(test)[0].shape[0]
+        seed_keys = jnp.repeat(keys, self.starts)
+        train_keys = jax.vmap(jax.random.fold_in)(seed_keys, jnp.tile(jnp.arange(self.starts), self.seeds))
+        test_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys[0], self.starts + jnp.arange(held_out))
+        self.train, self.test = self._lanes(zero, flat, train_keys), self._lanes(zero, test, test_keys)
         self.tally = _Tally(1, self.seeds, self.starts)
         self.done = self.behind = 0  # updates made on the training and on the held-out starts
 
@@ -152,7 +158,7 @@ class PlanLanes:
     def advance(self, done: int, updates: int) -> None:
         """Make updates number `done` and on, on the training starts."""
         *lanes, info, made = self._run(self.train, done, updates)
-        self.train = (*lanes, self.train[2])
+        self.train = (*lanes, *self.train[2:])
         self.tally.add(info, made)
         self.done = done + updates
 
@@ -161,7 +167,7 @@ class PlanLanes:
         while self.behind < self.done:
             count = min(self.done - self.behind, CHUNK)
             *lanes, _, _ = self._run(self.test, self.behind, count)
-            self.test = (*lanes, self.test[2])
+            self.test = (*lanes, *self.test[2:])
             self.behind += count
         train, _ = _evaluate_plans(self.train[0], self.task, self.train[2])
         test, success = _evaluate_plans(self.test[0], self.task, self.test[2])
@@ -194,10 +200,10 @@ class PlanLanes:
         where = locate(_take(self.train[0], lane), self.task, _take(self.train[2], slice(lane, lane + 1)))
         return f"{where}, start {lane % self.starts}, seed {lane // self.starts}"
 
-    def _lanes(self, plan: Affine, s0: State):
+    def _lanes(self, plan: Affine, s0: State, keys: Any):
         count = jax.tree.leaves(s0)[0].shape[0]
         plans = jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), plan)
-        return plans, jax.vmap(lambda p: self.solver.init(p, self.task))(plans), s0
+        return plans, jax.vmap(lambda p: self.solver.init(p, self.task))(plans), s0, keys
 
     def _run(self, lanes: Any, done: int, updates: int):
         return jax.block_until_ready(_plan(self.solver, *lanes, self.task, jnp.int32(done), jnp.int32(updates)))
@@ -262,9 +268,9 @@ def _quality(model: Quadratic, made: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _iterate(lane, task, done, updates):
-    solver, policy, carry, s0 = lane
+    solver, policy, carry, s0, key = lane
     zero = jnp.zeros((), task.weights.dtype)
-    return iterate(solver, policy, carry, task=task, s0=s0, key=None, first=done, count=updates, tolerance=zero)
+    return iterate(solver, policy, carry, task=task, s0=s0, key=key, first=done, count=updates, tolerance=zero)
 
 
 @jax.jit
@@ -278,8 +284,8 @@ def _one_by_one(lanes, task, done, updates):
 
 
 @jax.jit
-def _plan(solver, plans, carries, s0, task, done, updates):
-    return jax.vmap(lambda *lane: _iterate((solver, *lane), task, done, updates))(plans, carries, s0)
+def _plan(solver, plans, carries, s0, keys, task, done, updates):
+    return jax.vmap(lambda *lane: _iterate((solver, *lane), task, done, updates))(plans, carries, s0, keys)
 
 
 @jax.jit

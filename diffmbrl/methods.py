@@ -23,7 +23,7 @@ from diffmbrl.optimizers import (
     SquareRoot,
 )
 from diffmbrl.optimizers.soap import soap
-from diffmbrl.planners import ILQR
+from diffmbrl.planners import CEM, ILQR, MPPI, Best, Coloured, EffectiveSize, Even, Normal, Sampling, Shooting
 from diffmbrl.tasks.registry import known
 
 CONTINUATIONS = ("default", "discounts", "trust", "measured", "none")
@@ -33,14 +33,14 @@ class Method(NamedTuple):
     """How a method is made and run in a comparison."""
 
     make: Callable[[float | None, int], Solver]  # of a learning rate, where it has one, and the number of updates
-    order: int  # 1 or 2; L-BFGS counts as 1: it is given gradients only
+    order: int  # 1 or 2, 0 without gradients; L-BFGS counts as 1: it is given gradients only
     kind: str  # "policy", or "plan": every start is planned anew
     steps: int  # updates by default
     rates: tuple[float, ...] = ()  # learning rates swept by default; none for a method without one
     sequential: bool = False  # seeds one after another: its line search branches, and `vmap` would run both branches
     default: bool = True  # whether `compare` runs it unasked
     most_parameters: int | None = None  # beyond which it does not fit
-    continuation: str = "discounts"  # the schedule by default: "discounts", "trust", or "growing" for plans
+    continuation: str = "discounts"  # the schedule by default: "discounts", "trust", "growing" for plans, or "none"
 
 
 def clipped_adam(learning_rate: Any, max_norm: Any = 1.0) -> optax.GradientTransformation:
@@ -130,6 +130,46 @@ METHODS: dict[str, Method] = {
         continuation="trust",
     ),
     "ilqr": Method(lambda rate, steps: ILQR(), 2, "plan", 100, continuation="growing"),
+    "random-shooting": Method(
+        lambda rate, steps: Sampling(Best(), draw=Even(), samples=256, std=1.0),
+        0,
+        "plan",
+        100,
+        default=False,
+        continuation="none",
+    ),
+    "cem": Method(
+        lambda rate, steps: Sampling(CEM(elites=32), samples=256, std=1.0),
+        0,
+        "plan",
+        100,
+        default=False,
+        continuation="none",
+    ),
+    "icem": Method(
+        lambda rate, steps: Sampling(CEM(elites=32), draw=Coloured(2.0), samples=256, keep=8, std=1.0),
+        0,
+        "plan",
+        100,
+        default=False,
+        continuation="none",
+    ),
+    "mppi": Method(
+        lambda rate, steps: Sampling(MPPI(EffectiveSize(10.0)), draw=Normal(), samples=256, std=1.0),
+        0,
+        "plan",
+        100,
+        default=False,
+        continuation="none",
+    ),
+    "shooting": Method(
+        lambda rate, steps: Shooting(Descend(optax.lbfgs, memory_size=10)),
+        1,
+        "plan",
+        100,
+        default=False,
+        continuation="none",
+    ),
 }
 
 
@@ -183,13 +223,14 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     """The method's solver for `steps` updates, inside a continuation unless that is "none".
 
     "default" is the row's own: discounts .8, .9, .95, .98, 1 for first-order methods; discounts and trust in the measured
-    sensitivity of each start for second-order ones; growing horizons for plans, which a discount does not help. "discounts",
-    "trust" and "measured" (discounts as the measured growth of the closed loop allows them) give all policy methods the same.
+    sensitivity of each start for second-order ones; growing horizons for iLQR, which a discount does not help. Sampling
+    planners and shooting, which do worse with those, have none, whatever is asked. "discounts", "trust" and "measured" (discounts as the
+    measured growth of the closed loop allows them) give all policy methods the same.
     Raises: `ValueError` for another name, or fewer updates than stages.
     """
     known("continuation", continuation, CONTINUATIONS)
     inner = row.make(rate, steps)
-    if continuation == "none":
+    if "none" in (continuation, row.continuation):
         return inner
     if row.kind == "plan":
         return Continuation.growing(inner, steps, horizon=task.horizon)

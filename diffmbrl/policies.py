@@ -149,7 +149,7 @@ class Affine(eqx.Module):
         return cls(jnp.zeros((T, m, n), dtype), jnp.tile(resting_action(task), (T, 1)), jnp.zeros((T, n), dtype))
 
     def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
-        x = s if isinstance(s, jax.Array) else ravel_pytree(s)[0]
+        x = s if isinstance(s, jax.Array) and s.ndim == 1 else ravel_pytree(s)[0]
         # Multiply and sum rather than a matrix product: it fuses into the scan's step, which is then several times faster.
         return self.a + jnp.sum(self.K * (x - self.s), axis=-1)
 

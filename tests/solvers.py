@@ -23,6 +23,7 @@ from diffmbrl import (
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.methods import clipped_adam, clipped_muon
 from diffmbrl.optimizers.soap import soap
+from diffmbrl.planners import CEM, MPPI, Best, Coloured, Even, Normal, Sampling, Shooting
 from diffmbrl.preconditioners import LeafBlocks, SignedJacobi
 
 
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     monotone: bool = False  # the return of the objective never falls
     exact_on_lqr: bool = False  # one update of a plan reaches the optimum of a linear-quadratic task
     models: bool = True  # it reports its quadratic model
+    gradients: bool = True  # it takes any: otherwise one that is not finite is nothing to it
     slow: bool = False  # its parts stand in other rows: not repeated in continuous integration
 
 
@@ -96,4 +98,44 @@ SOLVERS = [
     ),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
     Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan", models=False),
+    Row(
+        "random shooting",
+        Sampling(Best(), draw=Even(), samples=64, std=1.0),
+        "plan",
+        monotone=True,
+        models=False,
+        gradients=False,
+        slow=True,
+    ),
+    Row(
+        "cem",
+        Sampling(CEM(elites=8), samples=64, std=1.0),
+        "plan",
+        monotone=True,
+        models=False,
+        gradients=False,
+        slow=True,
+    ),
+    Row(
+        "icem",
+        Sampling(CEM(elites=8), draw=Coloured(1.0), samples=64, keep=4, std=1.0),
+        "plan",
+        monotone=True,
+        models=False,
+        gradients=False,
+    ),
+    Row(
+        "mppi",
+        Sampling(MPPI(), draw=Normal(), samples=64, std=1.0),
+        "plan",
+        monotone=True,
+        models=False,
+        gradients=False,
+    ),
+    Row(
+        "shooting",
+        Shooting(Descend(optax.adam, learning_rate=0.1), starts=3, spread=0.3),
+        "plan",
+        models=False,
+    ),
 ]

@@ -18,7 +18,7 @@ TASK = tasks.lqr(horizon=7)
 @every_method
 def test_the_contract_of_a_row(name):
     row = METHODS[name]
-    assert row.order in (1, 2) and row.kind in ("policy", "plan")
+    assert row.order in (0, 1, 2) and row.kind in ("policy", "plan")
     assert row.steps >= 5
     assert list(row.rates) == sorted(set(row.rates)) and all(rate > 0 for rate in row.rates)
     made = row.make(row.rates[0] if row.rates else None, row.steps)
@@ -29,7 +29,13 @@ def test_the_contract_of_a_row(name):
     assert len(structures) == 1
 
 
-@every_method
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.continuation == "none"])
+def test_without_a_schedule_of_its_own(name):
+    made = solver(METHODS[name], TASK, rate=None, steps=50, continuation="default")
+    assert not isinstance(made, Continuation) and schedule(made) is None
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.continuation != "none"])
 def test_continued_by_default(name):
     row = METHODS[name]
     rate = row.rates[0] if row.rates else None

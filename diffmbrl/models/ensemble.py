@@ -1,0 +1,171 @@
+r"""An ensemble of dynamics: one module whose leaves have a leading axis of members, and how uncertainty is propagated.
+
+With E members $f_e$ and particles p, each a state of its own under the same actions (Chua et al. 2018, section 4.2):
+* `Mean`: $s' = \tfrac1E \sum_e f_e(s, a)$;
+* `TS1`: every particle draws its member anew at each step, the members equally often among the particles;
+* `TSInfinity`: particle p keeps member $p \bmod E$ for the whole rollout: the members' own futures, side by side.
+
+What is drawn for each particle comes from the key of the step alone, so sequences of actions that are compared under one key
+meet the same members and the same noise.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from diffmbrl.core import Dynamics, State
+
+
+@runtime_checkable
+class Propagation(Protocol):
+    """How one state, or the states of P particles side by side, goes through the members."""
+
+    def one(self, members: Any, s: State, a: Array, key: PRNGKeyArray | None) -> State: ...
+
+    def many(self, members: Any, s: State, a: Array, key: PRNGKeyArray | None) -> State: ...
+
+
+class Mean(eqx.Module):
+    """The mean of the members' next states, each with noise of its own."""
+
+    def one(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+        keys = None if key is None else jax.random.split(key, size(members))
+        step = jax.vmap(lambda f, k: f(s, a, key=k), in_axes=(0, None if key is None else 0))
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), step(members, keys))
+
+    def many(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+        keys = None if key is None else jax.random.split(key, count(s))
+        in_axes = (0, None if key is None else 0)
+        return jax.vmap(lambda s, k: self.one(members, s, a, k), in_axes=in_axes)(s, keys)
+
+
+class TS1(eqx.Module):
+    """A member drawn anew at each step. Without a key there is nothing to draw by, and it is the mean of the members."""
+
+    def one(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+        if key is None:
+            return Mean().one(members, s, a, None)
+        key_member, key_noise = jax.random.split(key)
+        e = jax.random.randint(key_member, (), 0, size(members))
+        return member(members, e)(s, a, key=key_noise)
+
+    def many(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+        if key is None:
+            return Mean().many(members, s, a, None)
+        key_member, key_noise = jax.random.split(key)
+        order = jax.random.permutation(key_member, slots(members, s))
+        return grouped(members, s, a, key_noise, order)
+
+
+class TSInfinity(eqx.Module):
+    """A member for the whole rollout. Particles know theirs by their place; a single state does not."""
+
+    def one(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+        raise ValueError(
+            "TSInfinity keeps a member for a whole rollout, which a single state cannot know: roll out "
+            "particles(task, count) from spread(s0, count), or one member, ensemble.member(e)"
+        )
+
+    def many(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+        if count(s) < size(members):
+            raise ValueError(
+                f"TSInfinity needs at least one particle for each of {size(members)} members, got {count(s)}"
+            )
+        return grouped(members, s, a, key, slots(members, s))
+
+
+class Ensemble(eqx.Module):
+    r"""Several dynamics as one.
+
+    `members` is a dynamics whose every leaf has a leading axis: models drawn under `vmap`, or analytic dynamics with several
+    masses. It is a `Dynamics` like any other: rollouts, iLQR and gradient methods go through it. `models.particles(task, P)`
+    makes the task of P particles under the same actions, in which each member is applied to its own group of particles.
+
+    Shapes: as the members', without their axis. Cost: `Mean` is E members a state, the others one.
+    Raises: `ValueError` if the leaves do not have one leading axis in common.
+    Reference: Chua et al. 2018, section 4.2.
+
+    >>> import jax
+    >>> from diffmbrl import rollout, tasks, OpenLoop
+    >>> from diffmbrl.models import NetworkDynamics
+    >>> task = tasks.lqr(horizon=5)
+    >>> members = jax.vmap(lambda k: NetworkDynamics.init(task, hidden=[8], key=k))(jax.random.split(jax.random.key(0), 3))
+    >>> f = Ensemble(members, TS1())
+    >>> f.size, f(jax.numpy.ones(2), jax.numpy.ones(1), key=jax.random.key(1)).shape
+    (3, (2,))
+    """
+
+    members: Any
+    propagation: Propagation
+
+    def __init__(self, members: Dynamics, propagation: Propagation | None = None):
+        axes = {leaf.shape[:1] for leaf in jax.tree.leaves(members)}
+        if len(axes) != 1 or () in axes:
+            found = ", ".join(sorted(str(list(leaf.shape)) for leaf in jax.tree.leaves(members)))
+            raise ValueError(f"every leaf of an ensemble needs the same leading axis of members, got shapes {found}")
+        self.members = members
+        self.propagation = Mean() if propagation is None else propagation
+
+    @property
+    def size(self) -> int:
+        """The number of members."""
+        return size(self.members)
+
+    def member(self, e: int | Int[Array, ""]) -> Any:
+        """One member's dynamics."""
+        return member(self.members, e)
+
+    def __call__(self, s: State, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> State:
+        return self.propagation.one(self.members, s, a, key)
+
+    def many(self, s: State, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> State:
+        """One step of particles side by side: s [P, ...] -> [P, ...], under one action."""
+        return self.propagation.many(self.members, s, a, key)
+
+
+def size(members: Any) -> int:
+    """The number of members."""
+    return jax.tree.leaves(members)[0].shape[0]
+
+
+def member(members: Any, e: int | Int[Array, ""]) -> Any:
+    """One of them."""
+    return jax.tree.map(lambda x: x[e], members)
+
+
+def count(s: State) -> int:
+    """The number of particles."""
+    return jax.tree.leaves(s)[0].shape[0]
+
+
+def slots(members: Any, s: State) -> Int[Array, " slots"]:
+    """One for each particle, and as many more as make them an equal number for each member."""
+    return jnp.arange(-(-count(s) // size(members)) * size(members), dtype=jnp.int32)
+
+
+def grouped(
+    members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None, order: Int[Array, " slots"]
+) -> State:
+    """Slot i of an equal number for each member belongs to member i mod E, and particle p takes slot `order[p]`.
+
+    A member is applied to its group at once, so that a layer is one matrix product for the group, and one for the groups of all
+    sequences that are scored side by side; the members follow one another, whose activations then stay in a core's cache. Slots
+    beyond the number of particles repeat the first of them and are dropped.
+    """
+    E, P, total = size(members), count(s), order.shape[0]
+    particle = jnp.arange(total, dtype=jnp.int32)
+    held = jnp.zeros_like(particle).at[order].set(jnp.where(particle < P, particle, 0))
+    keys = None if key is None else jax.random.split(key, total).reshape(total // E, E).T
+
+    def group(x):
+        return jnp.swapaxes(x[held].reshape(total // E, E, *x.shape[1:]), 0, 1)
+
+    def step(args):
+        f, s, k = args
+        return jax.vmap(lambda s, k: f(s, a, key=k), in_axes=(0, None if k is None else 0))(s, k)
+
+    out = jax.lax.map(step, (members, jax.tree.map(group, s), keys))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(total, *x.shape[2:])[order[:P]], out)

@@ -1,0 +1,70 @@
+r"""A network with two heads as dynamics: $s' = s + \sigma_\Delta \circ (\mu(z) + e^{\ell(z)} \epsilon)$, with normal noise."""
+
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import Task
+from diffmbrl.models.mlp import Scales, network
+from diffmbrl.nets import MLP
+
+
+class GaussianDynamics(eqx.Module):
+    r"""Mean and log standard deviation of the change of the state; noise from the key, by reparameterisation.
+
+    Without a key it is at its mean. The log standard deviation is bent softly between its bounds, which are leaves: where there
+    are no data it would otherwise be anything.
+
+    Shapes: s [n], a [m] -> [n]. Raises: `ValueError` if the task's states are not one flat array.
+    Reference: Chua et al. 2018 (PETS), sections 4.1 and A.1.
+
+    >>> import jax
+    >>> from diffmbrl import tasks
+    >>> task = tasks.cartpole_balance()
+    >>> f = GaussianDynamics.init(task, hidden=[16, 16], key=jax.random.key(0))
+    >>> s, a = task.initial(jax.random.key(1)), jax.numpy.zeros(1)
+    >>> bool((f(s, a, key=jax.random.key(2)) != f(s, a)).all())
+    True
+    """
+
+    net: MLP
+    scales: Scales
+    log_std_low: Float[Array, " n"]
+    log_std_high: Float[Array, " n"]
+
+    @classmethod
+    def init(
+        cls,
+        task: Task,
+        *,
+        key: PRNGKeyArray,
+        hidden: Sequence[int] = (200, 200, 200, 200),
+        activation: Callable = jax.nn.silu,
+        output_scale: float = 0.1,
+        log_std: tuple[float, float] = (-10.0, 0.5),
+    ) -> "GaussianDynamics":
+        """Draw the weights; `log_std` bounds the logarithm of the noise, relative to the scale of the change.
+
+        Raises: `ValueError` if the bounds are crossed.
+        """
+        low, high = log_std
+        if not low < high:
+            raise ValueError(f"log_std must be a lower and a higher bound, got {low:g} and {high:g}")
+        net = network(task, hidden, 2, key, activation, output_scale)
+        return cls(net, Scales.ones(task), jnp.full(task.n, low, float), jnp.full(task.n, high, float))
+
+    def moments(self, s: Float[Array, " n"], a: Float[Array, " m"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """Mean and standard deviation of the next state."""
+        mean, raw = jnp.split(self.net(self.scales.inputs(s, a)), 2)
+        raw = self.log_std_high - jax.nn.softplus(self.log_std_high - raw)
+        log_std = self.log_std_low + jax.nn.softplus(raw - self.log_std_low)
+        return s + self.scales.delta * mean, self.scales.delta * jnp.exp(log_std)
+
+    def __call__(
+        self, s: Float[Array, " n"], a: Float[Array, " m"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, " n"]:
+        mean, std = self.moments(s, a)
+        return mean if key is None else mean + std * jax.random.normal(key, mean.shape, mean.dtype)

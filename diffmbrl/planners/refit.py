@@ -1,0 +1,137 @@
+r"""How a sampling planner learns from the returns of the sequences it has drawn.
+
+Each is a callable `(mean [T, m], std [T, m], sequences [N, T, m], J [N]) -> mean, std`; a return of -inf counts for
+nothing, and at least one is finite.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from diffmbrl.core import as_float, parameter
+
+
+class Best(eqx.Module):
+    """The mean is the best sequence; the standard deviation stays: random shooting, or predictive sampling around a plan.
+
+    Reference: Howell et al. 2022 (predictive sampling).
+    """
+
+    def __call__(
+        self,
+        mean: Float[Array, "T m"],
+        std: Float[Array, "T m"],
+        sequences: Float[Array, "N T m"],
+        J: Float[Array, " N"],
+    ) -> tuple[Float[Array, "T m"], Float[Array, "T m"]]:
+        return sequences[jnp.argmax(J)], std
+
+
+class CEM(eqx.Module):
+    r"""The cross-entropy method: mean and deviation of the `elites` best sequences, at each time step apart.
+
+    $$\mu \leftarrow \eta \mu + (1 - \eta) \bar a_{\mathrm{elites}},\qquad
+    \sigma^2 \leftarrow \eta \sigma^2 + (1 - \eta)\, \mathrm{var}\, a_{\mathrm{elites}}$$
+
+    Raises: `ValueError` if there is no elite or the momentum is outside [0, 1).
+    Reference: Rubinstein and Kroese 2004; Chua et al. 2018, algorithm 1, whose momentum is .1.
+    """
+
+    momentum: Float[Array, ""]
+    elites: int = eqx.field(static=True)
+
+    def __init__(self, *, elites: int, momentum: float | Array = 0.1):
+        if elites < 1:
+            raise ValueError(f"elites must be at least 1, got {elites}")
+        self.momentum, self.elites = as_float(momentum), elites
+        if not bool((self.momentum >= 0) & (self.momentum < 1)):
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+
+    def __call__(
+        self,
+        mean: Float[Array, "T m"],
+        std: Float[Array, "T m"],
+        sequences: Float[Array, "N T m"],
+        J: Float[Array, " N"],
+    ) -> tuple[Float[Array, "T m"], Float[Array, "T m"]]:
+        best, index = jax.lax.top_k(J, self.elites)
+        counts = jnp.isfinite(best).astype(mean.dtype)[:, None, None]
+        number, chosen = jnp.sum(counts), sequences[index]
+        centre = jnp.sum(counts * chosen, axis=0) / number
+        # Without bias: where rewards do not depend on an action its deviation stays.
+        variance = jnp.sum(counts * (chosen - centre) ** 2, axis=0) / jnp.maximum(number - 1, 1)
+        kept = self.momentum.astype(mean.dtype)
+        return kept * mean + (1 - kept) * centre, jnp.sqrt(kept * std**2 + (1 - kept) * variance)
+
+
+class EffectiveSize(eqx.Module):
+    r"""The temperature at which the weights $w \propto e^{J / \lambda}$ count as so many samples, $1 / \sum w^2$.
+
+    Temperature in a return's own units has to be found anew for every task and every stage of a search; a number of samples has
+    not. It is found by bisection of $\log \lambda$ in units of the spread of the finite returns.
+
+    Reference: Kong 1992 (effective sample size).
+    """
+
+    size: Float[Array, ""] = parameter(10.0)
+
+    def __call__(self, J: Float[Array, " N"]) -> Float[Array, ""]:
+        finite = jnp.isfinite(J)
+        best = jnp.max(J)
+        spread = jnp.maximum(best - jnp.min(jnp.where(finite, J, best)), jnp.finfo(J.dtype).tiny ** 0.5)
+        # All alike count as many as there are; the best alone, as one.
+        wanted = jnp.clip(self.size.astype(J.dtype), 1.0, jnp.sum(finite).astype(J.dtype))
+
+        def halve(_, interval):
+            low, high = interval
+            middle = (low + high) / 2
+            w = weights(J, spread * jnp.exp(middle))
+            enough = 1 / jnp.sum(w**2) >= wanted
+            return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+        low, high = jax.lax.fori_loop(0, 30, halve, (jnp.full((), -14.0, J.dtype), jnp.full((), 14.0, J.dtype)))
+        return spread * jnp.exp((low + high) / 2)
+
+
+class MPPI(eqx.Module):
+    r"""Model predictive path integral control: the mean weighted by $w \propto e^{J / \lambda}$; the deviation stays.
+
+    `temperature` is $\lambda$ in the units of the return, or an `EffectiveSize`. Towards 0 the mean is the best sequence,
+    towards infinity that of all. The control cost that the derivation adds to each return for the distance from the mean is
+    left out: a reward of one's own says what actions cost.
+
+    Raises: `ValueError` if the temperature is not positive.
+    Reference: Williams et al. 2017, algorithm 2, with the returns taken relative to the best.
+    """
+
+    temperature: Any
+
+    def __init__(self, temperature: Any = None):
+        if temperature is None:
+            self.temperature = EffectiveSize()
+        elif isinstance(temperature, EffectiveSize):
+            self.temperature = temperature
+        else:
+            self.temperature = as_float(temperature)
+            if not bool(jnp.all(self.temperature > 0)):
+                raise ValueError(f"temperature must be positive, got {temperature}")
+
+    def __call__(
+        self,
+        mean: Float[Array, "T m"],
+        std: Float[Array, "T m"],
+        sequences: Float[Array, "N T m"],
+        J: Float[Array, " N"],
+    ) -> tuple[Float[Array, "T m"], Float[Array, "T m"]]:
+        chosen = self.temperature
+        temperature = chosen(J) if isinstance(chosen, EffectiveSize) else chosen.astype(J.dtype)
+        return jnp.einsum("i,itj->tj", weights(J, temperature), sequences, precision="highest"), std
+
+
+def weights(J: Float[Array, " N"], temperature: Float[Array, ""]) -> Float[Array, " N"]:
+    """exp(J / temperature), normalised; relative to the best, which cannot overflow."""
+    w = jnp.exp((J - jnp.max(J)) / temperature)
+    return w / jnp.sum(w)

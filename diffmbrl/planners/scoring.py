@@ -1,0 +1,47 @@
+"""The returns of many sequences of actions at once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from diffmbrl.core import State, Task
+from diffmbrl.models.particles import particles, spread
+from diffmbrl.policies import OpenLoop
+from diffmbrl.rollout import value
+
+
+def scores(
+    sequences: Float[Array, "N T m"], task: Task, s0: State, key: PRNGKeyArray | None
+) -> tuple[Float[Array, " N"], Int[Array, ""]]:
+    """The return of each sequence from one start, -inf where it is not finite, and how many were not.
+
+    All are scored under one key: the same noise, and the same members of an ensemble, so that what differs is the actions.
+
+    >>> import jax
+    >>> from diffmbrl import tasks
+    >>> task = tasks.lqr(horizon=5)
+    >>> J, nonfinite = scores(jax.numpy.zeros((3, 5, 1)), task, task.initial(jax.random.key(0)), None)
+    >>> J.shape, int(nonfinite)
+    ((3,), 0)
+    """
+    J = jax.vmap(lambda a: value(OpenLoop(a), task, s0, key, remat=None))(sequences)
+    finite = jnp.isfinite(J)
+    return jnp.where(finite, J, -jnp.inf), jnp.sum(~finite, dtype=jnp.int32)
+
+
+def clouded(task: Task, s0: State, count: int | None) -> tuple[Task, State]:
+    """Task and start of so many particles; of the state itself for None."""
+    return (task, s0) if count is None else (particles(task, count), spread(s0, task, count))
+
+
+def check_plan(policy: Any, task: Task, solver: str) -> None:
+    """Raises: `TypeError` unless the plan is an `OpenLoop` or `Affine` one; `ValueError` for one of another length."""
+    a = getattr(policy, "a", None)
+    if not getattr(type(policy), "is_plan", False) or a is None:
+        raise TypeError(f"{solver} improves a plan, such as OpenLoop.zeros(task); got {type(policy).__name__}")
+    if a.shape[-2:] != (task.horizon, task.m):
+        raise ValueError(
+            f"the plan has actions of shape {list(a.shape)}; task '{task.name}' takes [T, m] = [{task.horizon}, {task.m}]"
+        )
