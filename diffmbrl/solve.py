@@ -62,7 +62,9 @@ def solve(
     """
     check(solver, policy, task, s0, steps)
     carry = solver.init(policy, task)
-    bounds = {name: jnp.asarray(x, task.weights.dtype) for name, x in [("tolerance", tolerance), ("relative", relative)]}
+    bounds = {
+        name: jnp.asarray(x, task.weights.dtype) for name, x in [("tolerance", tolerance), ("relative", relative)]
+    }
     run = partial(iterate, solver, task=task, s0=s0, key=key, **bounds)
     begun = time.perf_counter()
     before = jnp.full((), jnp.nan, task.weights.dtype)  # J before the last accepted update: there is none yet
