@@ -73,7 +73,7 @@ class Together(eqx.Module):
             index = jnp.asarray(running)
             before = jax.tree.map(lambda x, index=index: x[index], lanes)
             most = jnp.minimum(jnp.asarray(self.chunk, jnp.int32), limit)
-            after = jax.tree.map(lambda x: x[: running.size], _abreast(advance, _padded(before, size), limit, most))
+            after = _first(_abreast(advance, _padded(before, size), limit, most), running.size)
             lanes = jax.tree.map(lambda x, y, index=index: x.at[index].set(y), lanes, after)
             each = np.asarray(after.iterations - before.iterations)
             made, run = made + each.sum(), run + size * each.max()
@@ -128,7 +128,7 @@ def plans(
         schedule = OneByOne() if jax.default_backend() == "cpu" else Together()
     bounds = jnp.asarray([tolerance, relative], dtype)
     lanes, useful = schedule.run((planner, task, bounds), lanes, jnp.asarray(steps, jnp.int32))
-    lanes = jax.tree.map(lambda x: x[:batch], lanes)
+    lanes = _first(lanes, batch)
     J, expansions = _measure(lanes.plan, task, s0, lanes.key, values=values)
     return Plans(
         plan=lanes.plan,
@@ -209,6 +209,10 @@ def _measure(plan: Any, task: Task, s0: State, key: Any, *, values: bool) -> tup
 def _equal(one: Any, other: Any) -> Array:
     same = [jnp.all(x == y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)]
     return jnp.all(jnp.stack(same)) if same else jnp.array(True)
+
+
+def _first(lanes: _Lane, count: int) -> _Lane:
+    return jax.tree.map(lambda x: x[:count], lanes)
 
 
 def _size(lanes: _Lane) -> int:
