@@ -23,8 +23,8 @@ def crocoddyl(name: str, task: Task) -> Solve | None:
 
     The same trajectory costs the same to 13 digits. There is no compiled model of the quadrotor with this attitude.
     """
-    import crocoddyl
-    import pinocchio
+    import crocoddyl  # pyright: ignore[reportMissingImports]
+    import pinocchio  # pyright: ignore[reportMissingImports]
 
     if name not in ("pendulum", "cart-pole", "acrobot"):
         return None
@@ -91,7 +91,7 @@ def _bodies(pinocchio: Any, name: str) -> tuple[Any, list[bool]]:
 
 def diffilqrax(name: str, task: Task) -> Solve | None:
     """`ilqr_solver` of diffilqrax, compiled by JAX, with its defaults."""
-    from diffilqrax import ilqr, typs
+    from diffilqrax import ilqr, typs  # pyright: ignore[reportMissingImports]
 
     def cost(t, x, u, theta):
         return -task.reward(x, u)

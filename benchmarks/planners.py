@@ -118,12 +118,14 @@ def _many_starts(batches: tuple[int, ...]) -> dict[str, Any]:
         noise = jax.random.normal(jax.random.key(1), (max(batches), task.n), task.a_low.dtype)
         starts = task.initial(jax.random.key(0)) + 0.1 * noise
         row: list[Any] = [name]
+        found = None
         for batch in batches:
             solve = partial(d.plans, d.ILQR(), task, starts[:batch], relative=1e-6)
             solve(steps=1)  # compiles
             begun = time.process_time()
             found = solve(steps=300)
             row.append(batch / (time.process_time() - begun))
+        assert found is not None
         rows.append([*row, float(found.iterations.mean()), str(found.iterations.max()), found.useful, _ends(found)])
         print(".", end="", flush=True)
     head = ["", *(f"{batch} starts" for batch in batches), "iterations", "most", "useful", "ended by"]
@@ -132,4 +134,4 @@ def _many_starts(batches: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _ends(found: d.Plans) -> str:
-    return ", ".join(f"{count} {name}" for name, count in found.count().items())
+    return ", ".join(f"{count} {name}" for name, count in found.ends().items())

@@ -28,7 +28,7 @@ def swing(x64):
 def test_they_are_what_solve_finds_from_each_start(swing, schedule):
     task, planner, s0 = swing
     found = plans(planner, task, s0, steps=40, tolerance=1e-6, relative=0.0, schedule=schedule, values=True)
-    assert found.count() == {"gradient": 5}
+    assert found.ends() == {"gradient": 5}
     assert found.plan.K.shape == (5, 8, 1, 2)
     assert found.expansion.V.shape == (5, 9, 2, 2)
     for lane in range(5):
@@ -63,10 +63,10 @@ def test_each_start_says_why_it_ended(swing, schedule):
 
     found = ends(steps=2)
     assert set(found.status) == {Status.BUDGET} and set(found.iterations) == {2}
-    assert ends(steps=100, relative=1e-4).count() == {"relative": 5}
-    assert ends(steps=100, tolerance=1e-4, relative=0.0).count() == {"gradient": 5}
+    assert ends(steps=100, relative=1e-4).ends() == {"relative": 5}
+    assert ends(steps=100, tolerance=1e-4, relative=0.0).ends() == {"gradient": 5}
     stalled = ends(steps=200, relative=0.0)
-    assert stalled.count() == {"stalled": 5}
+    assert stalled.ends() == {"stalled": 5}
     # It was at the optimum long before.
     same(stalled.J, ends(steps=100, tolerance=1e-6).J)
 
@@ -76,7 +76,7 @@ def test_what_is_not_finite_in_one_start_leaves_the_others_alone(swing, schedule
     task, planner, s0 = swing
     clean = plans(planner, task, s0, steps=40, tolerance=1e-6, relative=0.0, schedule=schedule)
     found = plans(planner, task, s0.at[2, 0].set(jnp.inf), steps=40, tolerance=1e-6, relative=0.0, schedule=schedule)
-    assert found.count() == {"gradient": 4, "nonfinite": 1} and found.status[2] == Status.NONFINITE
+    assert found.ends() == {"gradient": 4, "nonfinite": 1} and found.status[2] == Status.NONFINITE
     others = np.array([0, 1, 3, 4])
     same(found.J[others], clean.J[others])
     same(found.plan.a[others], clean.plan.a[others])

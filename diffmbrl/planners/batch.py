@@ -41,7 +41,7 @@ class Plans(NamedTuple):
     expansion: Expansion | None  # of the return to go along each plan, leaves [B, T+1, ...]
     seconds: float  # compile time included
 
-    def count(self) -> dict[str, int]:
+    def ends(self) -> dict[str, int]:
         """How many starts ended in which way."""
         return {s.name.lower(): int(n) for s in Status if (n := np.sum(self.status == s))}
 
@@ -109,14 +109,14 @@ def plans(
     >>> from diffmbrl import ILQR, tasks
     >>> task = tasks.lqr(horizon=20)
     >>> found = plans(ILQR(), task, task.starts(jax.random.key(0), 4), steps=10, tolerance=1e-3)
-    >>> found.count(), found.plan.K.shape
+    >>> found.ends(), found.plan.K.shape
     ({'gradient': 4}, (4, 20, 1, 2))
     """
     if planner.kind != "plan":
         raise TypeError(f"plans takes a planner, such as ILQR(); {type(planner).__name__} improves policies: use solve")
     begun = time.perf_counter()
     if start is None:
-        start = planner.start(task) if hasattr(planner, "start") else Affine.zeros(task)
+        start = getattr(planner, "start", Affine.zeros)(task)
     batch = _batch(task, s0)
     check(planner, _one(start), task, jax.tree.map(lambda x: x[0], s0), steps)
     start = _repeated(start, task, batch)

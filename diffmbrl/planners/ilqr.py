@@ -60,7 +60,9 @@ class ILQR(eqx.Module):
     def within(cls, task: Task, **options: Any) -> "ILQR":
         """With `Boxed()` if the task limits any action, and without, which is cheaper, if not."""
         limited = bool(jnp.any(jnp.isfinite(task.a_low) | jnp.isfinite(task.a_high)))
-        return cls(**({"sweep": Boxed()} if limited else {}) | options)
+        if limited:
+            options.setdefault("sweep", Boxed())
+        return cls(**options)
 
     @property
     def kind(self) -> str:
