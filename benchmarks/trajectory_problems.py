@@ -37,6 +37,21 @@ class CartPole(eqx.Module):
         return jnp.stack([x + DT * v, q + DT * w, v, w])
 
 
+class Acrobot(eqx.Module):
+    """Sutton's constants: masses, first link's length and inertias 1, centres at 1/2; torque u on the second joint."""
+
+    def __call__(self, s, a, *, key=None):
+        q1, q2, w1, w2 = s
+        sin2, cos2 = jnp.sin(q2), jnp.cos(q2)
+        d1, d2 = 3.5 + cos2, 1.25 + 0.5 * cos2
+        phi2 = 0.5 * G * jnp.sin(q1 + q2)
+        phi1 = -0.5 * w2 * (w2 + 2 * w1) * sin2 + 1.5 * G * jnp.sin(q1) + phi2
+        w2_dot = (a[0] + d2 / d1 * phi1 - 0.5 * w1**2 * sin2 - phi2) / (1.25 - d2**2 / d1)
+        w1_dot = -(d2 * w2_dot + phi1) / d1
+        w1, w2 = w1 + DT * w1_dot, w2 + DT * w2_dot
+        return jnp.stack([q1 + DT * w1, q2 + DT * w2, w1, w2])
+
+
 class Quadrotor(eqx.Module):
     """Twelve states: position, roll-pitch-yaw, world velocity, body rates; u = (thrust - m g, torques)."""
 
@@ -96,6 +111,7 @@ PI = 3.141592653589793
 PROBLEMS = {
     "pendulum": (Pendulum, [0, 0], [PI, 0], [1, 0.1], [0.1], [100, 10]),
     "cart-pole": (CartPole, [0] * 4, [0, PI, 0, 0], [0.1, 1, 0.1, 0.1], [0.01], [100, 100, 10, 10]),
+    "acrobot": (Acrobot, [0] * 4, [PI, 0, 0, 0], [0.1] * 4, [0.01], [1000] * 4),
     "quadrotor": (
         Quadrotor,
         [0, 0, 0, 0.1, -0.1, 0.2, 0, 0, 0, 0, 0, 0],

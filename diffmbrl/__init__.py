@@ -32,7 +32,7 @@ from diffmbrl.optimizers import (
     SquareRoot,
     TrustRegion,
 )
-from diffmbrl.planners import ILQR
+from diffmbrl.planners import DDP, ILQR, Boxed, Plans, Status, expansion, plans
 from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
 from diffmbrl.rollout import expected, returns, rollout, rollouts, value, values
 from diffmbrl.solve import History, iterate, solve
@@ -41,11 +41,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BPTT",
+    "DDP",
     "GRU",
     "ILQR",
     "LSTM",
     "MLP",
     "Affine",
+    "Boxed",
     "Consensus",
     "Constraints",
     "Continuation",
@@ -65,17 +67,21 @@ __all__ = [
     "NewtonCG",
     "OpenLoop",
     "Path",
+    "Plans",
     "Preconditioned",
     "Radii",
     "Sampled",
     "Sigma",
     "SquareRoot",
+    "Status",
     "Task",
     "Trajectory",
     "TrustRegion",
     "Work",
+    "expansion",
     "expected",
     "iterate",
+    "plans",
     "returns",
     "rollout",
     "rollouts",

@@ -170,8 +170,8 @@ def adjoint(
 
     def step(costate, x):
         A, B, K, c_s, c_a = x
-        g = c_a + _dot(_transpose(B), costate)
-        return c_s + _dot(_transpose(A), costate) + _dot(_transpose(K), g), g
+        g = c_a + matvec(transpose(B), costate)
+        return c_s + matvec(transpose(A), costate) + matvec(transpose(K), g), g
 
     return jax.lax.scan(step, c_T, (A, B, K, c_s, c_a), reverse=True)[1]
 
@@ -189,8 +189,8 @@ def respond(
 
     def step(s, x):
         A, B, K, w = x
-        a = _dot(K, s) + w
-        return _dot(A, s) + _dot(B, a), (s, a)
+        a = matvec(K, s) + w
+        return matvec(A, s) + matvec(B, a), (s, a)
 
     start = jnp.zeros((A.shape[1], *A.shape[3:]), A.dtype)
     s_T, (s, a) = jax.lax.scan(step, start, (A, B, K, w))
@@ -208,7 +208,7 @@ def closed_loop(lin: Linearization, K: Float[Array, "T m n *batch"]) -> Lineariz
 
     def step(A, B, c_s, c_a, H, K):
         Z = jnp.broadcast_to(eye, H.shape).at[n:, :n].set(K)
-        return A + matmul(B, K), c_s + _dot(_transpose(K), c_a), matmul(_transpose(Z), matmul(H, Z))
+        return A + matmul(B, K), c_s + matvec(transpose(K), c_a), matmul(transpose(Z), matmul(H, Z))
 
     A, c_s, H = jax.vmap(step)(lin.A, lin.B, lin.c_s, lin.c_a, lin.H, K)
     return lin._replace(A=A, c_s=c_s, H=H)
@@ -235,14 +235,14 @@ def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
     def step(carry, x):
         V, v, slope, definite = carry
         F, c_s, c_a, H = x
-        Q = H + matmul(_transpose(F), matmul(V, F))
-        FTv = _dot(_transpose(F), v)
+        Q = H + matmul(transpose(F), matmul(V, F))
+        FTv = matvec(transpose(F), v)
         q_s, q_a = c_s + FTv[:n], c_a + FTv[n:]
         Q_sa, Q_aa = Q[:n, n:], Q[n:, n:] + damping * eye
-        gains, positive = _eliminate(Q_aa, -jnp.concatenate([_transpose(Q_sa), q_a[:, None]], axis=1))
+        gains, positive = eliminate(Q_aa, -jnp.concatenate([transpose(Q_sa), q_a[:, None]], axis=1))
         K, k = gains[:, :n], gains[:, n]
         V = Q[:n, :n] + matmul(Q_sa, K)
-        return ((V + _transpose(V)) / 2, q_s + _dot(Q_sa, k), slope + jnp.sum(k * q_a, axis=0), definite & positive), (
+        return ((V + transpose(V)) / 2, q_s + matvec(Q_sa, k), slope + jnp.sum(k * q_a, axis=0), definite & positive), (
             K,
             k,
             Q_aa,
@@ -261,18 +261,18 @@ def matmul(X: Float[Array, "i j *batch"], Y: Float[Array, "j k *batch"]) -> Floa
     return sum((X[:, j, None] * Y[j] for j in range(1, X.shape[1])), X[:, 0, None] * Y[0])
 
 
-def _dot(X: Float[Array, "i j *batch"], y: Float[Array, "j *batch"]) -> Float[Array, "i *batch"]:
+def matvec(X: Float[Array, "i j *batch"], y: Float[Array, "j *batch"]) -> Float[Array, "i *batch"]:
     """X y, likewise, with any axes after the matrix's two."""
     if X.shape[1] > INLINE:
         return jnp.einsum("ij...,j...->i...", X, y, precision="highest")
     return sum((X[:, j] * y[j] for j in range(1, X.shape[1])), X[:, 0] * y[0])
 
 
-def _transpose(X: Float[Array, "i j *batch"]) -> Float[Array, "j i *batch"]:
+def transpose(X: Float[Array, "i j *batch"]) -> Float[Array, "j i *batch"]:
     return jnp.swapaxes(X, 0, 1)
 
 
-def _eliminate(Q: Float[Array, "m m *batch"], R: Float[Array, "m k *batch"]) -> tuple[Array, Array]:
+def eliminate(Q: Float[Array, "m m *batch"], R: Float[Array, "m k *batch"]) -> tuple[Array, Array]:
     """Q^-1 R for a symmetric Q, and whether Q is positive definite, with any axes after the matrices' two.
 
     Small systems by Gauss-Jordan elimination without pivoting, stable for a positive definite matrix, whose pivots are then

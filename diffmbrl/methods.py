@@ -23,7 +23,7 @@ from diffmbrl.optimizers import (
     SquareRoot,
 )
 from diffmbrl.optimizers.soap import soap
-from diffmbrl.planners import CEM, ILQR, MPPI, Best, Coloured, EffectiveSize, Even, Normal, Sampling, Shooting
+from diffmbrl.planners import CEM, DDP, ILQR, MPPI, Best, Coloured, EffectiveSize, Even, Normal, Sampling, Shooting
 from diffmbrl.tasks.registry import known
 
 CONTINUATIONS = ("default", "discounts", "trust", "measured", "none")
@@ -170,6 +170,7 @@ METHODS: dict[str, Method] = {
         default=False,
         continuation="none",
     ),
+    "ddp": Method(lambda rate, steps: DDP(), 2, "plan", 100, default=False, continuation="growing"),
 }
 
 
@@ -224,8 +225,8 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
 
     "default" is the row's own: discounts .8, .9, .95, .98, 1 for first-order methods; discounts and trust in the measured
     sensitivity of each start for second-order ones; growing horizons for iLQR, which a discount does not help. Sampling
-    planners and shooting, which do worse with those, have none, whatever is asked. "discounts", "trust" and "measured" (discounts as the
-    measured growth of the closed loop allows them) give all policy methods the same.
+    planners and shooting, which do worse with those, have none, whatever is asked. "discounts", "trust" and "measured"
+    (discounts as the measured growth of the closed loop allows them) give all policy methods the same.
     Raises: `ValueError` for another name, or fewer updates than stages.
     """
     known("continuation", continuation, CONTINUATIONS)

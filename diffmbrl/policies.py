@@ -13,7 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task
+from diffmbrl.core import State, Task, is_concrete
 from diffmbrl.nets import MLP
 
 
@@ -132,26 +132,44 @@ class OpenLoop(eqx.Module):
 class Affine(eqx.Module):
     r"""A plan with feedback, as iLQR returns it: $a_t = \bar a_t + K_t (s - \bar s_t)$ on flat states.
 
+    With limits (`within`) the action is clipped to them, from whatever start the plan is followed.
+
     >>> from diffmbrl import tasks
     >>> Affine.zeros(tasks.lqr(horizon=20)).K.shape
     (20, 1, 2)
+    >>> Affine.within(tasks.cartpole_balance(horizon=20)).high
+    (10.0,)
     """
 
     K: Float[Array, "*T m n"]
     a: Float[Array, "*T m"]
     s: Float[Array, "*T n"]
+    low: tuple[float, ...] | None = eqx.field(static=True, default=None)
+    high: tuple[float, ...] | None = eqx.field(static=True, default=None)
     is_plan: ClassVar[bool] = True
 
     @classmethod
     def zeros(cls, task: Task) -> "Affine":
-        """The task's resting action at every step, without feedback."""
+        """The task's resting action at every step, without feedback and without limits."""
         T, m, n, dtype = task.horizon, task.m, task.n, task.a_low.dtype
         return cls(jnp.zeros((T, m, n), dtype), jnp.tile(resting_action(task), (T, 1)), jnp.zeros((T, n), dtype))
+
+    @classmethod
+    def within(cls, task: Task) -> "Affine":
+        """`zeros`, and every action clipped to the task's limits. Raises: `ValueError` if they are traced: they are static."""
+        if not is_concrete(task.a_low, task.a_high):
+            raise ValueError("the limits of a plan are static: make it outside jit, or pass it in")
+        low, high = np.asarray(task.a_low).tolist(), np.asarray(task.a_high).tolist()
+        zeros = cls.zeros(task)
+        return cls(zeros.K, zeros.a, zeros.s, tuple(low), tuple(high))
 
     def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
         x = s if isinstance(s, jax.Array) and s.ndim == 1 else ravel_pytree(s)[0]
         # Multiply and sum rather than a matrix product: it fuses into the scan's step, which is then several times faster.
-        return self.a + jnp.sum(self.K * (x - self.s), axis=-1)
+        a = self.a + jnp.sum(self.K * (x - self.s), axis=-1)
+        if self.low is None or self.high is None:
+            return a
+        return jnp.clip(a, jnp.asarray(self.low, a.dtype), jnp.asarray(self.high, a.dtype))
 
 
 def squash(z: Float[Array, " m"], low: Any, high: Any) -> Float[Array, " m"]:

@@ -35,15 +35,17 @@ def solve(
     steps: int,
     *,
     tolerance: float = 0.0,
+    relative: float = 0.0,
     seconds: float = float("inf"),
 ) -> tuple[Any, History]:
-    """Run `solver` from `policy` on `task`: up to `steps` updates, or `seconds` of them, or |dJ/dtheta| below `tolerance`.
+    """Run `solver` from `policy` on `task`: up to `steps` updates, or `seconds` of them, or until it has converged.
+
+    It has when |dJ/dtheta| is at most `tolerance`, or when an accepted update changed J by at most `relative` |J| (0: never).
 
     A policy solver takes `s0` [B, ...] and improves the mean return; a plan solver takes one start state. `key` drives the
     noise of policy and dynamics, update i using `fold_in(key, i)`; None means no noise. A return or gradient that is not finite
     ends the run: the last policy without one is returned and `History.stop` names the tensor and the step. Dozens of updates
-    run
-    between two looks from the host, so a small problem is not slowed by Python; the budget is checked at each look.
+    run between two looks from the host, so a small problem is not slowed by Python; the budget is checked at each look.
 
     Raises: `ValueError` if `s0` does not have the task's state shape (with or without batch axis, as the solver takes it), if
     `steps` is below 1, if a parameter of the task is not finite, or if no reward depends on an action.
@@ -60,9 +62,13 @@ def solve(
     """
     check(solver, policy, task, s0, steps)
     carry = solver.init(policy, task)
-    run = partial(iterate, solver, task=task, s0=s0, key=key, tolerance=jnp.asarray(tolerance, task.weights.dtype))
+    bounds = {
+        name: jnp.asarray(x, task.weights.dtype) for name, x in [("tolerance", tolerance), ("relative", relative)]
+    }
+    run = partial(iterate, solver, task=task, s0=s0, key=key, **bounds)
     begun = time.perf_counter()
-    jax.block_until_ready(run(policy, carry, first=jnp.int32(0), count=jnp.int32(0)))
+    before = jnp.full((), jnp.nan, task.weights.dtype)  # J before the last accepted update: there is none yet
+    jax.block_until_ready(run(policy, carry, first=jnp.int32(0), count=jnp.int32(0), before=before))
     compiled = time.perf_counter()
     chunks, starts, done, count, spent = [], [], 0, 1, 0.0
     stop = f"{steps} updates"
@@ -71,7 +77,7 @@ def solve(
         count = min(count, steps - done, CHUNK)
         starts = [*starts[-1:], (policy, carry, done)]
         policy, carry, info, made = jax.block_until_ready(
-            run(policy, carry, first=jnp.int32(done), count=jnp.int32(count))
+            run(policy, carry, first=jnp.int32(done), count=jnp.int32(count), before=before)
         )
         took = time.perf_counter() - started
         spent += took
@@ -80,6 +86,8 @@ def solve(
         done += made
         last = jax.tree.map(lambda x: x[-1], chunks[-1])
         norm = np.inf if last.gradient_norm is None else last.gradient_norm
+        change = _relative_change(chunks[-1], before)
+        before = jnp.where(last.accepted, last.J, jnp.nan).astype(before.dtype)
         if done == made and norm == 0:
             refuse_without_gradient(task)
         if not (np.isfinite(last.J) and (np.isfinite(norm) or last.gradient_norm is None)):
@@ -88,6 +96,9 @@ def solve(
             break
         if norm <= tolerance:
             stop = f"converged: gradient norm {norm:.3g} is at most {tolerance:g}"
+            break
+        if change <= relative and relative > 0:
+            stop = f"converged: relative change of J {change:.3g} is at most {relative:g}"
             break
         if spent >= seconds:
             stop = f"budget of {seconds:g} s after {done} updates"
@@ -110,9 +121,12 @@ def iterate(
     first: Int[Array, ""],
     count: Int[Array, ""],
     tolerance: Float[Array, ""],
+    relative: Float[Array, ""] | None = None,
+    before: Float[Array, ""] | None = None,
 ) -> tuple[Any, Any, Info, Int[Array, ""]]:
     """Up to `count` (at most CHUNK) updates on the device, number `first` and on; ends early as `solve` does.
 
+    `before` is J of the update before the first, if that was accepted, else NaN; None for both leaves the change of J alone.
     Returns policy, carry, `Info` with CHUNK rows, and the number of rows filled. `count` is traced, so one compile serves every
     length; `vmap` it over policies, carries, starts or hyperparameters for many runs at once.
     """
@@ -124,21 +138,31 @@ def iterate(
         lambda x: jnp.zeros((CHUNK, *x.shape), x.dtype), jax.eval_shape(update, policy, carry, first)[2]
     )
 
+    def ended(row, before):
+        over = ~jnp.isfinite(row.J)
+        if row.gradient_norm is not None:
+            over = over | ~jnp.isfinite(row.gradient_norm) | (row.gradient_norm <= tolerance)
+        if before is None or relative is None:
+            return over
+        return over | ((jnp.abs(row.J - before) <= relative.astype(row.J.dtype) * jnp.abs(row.J)) & (relative > 0))
+
     def going(state):
-        _, _, info, i = state
-        last = jax.tree.map(lambda x: x[jnp.maximum(i - 1, 0)], info)
-        ended = ~jnp.isfinite(last.J)
-        if last.gradient_norm is not None:
-            ended = ended | ~jnp.isfinite(last.gradient_norm) | (last.gradient_norm <= tolerance)
-        return (i < jnp.minimum(count, CHUNK)) & ((i == 0) | ~ended)
+        *_, i, over = state
+        return (i < jnp.minimum(count, CHUNK)) & ~over
 
     def body(state):
-        policy, carry, info, i = state
+        policy, carry, info, before, i, _ = state
         policy, carry, row = update(policy, carry, first + i)
-        info = jax.tree.map(lambda rows, x: rows.at[i].set(x), info, row)
-        return policy, carry, info, i + 1
+        # Not `rows.at[i].set`: a scatter takes longer than an iteration of a small planner.
+        info = jax.tree.map(lambda rows, x: jax.lax.dynamic_update_index_in_dim(rows, x, i, 0), info, row)
+        over = ended(row, before)
+        if before is not None:
+            before = jnp.where(row.accepted, row.J, jnp.nan).astype(before.dtype)
+        return policy, carry, info, before, i + 1, over
 
-    return jax.lax.while_loop(going, body, (policy, carry, empty, jnp.zeros((), jnp.int32)))
+    start = (policy, carry, empty, before, jnp.zeros((), jnp.int32), jnp.array(False))
+    policy, carry, info, _, made, _ = jax.lax.while_loop(going, body, start)
+    return policy, carry, info, made
 
 
 def check(solver: Any, policy: Any, task: Task, s0: State, steps: int) -> None:
@@ -166,6 +190,14 @@ def check(solver: Any, policy: Any, task: Task, s0: State, steps: int) -> None:
         name = nonfinite_leaf(tree, allow_infinite=what == "task")
         if name is not None:
             raise ValueError(f"{what}{name} is not finite; every parameter must be a finite number")
+
+
+def _relative_change(info: Info, before: Any) -> float:
+    """|J - J before| / |J| of the last update but one if that was accepted, else NaN; `before` is as for `iterate`."""
+    J = info.J[-1]
+    if len(info.J) > 1:
+        before = info.J[-2] if info.accepted[-2] else np.nan
+    return float(np.abs(J - before) / np.abs(J)) if J != 0 else np.nan
 
 
 def _rewind(run: Any, starts: list, updates: int) -> Any:

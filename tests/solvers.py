@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from diffmbrl import (
+    DDP,
     ILQR,
     Consensus,
     Continuation,
@@ -97,6 +98,7 @@ SOLVERS = [
         ),
     ),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
+    Row("ddp", DDP(), "plan", monotone=True, exact_on_lqr=True, models=False),
     Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan", models=False),
     Row(
         "random shooting",

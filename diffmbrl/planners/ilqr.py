@@ -1,28 +1,19 @@
-"""The iterative linear quadratic regulator."""
+"""The iterative linear quadratic regulator, and differential dynamic programming."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, Trajectory, as_float, count_work
-from diffmbrl.linearize import Linearization, Sweep, adjoint, flat_states, linearize, riccati
+from diffmbrl.core import Info, State, Task, Trajectory, count_work, parameter
+from diffmbrl.linearize import Sweep, adjoint, flat_states
+from diffmbrl.planners.models import FirstOrder, Model, SecondOrder
+from diffmbrl.planners.search import Backtracking, Trial
+from diffmbrl.planners.sweeps import ActionDamped, Boxed, Room
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout
-
-
-class _Trial(NamedTuple):
-    """A state of the line search: the last plan tried and what it earned."""
-
-    alpha: Float[Array, ""]
-    tried: Int[Array, ""]
-    accepted: Bool[Array, ""]
-    nonfinite: Int[Array, ""]
-    J: Float[Array, ""]
-    s: Float[Array, "T n"]
-    a: Float[Array, "T m"]
 
 
 class ILQR(eqx.Module):
@@ -31,13 +22,21 @@ class ILQR(eqx.Module):
     $$a_t = \bar a_t + \alpha k_t + K_t (s_t - \bar s_t),\qquad
     [K_t\;k_t] = -(Q_{aa} + \mu I)^{-1} [Q_{as}\;q_a]$$
 
-    The plan returned is `Affine(K, a, s)`: the nominal trajectory and its time-varying feedback. The first step length of
-    1, 1/2, 1/4 ... that earns at least `armijo` of the predicted gain is taken; if none does, the plan stays and the damping
-    mu grows. A plan is never made worse. Action limits are not enforced: plan on `tasks.squashed(task)`.
+    The plan returned is `Affine(K, a, s)`: the nominal trajectory and its time-varying feedback. A step length that earns at
+    least `armijo` of the predicted gain is taken; if none does, the plan stays and the damping mu grows, by `factor` squared,
+    up to `largest`. A full step divides mu by `factor`; below `smallest` it is nothing. A plan is never made worse.
 
-    Shapes: `s0` of one start; the plan's leaves [T, ...]; `vmap` for many. Cost: one rollout, its linearisation, a Riccati
-    sweep (or several, when an action Hessian is not positive definite), one rollout for each trial.
-    Raises: `TypeError` if the policy is not an `Affine` plan or a state has leaves that are not float.
+    It is put together from
+    * `model`: `FirstOrder()`, or `SecondOrder()`, which is DDP: the dynamics' Hessians where the sweep is positive definite
+      with them (`DDP()` makes one);
+    * `sweep`: `ActionDamped()`, `StateDamped()`, or `Boxed()`, which keeps the limits of the plan it is given, an
+      `Affine.within(task)` (`ILQR.within(task)` makes one where the task has limits); the others know of no limits;
+    * `search`: `Backtracking()` or `Parallel()`.
+
+    Shapes: `s0` of one start; the plan's leaves [T, ...]; `vmap` for many, or `plans`. Cost: one rollout, its linearisation, a
+    Riccati sweep (or several, when an action Hessian is not positive definite), one rollout for each trial.
+    Raises: `TypeError` if the policy is not an `Affine` plan or a state has leaves that are not float; `ValueError` if `Boxed`
+    is given a plan without limits.
     Reference: Li and Todorov 2004; Tassa, Erez, Todorov 2012, section II.
 
     >>> import jax
@@ -49,19 +48,39 @@ class ILQR(eqx.Module):
     (20, 1, 2)
     """
 
-    smallest: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-8), converter=as_float)
-    factor: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(4.0), converter=as_float)
-    armijo: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-4), converter=as_float)
-    trials: int = eqx.field(static=True, default=10)
+    smallest: Float[Array, ""] = parameter(1e-8)
+    largest: Float[Array, ""] = parameter(1e8)
+    factor: Float[Array, ""] = parameter(4.0)
+    armijo: Float[Array, ""] = parameter(1e-4)
+    model: Any = eqx.field(default_factory=FirstOrder)
+    sweep: Any = eqx.field(default_factory=ActionDamped)
+    search: Any = eqx.field(default_factory=Backtracking)
+
+    @classmethod
+    def within(cls, task: Task, **options: Any) -> "ILQR":
+        """With `Boxed()` if the task limits any action, and without, which is cheaper, if not."""
+        limited = bool(jnp.any(jnp.isfinite(task.a_low) | jnp.isfinite(task.a_high)))
+        if limited:
+            options.setdefault("sweep", Boxed())
+        return cls(**options)
 
     @property
     def kind(self) -> str:
         """It takes one start."""
         return "plan"
 
+    def start(self, task: Task) -> Affine:
+        """The plan of resting actions that it starts from, with limits if it keeps them."""
+        return Affine.within(task) if self.sweep.limits else Affine.zeros(task)
+
     def init(self, policy: Any, task: Task) -> Float[Array, ""]:
         if not isinstance(policy, Affine):
             raise TypeError(f"ILQR improves an Affine plan, such as Affine.zeros(task); got {type(policy).__name__}")
+        if self.sweep.limits and policy.low is None:
+            name = type(self.sweep).__name__
+            raise ValueError(
+                f"{name} keeps the limits of its plan, and this one has none: start from Affine.within(task)"
+            )
         return jnp.zeros((), policy.a.dtype)
 
     def update(
@@ -69,18 +88,19 @@ class ILQR(eqx.Module):
     ) -> tuple[Affine, Array, Info]:
         nominal = rollout(policy, task, s0, key)
         J = returns(nominal, task)
-        lin = linearize(task, nominal, key)
-        damping, sweep, sweeps = self._sweep(lin, carry)
-        trial = self._search(nominal, J, sweep, task, s0, key)
+        model = self.model(task, nominal, key)
+        room = _room(policy, nominal.a)
+        damping, sweep, sweeps = self._sweep(model, carry, room)
+        trial = self._search(policy, nominal, J, sweep, task, s0, key)
 
+        lin = model.lin
         gradient = adjoint(lin.A, lin.B, jnp.zeros_like(sweep.K), lin.c_s, lin.c_a, lin.c_T)
-        norm = jnp.linalg.norm(gradient)
+        norm = jnp.linalg.norm(self.sweep.free(gradient, room))
         accepted = trial.accepted & jnp.isfinite(norm) & sweep.definite
-        plan = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), Affine(sweep.K, trial.a, trial.s), policy)
-        # A full step lowers the damping, a failed search raises it; below `smallest` it is nothing.
+        found = Affine(sweep.K, trial.a, trial.s, policy.low, policy.high)
+        plan = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), found, policy)
         lower = jnp.where(damping / self.factor < self.smallest, 0.0, damping / self.factor)
-        raised = jnp.maximum(damping * self.factor**2, self.smallest * self.factor**4)
-        adapted = jnp.where(accepted, jnp.where(trial.tried <= 2, lower, damping), raised)
+        adapted = jnp.where(accepted, jnp.where(trial.tried <= 2, lower, damping), self._raised(damping))
         # What is not finite says nothing of the damping.
         finite = jnp.isfinite(J) & jnp.isfinite(norm)
         carry = jnp.where(finite, adapted, carry).astype(carry.dtype)
@@ -98,42 +118,62 @@ class ILQR(eqx.Module):
         )
         return plan, carry, info
 
-    def _sweep(self, lin: Linearization, damping: Array) -> tuple[Array, Sweep, Array]:
-        """A Riccati sweep whose action Hessians are positive definite, with as much damping as that takes."""
+    def _raised(self, damping: Array) -> Array:
+        raised = jnp.maximum(damping * self.factor**2, self.smallest * self.factor**4)
+        return jnp.minimum(raised, self.largest).astype(damping.dtype)
+
+    def _sweep(self, model: Model, damping: Array, room: Room | None) -> tuple[Array, Sweep, Array]:
+        """A sweep whose action Hessians are positive definite: with the exact ones if they are, else as damped as it takes."""
+        lin = model.lin
 
         def again(state):
             _, sweep, count = state
             return ~sweep.definite & (count < 20)
 
-        def raise_damping(state):
+        # One sweep in the program, whichever it is the turn of: it is what takes long to compile.
+        def another(state):
             damping, _, count = state
-            damping = jnp.maximum(damping * self.factor**2, self.smallest * self.factor**4).astype(damping.dtype)
-            return damping, riccati(lin, damping), count + 1
+            H, plain = lin.H, 0
+            if model.exact is not None:
+                H, plain = jnp.where(count == 0, model.exact, lin.H), 1
+            damping = jnp.where(count > plain, self._raised(damping), damping).astype(damping.dtype)
+            return damping, self.sweep(lin._replace(H=H), damping, room), count + 1
 
-        return jax.lax.while_loop(again, raise_damping, (damping, riccati(lin, damping), jnp.ones((), jnp.int32)))
+        shapes = jax.eval_shape(self.sweep, lin, damping, room)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.while_loop(again, another, (damping, nothing, jnp.zeros((), jnp.int32)))
 
-    def _search(self, nominal: Trajectory, J: Array, sweep: Sweep, task: Task, s0: State, key: Any) -> _Trial:
-        """Step lengths one after another: on a CPU cheaper than all at once, since the first mostly holds."""
+    def _search(
+        self, policy: Affine, nominal: Trajectory, J: Array, sweep: Sweep, task: Task, s0: State, key: Any
+    ) -> Trial:
         states, _ = flat_states(nominal.s)
+        zero, one = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
 
-        def attempt(trial: _Trial) -> _Trial:
-            alpha = jnp.where(trial.tried == 0, 1.0, trial.alpha / 2).astype(J.dtype)
-            trajectory = rollout(Affine(sweep.K, nominal.a + alpha * sweep.k, states), task, s0, key)
+        def attempt(alpha: Array) -> Trial:
+            plan = Affine(sweep.K, nominal.a + alpha * sweep.k, states, policy.low, policy.high)
+            trajectory = rollout(plan, task, s0, key)
             reached = returns(trajectory, task)
             # slope < 0 is the predicted change of the cost for a small step.
             enough = reached - J >= -self.armijo.astype(J.dtype) * alpha * sweep.slope
             finite = jnp.isfinite(reached)
-            nonfinite = trial.nonfinite + (~finite).astype(jnp.int32)
-            return _Trial(
-                alpha,
-                trial.tried + 1,
-                finite & enough & (reached >= J),
-                nonfinite,
-                reached,
-                flat_states(trajectory.s)[0],
-                trajectory.a,
-            )
+            accepted = finite & enough & (reached >= J)
+            nonfinite = (~finite).astype(jnp.int32)
+            return Trial(alpha, one, accepted, nonfinite, reached, flat_states(trajectory.s)[0], trajectory.a)
 
-        zero = jnp.zeros((), jnp.int32)
-        start = _Trial(jnp.ones((), J.dtype), zero, jnp.array(False), zero, J, states, nominal.a)
-        return jax.lax.while_loop(lambda trial: ~trial.accepted & (trial.tried < self.trials), attempt, start)
+        return self.search(attempt, Trial(jnp.ones((), J.dtype), zero, jnp.array(False), zero, J, states, nominal.a))
+
+
+def DDP(**options: Any) -> ILQR:
+    """Differential dynamic programming: `ILQR` with the Hessians of the dynamics, `model=SecondOrder()`.
+
+    >>> type(DDP().model).__name__
+    'SecondOrder'
+    """
+    return ILQR(model=SecondOrder(), **options)
+
+
+def _room(policy: Affine, a: Float[Array, "T m"]) -> Room | None:
+    """What the limits of the plan leave to each of its actions."""
+    if policy.low is None or policy.high is None:
+        return None
+    return jnp.asarray(policy.low, a.dtype) - a, jnp.asarray(policy.high, a.dtype) - a

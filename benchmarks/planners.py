@@ -1,0 +1,137 @@
+"""iLQR and DDP against their peers on four systems, and from many starts; float64, T = 100, no limits.
+
+Times are CPU seconds of the process, medians of interleaved rounds, and are given as multiples of a rollout compiled by XLA
+(`value` of an open-loop plan, on the device, no call from Python). "To .1%" is up to the iteration whose cost is within .1% of
+the best that any solver found. A peer that is not installed is skipped with a line.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffmbrl as d
+from benchmarks.planner_peers import PEERS
+from benchmarks.record import save, table
+from benchmarks.timing import medians
+from benchmarks.trajectory_problems import PROBLEMS, problem
+from diffmbrl.core import Task
+
+HORIZON, MOST, INNER = 100, 500, 200
+PLANNERS = {"ilqr": d.ILQR, "ddp": d.DDP}
+
+
+def run(*, quick: bool) -> None:
+    with jax.enable_x64(True):
+        tables = [_one_start(quick=quick), _many_starts((1, 64) if quick else (1, 64, 1024, 8192))]
+    save("planners", dict(zip(("one_start", "many_starts"), tables, strict=True)), quick=quick)
+
+
+def _one_start(*, quick: bool) -> dict[str, Any]:
+    rows = []
+    for name in PROBLEMS:
+        task = problem(name, HORIZON)
+        solvers, compiling = {}, {}
+        for label, make in PLANNERS.items():
+            begun = time.process_time()
+            solvers[label] = _ours(make(), task)
+            solvers[label](1)
+            compiling[label] = time.process_time() - begun
+        for label, peer in PEERS.items():
+            try:
+                solve = peer(name, task)
+            except ImportError as error:
+                print(f"{label} is skipped: {error}")
+                continue
+            if solve is not None:
+                solvers[label] = solve
+        rows += _to_optimum(name, task, solvers, compiling, rounds=3 if quick else 9)
+        print(".", end="", flush=True)
+    head = ["", "cost", "iterations", "to .1%", "an iteration, us", "to .1%, ms", "rollouts", "compile, CPU s"]
+    print(f"\nFrom x0 and zero actions, T = {HORIZON}, float64\n\n{table(head, rows)}\n")
+    return {"columns": head, "rows": rows}
+
+
+def _ours(planner: Any, task: Task) -> Any:
+    """As `solve` runs it but for the rows of its history: all iterations in one program, their number traced."""
+    plan, s0 = planner.start(task), task.initial(jax.random.key(0))
+
+    @jax.jit
+    def iterate(planner, plan, carry, task, s0, count):
+        def update(i, state):
+            plan, carry, _ = state
+            plan, carry, info = planner.update(plan, carry, task, s0, key=None)
+            return plan, carry, info.J
+
+        plan, *_ = jax.lax.fori_loop(0, count, update, (plan, carry, jnp.zeros(())))
+        return plan
+
+    def solve(iterations: int, *, record: bool = False) -> Any:
+        if record:
+            return -d.solve(planner, plan, task, s0, None, iterations, relative=1e-12)[1].info.J
+        return jax.block_until_ready(iterate(planner, plan, planner.init(plan, task), task, s0, jnp.int32(iterations)))
+
+    return solve
+
+
+def _to_optimum(name: str, task: Task, solvers: dict, compiling: dict, *, rounds: int) -> list[list[Any]]:
+    costs = {label: np.asarray(solve(MOST, record=True)) for label, solve in solvers.items()}
+    best = min(c[-1] for c in costs.values())
+    needed = {label: int(np.argmax(c <= best * 1.001)) if c[-1] <= best * 1.001 else None for label, c in costs.items()}
+    a, s0 = d.Affine.zeros(task).a, task.initial(jax.random.key(0))
+
+    @jax.jit
+    def rollouts(a, task, s0):
+        # A rollout that depends on the last, so that none is hoisted out of the loop.
+        return jax.lax.fori_loop(
+            0, INNER, lambda i, x: x + 1e-30 * d.value(d.OpenLoop(a + x), task, s0), jnp.zeros((), a.dtype)
+        )
+
+    calls = {"rollout": partial(rollouts, a, task, s0)}
+    for label, count in needed.items():
+        if count is not None:
+            calls[label] = partial(solvers[label], count)
+            calls[label]()  # compiled for this number, where that is needed
+    seconds = medians(calls, rounds=rounds, clock=time.process_time)
+    rollout = seconds.pop("rollout") / INNER
+    rows: list[list[Any]] = [[name, "", "", "", f"{rollout * 1e6:.2f}", "", "1", ""]]
+    for label, c in costs.items():
+        row = [f"  {label}", f"{c[-1]:.5f}", str(len(c) - 1)]
+        if (count := needed[label]) is None:
+            rows.append([*row, "-", "-", "-", "-", "-"])
+            continue
+        spent = seconds[label]
+        rows.append(
+            [*row, str(count), spent / count * 1e6, spent * 1e3, spent / rollout, compiling.get(label, "-")],
+        )
+    return rows
+
+
+def _many_starts(batches: tuple[int, ...]) -> dict[str, Any]:
+    """`plans` of iLQR to a relative change of 1e-6."""
+    rows = []
+    for name in PROBLEMS:
+        task = problem(name, HORIZON)
+        noise = jax.random.normal(jax.random.key(1), (max(batches), task.n), task.a_low.dtype)
+        starts = task.initial(jax.random.key(0)) + 0.1 * noise
+        row: list[Any] = [name]
+        found = None
+        for batch in batches:
+            solve = partial(d.plans, d.ILQR(), task, starts[:batch], relative=1e-6)
+            solve(steps=1)  # compiles
+            begun = time.process_time()
+            found = solve(steps=300)
+            row.append(batch / (time.process_time() - begun))
+        assert found is not None
+        rows.append([*row, float(found.iterations.mean()), str(found.iterations.max()), found.useful, _ends(found)])
+        print(".", end="", flush=True)
+    head = ["", *(f"{batch} starts" for batch in batches), "iterations", "most", "useful", "ended by"]
+    print(f"\nSolves per CPU second, x0 + .1 N(0, I), to a relative change of 1e-6\n\n{table(head, rows)}\n")
+    return {"columns": head, "rows": rows}
+
+
+def _ends(found: d.Plans) -> str:
+    return ", ".join(f"{count} {name}" for name, count in found.ends().items())
