@@ -31,7 +31,7 @@ from diffmbrl.optimizers import (
     SquareRoot,
     TrustRegion,
 )
-from diffmbrl.planners import ILQR
+from diffmbrl.planners import ILQR, MultipleShooting, Optimum, implicit, optimal
 from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
 from diffmbrl.rollout import expected, returns, rollout, rollouts, value, values
 from diffmbrl.solve import History, iterate, solve
@@ -58,10 +58,12 @@ __all__ = [
     "KrylovNewton",
     "LevenbergMarquardt",
     "Linear",
+    "MultipleShooting",
     "NaturalGradient",
     "Neural",
     "NewtonCG",
     "OpenLoop",
+    "Optimum",
     "Path",
     "Preconditioned",
     "Radii",
@@ -73,7 +75,9 @@ __all__ = [
     "TrustRegion",
     "Work",
     "expected",
+    "implicit",
     "iterate",
+    "optimal",
     "returns",
     "rollout",
     "rollouts",

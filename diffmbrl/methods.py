@@ -23,7 +23,7 @@ from diffmbrl.optimizers import (
     SquareRoot,
 )
 from diffmbrl.optimizers.soap import soap
-from diffmbrl.planners import ILQR
+from diffmbrl.planners import ILQR, MultipleShooting
 from diffmbrl.tasks.registry import known
 
 CONTINUATIONS = ("default", "discounts", "trust", "measured", "none")
@@ -130,6 +130,9 @@ METHODS: dict[str, Method] = {
         continuation="trust",
     ),
     "ilqr": Method(lambda rate, steps: ILQR(), 2, "plan", 100, continuation="growing"),
+    "multiple-shooting": Method(
+        lambda rate, steps: MultipleShooting(), 2, "plan", 100, default=False, continuation="growing"
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from diffmbrl import (
     Krylov,
     KrylovNewton,
     LevenbergMarquardt,
+    MultipleShooting,
     NewtonCG,
     Preconditioned,
     Sigma,
@@ -95,5 +96,6 @@ SOLVERS = [
         ),
     ),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
+    Row("multiple shooting", MultipleShooting(), "plan", exact_on_lqr=True, models=False),
     Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan", models=False),
 ]
