@@ -14,6 +14,7 @@ BENCHMARKS = {
     "scipy_lbfgs": "L-BFGS of scipy around one compiled gradient against optax's, compiled whole",
     "squash": "Gauss-Newton with action limits squashed in the policy, in the plant, and there with a cost on the logit",
     "preconditioning": "Gauss-Newton's Krylov space in the metric of diagonal and block approximations",
+    "riccati": "the LQR sweep by scan and in parallel over time; implicit gradients of a plan as shares of its solve",
     "safe_horizon": "the steps up to which a float32 gradient is right, for the table of tasks",
 }
 

@@ -72,6 +72,7 @@ def loss(plan, task, s0):
     return jnp.vdot(w.a, out.plan.a) + jnp.vdot(w.s, out.plan.s**2) + out.trajectory.s_T[0] + out.J
 
 
+look = jax.jit(implicit, static_argnames="tolerance")
 gradient = jax.jit(jax.grad(loss, argnums=(1, 2)))
 
 BENT: dict[str, Any] = {
@@ -103,7 +104,7 @@ def differences(task, plan, where, s0, eps=1e-4):
 
 def test_the_bent_optimum_is_one(x64):
     task, plan = bent_plan()
-    out = implicit(plan, task, start())
+    out = look(plan, task, start())
     assert out.ok and out.definite and out.gradient_norm < 1e-10 and out.distance < 1e-10
     close(out.J, value(plan, task, start()), rtol=1e-10)
     close(out.trajectory.a, plan.a, atol=1e-9)
@@ -151,9 +152,9 @@ def test_it_is_the_planner_differentiated_step_by_step(x64):
 
     def unrolled(mass):
         other = changed(task, mass=mass)
-        start = Affine.zeros(other)
+        rest = Affine.zeros(other)
         plan, _ = jax.lax.fori_loop(
-            0, 60, lambda i, x: planner.update(*x, other, start(), key=None)[:2], (start, planner.init(start, other))
+            0, 60, lambda i, x: planner.update(*x, other, start(), key=None)[:2], (rest, planner.init(rest, other))
         )
         return plan.a
 
@@ -178,10 +179,10 @@ def test_on_a_linear_quadratic_task_it_is_riccatis_closed_form(x64):
         out = optimal(in_double(ILQR()), eqx.tree_at(lambda t: t.reward.Q, task, Q), s0, steps=3)
         return out.plan.a, out.J, out.ok
 
-    jacobian = jax.jacrev(lambda s0: solved(s0, task.reward.Q)[0])(s0)
+    jacobian = jax.jit(jax.jacrev(lambda s0: solved(s0, task.reward.Q)[0]))(s0)
     wanted = np.stack([optimal_actions(task, e) for e in np.eye(3)], axis=-1)
     close(jacobian, wanted)
-    close(jax.grad(lambda s0: solved(s0, task.reward.Q)[1])(s0), -riccati(task).P @ s0)
+    close(jax.jit(jax.grad(lambda s0: solved(s0, task.reward.Q)[1]))(s0), -riccati(task).P @ s0)
     assert solved(s0, task.reward.Q)[2]
 
     eps = 1e-5
@@ -190,7 +191,9 @@ def test_on_a_linear_quadratic_task_it_is_riccatis_closed_form(x64):
         optimal_actions(eqx.tree_at(lambda t: t.reward.Q, task, task.reward.Q + sign * eps * direction), s0)
         for sign in (1, -1)
     )
-    tangent = jax.jvp(lambda Q: solved(s0, Q)[0], (task.reward.Q,), (jnp.asarray(direction),))[1]
+    tangent = jax.jit(lambda Q, d: jax.jvp(lambda Q: solved(s0, Q)[0], (Q,), (d,))[1])(
+        task.reward.Q, jnp.asarray(direction)
+    )
     close(tangent, (plus - minus) / (2 * eps), rtol=1e-6)
 
 
@@ -223,7 +226,7 @@ def test_actions_at_a_limit_stay_there_and_move_with_it(x64):
     plan = bounded(task, start())
     held = np.abs(np.abs(plan.a[:, 0]) - 0.5) < 1e-9
     assert 0 < held.sum() < task.horizon
-    out = implicit(plan, task, start(), tolerance=1e-5)
+    out = look(plan, task, start(), tolerance=1e-5)
     assert out.ok
     by_start = jax.jit(jax.jacfwd(lambda s: implicit(plan, task, s).plan.a[:, 0]))(start())
     by_limit = jax.jit(jax.jacfwd(lambda high: implicit(plan, with_limit(task, high), start()).plan.a[:, 0]))(0.5)
@@ -246,7 +249,7 @@ def with_limit(task, high):
 def test_a_plan_that_is_no_optimum_says_so(x64):
     task, plan = bent_plan()
     far = Affine(plan.K, plan.a + 0.3, plan.s)
-    out = implicit(far, task, start())
+    out = look(far, task, start())
     assert not out.ok and out.gradient_norm > 0.01 and out.distance > 0.01
     # The reward that punishes becomes one that pays: the same plan is stationary, and the worst of all.
     linear = LINEAR["unstable 3x1"](5)
@@ -256,11 +259,11 @@ def test_a_plan_that_is_no_optimum_says_so(x64):
         (-linear.reward.Q, -linear.reward.R, -linear.terminal.Q),
     )
     rest = Affine.zeros(linear)
-    good, bad = (implicit(rest, task, jnp.zeros(3)) for task in (linear, worst))
+    good, bad = (look(rest, task, jnp.zeros(3)) for task in (linear, worst))
     assert good.ok and good.definite
     assert not bad.ok and not bad.definite and bad.distance == 0
-    assert np.isfinite(jax.grad(lambda s0: implicit(rest, worst, s0).J)(jnp.zeros(3))).all()
-    assert not implicit(plan, changed(task, mass=np.nan), start()).ok
+    assert np.isfinite(jax.jit(jax.grad(lambda s0: implicit(rest, worst, s0).J))(jnp.zeros(3))).all()
+    assert not look(plan, changed(task, mass=np.nan), start()).ok
 
 
 class Counted(eqx.Module):
@@ -279,7 +282,7 @@ def test_leaves_that_are_not_float_have_no_derivative(x64):
         name="counted", dynamics=Counted(task.dynamics), reward=BentReward(), terminal=BentTerminal(),
         initial=Box([0.0, 0.0], [1.0, 1.0]), a_low=[-jnp.inf], a_high=[jnp.inf], horizon=8, dt=0.2,
     )  # fmt: skip
-    found = eqx.filter_grad(lambda task: loss(plan, task, start()))(counted)
+    found = eqx.filter_jit(eqx.filter_grad(lambda task: loss(plan, task, start())))(counted)
     assert found.dynamics.count is None
     close(found.dynamics.bent.mass, gradient(plan, task, start())[0].dynamics.mass)
 
@@ -297,18 +300,18 @@ def test_fixed_noise_is_part_of_the_problem(x64):
 
     assert solved(task)[1]
     # At the optimum the actions' change does not count: the return's derivative is that of the return alone.
-    close(jax.grad(J)(jnp.asarray(0.3)), (J(0.3 + 1e-4) - J(0.3 - 1e-4)) / 2e-4, rtol=1e-5)
+    close(jax.jit(jax.grad(J))(jnp.asarray(0.3)), (J(0.3 + 1e-4) - J(0.3 - 1e-4)) / 2e-4, rtol=1e-5)
 
 
 def test_an_episode_that_ended_has_no_derivatives(x64):
     task = bent(ends=True)
     plan = Affine(jnp.zeros((8, 1, 2)), jnp.full((8, 1), 2.0), jnp.zeros((8, 2)))
     s0 = jnp.asarray([1.0, 0.5])
-    out = implicit(plan, task, s0)
+    out = look(plan, task, s0)
     assert not out.trajectory.alive[-1]
     close(out.J, value(plan, task, s0))
     dead = np.flatnonzero(~out.trajectory.alive[:-1])
-    jacobian = jax.jacrev(lambda s0: implicit(plan, task, s0).plan.a)(s0)
+    jacobian = jax.jit(jax.jacrev(lambda s0: implicit(plan, task, s0).plan.a))(s0)
     assert dead.size and not np.any(jacobian[dead]) and np.isfinite(jacobian).all()
 
 
@@ -371,7 +374,7 @@ def test_on_swing_ups_derivatives_are_differences(name, x64):
     task = SYSTEMS[name]()
     s0 = task.initial(jax.random.key(0)) + 0.03
     plan = planned(task, s0, steps=400)
-    assert implicit(plan, task, s0).ok
+    assert look(plan, task, s0).ok
     by_task, _ = gradient(plan, task, s0)
     for where in [lambda t: t.reward.w, lambda t: t.reward.goal] + [lambda t: t.dynamics.m] * (name == "acrobot"):
         wanted = differences(task, plan, where, s0, eps=1e-5)
