@@ -132,7 +132,9 @@ def _error(gradient: Any, plan: d.Affine, task: d.Task, s0: jax.Array) -> float:
 
 
 def _polished(plan: d.Affine, task: d.Task, s0: jax.Array) -> d.Affine:
-    """The neighbour's own optimum: Newton's method on the actions, with the dense Hessian."""
+    """The neighbour's own optimum: iLQR from the plan, since open loop a swing-up strays, then Newton's method."""
+    near = _solved(in_double(d.ILQR()), plan, task, s0, updates=60)
+    trajectory = d.rollout(near, task, s0)
     shape = plan.a.shape
 
     def newton(_, x):
@@ -141,5 +143,5 @@ def _polished(plan: d.Affine, task: d.Task, s0: jax.Array) -> d.Affine:
 
         return x - jnp.linalg.solve(jax.hessian(cost)(x), jax.grad(cost)(x))
 
-    a = jax.lax.fori_loop(0, 4, newton, plan.a.ravel()).reshape(shape)
+    a = jax.lax.fori_loop(0, 2, newton, trajectory.a.ravel()).reshape(shape)
     return d.Affine(plan.K, a, d.rollout(d.OpenLoop(a), task, s0).s)

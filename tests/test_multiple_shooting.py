@@ -197,14 +197,14 @@ def test_limits_of_actions_satisfy_the_first_order_conditions(x64):
 def walled():
     """The bent task with a bound on the speed at every step and one on the angle at the end: (task, bounds)."""
     with jax.enable_x64(True):
-        task = constrained(bent(), inequality=Below(jnp.asarray(0.25), 1), final_inequality=Below(jnp.asarray(-0.1), 0))
+        task = constrained(bent(), inequality=Below(jnp.asarray(0.35), 1), final_inequality=Below(jnp.asarray(-0.1), 0))
         return task, run(shooting(), scattered(task, 3), task, -start(), 80)
 
 
 def test_inequalities_on_states_are_met_and_their_multipliers_are_prices(walled, x64):
     task, (plan, carry, info, _) = walled
     assert info.violation < 1e-8 and info.gradient_norm < 1e-6
-    room = 0.25 - plan.s[:, 1]
+    room = 0.35 - plan.s[:, 1]
     mu = np.asarray(carry.multipliers.inequality)[:, 0]
     end = np.asarray(carry.multipliers.final_inequality)
     assert np.all(mu >= 0) and np.all(end >= 0) and (mu > 1e-3).any()
@@ -215,7 +215,7 @@ def test_inequalities_on_states_are_met_and_their_multipliers_are_prices(walled,
         run(
             shooting(),
             plan,
-            eqx.tree_at(lambda t: t.constraints.inequality.at, task, jnp.asarray(0.25 + sign * eps)),
+            eqx.tree_at(lambda t: t.constraints.inequality.at, task, jnp.asarray(0.35 + sign * eps)),
             -start(),
             60,
         )[3][59, 0]
