@@ -32,7 +32,19 @@ from diffmbrl.optimizers import (
     SquareRoot,
     TrustRegion,
 )
-from diffmbrl.planners import DDP, ILQR, Boxed, Plans, Status, expansion, plans
+from diffmbrl.planners import (
+    DDP,
+    ILQR,
+    Boxed,
+    MultipleShooting,
+    Optimum,
+    Plans,
+    Status,
+    expansion,
+    implicit,
+    optimal,
+    plans,
+)
 from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
 from diffmbrl.rollout import expected, returns, rollout, rollouts, value, values
 from diffmbrl.solve import History, iterate, solve
@@ -62,10 +74,12 @@ __all__ = [
     "KrylovNewton",
     "LevenbergMarquardt",
     "Linear",
+    "MultipleShooting",
     "NaturalGradient",
     "Neural",
     "NewtonCG",
     "OpenLoop",
+    "Optimum",
     "Path",
     "Plans",
     "Preconditioned",
@@ -80,7 +94,9 @@ __all__ = [
     "Work",
     "expansion",
     "expected",
+    "implicit",
     "iterate",
+    "optimal",
     "plans",
     "returns",
     "rollout",

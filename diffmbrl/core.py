@@ -90,6 +90,9 @@ class Info(NamedTuple):
     work: Work
     model: Quadratic | None = None  # of second-order policy methods
     violation: Float[Array, "*batch"] | None = None  # largest violation of a constraint, of methods that enforce them
+    merit: Float[Array, "*batch"] | None = (
+        None  # what a line search raises where that is not J: gaps, constraints included
+    )
 
 
 @runtime_checkable

@@ -23,7 +23,20 @@ from diffmbrl.optimizers import (
     SquareRoot,
 )
 from diffmbrl.optimizers.soap import soap
-from diffmbrl.planners import CEM, DDP, ILQR, MPPI, Best, Coloured, EffectiveSize, Even, Normal, Sampling, Shooting
+from diffmbrl.planners import (
+    CEM,
+    DDP,
+    ILQR,
+    MPPI,
+    Best,
+    Coloured,
+    EffectiveSize,
+    Even,
+    MultipleShooting,
+    Normal,
+    Sampling,
+    Shooting,
+)
 from diffmbrl.tasks.registry import known
 
 CONTINUATIONS = ("default", "discounts", "trust", "measured", "none")
@@ -171,6 +184,9 @@ METHODS: dict[str, Method] = {
         continuation="none",
     ),
     "ddp": Method(lambda rate, steps: DDP(), 2, "plan", 100, default=False, continuation="growing"),
+    "multiple-shooting": Method(
+        lambda rate, steps: MultipleShooting(), 2, "plan", 100, default=False, continuation="growing"
+    ),
 }
 
 

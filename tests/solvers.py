@@ -16,6 +16,7 @@ from diffmbrl import (
     Krylov,
     KrylovNewton,
     LevenbergMarquardt,
+    MultipleShooting,
     NewtonCG,
     Preconditioned,
     Sigma,
@@ -99,6 +100,7 @@ SOLVERS = [
     ),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
     Row("ddp", DDP(), "plan", monotone=True, exact_on_lqr=True, models=False),
+    Row("multiple shooting", MultipleShooting(), "plan", exact_on_lqr=True, models=False),
     Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan", models=False),
     Row(
         "random shooting",

@@ -3,7 +3,9 @@
 from diffmbrl.planners.batch import OneByOne, Plans, Status, Together, plans
 from diffmbrl.planners.draw import Coloured, Even, Normal, TruncatedNormal
 from diffmbrl.planners.ilqr import DDP, ILQR
+from diffmbrl.planners.implicit import Optimum, implicit, optimal
 from diffmbrl.planners.models import Expansion, FirstOrder, SecondOrder, expansion
+from diffmbrl.planners.multiple_shooting import MultipleShooting
 from diffmbrl.planners.refit import CEM, MPPI, Best, EffectiveSize
 from diffmbrl.planners.sampling import Sampling
 from diffmbrl.planners.scoring import scores
@@ -25,8 +27,10 @@ __all__ = [
     "Even",
     "Expansion",
     "FirstOrder",
+    "MultipleShooting",
     "Normal",
     "OneByOne",
+    "Optimum",
     "Parallel",
     "Plans",
     "Projection",
@@ -39,6 +43,8 @@ __all__ = [
     "Together",
     "TruncatedNormal",
     "expansion",
+    "implicit",
+    "optimal",
     "plans",
     "scores",
 ]

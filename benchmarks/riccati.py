@@ -1,0 +1,147 @@
+"""The Riccati sweep by scan and by associative scan, and what an implicit gradient costs beside the solve.
+
+Two tables. The sweeps on random LQR problems of n states and max(1, n / 3) actions, float32, with compile time. Then iLQR to
+0.1% of its optimum on the systems of trajectory_problems.py, float64, T = 100, against the gradient of one function of its
+plan with respect to the start and every leaf of the task; the gradient's error is its distance to central differences of
+neighbours solved anew.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffmbrl as d
+from benchmarks.record import save, table
+from benchmarks.timing import compile_seconds, medians
+from benchmarks.trajectory_problems import PROBLEMS, problem
+from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.linearize import Linearization, linearize, riccati
+from diffmbrl.parallel_riccati import parallel_riccati
+
+MOST = {"pendulum": 100, "cart-pole": 400, "quadrotor": 60}  # updates in which iLQR converges
+
+
+def run(*, quick: bool) -> None:
+    sweeps = _sweeps((100,) if quick else (100, 1000), (2, 4) if quick else (2, 4, 12))
+    with jax.enable_x64(True):
+        gradients = _gradients(["pendulum"] if quick else list(PROBLEMS), rounds=5 if quick else 9)
+    save("riccati", {"sweeps": sweeps, "implicit": gradients}, quick=quick)
+
+
+def _sweeps(horizons: tuple[int, ...], sizes: tuple[int, ...]) -> dict[str, Any]:
+    rows = []
+    for horizon in horizons:
+        for n in sizes:
+            m = max(1, n // 3)
+            task = d.tasks.random_lqr(jax.random.key(n), n, m, stability="marginal", horizon=horizon)
+            lin = jax.jit(_along)(task, task.initial(jax.random.key(0)))
+            damping = jnp.asarray(0.1, lin.A.dtype)
+            scanned, parallel = jax.jit(riccati), jax.jit(parallel_riccati)
+            compiling = [_cpu_seconds(f, lin, damping) for f in (scanned, parallel)]
+            seconds = medians(
+                {"scan": partial(scanned, lin, damping), "parallel": partial(parallel, lin, damping)}, rounds=9
+            )
+            apart = jnp.max(jnp.abs(scanned(lin, damping).K - parallel(lin, damping).K))
+            rows.append(
+                [f"{horizon}", f"{n}", seconds["scan"] * 1e3, seconds["parallel"] * 1e3]
+                + [seconds["parallel"] / seconds["scan"], *compiling, float(apart)]
+            )
+    head = ["T", "n", "scan ms", "parallel ms", "ratio", "scan compile CPU s", "parallel compile CPU s", "gains apart"]
+    print(f"The Riccati sweep, float32, {jax.default_backend()}\n\n{table(head, rows)}\n")
+    return {"device": jax.default_backend(), "columns": head, "rows": rows}
+
+
+def _along(task: d.Task, s0: jax.Array) -> Linearization:
+    return linearize(task, d.rollout(d.OpenLoop.zeros(task), task, s0))
+
+
+def _cpu_seconds(function: Any, *arguments: Any) -> float:
+    begun = time.process_time()
+    jax.block_until_ready(function(*arguments))
+    return time.process_time() - begun
+
+
+def _gradients(names: list[str], *, rounds: int) -> dict[str, Any]:
+    rows = []
+    for name in names:
+        task, planner = problem(name, 100), in_double(d.ILQR())
+        s0 = task.initial(jax.random.key(0)) + 0.03
+        rest = d.Affine.zeros(task)
+        plan, history = d.solve(planner, rest, task, s0, None, MOST[name])
+        J = history.info.J
+        updates = int(np.argmax(J - J[-1] >= -1e-3 * abs(J[-1])))
+        solving = jax.jit(partial(_solved, updates=updates))
+        gradient, values = jax.jit(jax.grad(_loss, argnums=(1, 2))), jax.jit(_loss)
+        compiling = compile_seconds(gradient, plan, task, s0)
+        jax.block_until_ready((solving(planner, rest, task, s0), values(plan, task, s0)))
+        seconds = medians(
+            {
+                "solve": partial(solving, planner, rest, task, s0),
+                "gradient": partial(gradient, plan, task, s0),
+                "value": partial(values, plan, task, s0),
+            },
+            rounds=rounds,
+        )
+        rows.append(
+            [name, f"{updates}", seconds["solve"] * 1e3, seconds["gradient"] * 1e3]
+            + [seconds["gradient"] / seconds["solve"], seconds["value"] / seconds["solve"]]
+            + [_error(gradient, plan, task, s0), compiling]
+        )
+    head = ["", "updates", "solve ms", "gradient ms", "of a solve", "its value", "error", "compile s"]
+    print(f"Implicit gradients of iLQR's plan, T = 100, float64\n\n{table(head, rows)}")
+    return {"columns": head, "rows": rows}
+
+
+def _solved(planner: Any, plan: Any, task: d.Task, s0: jax.Array, *, updates: int) -> Any:
+    def update(_, state):
+        return planner.update(*state, task, s0, key=None)[:2]
+
+    return jax.lax.fori_loop(0, updates, update, (plan, planner.init(plan, task)))[0]
+
+
+def _loss(plan: d.Affine, task: d.Task, s0: jax.Array) -> jax.Array:
+    """A function of actions and states in which every time step counts differently."""
+    out = d.implicit(plan, task, s0)
+    t = jnp.linspace(0.0, 1.0, task.horizon)
+    return jnp.sum(jnp.cos(3 * t)[:, None] * out.plan.a) + jnp.sum(jnp.sin(5 * t)[:, None] * out.plan.s) + out.J
+
+
+def _error(gradient: Any, plan: d.Affine, task: d.Task, s0: jax.Array) -> float:
+    """Of the derivatives in the reward's weights and the start, relative to the largest, against central differences."""
+    by_task, by_start = gradient(plan, task, s0)
+    eps, found, wanted = 1e-4, [], []
+    at_plan = jax.jit(lambda task, s0: _loss(_polished(plan, task, s0), task, s0))
+    for i in range(s0.size):
+        plus, minus = (at_plan(task, s0.at[i].add(sign * eps)) for sign in (1, -1))
+        found.append(by_start[i])
+        wanted.append((plus - minus) / (2 * eps))
+    w = task.reward.w  # type: ignore[attr-defined]
+    for i in range(w.size):
+        plus, minus = (
+            at_plan(eqx.tree_at(lambda t: t.reward.w, task, w.at[i].multiply(1 + sign * eps)), s0) for sign in (1, -1)
+        )
+        found.append(by_task.reward.w[i])
+        wanted.append((plus - minus) / (2 * eps * w[i]))
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def _polished(plan: d.Affine, task: d.Task, s0: jax.Array) -> d.Affine:
+    """The neighbour's own optimum: iLQR from the plan, since open loop a swing-up strays, then Newton's method."""
+    near = _solved(in_double(d.ILQR()), plan, task, s0, updates=60)
+    trajectory = d.rollout(near, task, s0)
+    shape = plan.a.shape
+
+    def newton(_, x):
+        def cost(x):
+            return -d.value(d.OpenLoop(x.reshape(shape)), task, s0)
+
+        return x - jnp.linalg.solve(jax.hessian(cost)(x), jax.grad(cost)(x))
+
+    a = jax.lax.fori_loop(0, 2, newton, trajectory.a.ravel()).reshape(shape)
+    return d.Affine(plan.K, a, d.rollout(d.OpenLoop(a), task, s0).s)

@@ -1,0 +1,291 @@
+"""Multiple shooting: states are variables too, gaps are closed, constraints are met."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from diffmbrl.core import Info, State, Task, Trajectory, count_work, parameter
+from diffmbrl.kkt import Step, solve_with_gaps
+from diffmbrl.linearize import Linearization, Sweep, linearize
+from diffmbrl.parallel_riccati import choose
+from diffmbrl.planners import augmented_lagrangian as constraint
+from diffmbrl.planners.augmented_lagrangian import Each
+from diffmbrl.policies import Affine
+from diffmbrl.rollout import returns, rollout
+
+
+class Progress(NamedTuple):
+    """What the next update needs."""
+
+    damping: Float[Array, ""]
+    weight: Float[Array, ""]  # of the gaps in the merit
+    penalty: Float[Array, ""]  # rho
+    tolerance: Float[Array, ""]  # relative gain below which the multipliers are renewed
+    unmet: Float[Array, ""]  # largest residual of a constraint when they last were
+    multipliers: Each
+
+
+class _Trial(NamedTuple):
+    """A state of the line search: the last trajectory tried and what it is worth."""
+
+    alpha: Float[Array, ""]
+    tried: Int[Array, ""]
+    accepted: Bool[Array, ""]
+    nonfinite: Int[Array, ""]
+    merit: Float[Array, ""]
+    trajectory: Trajectory
+    s: Float[Array, "T n"]
+
+
+class MultipleShooting(eqx.Module):
+    r"""Gap-closing DDP with an augmented Lagrangian for constraints.
+
+    The plan's `s` and `a` are the variables. The gaps $d_{t+1} = f(s_t, a_t) - s_{t+1}$, $d_0$ that of the start, enter the
+    Riccati sweep as affine terms, and a step of length alpha leaves the share 1 - alpha of each:
+
+    $$s_0' = s_0^{\rm given} - (1-\alpha)d_0,\quad a_t' = a_t + \alpha k_t + K_t(s_t' - s_t),\quad
+    s_{t+1}' = f(s_t', a_t') - (1-\alpha)d_{t+1}$$
+
+    alpha is the first of 1, 1/2, 1/4 ... that raises the merit $J - AL - \nu\sum|d|$ by at least `armijo` of what is
+    predicted, with nu as large as makes the step a direction of ascent. A trajectory of states that the dynamics do not
+    follow is a fine start: `Affine(K, a, s)` with K = 0. Once a full step is taken no gap is left and J is iLQR's; without
+    constraints a plan without gaps is then never made worse.
+
+    The task's `constraints` and the finite limits of its actions are met by an augmented Lagrangian. Its multipliers and
+    penalty are renewed whenever the predicted gain falls below a tolerance, which falls with each renewal; the penalty grows
+    by `growth` when a constraint's residual has not fallen by four. Of constraints that cannot be met, `Info.violation` says
+    by how much.
+
+    `Info.J` is the return of following the plan from the start, and `Info.violation` the largest violation on the way;
+    `Info.merit` is the merit of the plan's own states and actions, gaps included. `Info.gradient_norm` is the norm of the KKT
+    residual: the Lagrangian's gradient in the actions, the gaps, and h and min(-g, multiplier) of the constraints.
+
+    Shapes: `s0` of one start; the plan's leaves [T, ...]; `vmap` for many. Cost: iLQR's and three linear passes.
+    Raises: `TypeError` if the policy is not an `Affine` plan; `ValueError` if the task's episodes can end.
+    Reference: Mastalli et al. 2020 (Crocoddyl), section III; Nocedal and Wright 2006, section 18.3 for nu and 17.4 for
+    the multipliers; Howell, Jackson, Manchester 2019.
+
+    >>> from diffmbrl import solve, tasks
+    >>> task = tasks.lqr(horizon=20)
+    >>> s0 = task.initial(jax.random.key(0))
+    >>> plan, history = solve(MultipleShooting(), Affine.zeros(task), task, s0, None, steps=2)
+    >>> bool(history.info.accepted[0]), plan.K.shape
+    (True, (20, 1, 2))
+    """
+
+    smallest: Float[Array, ""] = parameter(1e-8)
+    factor: Float[Array, ""] = parameter(4.0)
+    armijo: Float[Array, ""] = parameter(1e-4)
+    penalty: Float[Array, ""] = parameter(10.0)
+    growth: Float[Array, ""] = parameter(5.0)
+    largest: Float[Array, ""] = parameter(1e3)  # of the penalty; of multipliers, its square
+    tolerance: Float[Array, ""] = parameter(1e-2)
+    trials: int = eqx.field(static=True, default=10)
+
+    @property
+    def kind(self) -> str:
+        """It takes one start."""
+        return "plan"
+
+    def init(self, policy: Any, task: Task) -> Progress:
+        if not isinstance(policy, Affine):
+            got = type(policy).__name__
+            raise TypeError(f"MultipleShooting improves an Affine plan, such as Affine.zeros(task); got {got}")
+        if task.done is not None:
+            raise ValueError(
+                f"episodes of task '{task.name}' can end (task.done); MultipleShooting plans to the horizon"
+            )
+        dtype = policy.a.dtype
+        zero = jnp.zeros((), dtype)
+        s0 = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), task.state_shape)
+        return Progress(
+            damping=zero,
+            weight=zero,
+            penalty=self.penalty.astype(dtype),
+            tolerance=self.tolerance.astype(dtype),
+            unmet=jnp.full((), jnp.inf, dtype),
+            multipliers=constraint.none(task, s0, dtype),
+        )
+
+    def update(
+        self, policy: Affine, carry: Progress, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Affine, Progress, Info]:
+        followed = rollout(policy, task, s0, key)
+        J = returns(followed, task)
+        nodes, gaps = _nodes(policy, task, s0, key)
+        values = constraint.along(task, nodes)
+        forces = constraint.estimates(values, carry.multipliers, carry.penalty)
+        lin, first = constraint.with_constraints(linearize(task, nodes, key), task, nodes, forces, carry.penalty)
+        sweeps = choose(task.horizon)
+        damping, sweep, count = self._sweep(lin, carry.damping, sweeps)
+        step = solve_with_gaps(lin, sweep, gaps, damping=damping, sweeps=sweeps)
+
+        total = jnp.sum(jnp.abs(gaps))
+        slope, curvature = _model(lin, step)
+        # Nocedal and Wright (18.36), with their rho at 1/2.
+        needed = jnp.where(total > 0, (slope + curvature / 2) / jnp.where(total > 0, total / 2, 1.0), 0.0)
+        weight = jnp.maximum(carry.weight, needed.astype(J.dtype))
+        descent = slope - weight * total
+        merit = returns(nodes, task) - constraint.cost(values, carry.multipliers, carry.penalty) - weight * total
+
+        def worth(trajectory: Trajectory, share: Array) -> Array:
+            added = constraint.cost(constraint.along(task, trajectory), carry.multipliers, carry.penalty)
+            return returns(trajectory, task) - added - weight * share * total
+
+        # Where constraints press, J is no longer what must not fall, and rounding of a merit with a large penalty would end
+        # the search long before the KKT residual is small.
+        pressed = jnp.any(jnp.concatenate([y.ravel() != 0 for y in jax.tree.leaves(forces)]))
+        slack = jnp.where(pressed, 10 * jnp.finfo(J.dtype).eps * (1 + jnp.abs(merit)), 0.0).astype(J.dtype)
+        trial = self._search(policy, nodes, gaps, sweep, step, (merit, descent, slack, worth), task, s0, key)
+        zero_gain = jnp.zeros_like(sweep.K)
+        gradient = sweeps.adjoint(first.A, first.B, zero_gain, first.c_s, first.c_a, first.c_T)
+        unmet = jax.tree.leaves(constraint.residual(values, forces))
+        norm = jnp.sqrt(sum(jnp.sum(x**2) for x in [gradient, gaps, *unmet]))
+        finite = jnp.isfinite(J) & jnp.isfinite(norm) & jnp.isfinite(merit)
+        accepted = trial.accepted & finite & sweep.definite
+        # Gains belong to states near the plan's. While gaps are open it does not visit them, and feedback may blow up.
+        gains = jnp.where((total > 0) & (trial.alpha < 1), jnp.zeros_like(sweep.K), sweep.K)
+        plan = _where(accepted, Affine(gains, trial.trajectory.a, trial.s), policy)
+
+        # As iLQR: a full step lowers the damping, a failed search raises it; below `smallest` it is nothing.
+        lower = jnp.where(damping / self.factor < self.smallest, 0.0, damping / self.factor)
+        adapted = jnp.where(accepted, jnp.where(trial.tried <= 2, lower, damping), self._raised(damping))
+        reached = _where(accepted, trial.trajectory, nodes)
+        progress = carry._replace(damping=adapted.astype(J.dtype), weight=weight)
+        least = jnp.maximum(carry.tolerance, 10 * jnp.finfo(J.dtype).eps) * (1 + jnp.abs(merit))
+        slight = (-descent / 2 <= least) | (accepted & (trial.merit - merit <= least))
+        progress = _where(slight, self._renewed(progress, constraint.along(task, reached)), progress)
+        carry = _where(finite, progress, carry)  # what is not finite says nothing
+        T = task.horizon
+        info = Info(
+            J=J,
+            gradient_norm=norm,
+            accepted=accepted,
+            damping=damping,
+            inner_iterations=count + trial.tried,
+            nonfinite=trial.nonfinite + (~finite).astype(jnp.int32),
+            work=count_work(
+                forward=T * (2 + trial.tried), jvp=T * (task.n + task.m), sequential=5 + count + trial.tried
+            ),
+            violation=constraint.violation(constraint.along(task, followed)),
+            merit=merit,
+        )
+        return plan, carry, info
+
+    def _raised(self, damping: Array) -> Array:
+        raised = jnp.maximum(damping * self.factor**2, self.smallest * self.factor**4)
+        return jnp.minimum(raised, 1 / jnp.finfo(damping.dtype).eps).astype(damping.dtype)
+
+    def _sweep(self, lin: Linearization, damping: Array, sweeps: Any) -> tuple[Array, Sweep, Array]:
+        """A Riccati sweep whose action Hessians are positive definite, with as much damping as that takes."""
+
+        def again(state):
+            _, sweep, count = state
+            return ~sweep.definite & (count < 20)
+
+        def raise_damping(state):
+            damping, _, count = state
+            damping = self._raised(damping)
+            return damping, sweeps.riccati(lin, damping), count + 1
+
+        start = damping, sweeps.riccati(lin, damping), jnp.ones((), jnp.int32)
+        return jax.lax.while_loop(again, raise_damping, start)
+
+    def _search(
+        self, policy: Affine, nodes: Trajectory, gaps: Array, sweep: Sweep, step: Step, model: Any, task: Task,
+        s0: State, key: Any,
+    ) -> _Trial:  # fmt: skip
+        """Step lengths one after another: on a CPU cheaper than all at once, since the first mostly holds."""
+        merit, descent, slack, worth = model
+
+        def attempt(trial: _Trial) -> _Trial:
+            alpha = jnp.where(trial.tried == 0, 1.0, trial.alpha / 2).astype(merit.dtype)
+            plan = Affine(sweep.K, policy.a + alpha * step.k, policy.s)
+            trajectory, s = _shoot(plan, (1 - alpha) * gaps, task, s0, key)
+            reached = worth(trajectory, 1 - alpha)
+            finite = jnp.isfinite(reached)
+            enough = reached - merit >= -self.armijo.astype(merit.dtype) * alpha * descent - slack
+            return _Trial(
+                alpha,
+                trial.tried + 1,
+                finite & enough & (reached >= merit - slack),
+                trial.nonfinite + (~finite).astype(jnp.int32),
+                reached,
+                trajectory,
+                s,
+            )
+
+        zero = jnp.zeros((), jnp.int32)
+        start = _Trial(jnp.ones((), merit.dtype), zero, jnp.array(False), zero, merit, nodes, policy.s)
+        return jax.lax.while_loop(lambda trial: ~trial.accepted & (trial.tried < self.trials), attempt, start)
+
+    def _renewed(self, carry: Progress, values: Each) -> Progress:
+        """Better multipliers; a larger penalty if the constraints' residual fell too little since the last time."""
+        forces = constraint.estimates(values, carry.multipliers, carry.penalty)
+        largest = self.largest.astype(carry.penalty.dtype)
+        moved = jax.tree.map(lambda new, old: (new - old) / carry.penalty, forces, carry.multipliers)
+        unmet = jnp.max(jnp.concatenate([jnp.abs(x).ravel() for x in jax.tree.leaves(moved)]), initial=0.0)
+        penalty = jnp.where(unmet > carry.unmet / 4, jnp.minimum(carry.penalty * self.growth, largest), carry.penalty)
+        renewed = carry._replace(
+            penalty=penalty.astype(carry.penalty.dtype),
+            tolerance=(carry.tolerance / 10).astype(carry.tolerance.dtype),
+            unmet=unmet,
+            multipliers=constraint.bounded(forces, largest**2),
+        )
+        # Met to rounding: to go on would raise the penalty for ever and let the multipliers drift with the noise.
+        return _where(unmet > jnp.finfo(unmet.dtype).eps ** 0.75, renewed, carry)
+
+
+def _nodes(policy: Affine, task: Task, s0: State, key: Any) -> tuple[Trajectory, Float[Array, "T1 n"]]:
+    """The plan's own states and actions as a trajectory, and its gaps d_0 .. d_T; d_T is 0, s_T being no variable of a plan."""
+    given, unravel = ravel_pytree(s0)
+
+    def step(s, a, t):
+        state = unravel(s)
+        key_s = None if key is None else jax.random.split(jax.random.fold_in(key, t))[1]
+        return ravel_pytree(task.dynamics(state, a, key=key_s))[0], task.reward(state, a)
+
+    with jax.default_matmul_precision("highest"):
+        after, r = jax.vmap(step)(policy.s, policy.a, jnp.arange(task.horizon))
+    before = jnp.concatenate([given[None], after[:-1]])
+    gaps = before - policy.s
+    # Rounding is no gap: the trial that closed it was a scan, whose arithmetic may be compiled otherwise.
+    small = 16 * jnp.finfo(gaps.dtype).eps * (1 + jnp.abs(before))
+    gaps = jnp.where(jnp.abs(gaps) <= small, jnp.zeros_like(gaps), gaps)
+    alive = jnp.ones(task.horizon + 1, bool)
+    nodes = Trajectory(jax.vmap(unravel)(policy.s), policy.a, r, alive, unravel(after[-1]))
+    return nodes, jnp.concatenate([gaps, jnp.zeros_like(gaps[:1])])
+
+
+def _shoot(plan: Affine, left: Float[Array, "T1 n"], task: Task, s0: State, key: Any) -> tuple[Trajectory, Array]:
+    """The closed loop with gaps of its own: the trajectory that leaves them as they are given. And its flat states."""
+    given, unravel = ravel_pytree(s0)
+
+    def step(x, inputs):
+        plan_t, gap, t = inputs
+        s, a = unravel(x), plan_t(x)
+        key_s = None if key is None else jax.random.split(jax.random.fold_in(key, t))[1]
+        with jax.default_matmul_precision("highest"):
+            r, after = task.reward(s, a), ravel_pytree(task.dynamics(s, a, key=key_s))[0]
+        return after - gap, (x, a, r)
+
+    times = jnp.arange(task.horizon)
+    last, (x, a, r) = jax.lax.scan(step, given - left[0], (plan, left[1:], times))
+    return Trajectory(jax.vmap(unravel)(x), a, r, jnp.ones(task.horizon + 1, bool), unravel(last)), x
+
+
+def _model(lin: Linearization, step: Step) -> tuple[Array, Array]:
+    """c' z and z' H z of the cost, the constraints' included, along the full step."""
+    z = jnp.concatenate([step.s, step.a], axis=1)
+    c = jnp.concatenate([lin.c_s, lin.c_a], axis=1)
+    Hz = jnp.einsum("tij,tj->ti", lin.H, z, precision="highest")
+    slope = jnp.sum(c * z) + jnp.sum(lin.c_T * step.s_T)
+    return slope, jnp.sum(z * Hz) + jnp.einsum("i,ij,j->", step.s_T, lin.H_T, step.s_T, precision="highest")
+
+
+def _where(condition: Array, x: Any, y: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
