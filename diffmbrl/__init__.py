@@ -31,7 +31,7 @@ from diffmbrl.optimizers import (
     SquareRoot,
     TrustRegion,
 )
-from diffmbrl.planners import ILQR
+from diffmbrl.planners import ILQR, MPC, Ending, Predicted, Receding, Unaware, control
 from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
 from diffmbrl.rollout import expected, returns, rollout, rollouts, value, values
 from diffmbrl.solve import History, iterate, solve
@@ -44,12 +44,14 @@ __all__ = [
     "ILQR",
     "LSTM",
     "MLP",
+    "MPC",
     "Affine",
     "Consensus",
     "Constraints",
     "Continuation",
     "Dense",
     "Descend",
+    "Ending",
     "GaussNewton",
     "Gaussian",
     "History",
@@ -63,15 +65,19 @@ __all__ = [
     "NewtonCG",
     "OpenLoop",
     "Path",
+    "Predicted",
     "Preconditioned",
     "Radii",
+    "Receding",
     "Sampled",
     "Sigma",
     "SquareRoot",
     "Task",
     "Trajectory",
     "TrustRegion",
+    "Unaware",
     "Work",
+    "control",
     "expected",
     "iterate",
     "returns",

@@ -197,6 +197,11 @@ class Continuation(eqx.Module):
         made = jnp.where(over, 0, made + 1)
         return policy, ContinuationCarry(inner, updates + 1, stage + over.astype(jnp.int32), made, mark), info
 
+    def shift(self, carry: ContinuationCarry) -> ContinuationCarry:
+        """The carry one time step on, for a plan that is shifted: the inner solver's, if it does that."""
+        shift = getattr(self.solver, "shift", None)
+        return carry if shift is None else carry._replace(inner=shift(carry.inner))
+
     def in_force(
         self, policy: Any, task: Task, s0: State, stage: Int[Array, ""] | int, *, key: PRNGKeyArray | None = None
     ) -> Task:
