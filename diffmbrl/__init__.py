@@ -31,7 +31,7 @@ from diffmbrl.optimizers import (
     SquareRoot,
     TrustRegion,
 )
-from diffmbrl.planners import ILQR, MPC, Ending, Predicted, Receding, Unaware, control
+from diffmbrl.planners import ILQR, MPC, Ending, Predicted, Receding, Unaware, act, control
 from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
 from diffmbrl.rollout import expected, returns, rollout, rollouts, value, values
 from diffmbrl.solve import History, iterate, solve
@@ -65,8 +65,8 @@ __all__ = [
     "NewtonCG",
     "OpenLoop",
     "Path",
-    "Predicted",
     "Preconditioned",
+    "Predicted",
     "Radii",
     "Receding",
     "Sampled",
@@ -77,6 +77,7 @@ __all__ = [
     "TrustRegion",
     "Unaware",
     "Work",
+    "act",
     "control",
     "expected",
     "iterate",

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from diffmbrl.core import Info, State, Task, Trajectory, is_concrete, is_plan
+from diffmbrl.core import Info, State, Task, Trajectory, as_float, is_concrete, is_plan
 from diffmbrl.planners.windows import Ending
 from diffmbrl.policies import Affine, centre_and_half
 from diffmbrl.rollout import recorded
 from diffmbrl.tasks.plant import Delayed
 from diffmbrl.tasks.squash import squashed
+
+LOGIT_COST = 0.1  # a second, of actions squashed into their limits
 
 
 class Memory(NamedTuple):
@@ -45,7 +47,7 @@ class MPC(eqx.Module):
 
     Shapes: as its task's. Cost of a step: k updates of the planner. Raises: `TypeError` if `planner` is not of kind "plan",
     `ValueError` if `horizon`, `iterations` or `first` is below 1.
-    Reference: Mayne, Rawlings, Rao, Scokaert 2000; Diehl, Bock, Schloeder 2005 (one iteration a step); Tassa, Erez, Todorov 2012.
+    Reference: Mayne, Rawlings, Rao, Scokaert 2000; Diehl, Bock, Schloeder 2005 (one iteration a step).
 
     >>> import jax
     >>> from diffmbrl import ILQR, rollout, tasks
@@ -79,12 +81,14 @@ class MPC(eqx.Module):
         plan: Any = None,
         window: Any = None,
         seen: Any = None,
+        logit_cost: Any = LOGIT_COST,
         key: PRNGKeyArray | None = None,
     ) -> "MPC":
         """A controller that plans `horizon` steps of `model`, with `iterations` updates a step (`first` in the first one).
 
         `plan` is what it begins with, for the planning task (`Affine.zeros` by default; `planning_task` gives the task);
-        `window` is `Ending()` unless given; `seen`, what it makes of the plant's state, is `Exact()`.
+        `window` is `Ending()` unless given; `seen`, what it makes of the plant's state, is `Exact()`; `logit_cost` is that of
+        `planning_task`.
         """
         if getattr(planner, "kind", None) != "plan":
             raise TypeError(f"MPC plans with a solver of kind 'plan', such as ILQR(); got {type(planner).__name__}")
@@ -93,7 +97,7 @@ class MPC(eqx.Module):
             if is_concrete(number) and int(number) < 1:
                 raise ValueError(f"{name} must be at least 1 update, got {number}")
         window, seen = Ending() if window is None else window, Exact() if seen is None else seen
-        task = planning_task(model, horizon, window=window)
+        task = planning_task(model, horizon, window=window, logit_cost=logit_cost)
         plan = Affine.zeros(task) if plan is None else plan
         if not is_plan(plan) or jax.tree.leaves(plan)[0].shape[0] != horizon:
             raise ValueError(
@@ -106,7 +110,9 @@ class MPC(eqx.Module):
     def start(self, task: Task) -> Memory:
         """The memory at the start of an episode of `task`."""
         if task.weights.ndim != 1:
-            raise ValueError(f"an MPC takes one start: task.weights must have shape [T+1], got {list(task.weights.shape)}")
+            raise ValueError(
+                f"an MPC takes one start: task.weights must have shape [T+1], got {list(task.weights.shape)}"
+            )
         carry, t = self.planner.init(self.plan, self.model), jnp.zeros((), jnp.int32)
         window = self.window.at(self.model, task.weights, t)
         s0 = jax.eval_shape(self.model.initial, jax.random.key(0))
@@ -114,7 +120,7 @@ class MPC(eqx.Module):
         return Memory(self.plan, carry, task.weights, t, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info))
 
     def step(self, memory: Memory, s: State, *, key: PRNGKeyArray | None = None) -> tuple[Array, Memory]:
-        """The action in state s, and the memory for the next step: with `jax.jit`, all that a controller calls."""
+        """The action in state s, and the memory for the next step (`act` is the same, compiled)."""
         plan, carry, weights, t, blank = memory
         s, ahead = self.seen(s)
         window = self.window.at(self.model, weights, t + ahead)
@@ -147,6 +153,22 @@ class MPC(eqx.Module):
         return jnp.where(inside, centre + half * jnp.tanh(z), z)
 
 
+@jax.jit
+def act(mpc: MPC, memory: Memory, s: State, key: PRNGKeyArray | None = None) -> tuple[Array, Memory]:
+    """One step, compiled once for all numbers: what a real controller calls.
+
+    >>> import jax
+    >>> from diffmbrl import ILQR, tasks
+    >>> task = tasks.pendulum_swingup()
+    >>> mpc = MPC.init(ILQR(), task, horizon=20)
+    >>> memory = mpc.start(task)
+    >>> a, memory = act(mpc, memory, task.initial(jax.random.key(0)))
+    >>> a.shape, int(memory.t)
+    ((1,), 1)
+    """
+    return mpc.step(memory, s, key=key)
+
+
 class Exact(eqx.Module):
     """The state as the plant has it, now."""
 
@@ -174,12 +196,28 @@ class Predicted(eqx.Module):
         return ahead, s.queue.shape[0]
 
 
-def planning_task(model: Task, horizon: int, *, window: Any = None) -> Task:
-    """The task that an MPC's planner solves: `horizon` steps of `model`, its action limits moved into the plant.
+def planning_task(model: Task, horizon: int, *, window: Any = None, logit_cost: Any = LOGIT_COST) -> Task:
+    r"""The task that an MPC's planner solves: `horizon` steps of `model`, its action limits moved into the plant.
 
+    A limited action's logit z costs $\tfrac{1}{2} c\,dt\,z^2$ more: a plan that is warm started for hundreds of steps otherwise
+    drifts to logits of hundreds, where tanh has no slope left and no planner comes back from. Median return of iLQR with H = 50
+    and 3 updates a step on `cartpole-swingup`, 16 starts: -3360 without, -21.5, -19.3 and -12.1 with c = .001, .01 and .1.
     Raises: `ValueError` if the horizon is below 1.
     """
-    return (Ending() if window is None else window).task(squashed(model), horizon)
+    inside = squashed(model)
+    if inside is not model:
+        cost = as_float(logit_cost) * jnp.asarray(model.dt, model.a_low.dtype)
+        limited = (jnp.isfinite(model.a_low) & jnp.isfinite(model.a_high)).astype(model.a_low.dtype)
+        inside = eqx.tree_at(lambda t: t.reward, inside, _Leashed(inside.reward, cost * limited))
+    return (Ending() if window is None else window).task(inside, horizon)
+
+
+class _Leashed(eqx.Module):
+    inner: Any
+    cost: Float[Array, " m"]
+
+    def __call__(self, s: State, a: Float[Array, " m"]) -> Float[Array, ""]:
+        return self.inner(s, a) - jnp.sum(self.cost * a**2) / 2
 
 
 def shifted(plan: PyTree) -> PyTree:
@@ -187,9 +225,7 @@ def shifted(plan: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.concatenate([x[1:], x[-1:]]), plan)
 
 
-def control(
-    mpc: MPC, task: Task, s0: State, key: PRNGKeyArray | None = None
-) -> tuple[Trajectory, Info]:
+def control(mpc: MPC, task: Task, s0: State, key: PRNGKeyArray | None = None) -> tuple[Trajectory, Info]:
     """The rollout of a controller, and what its planner said at each step: `Info` with a leading axis of T."""
     return recorded(mpc, task, s0, key, keep=lambda memory: memory.info)
 

@@ -9,7 +9,7 @@ at the end. Two windows differ in what they make of the episode's end:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
