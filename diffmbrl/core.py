@@ -134,6 +134,11 @@ def renewed(solver: Solver, policy: Any, carry: Any, task: Any) -> Any:
     return solver.init(policy, task) if renew is None else renew(policy, carry, task)
 
 
+def keeps_limits(solver: Any) -> bool:
+    """Whether a solver keeps the actions of its plans within the task's limits; others plan on `tasks.squashed(task)`."""
+    return getattr(solver, "keeps_limits", False)
+
+
 @runtime_checkable
 class Gradient(Protocol):
     """An estimator of dJ/dtheta: `(policy, task, s0 [B, ...], key) -> J, dJ/dpi` (a pytree like the policy)."""

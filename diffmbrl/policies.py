@@ -154,6 +154,11 @@ class Affine(eqx.Module):
         return self.a + jnp.sum(self.K * (x - self.s), axis=-1)
 
 
+def first_plan(solver: Any, task: Task) -> Any:
+    """The plan that a planner starts from: its own `start(task)` if it has one, or else `Affine.zeros(task)`."""
+    return getattr(solver, "start", Affine.zeros)(task)
+
+
 def squash(z: Float[Array, " m"], low: Any, high: Any) -> Float[Array, " m"]:
     r"""$c + h\tanh z$ with the limits' centre c and half width h; z itself where the limits are infinite."""
     finite = np.isfinite(low) & np.isfinite(high)

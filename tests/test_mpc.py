@@ -268,7 +268,7 @@ def test_limits_are_kept_and_lanes_evaluate_it():
 
 def test_a_window_beyond_an_episodes_end_of_its_own():
     task = bent(ends=True)
-    trajectory, info = watch(MPC.init(ILQR(), task, horizon=5), task, jnp.array([1.2, 2.0]))
+    trajectory, _ = watch(MPC.init(ILQR(), task, horizon=5), task, jnp.array([1.2, 2.0]))
     assert not bool(trajectory.alive[-1])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((trajectory.s, trajectory.a, trajectory.r)))
 
@@ -307,7 +307,7 @@ class Drawing(eqx.Module):
 
 def test_a_planner_that_draws_has_fresh_keys_and_its_carry_is_shifted():
     task = bent()
-    plan = OpenLoop.zeros(planning_task(task, 3))
+    plan = OpenLoop.zeros(planning_task(ILQR(), task, 3))
     mpc = MPC.init(Drawing(), task, horizon=3, plan=plan, key=jax.random.key(0))
     s0 = jnp.array([0.4, 0.1])
     a, again, keyed = (np.asarray(follow(mpc, task, s0, key).a) for key in (None, None, jax.random.key(1)))
@@ -318,7 +318,7 @@ def test_a_planner_that_draws_has_fresh_keys_and_its_carry_is_shifted():
     assert float(memory.carry) == 1
     # In a continuation too, and one whose inner solver does not shift keeps its carry.
     assert float(Continuation.growing(Drawing(), 4, horizon=3).shift(
-        Continuation.growing(Drawing(), 4, horizon=3).init(plan, planning_task(task, 3))).inner) == 1  # fmt: skip
+        Continuation.growing(Drawing(), 4, horizon=3).init(plan, planning_task(ILQR(), task, 3))).inner) == 1  # fmt: skip
     with pytest.raises(ValueError, match="a key is needed"):
         follow(MPC.init(Drawing(), task, horizon=3, plan=plan), task, s0)
 
@@ -341,13 +341,13 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="first must be at least 1 update, got -1"):
         MPC.init(ILQR(), task, horizon=3, first=-1)
     with pytest.raises(ValueError, match="plan must be a plan of 3 steps"):
-        MPC.init(ILQR(), task, horizon=3, plan=Affine.zeros(planning_task(task, 4)))
+        MPC.init(ILQR(), task, horizon=3, plan=Affine.zeros(planning_task(ILQR(), task, 4)))
     with pytest.raises(ValueError, match="steps of delay must be a whole number of at least 1, got 0"):
         delayed(task, steps=0)
     with pytest.raises(ValueError, match="std of the noise must be finite and not negative, got -1"):
         noisy(task, std=-1.0)
     mpc = MPC.init(ILQR(), task, horizon=3)
-    with pytest.raises(ValueError, match="one start: task.weights must have shape"):
+    with pytest.raises(ValueError, match=r"one start: task\.weights must have shape"):
         rollout(mpc, eqx.tree_at(lambda t: t.weights, task, jnp.ones((2, 9))), jnp.zeros(2))
     assert is_stateful(mpc) and not is_stateful(OpenLoop.zeros(task))
 

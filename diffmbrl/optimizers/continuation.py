@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, Work, count_work, renewed, reweighted
+from diffmbrl.core import Info, Solver, State, Task, Work, count_work, keeps_limits, renewed, reweighted
+from diffmbrl.policies import first_plan
 from diffmbrl.sensitivity import growth, sensitivity, trust
 
 DISCOUNTS = (0.8, 0.9, 0.95, 0.98, 1.0)
@@ -171,6 +172,15 @@ class Continuation(eqx.Module):
     def kind(self) -> str:
         """The inner solver's."""
         return self.solver.kind
+
+    @property
+    def keeps_limits(self) -> bool:
+        """The inner solver's."""
+        return keeps_limits(self.solver)
+
+    def start(self, task: Task) -> Any:
+        """The inner planner's first plan."""
+        return first_plan(self.solver, task)
 
     def init(self, policy: Any, task: Task) -> ContinuationCarry:
         zero = jnp.zeros((), jnp.int32)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from diffmbrl.core import Info, State, Task, Trajectory, as_float, is_concrete, is_plan
+from diffmbrl.core import Info, State, Task, Trajectory, as_float, is_concrete, is_plan, keeps_limits
 from diffmbrl.planners.windows import Ending
-from diffmbrl.policies import Affine, centre_and_half
+from diffmbrl.policies import centre_and_half, first_plan
 from diffmbrl.rollout import recorded
 from diffmbrl.tasks.plant import Delayed
 from diffmbrl.tasks.squash import squashed
@@ -43,7 +43,7 @@ class MPC(eqx.Module):
 
     A planner that draws needs `key`; it gets a fresh one at each update, which differs by the rollout's too. Without `key` the
     planner gets none, and so plans without the model's noise.
-    Action limits are the model's, moved into it by `squashed` for the planner and applied to what comes out.
+    Action limits are the model's: the planner keeps them, or they are moved into the model by `squashed` (`planning_task`).
 
     Shapes: as its task's. Cost of a step: k updates of the planner. Raises: `TypeError` if `planner` is not of kind "plan",
     `ValueError` if `horizon`, `iterations` or `first` is below 1.
@@ -86,7 +86,7 @@ class MPC(eqx.Module):
     ) -> "MPC":
         """A controller that plans `horizon` steps of `model`, with `iterations` updates a step (`first` in the first one).
 
-        `plan` is what it begins with, for the planning task (`Affine.zeros` by default; `planning_task` gives the task);
+        `plan` is what it begins with, for the planning task (`first_plan` by default; `planning_task` gives the task);
         `window` is `Ending()` unless given; `seen`, what it makes of the plant's state, is `Exact()`; `logit_cost` is that of
         `planning_task`.
         """
@@ -97,8 +97,8 @@ class MPC(eqx.Module):
             if is_concrete(number) and int(number) < 1:
                 raise ValueError(f"{name} must be at least 1 update, got {number}")
         window, seen = Ending() if window is None else window, Exact() if seen is None else seen
-        task = planning_task(model, horizon, window=window, logit_cost=logit_cost)
-        plan = Affine.zeros(task) if plan is None else plan
+        task = planning_task(planner, model, horizon, window=window, logit_cost=logit_cost)
+        plan = first_plan(planner, task) if plan is None else plan
         if not is_plan(plan) or jax.tree.leaves(plan)[0].shape[0] != horizon:
             raise ValueError(
                 f"plan must be a plan of {horizon} steps for `planning_task`; got {type(plan).__name__} with leaves "
@@ -196,15 +196,16 @@ class Predicted(eqx.Module):
         return ahead, s.queue.shape[0]
 
 
-def planning_task(model: Task, horizon: int, *, window: Any = None, logit_cost: Any = LOGIT_COST) -> Task:
-    r"""The task that an MPC's planner solves: `horizon` steps of `model`, its action limits moved into the plant.
+def planning_task(planner: Any, model: Task, horizon: int, *, window: Any = None, logit_cost: Any = LOGIT_COST) -> Task:
+    r"""The task that an MPC's planner solves: `horizon` steps of `model`.
 
-    A limited action's logit z costs $\tfrac{1}{2} c\,dt\,z^2$ more: a plan that is warm started for hundreds of steps otherwise
-    drifts to logits of hundreds, where tanh has no slope left and no planner comes back from. Median return of iLQR with H = 50
+    For a planner that does not keep action limits (`core.keeps_limits`) they are moved into the plant, and the logit z of a
+    limited action costs $\tfrac{1}{2} c\,dt\,z^2$ more: a plan that is warm started for hundreds of steps otherwise drifts to
+    logits of hundreds, where tanh has no slope left, and no planner comes back from there. Median return of iLQR with H = 50
     and 3 updates a step on `cartpole-swingup`, 16 starts: -3360 without, -21.5, -19.3 and -12.1 with c = .001, .01 and .1.
     Raises: `ValueError` if the horizon is below 1.
     """
-    inside = squashed(model)
+    inside = model if keeps_limits(planner) else squashed(model)
     if inside is not model:
         cost = as_float(logit_cost) * jnp.asarray(model.dt, model.a_low.dtype)
         limited = (jnp.isfinite(model.a_low) & jnp.isfinite(model.a_high)).astype(model.a_low.dtype)
