@@ -5,11 +5,19 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from diffmbrl.core import Task
+from diffmbrl.tasks import drawing
+from diffmbrl.tasks.acrobot import acrobot
+from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
+from diffmbrl.tasks.double_pendulum import double_pendulum
 from diffmbrl.tasks.linear import lqr
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
+from diffmbrl.tasks.quadrotor import quadrotor, quadrotor_waypoint
 from diffmbrl.tasks.quadrotor2d import quadrotor2d
+from diffmbrl.tasks.reacher import reacher
 
 
 class Row(NamedTuple):
@@ -22,15 +30,40 @@ class Row(NamedTuple):
         int  # steps to which a float32 gradient is right to 1%, up to 800: `python -m benchmarks safe_horizon`
     )
     hidden: tuple[int, ...]  # hidden layers of the default policy
+    states: tuple[str, ...]  # names and units of the n numbers of a state
+    actions: tuple[str, ...]  # and of the m of an action
+    draw: Callable[[Task, np.ndarray], list[drawing.Shape]]  # one state as shapes in metres
 
+
+ANGLES = ("first [rad]", "second [rad]", "first rate [rad/s]", "second rate [rad/s]")
+CART = ("x [m]", "angle [rad]", "v [m/s]", "w [rad/s]")
+PENDULUM = ("angle [rad]", "rate [rad/s]")
+FLIGHT = (
+    *("x [m]", "y [m]", "z [m]", "roll [rad]", "pitch [rad]", "yaw [rad]", "vx [m/s]", "vy [m/s]", "vz [m/s]"),
+    *("roll rate [rad/s]", "pitch rate [rad/s]", "yaw rate [rad/s]"),
+)
+PLANE = ("x [m]", "z [m]", "pitch [rad]", "vx [m/s]", "vz [m/s]", "pitch rate [rad/s]")
+TWO_TORQUES = ("first torque [N m]", "second torque [N m]")
+THRUST = ("thrust [N]", "roll torque [N m]", "pitch torque [N m]", "yaw torque [N m]")
+ROAD = ("x [m]", "y [m]", "heading [rad]", "speed [m/s]")
 
 TASKS: dict[str, Row] = {
-    "lqr": Row(lqr, True, True, 800, (16, 16)),
-    "pendulum": Row(pendulum, False, True, 50, (32, 32)),
-    "pendulum-swingup": Row(pendulum_swingup, True, True, 400, (32, 32)),
-    "cartpole-balance": Row(cartpole_balance, True, True, 50, (16, 16)),
-    "cartpole-swingup": Row(cartpole_swingup, True, True, 800, (32, 32)),
-    "quadrotor2d": Row(quadrotor2d, True, True, 800, (32, 32)),
+    "lqr": Row(lqr, True, True, 800, (16, 16), ("p [m]", "v [m/s]"), ("force [N]",), drawing.block),
+    "pendulum": Row(pendulum, False, True, 50, (32, 32), PENDULUM, ("torque [N m]",), drawing.pendulum),
+    "pendulum-swingup": Row(pendulum_swingup, True, True, 400, (32, 32), PENDULUM, ("logit",), drawing.pendulum),
+    "cartpole-balance": Row(cartpole_balance, True, True, 50, (16, 16), CART, ("force [N]",), drawing.cartpole),
+    "cartpole-swingup": Row(cartpole_swingup, True, True, 800, (32, 32), CART, ("force [N]",), drawing.cartpole),
+    "quadrotor2d": Row(
+        quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]"), drawing.quadrotor2d
+    ),
+    "acrobot": Row(acrobot, True, True, 0, (32, 32), ANGLES, ("elbow torque [N m]",), drawing.two_links),
+    "double-pendulum": Row(double_pendulum, True, True, 0, (32, 32), ANGLES, TWO_TORQUES, drawing.two_links),
+    "reacher": Row(
+        reacher, True, True, 0, (32, 32), (*ANGLES, "target x [m]", "target y [m]"), TWO_TORQUES, drawing.reacher
+    ),
+    "car": Row(car, True, True, 0, (32, 32), ROAD, ("steering [rad]", "acceleration [m/s^2]"), drawing.car),
+    "quadrotor": Row(quadrotor, True, True, 0, (32, 32), FLIGHT, THRUST, drawing.quadrotor),
+    "quadrotor-waypoint": Row(quadrotor_waypoint, True, True, 0, (32, 32), FLIGHT, THRUST, drawing.quadrotor),
 }
 
 

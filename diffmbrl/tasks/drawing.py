@@ -1,0 +1,181 @@
+"""What a state looks like: lines and circles in metres, y up, for figures and animations (`runs/animation.py`).
+
+A drawing is a function (task, s [n]) -> shapes, a field of the task's row. The number of shapes and of their points does not
+depend on the state. Lengths are read from the task's dynamics; one that has none, such as a learned model, is drawn with the
+defaults.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from diffmbrl.core import Task
+
+Array = np.ndarray
+GROUND, TARGET, OBSTACLE, BODY, ACCENT = ROLES = ("ground", "target", "obstacle", "body", "accent")
+
+
+class Line(NamedTuple):
+    """A line through points; closed where the last is the first."""
+
+    points: Array  # [k, 2]
+    role: str = BODY
+
+
+class Circle(NamedTuple):
+    """A disc."""
+
+    centre: Array  # [2]
+    radius: float
+    role: str = BODY
+
+
+Shape = Line | Circle
+
+
+def frames(task: Task, s: Array) -> list[list[Shape]]:
+    """The shapes of each state of a trajectory, `s` [T+1, n]: those of the task's row, else a phase plot.
+
+    Raises: `ValueError` if the states do not fit the task.
+
+    >>> from diffmbrl import tasks
+    >>> [[rod, *_]] = frames(tasks.pendulum(), np.zeros((1, 2)))
+    >>> rod.points.tolist()
+    [[0.0, 0.0], [0.0, 1.0]]
+    """
+    from diffmbrl.tasks.registry import TASKS  # which has the drawings in its rows
+
+    s = np.asarray(s, np.float64)
+    if s.ndim != 2 or s.shape[1] != task.n:
+        raise ValueError(f"states of task '{task.name}' must have shape [T+1, {task.n}], got {list(s.shape)}")
+    row = TASKS.get(task.name)
+    return phase(s) if row is None else [row.draw(task, state) for state in s]
+
+
+def phase(s: Array) -> list[list[Shape]]:
+    """The second state against the first (or the first against time), each scaled to [-1, 1], with a dot at the present."""
+    columns = s[:, :2] if s.shape[1] > 1 else np.column_stack([np.arange(len(s)), s])
+    finite = np.where(np.isfinite(columns), columns, np.nan)
+    low, high = np.nanmin(finite, axis=0), np.nanmax(finite, axis=0)
+    scaled = (columns - (low + high) / 2) / np.where(high > low, (high - low) / 2, 1.0)
+    return [[Line(scaled, GROUND), Circle(point, 0.04, ACCENT)] for point in scaled]
+
+
+def block(task: Task, s: Array) -> list[Shape]:
+    """The double integrator: a block on a table, and where it shall rest."""
+    return [_level(-1.5, 1.5), Line(np.array([[0, 0], [0, 0.3]]), TARGET), Line(_box(s[0], 0.1, 0.3, 0.2))]
+
+
+def pendulum(task: Task, s: Array) -> list[Shape]:
+    """A rod with its weight, and its pivot."""
+    length = _leaf(task, "l", 1.0)
+    tip = length * _from_top(s[0])
+    reach = _ring(length)
+    return [Line(np.stack([np.zeros(2), tip])), Circle(tip, 0.08, ACCENT), Circle(np.zeros(2), 0.03), Line(reach, GROUND)]
+
+
+def cartpole(task: Task, s: Array) -> list[Shape]:
+    """A cart on its rail, the pole and its weight."""
+    pivot = np.array([s[0], 0.0])
+    tip = pivot + _leaf(task, "l", 0.5) * _from_top(s[1])
+    cart = Line(_box(s[0], -0.06, 0.3, 0.12))
+    return [_level(-1.5, 1.5), cart, Line(np.stack([pivot, tip])), Circle(tip, 0.06, ACCENT), Circle(pivot, 0.02)]
+
+
+def two_links(task: Task, s: Array) -> list[Shape]:
+    """Two links from a pivot, with their joints."""
+    elbow = _leaf(task, "l_1", 1.0) * _from_top(s[0])
+    tip = elbow + _leaf(task, "l_2", 1.0) * _from_top(s[0] + s[1])
+    length = _leaf(task, "l_1", 1.0) + _leaf(task, "l_2", 1.0)
+    joints = [Circle(np.zeros(2), 0.02 * length), Circle(elbow, 0.03 * length), Circle(tip, 0.03 * length, ACCENT)]
+    return [Line(_ring(length), GROUND), Line(np.stack([np.zeros(2), elbow, tip])), *joints]
+
+
+def reacher(task: Task, s: Array) -> list[Shape]:
+    """The arm from above, its reach and the target, of the size of success."""
+    l_1, l_2 = _leaf(task, "l_1", 0.5), _leaf(task, "l_2", 0.5)
+    elbow = l_1 * _direction(s[0])
+    tip = elbow + l_2 * _direction(s[0] + s[1])
+    arm = [Line(np.stack([np.zeros(2), elbow, tip])), Circle(np.zeros(2), 0.03), Circle(elbow, 0.02)]
+    return [Line(_ring(l_1 + l_2), GROUND), Circle(s[4:], 0.05, TARGET), *arm, Circle(tip, 0.025, ACCENT)]
+
+
+def car(task: Task, s: Array) -> list[Shape]:
+    """The car from above, its rear axle's centre, the place to park and what the axle's centre must not enter."""
+    base = _leaf(task, "wheelbase", 2.5)
+    outline = _box(base / 2, 0.0, 1.4 * base, 0.5 * base)
+    turned = outline @ np.stack([_direction(s[2]), _direction(s[2] + math.pi / 2)]) + s[:2]
+    obstacles = getattr(task.constraints, "inequality", None)
+    round_ones = [] if obstacles is None else zip(np.asarray(obstacles.centres), np.asarray(obstacles.radii), strict=True)
+    return [
+        *[Circle(np.asarray(centre, np.float64), float(radius), OBSTACLE) for centre, radius in round_ones],
+        *[Line(outline, TARGET), Line(turned), Circle(s[:2], 0.12, ACCENT)],
+    ]
+
+
+def quadrotor2d(task: Task, s: Array) -> list[Shape]:
+    """The beam with its two rotors, and where it shall hover."""
+    arm = _leaf(task, "arm", 0.25)
+    along, up = _direction(s[2]), _direction(s[2] + math.pi / 2)
+    ends = [s[:2] + side * arm * along for side in (-1, 1)]
+    masts = [Line(np.stack([end, end + 0.08 * up])) for end in ends]
+    rotors = [Line(np.stack([end + 0.08 * up - 0.12 * along, end + 0.08 * up + 0.12 * along]), ACCENT) for end in ends]
+    return [Circle(np.zeros(2), 0.05, TARGET), Line(np.stack(ends)), *masts, *rotors]
+
+
+def quadrotor(task: Task, s: Array) -> list[Shape]:
+    """Seen from above and aside: the arms (blue: ahead) with their rotors, a plumb line to the level of the origin, the target."""
+    target = np.asarray(getattr(task.reward, "target", np.zeros(3)), np.float64)
+    R = _rotation(*s[3:6])
+    turn = np.linspace(0, 2 * math.pi, 9)
+    rim = 0.1 * np.stack([np.cos(turn), np.sin(turn), np.zeros(9)], axis=1)
+    shapes: list[Shape] = [Line(_seen(np.array([[0, 0, 0], end])), GROUND) for end in np.eye(3)]
+    shapes += [Circle(_seen(target), 0.05, TARGET), Line(_seen(np.stack([s[:3], [s[0], s[1], 0.0]])), GROUND)]
+    for x, y, role in [(1, 1, ACCENT), (1, -1, ACCENT), (-1, 1, BODY), (-1, -1, BODY)]:
+        hub = 0.2 * np.array([x, y, 0.0])
+        shapes += [Line(_seen(s[:3] + np.stack([np.zeros(3), hub]) @ R.T), role)]
+        shapes += [Line(_seen(s[:3] + (hub + rim) @ R.T), role)]
+    return shapes
+
+
+def _leaf(task: Task, name: str, default: float) -> float:
+    plant = getattr(task.dynamics, "inner", task.dynamics)  # of a task whose limits were moved into the plant
+    return float(getattr(plant, name, default))
+
+
+def _direction(angle: float) -> Array:
+    return np.array([math.cos(angle), math.sin(angle)])
+
+
+def _from_top(angle: float) -> Array:
+    return np.array([math.sin(angle), math.cos(angle)])
+
+
+def _ring(radius: float) -> Array:
+    angles = np.linspace(0, 2 * math.pi, 49)
+    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _level(low: float, high: float) -> Line:
+    return Line(np.array([[low, 0.0], [high, 0.0]]), GROUND)
+
+
+def _box(x: float, y: float, width: float, height: float) -> Array:
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]])
+    return np.array([x, y]) + corners * np.array([width, height]) / 2
+
+
+def _rotation(roll: float, pitch: float, yaw: float) -> Array:
+    (c_r, c_p, c_y), (s_r, s_p, s_y) = np.cos([roll, pitch, yaw]), np.sin([roll, pitch, yaw])
+    x = np.array([[1, 0, 0], [0, c_r, -s_r], [0, s_r, c_r]])
+    y = np.array([[c_p, 0, s_p], [0, 1, 0], [-s_p, 0, c_p]])
+    return np.array([[c_y, -s_y, 0], [s_y, c_y, 0], [0, 0, 1]]) @ y @ x
+
+
+def _seen(points: Array, *, azimuth: float = 0.5, elevation: float = 0.35) -> Array:
+    # Parallel projection onto the plane across the line of sight.
+    right = np.array([math.cos(azimuth), math.sin(azimuth), 0.0])
+    into = np.array([-math.sin(azimuth), math.cos(azimuth), 0.0])
+    up = math.sin(elevation) * into + math.cos(elevation) * np.array([0.0, 0.0, 1.0])
+    return points @ np.stack([right, up], axis=1)
