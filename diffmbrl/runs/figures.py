@@ -64,14 +64,20 @@ def style_of(label: str, *, index: int) -> Style:
 
 def canvas() -> tuple[Any, Any]:
     """A figure and its one axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE, facecolor=PAPER)
-    FigureCanvasAgg(figure)
+    figure = blank(SIZE)
     axis = figure.add_axes((0.135, 0.14, RIGHT - 0.135, 0.81))
     dress(axis)
     return figure, axis
+
+
+def blank(size: tuple[float, float]) -> Any:
+    """A figure of this size in inches, on paper, without axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def dress(axis: Any) -> None:
