@@ -14,12 +14,13 @@ import numpy as np
 from diffmbrl.core import State, Task, keeps_limits
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.planners import MPC, Predicted, control
-from diffmbrl.planners.mpc import planning_task
 from diffmbrl.policies import Affine, first_plan, resting_action, squash
 from diffmbrl.rollout import returns, rollout
 from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
+from diffmbrl.runs.plan_report import shape_record
 from diffmbrl.solve import solve
 from diffmbrl.tasks import TASKS, delayed, make, noisy, squashed
+from diffmbrl.tasks.drawing import frames
 from diffmbrl.tasks.plant import Delayed
 from diffmbrl.tasks.registry import known
 
@@ -65,6 +66,7 @@ def plan(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Pa
     prepared = prepare(setting)
     check_out(out)
     chosen = {"horizon": prepared.horizon, "steps": prepared.plant.horizon, "iterations": prepared.iterations}
+    chosen["differs"] = bool(setting.mismatch or setting.noise or setting.delay)
     folder = create(out, setting.task, "plan", setting._asdict() | chosen)
     arms = 1 if setting.mpc else setting.starts
     with running(folder), Writer(folder / "metrics.jsonl") as writer, Progress(arms, stream=stream) as progress:
@@ -160,7 +162,7 @@ def _plans(setting: Setting, prepared: Prepared, write: Callable[[dict], None], 
         last |= {"nonfinite": int(np.sum(info.nonfinite)), "model_return": float(returns(inner, inside))}
         _write_result(write, index, model, outside, trajectory, last)
         gains = None if not isinstance(found, Affine) else found.K
-        write(_trajectory(index, model, trajectory, keeps, gains))
+        _write_trajectory(write, index, model, trajectory, keeps, gains)
 
 
 def _control(setting: Setting, prepared: Prepared, write: Callable[[dict], None], progress: Progress) -> None:
@@ -197,7 +199,7 @@ def _control(setting: Setting, prepared: Prepared, write: Callable[[dict], None]
         last |= {"gradient_norm": None if norms is None else float(np.median(np.asarray(norms)))}
         last |= {"nonfinite": int(np.sum(np.asarray(info.nonfinite))), "model_return": None}
         _write_result(write, index, model, plant, trajectory, last)
-        write(_trajectory(index, model, trajectory, True, None))
+        _write_trajectory(write, index, model, trajectory, True, None)
     progress.update(plant.horizon, f"{seconds:.2f} s")
 
 
@@ -212,8 +214,10 @@ def _write_result(write: Callable[[dict], None], index: int, model: Task, plant:
     write({"kind": "result", "start": index, "return": float(returns(trajectory, plant)), "success": success} | last)
 
 
-def _trajectory(index: int, model: Task, trajectory: Any, real: bool, gains: Any) -> dict[str, Any]:
-    """States [T+1, n], the actions that the plant felt [T, m] and, of a plan, its gains da/ds [T, m, n]."""
+def _write_trajectory(
+    write: Callable[[dict], None], index: int, model: Task, trajectory: Any, real: bool, gains: Any
+) -> None:
+    """States [T+1, n], the actions that the plant felt [T, m], a plan's gains da/ds [T, m, n]; the first start is drawn."""
     states, last = trajectory.s, trajectory.s_T
     late = isinstance(states, Delayed)
     a = np.asarray(states.queue[:, 0] if late else trajectory.a)
@@ -224,7 +228,11 @@ def _trajectory(index: int, model: Task, trajectory: Any, real: bool, gains: Any
         slope = jax.vmap(jax.jacfwd(lambda z: squash(z, low, high)))(jnp.asarray(a))
         a = np.asarray(jax.vmap(lambda z: squash(z, low, high))(jnp.asarray(a)))
         gains = None if gains is None else np.einsum("tij,tjn->tin", slope, gains)
-    return {"kind": "trajectory", "start": index, "s": s, "a": a, "gains": gains}
+    write({"kind": "trajectory", "start": index, "s": s, "a": a, "gains": gains})
+    seen = int(np.argmin(np.append(np.isfinite(s).all(1), False)))  # states before the first that is not finite
+    if index == 0 and seen > 1:
+        drawn = [[shape_record(shape) for shape in shapes] for shapes in frames(model, s[:seen])]
+        write({"kind": "frames", "start": index, "frames": drawn})
 
 
 def _flat(states: State) -> Any:
