@@ -116,24 +116,23 @@ def test_weights_are_those_of_the_task_it_is_evaluated_on(x64):
 
 
 def test_it_beats_the_open_loop_plan_where_the_model_is_wrong():
-    model = tasks.cartpole_balance(horizon=40)
-    plant = tasks.cartpole_balance(horizon=40, m_c=1.3, l=0.6)
-    s0 = model.starts(jax.random.key(3), 3)
-    mpc = MPC.init(ILQR(), model, horizon=20, first=20)
+    model = tasks.cartpole_balance(horizon=60)
+    plant = tasks.cartpole_balance(horizon=60, m_c=1.3, l=0.6)
+    s0 = 0.3 * model.starts(jax.random.key(3), 3)
+    planner, longer = Continuation.growing(ILQR(), 40, horizon=30), Continuation.growing(ILQR(), 60, horizon=60)
     inside, outside = tasks.squashed(model), tasks.squashed(plant)
 
     @jax.jit
     def open_loop(s):
-        planner = ILQR()
         plan = Affine.zeros(inside)
-        state = jax.lax.fori_loop(
-            0, 60, lambda i, x: planner.update(*x, inside, s, key=None)[:2], (plan, planner.init(plan, inside))
-        )
-        return value(OpenLoop(rollout(state[0], inside, s).a), outside, s)
+        start = (plan, longer.init(plan, inside))
+        plan = jax.lax.fori_loop(0, 60, lambda i, x: longer.update(*x, inside, s, key=None)[:2], start)[0]
+        return value(OpenLoop(rollout(plan, inside, s).a), outside, s)
 
-    closed, cut = earn_all(mpc, plant, s0), jax.vmap(open_loop)(s0)
+    closed = earn_all(MPC.init(planner, model, horizon=30, first=40), plant, s0)
+    cut = jax.vmap(open_loop)(s0)
     assert np.all(np.asarray(closed) > np.asarray(cut)), (closed, cut)
-    assert float(jnp.mean(closed)) > -3
+    assert float(jnp.mean(closed)) > -1
 
 
 def test_a_late_plant_is_the_loop_shifted_by_hand(x64):
