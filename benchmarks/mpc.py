@@ -46,23 +46,27 @@ RETURNS = ["task, plant", "plan", "with feedback", *(f"MPC, {k}" for k in UPDATE
 
 def run(*, quick: bool) -> None:
     steps, episodes, starts = (20, 1, 2) if quick else (100, 5, 16)
-    timed, earned, raw = [], [], {}
+    timed, earned, raw, cores = [], [], {}, len(os.sched_getaffinity(0))
     for name in list(TASKS)[:1] if quick else TASKS:
         task = d.tasks.make(name, horizon=steps)
         controllers = {k: controller(name, task, k) for k in (UPDATES[:1] if quick else UPDATES)}
         for k, mpc in controllers.items():
             wall, cpu = step_times(mpc, task, episodes)
             scan = scan_time(mpc, task)
-            raw[f"{name}, {k}"] = {"wall": wall, "cpu": cpu, "scan": scan}
+            raw[f"{name}, {k}"] = {"wall": quantiles(wall), "cpu": quantiles(cpu), "scan": scan}
             ms = [1e3 * x for x in (*np.percentile(wall, [50, 95, 99, 100]), *np.percentile(cpu, [50, 99]), scan)]
             timed.append([f"{name}, {k}", *map(float, ms), float(1 / np.percentile(cpu, 99))])
             print(table(TIMES, timed[-1:]).splitlines()[-1], flush=True)
         plants = {"model": task, f"{TASKS[name]} x 1.2": mismatched(name, task)}
         earned += returns(task, plants, controllers, starts, 20 if quick else METHODS["ilqr"].steps)
-        cores = len(os.sched_getaffinity(0))
         result = {"hertz": HERTZ, "cores": cores, "columns": TIMES, "rows": timed, "times": raw}
         save("mpc", result | {"return_columns": RETURNS, "returns": earned}, quick=quick)
     print(f"\nms a step, H = {WINDOW}, {cores} core(s), float32\n\n{table(TIMES, timed)}\n\n{table(RETURNS, earned)}")
+
+
+def quantiles(seconds: list[float]) -> list[float]:
+    """0%, 5%, ... 100%."""
+    return [float(f"{x:.4g}") for x in np.percentile(seconds, np.arange(0, 101, 5))]
 
 
 def controller(name: str, task: Task, updates: int) -> MPC:

@@ -123,10 +123,10 @@ def _pictures(config: Record, records: list[Record], folder: Path) -> list[galle
         gains = [run["gains"] for run in runs]
         K = None if any(g is None for g in gains) else np.asarray(gains, float)
         s, a = (np.asarray([run[name] for run in runs], float) for name in ("s", "a"))
-        names = {name: scene[name] for name in ("state_names", "action_names")}
+        looks: Record = {name: scene[name] for name in ("state_names", "action_names", "dt")} | _limits(scene)
 
         def draw() -> Any:
-            return plan_figure(s, a, K, a_low=scene["a_low"], a_high=scene["a_high"], dt=scene["dt"], **names)
+            return plan_figure(s, a, K, **looks)
 
         caption = "States and actions on the plant, all starts over one another; dashed, the limits of the actions."
         caption += "" if K is None else " The gain is that of the plan's feedback, in the units of the plot."
@@ -163,11 +163,15 @@ def _films(records: list[Record], folder: Path) -> list[str]:
         [run] = [run for run in of_kind(records, "trajectory") if run["start"] == record["start"]]
         a = np.asarray(run["a"], float)[: len(frames) - 1]
         looks = {"dt": scenes[0]["dt"], "action_names": scenes[0]["action_names"]}
-        looks |= {name: np.asarray(scenes[0][name], float) for name in ("a_low", "a_high")}
+        looks |= _limits(scenes[0])
         films.append(animate(frames, a, title=f"start {record['start']}", **looks))
         folder.mkdir(exist_ok=True)
         gif(folder / f"animation-{record['start']}.gif", frames, a, title=f"start {record['start']}", **looks)
     return films
+
+
+def _limits(scene: Record) -> dict[str, np.ndarray]:
+    return {name: np.asarray(scene[name], float) for name in ("a_low", "a_high")}
 
 
 def shape_record(shape: Any) -> list[Any]:
