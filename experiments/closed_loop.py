@@ -1,7 +1,8 @@
 r"""How far from its start does a plan hold, alone, with iLQR's feedback, planned anew at each step, and how far a policy?
 
-From a nominal start iLQR finds a plan of T steps, $a_t = \bar a_t + K_t (s_t - \bar s_t)$. Then the start is moved by
-$\epsilon \xi$, $\xi \sim N(0, I)$ in all states (rad, m and their rates), for growing $\epsilon$, and the return is that of
+From a nominal start iLQR finds a plan of T steps, $a_t = \bar a_t + K_t (s_t - \bar s_t)$, the best of several from random
+actions. Then the start is moved by $\epsilon \xi$, $\xi \sim N(0, I)$ in all states (rad, m and their rates), for growing
+$\epsilon$, and the return is that of
 * the plan: the actions $\bar a_t$, whatever happens;
 * its feedback: the plan with its gains;
 * MPC: the plan improved at each step by a few updates of iLQR, to the end of the episode;
@@ -12,6 +13,7 @@ A seed is a nominal start and a policy; medians over the directions $\xi$ of eac
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ from diffmbrl.methods import METHODS, solver
 from diffmbrl.planners import MPC, Ending
 from diffmbrl.planners.windows import Clocked
 from diffmbrl.policies import OpenLoop
-from diffmbrl.rollout import returns, rollout
+from diffmbrl.rollout import returns, rollout, value
 from diffmbrl.runs.figures import name_ends, style_of
 from diffmbrl.solve import CHUNK
 from diffmbrl.tasks import make, squashed
@@ -46,6 +48,7 @@ class Size(NamedTuple):
     seeds: int
     radii: tuple[float, ...]
     directions: int
+    tries: int  # plans from random actions, of which the best is taken
     plan_updates: int
     step_updates: int  # of MPC
     method: str  # that trains the policy
@@ -57,7 +60,7 @@ class Size(NamedTuple):
 
 RADII = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0)
 FULL = Size(
-    ("pendulum-swingup", "cartpole-swingup"), 100, 3, RADII, 12, 200, 3, "krylov-newton", 100, 48, (16, 16), 1.0
+    ("pendulum-swingup", "cartpole-swingup"), 100, 3, RADII, 12, 8, 200, 3, "krylov-newton", 100, 64, (32, 32), 0.5
 )
 QUICK = FULL._replace(
     tasks=FULL.tasks[:1],
@@ -65,6 +68,7 @@ QUICK = FULL._replace(
     seeds=2,
     radii=RADII[1::2],
     directions=4,
+    tries=2,
     plan_updates=40,
     step_updates=1,
     method="lbfgs",
@@ -89,7 +93,8 @@ def _measure(name: str, size: Size) -> dict[str, Any]:
     planner = solver(METHODS["ilqr"], task, rate=None, steps=size.plan_updates, continuation="default")
     # The planner that MPC uses is the one that has made the plan: grown to the whole horizon.
     mpc = MPC.init(planner, task, horizon=size.horizon, iterations=size.step_updates)
-    plans, carries = jax.jit(jax.vmap(lambda s: _plan(planner, task, mpc, s, size)))(nominal)
+    keys = jax.random.split(jax.random.key(3), size.seeds)
+    plans, carries = jax.jit(jax.vmap(lambda s, k: _plan(planner, task, mpc, s, k, size)))(nominal, keys)
     found = jax.jit(_follow)(task, _whole(task), mpc, plans, carries, perturbed, nominal)
     found["policy"] = _follow_policies(task, _policies(task, size), perturbed)
     costs, successes = ({who: np.asarray(x[i]) for who, x in found.items()} for i in (0, 1))
@@ -114,15 +119,21 @@ def _whole(task: Task) -> Task:
     return Ending().task(squashed(task), task.horizon)
 
 
-def _plan(planner: Any, task: Task, mpc: MPC, s: Any, size: Size) -> tuple[Any, Any]:
-    """The plan from one start, and the planner's carry."""
-    inside = mpc.model
-    plan = mpc.plan
+def _plan(planner: Any, task: Task, mpc: MPC, s: Any, key: Any, size: Size) -> tuple[Any, Any]:
+    """The best plan from one start, and the planner's carry."""
+    inside, s0 = mpc.model, _clocked(task, s)
 
-    def update(_, state):
-        return planner.update(*state, inside, _clocked(task, s), key=None)[:2]
+    def attempt(key):
+        plan = eqx.tree_at(lambda plan: plan.a, mpc.plan, jax.random.normal(key, mpc.plan.a.shape))
+        start = (plan, planner.init(plan, inside))
+        plan, carry = jax.lax.fori_loop(
+            0, size.plan_updates, lambda _, state: planner.update(*state, inside, s0, key=None)[:2], start
+        )
+        return plan, carry, value(plan, inside, s0)
 
-    return jax.lax.fori_loop(0, size.plan_updates, update, (plan, planner.init(plan, inside)))
+    plans, carries, J = jax.vmap(attempt)(jax.random.split(key, size.tries))
+    best = jnp.argmax(jnp.where(jnp.isfinite(J), J, -jnp.inf))
+    return jax.tree.map(lambda x: x[best], (plans, carries))
 
 
 def _clocked(task: Task, s: Any) -> Clocked:
