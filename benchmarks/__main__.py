@@ -13,6 +13,7 @@ BENCHMARKS = {
     "robust": "the default second-order method, L-BFGS and Adam on every task, twenty seeds, nothing tuned",
     "wide": "wall-clock to L-BFGS's final cost at 1024 starts, on the device at hand",
     "scipy_lbfgs": "L-BFGS of scipy around one compiled gradient against optax's, compiled whole",
+    "mpc": "step times of receding-horizon control with iLQR, and its return beside the open-loop plan's",
     "squash": "Gauss-Newton with action limits squashed in the policy, in the plant, and there with a cost on the logit",
     "preconditioning": "Gauss-Newton's Krylov space in the metric of diagonal and block approximations",
     "cem": "one action of CEM on an ensemble, beside its matrix products, mbrl-lib and planners that take gradients",

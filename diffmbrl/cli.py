@@ -1,4 +1,4 @@
-"""The command line: `diffmbrl compare`, `report`, `tasks`, `doctor`."""
+"""The command line: `diffmbrl compare`, `plan`, `report`, `tasks`, `doctor`."""
 
 import contextlib
 import io
@@ -51,6 +51,40 @@ class Compare:
 
 
 @dataclass
+class Plan:
+    """Plan from a few starts, or control with the planner in the loop. Ends with a table, an animation and a report."""
+
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
+    """Name of a task; `diffmbrl tasks` lists them."""
+    planner: str = "ilqr"
+    """The planner: a method of `compare` that plans."""
+    mpc: bool = False
+    """Plan anew at each step, from the state at hand, and apply the first action."""
+    horizon: int | None = None
+    """Time steps of the plan; by default the task's own, or a controller's window of 50."""
+    steps: int | None = None
+    """Time steps of a controller's episode; by default the task's own."""
+    iterations: int | None = None
+    """Updates of the plan, by default the planner's own number; or of a controller in each step, by default 1."""
+    param: list[str] = field(default_factory=list)
+    """Physical parameters of the task, as name=value."""
+    model_mismatch: list[str] = field(default_factory=list)
+    """The plant's parameters in multiples of the planner's model's, as name=factor."""
+    noise: float = 0.0
+    """Standard deviation of noise added to every state of the plant at each step."""
+    delay: int = 0
+    """Steps by which a controller's actions arrive late; it predicts through them with its model."""
+    starts: int = 1
+    """Start states, drawn from the task's."""
+    key: int = 0
+    """Number from which every random draw follows, the starts' first."""
+    x64: bool = False
+    """Compute in float64."""
+    out: Path | None = None
+    """Run folder; by default runs/<task>-plan-<hash>."""
+
+
+@dataclass
 class Report:
     """Rebuild the figures and the report of a run from its data alone."""
 
@@ -73,6 +107,7 @@ class Doctor:
 
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
@@ -92,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Compare | Report | Tasks | Doctor:
+def _parse(arguments: list[str]) -> Compare | Plan | Report | Tasks | Doctor:
     """The command given. Raises: `ValueError` in one line where tyro draws a box."""
     names = [kind.__name__.lower() for kind in RUN]
     if not arguments:
@@ -160,6 +195,32 @@ def _compare(command: Compare) -> int:
     return 0
 
 
+def _plan(command: Plan) -> int:
+    _configure(command.x64)
+    from diffmbrl.plan import Setting, plan
+    from diffmbrl.runs import plan_text
+
+    setting = Setting(
+        task=command.task,
+        planner=command.planner,
+        mpc=command.mpc,
+        horizon=command.horizon,
+        steps=command.steps,
+        iterations=command.iterations,
+        parameters=_parameters(command.param),
+        mismatch=_parameters(command.model_mismatch, "--model-mismatch", "mass=1.2"),
+        noise=command.noise,
+        delay=command.delay,
+        starts=command.starts,
+        key=command.key,
+        x64=command.x64,
+    )
+    folder = plan(setting, out=command.out)
+    print(f"\n{plan_text(folder)}")
+    print(f"\nreport: {(folder / 'report.html').resolve()}")
+    return 0
+
+
 def _report(command: Report) -> int:
     from diffmbrl.runs import rebuild
 
@@ -183,7 +244,7 @@ def _doctor(command: Doctor) -> int:
     return 0 if healthy else 1
 
 
-def _parameters(pairs: list[str]) -> dict[str, float]:
+def _parameters(pairs: list[str], option: str = "--param", example: str = "m_p=0.2") -> dict[str, float]:
     """name=value pairs. Raises: `ValueError` for one that is not."""
     parameters = {}
     for pair in pairs:
@@ -193,9 +254,9 @@ def _parameters(pairs: list[str]) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not equals:
-            raise ValueError(f"--param takes name=value with a number, such as m_p=0.2; got '{pair}'")
+            raise ValueError(f"{option} takes name=value with a number, such as {example}; got '{pair}'")
         if [given.partition("=")[0] for given in pairs].count(name) > 1:
-            raise ValueError(f"--param {name} is given more than once: {' '.join(pairs)}")
+            raise ValueError(f"{option} {name} is given more than once: {' '.join(pairs)}")
     return parameters
 
 
@@ -209,7 +270,7 @@ def _configure(x64: bool) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-RUN = {Compare: _compare, Report: _report, Tasks: _tasks, Doctor: _doctor}
+RUN = {Compare: _compare, Plan: _plan, Report: _report, Tasks: _tasks, Doctor: _doctor}
 
 
 if __name__ == "__main__":

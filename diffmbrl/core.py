@@ -41,6 +41,19 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class Stateful(Protocol):
+    """A policy with a memory: a receding-horizon controller, a recurrent network. Marked by `is_stateful = True`.
+
+    `start(task)` is the memory before the first step of an episode of `task`; `step` acts and remembers. The memory is a
+    pytree of arrays whose shapes stay. Whatever evaluates policies (`rollout`, `value`, `expected` ...) takes it as it is.
+    """
+
+    def start(self, task: Any) -> PyTree: ...
+
+    def step(self, memory: PyTree, s: State, *, key: PRNGKeyArray | None = None) -> tuple[Array, PyTree]: ...
+
+
+@runtime_checkable
 class Reward(Protocol):
     """`r(s, a)`, of shape []."""
 
@@ -273,6 +286,11 @@ class Box(eqx.Module):
 def is_plan(policy: Any) -> bool:
     """Whether a policy's leaves have a leading time axis (`OpenLoop`, `Affine`): step t then uses slice t."""
     return getattr(type(policy), "is_plan", False)
+
+
+def is_stateful(policy: Any) -> bool:
+    """Whether a policy has a memory (`Stateful`)."""
+    return getattr(type(policy), "is_stateful", False)
 
 
 def is_concrete(*arrays: Any) -> bool:

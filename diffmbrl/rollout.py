@@ -1,19 +1,21 @@
 r"""All the scans of a task over time: `rollout`, `value`, `expected`, `returns`.
 
-A policy is applied at every step; a plan (`OpenLoop`, `Affine`) has a leading time axis, and step t uses its slice t.
+A policy is applied at every step; a plan (`OpenLoop`, `Affine`) has a leading time axis, and step t uses its slice t; one with
+a memory (`core.Stateful`) carries it from step to step.
 
 After the end of an episode (`task.done`) the state is held and every function is evaluated at the start state instead,
 whose result is then discarded: with one `where` on the outputs alone, the reverse pass would multiply a zero cotangent by
 the Jacobian at the terminated state, and 0 * inf is NaN.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
-from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
+from diffmbrl.core import State, Task, Trajectory, is_plan, is_stateful, reweighted
 
 
 def rollout(
@@ -35,15 +37,35 @@ def rollout(
     >>> trajectory.s.shape, trajectory.a.shape
     ((10, 2), (10, 1))
     """
-    (s_T, alive_T), (s, a, r, alive) = _scan(policy, task, s0, key, remat, record=lambda *step: step)
-    return Trajectory(s, a, r, jnp.append(alive, alive_T), s_T)
+    return recorded(policy, task, s0, key, keep=lambda _: None, remat=remat)[0]
+
+
+def recorded(
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None = None,
+    *,
+    keep: Callable[[PyTree], PyTree],
+    remat: int | None = 1,
+) -> tuple[Trajectory, PyTree]:
+    """A rollout, and of the policy's memory after each step what `keep` takes of it, with a leading axis of T.
+
+    A policy without a memory has None.
+    """
+
+    def record(s, a, r, alive, memory):
+        return s, a, r, alive, keep(memory)
+
+    (s_T, alive_T), (s, a, r, alive, kept) = _scan(policy, task, s0, key, remat, record)
+    return Trajectory(s, a, r, jnp.append(alive, alive_T), s_T), kept
 
 
 def value(
     policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
 ) -> Float[Array, ""]:
     """The weighted return J of one rollout, without keeping the trajectory."""
-    (s_T, alive_T), r = _scan(policy, task, s0, key, remat, record=lambda s, a, r, alive: r)
+    (s_T, alive_T), r = _scan(policy, task, s0, key, remat, record=lambda s, a, r, alive, memory: r)
     return jnp.vdot(task.weights[:-1], r) + _terminal(task, s0, s_T, alive_T)
 
 
@@ -111,29 +133,36 @@ def _terminal(task: Task, s0: State, s_T: State, alive_T: Array) -> Array:
 
 
 def _scan(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, remat: int | None, record: Any):
+    stateful = is_stateful(policy)
+    memory = policy.start(task) if stateful else None
     _check(policy, task, s0, remat)
     plan = policy if is_plan(policy) else None
 
     def step(carry, x):
-        s, alive = carry
+        s, alive, memory = carry
         t, plan_t = x
         pi = policy if plan is None else plan_t
         key_a, key_s = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, t))
         held = s
         if task.done is not None:
             s = _where(alive, s, s0)
-        a = pi(s, key=key_a)
+        if stateful:
+            a, memory = pi.step(memory, s, key=key_a)
+            _check_action(a, task)
+        else:
+            a = pi(s, key=key_a)
         with jax.default_matmul_precision("highest"):
             r = task.reward(s, a)
             s_next = task.dynamics(s, a, key=key_s)
         if task.done is None:
-            return (s_next, alive), record(s, a, r, alive)
+            return (s_next, alive, memory), record(s, a, r, alive, memory)
         s_next = _where(alive, s_next, held)
-        out = record(held, a, jnp.where(alive, r, jnp.zeros_like(r)), alive)
-        return (s_next, alive & ~task.done(s_next)), out
+        out = record(held, a, jnp.where(alive, r, jnp.zeros_like(r)), alive, memory)
+        return (s_next, alive & ~task.done(s_next), memory), out
 
     alive = jnp.array(True) if task.done is None else ~task.done(s0)
-    return _scan_remat(step, (s0, alive), (jnp.arange(task.horizon), plan), remat)
+    carry, out = _scan_remat(step, (s0, alive, memory), (jnp.arange(task.horizon), plan), remat)
+    return carry[:2], out
 
 
 def _scan_remat(step: Any, carry: Any, xs: Any, remat: int | None) -> Any:
@@ -171,17 +200,22 @@ def _check(policy: Any, task: Task, s0: State, remat: int | None) -> None:
                 f"the plan has {sorted(lengths)} time steps; task '{task.name}' has a horizon of {task.horizon}"
             )
         policy = jax.tree.map(lambda x: x[0], policy)
-    a = jax.eval_shape(lambda s: policy(s), s0)
-    if a.shape != (task.m,):
-        raise ValueError(
-            f"the policy returned an action of shape {list(a.shape)}; task '{task.name}' takes [m] = [{task.m}]"
-        )
+    # A policy with a memory may be dear to trace: it is looked at when the scan traces it.
+    a = task.a_low if is_stateful(policy) else jax.eval_shape(lambda s: policy(s), s0)
+    _check_action(a, task)
     r, s_next = jax.eval_shape(lambda s, a: (task.reward(s, a), task.dynamics(s, a)), s0, a)
     if r.shape != ():
         raise ValueError(f"the reward of task '{task.name}' has shape {list(r.shape)}; expected a scalar")
     given, made = _describe(s0), _describe(s_next)
     if given != made:
         raise ValueError(f"the dynamics of task '{task.name}' map a state {given} to {made}; expected the same")
+
+
+def _check_action(a: Any, task: Task) -> None:
+    if a.shape != (task.m,):
+        raise ValueError(
+            f"the policy returned an action of shape {list(a.shape)}; task '{task.name}' takes [m] = [{task.m}]"
+        )
 
 
 def _describe(s: State) -> str:

@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD = {
-    "no command": ("", "expected a command: compare, report, tasks, doctor; see diffmbrl --help"),
+    "no command": ("", "expected a command: compare, plan, report, tasks, doctor; see diffmbrl --help"),
     "unknown command": ("comapre lqr", "unknown command 'comapre'; did you mean 'compare'?"),
     "no task": ("compare", "TASK"),
     "unknown task": ("compare lqrr", "unknown task 'lqrr'; did you mean 'lqr'?"),
@@ -57,6 +57,10 @@ BAD = {
     "one word too many": ("compare lqr pendulum", "Unrecognized options: pendulum"),
     "no such run": ("report nowhere", "'nowhere' is not a run: it has no config.json"),
     "no run": ("report", "RUN"),
+    "plan: unknown planner": ("plan lqr --planner ilrq", "unknown planner 'ilrq'; did you mean 'ilqr'?"),
+    "plan: a parameter that is none": ("plan lqr --model-mismatch maas=2", "did you mean 'mass'?"),
+    "plan: half a pair": ("plan lqr --model-mismatch mass", "--model-mismatch takes name=value with a number"),
+    "plan: steps of no controller": ("plan lqr --steps 3", "--steps is for a controller: give --mpc too"),
     "unknown option of doctor": ("doctor --x46", "Unrecognized options: --x46; did you mean '--x64'?"),
 }  # fmt: skip
 
@@ -129,11 +133,12 @@ def test_tasks(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--help"], ["compare", "report", "tasks", "doctor"]),
+        (["--help"], ["compare", "plan", "report", "tasks", "doctor"]),
         (
             ["compare", "--help"],
             ["TASK", "--methods", "--horizon", "--seeds", "--starts", "--budget", "--lr", "--continuation", "--out"],
         ),
+        (["plan", "--help"], ["TASK", "--planner", "--mpc", "--model-mismatch", "--noise", "--delay", "--starts"]),
         (["report", "--help"], ["RUN"]),
     ],
 )

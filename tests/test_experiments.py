@@ -12,7 +12,7 @@ import pytest
 
 import diffmbrl as d
 from diffmbrl.curvature import gauss_newton
-from experiments import first_vs_second, imitation, record, second_order
+from experiments import closed_loop, first_vs_second, imitation, record, second_order
 from experiments.__main__ import EXPERIMENTS, main
 
 TINY = first_vs_second.QUICK._replace(horizons=(4,), seeds=2, starts=2, hidden=(2,), rates=(1e-3, 1e-1), looks=2)
@@ -76,6 +76,22 @@ def test_conclusions_follow_the_numbers() -> None:
     assert "Gauss-Newton ends lower than imitate planner" in said
     said = imitation.conclude({"t": {"Gauss-Newton": run(float("nan")), "imitate planner": run(1.5)}})
     assert "Gauss-Newton ends no lower than imitate planner" in said
+
+
+def test_how_far_a_closed_loop_holds_follows_the_numbers() -> None:
+    def controller(*costs: float) -> dict:
+        return {"cost": [[cost, cost] for cost in costs], "success": [[1.0, 1.0]] * len(costs)}
+
+    found = {
+        "radii": [0.1, 1.0, 2.0],
+        "nominal": [1.0, 1.0],
+        "plan": controller(9, 9, 9),
+        "policy": controller(1, 1, 1),
+    }
+    found |= {"feedback": controller(1, 1, 5), "MPC": controller(1, float("inf"), 1)}
+    said = closed_loop.conclude({"t": found})
+    assert "plan holds nowhere" in said and "feedback holds to 1 " in said
+    assert "MPC holds to 0.1 " in said and "policy holds to 2 " in said
 
 
 def test_imitation_of_a_gradient_step_regresses_onto_it(x64: None) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import Info, Solver, State, Task, Work, count_work, keeps_limits, renewed, reweighted
+from diffmbrl.policies import first_plan
 from diffmbrl.sensitivity import growth, sensitivity, trust
 
 DISCOUNTS = (0.8, 0.9, 0.95, 0.98, 1.0)
@@ -177,6 +178,10 @@ class Continuation(eqx.Module):
         """The inner solver's."""
         return keeps_limits(self.solver)
 
+    def start(self, task: Task) -> Any:
+        """The inner planner's first plan."""
+        return first_plan(self.solver, task)
+
     def init(self, policy: Any, task: Task) -> ContinuationCarry:
         zero = jnp.zeros((), jnp.int32)
         mark = jnp.full((), -jnp.inf, task.weights.dtype)
@@ -201,6 +206,11 @@ class Continuation(eqx.Module):
         mark = jnp.where(looking, info.J.astype(mark.dtype), mark)
         made = jnp.where(over, 0, made + 1)
         return policy, ContinuationCarry(inner, updates + 1, stage + over.astype(jnp.int32), made, mark), info
+
+    def shift(self, carry: ContinuationCarry) -> ContinuationCarry:
+        """The carry one time step on, for a plan that is shifted: the inner solver's, if it does that."""
+        shift = getattr(self.solver, "shift", None)
+        return carry if shift is None else carry._replace(inner=shift(carry.inner))
 
     def in_force(
         self, policy: Any, task: Task, s0: State, stage: Int[Array, ""] | int, *, key: PRNGKeyArray | None = None

@@ -1,10 +1,11 @@
-"""Planners: solvers over plans, one start state at a time."""
+"""Planners: solvers over plans, one start state at a time; and control with any of them in the loop."""
 
 from diffmbrl.planners.batch import OneByOne, Plans, Status, Together, plans
 from diffmbrl.planners.draw import Coloured, Even, Normal, TruncatedNormal
 from diffmbrl.planners.ilqr import DDP, ILQR
 from diffmbrl.planners.implicit import Optimum, implicit, optimal
 from diffmbrl.planners.models import Expansion, FirstOrder, SecondOrder, expansion
+from diffmbrl.planners.mpc import MPC, Predicted, Unaware, act, control
 from diffmbrl.planners.multiple_shooting import MultipleShooting
 from diffmbrl.planners.refit import CEM, MPPI, Best, EffectiveSize
 from diffmbrl.planners.sampling import Sampling
@@ -12,11 +13,13 @@ from diffmbrl.planners.scoring import scores
 from diffmbrl.planners.search import Backtracking, Parallel
 from diffmbrl.planners.shooting import Projection, Shooting, Tanh
 from diffmbrl.planners.sweeps import ActionDamped, Boxed, StateDamped
+from diffmbrl.planners.windows import Ending, Receding
 
 __all__ = [
     "CEM",
     "DDP",
     "ILQR",
+    "MPC",
     "MPPI",
     "ActionDamped",
     "Backtracking",
@@ -24,6 +27,7 @@ __all__ = [
     "Boxed",
     "Coloured",
     "EffectiveSize",
+    "Ending",
     "Even",
     "Expansion",
     "FirstOrder",
@@ -33,7 +37,9 @@ __all__ = [
     "Optimum",
     "Parallel",
     "Plans",
+    "Predicted",
     "Projection",
+    "Receding",
     "Sampling",
     "SecondOrder",
     "Shooting",
@@ -42,6 +48,9 @@ __all__ = [
     "Tanh",
     "Together",
     "TruncatedNormal",
+    "Unaware",
+    "act",
+    "control",
     "expansion",
     "implicit",
     "optimal",

@@ -263,11 +263,20 @@ def _limits(values: list[np.ndarray]) -> tuple[float, float] | None:
 
 
 def _save(folder: Path, name: str, group: str, title: str, caption: str, paint: Callable[[Any], None]) -> Picture:
+    def make() -> Any:
+        figure, axis = figures.canvas()
+        paint(axis)
+        return figure
+
+    return save(folder, name, group, title, caption, make)
+
+
+def save(folder: Path, name: str, group: str, title: str, caption: str, make: Callable[[], Any]) -> Picture:
+    """The figure that `make` returns, as files in `folder` and for the page."""
     import matplotlib
 
     with matplotlib.rc_context(figures.settings(name)):
-        figure, axis = figures.canvas()
-        paint(axis)
+        figure = make()
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

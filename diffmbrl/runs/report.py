@@ -2,11 +2,10 @@
 
 import json
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
-from diffmbrl.runs import arms, gallery, metrics, page, table, verdict, words
+from diffmbrl.runs import arms, frame, gallery, metrics, page, plan_report, table, verdict, words
 from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.page import cell, escape, prose
 from diffmbrl.runs.statistics import Estimate
@@ -16,6 +15,11 @@ from diffmbrl.runs.table import Row, Summary
 def summarise(folder: Path) -> Summary:
     """The summary of a run, from its metrics: `table.text` prints it, `verdict.sentences` says what it means."""
     return table.summarise(arms.collect(metrics.read(folder / "metrics.jsonl")[0]))
+
+
+def plan_text(folder: Path) -> str:
+    """The table of a planning run, for the terminal."""
+    return plan_report.text(_json(folder / "config.json"), metrics.read(folder / "metrics.jsonl")[0])
 
 
 def rebuild(folder: Path) -> Path:
@@ -39,9 +43,12 @@ def rebuild(folder: Path) -> Path:
     else:
         remarks.append("provenance.json is missing: what this ran on is not known.")
     remarks += [str(record.get("text", "")) for record in records if record["kind"] == "note"]
+    path = folder / "report.html"
+    if config.get("job") == "plan":
+        write_atomic(path, plan_report.compose(config, provenance, records, remarks, folder / "figures"))
+        return path
     summary = table.summarise(arms.collect(records))
     pictures = gallery.draw(summary, folder / "figures")
-    path = folder / "report.html"
     write_atomic(path, compose(config, provenance, summary, pictures, remarks))
     return path
 
@@ -55,31 +62,19 @@ def compose(
 ) -> str:
     """The page."""
     task, job = str(config.get("task", "run")), str(config.get("job", "run"))
-    parts = [_header(task, job, config, provenance), _verdict(summary)]
+    parts = [frame.header(task, job, config, provenance), _verdict(summary)]
     if cautions := _cautions(summary, provenance, remarks):
         parts.append(f'<aside class="care">\n<h3>To bear in mind</h3>\n{page.items(cautions)}\n</aside>')
     if summary.rows:
         parts += ["<h2>Summary</h2>", _summary(summary, config)]
     for group in dict.fromkeys(picture.group for picture in pictures):
-        shown = "\n".join(_figure(picture) for picture in pictures if picture.group == group)
+        shown = "\n".join(frame.figure(picture) for picture in pictures if picture.group == group)
         parts += [f"<h2>{escape(group)}</h2>", f'<div class="figures">\n{shown}\n</div>']
     if summary.arms:
         parts += ["<h2>Every arm</h2>", _every_arm(summary)]
-    parts += ["<h2>To repeat it</h2>", _reproduce(config, provenance)]
-    parts += ["<h2>Configuration and provenance</h2>", _facts(config, provenance)]
+    parts += ["<h2>To repeat it</h2>", frame.reproduce(config, provenance)]
+    parts += ["<h2>Configuration and provenance</h2>", frame.facts(config, provenance)]
     return page.document(f"{task} \u00b7 {job}", "\n".join(parts))
-
-
-def _header(task: str, job: str, config: dict[str, Any], provenance: dict[str, Any]) -> str:
-    device = provenance.get("device") or {}
-    git = provenance.get("git") or {}
-    facts = [f"{name} {config[name]}" for name in ("horizon", "seeds", "starts") if config.get(name) is not None]
-    facts += [f"{device.get('count')} \u00d7 {device.get('kind')}"] if device else []
-    facts += [("float64" if provenance["x64"] else "float32")] if "x64" in provenance else []
-    facts += [f"commit {git['commit'][:9]}{' (modified)' if git.get('dirty') else ''}"] if git.get("commit") else []
-    facts += [str(provenance["time"])[:10]] if provenance.get("time") else []
-    listed = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    return f'<p class="kicker">diffmbrl {escape(job)}</p>\n<h1>{escape(task)}</h1>\n<ul class="facts">{listed}</ul>'
 
 
 def _verdict(summary: Summary) -> str:
@@ -207,60 +202,6 @@ def _every_arm(summary: Summary) -> str:
 
 def _stage(discount: float, updates: int, bound: float | None = None) -> str:
     return f"{discount:g} \u00d7 {updates:g}" + ("" if bound is None else f" (trust {bound:g})")
-
-
-def _figure(picture: gallery.Picture) -> str:
-    caption = f"<figcaption>{prose(picture.caption)}</figcaption>"
-    return f"<figure>\n<h3>{escape(picture.title)}</h3>\n{picture.svg}\n{caption}\n</figure>"
-
-
-def _reproduce(config: dict[str, Any], provenance: dict[str, Any]) -> str:
-    git, versions = provenance.get("git") or {}, provenance.get("versions") or {}
-    lines = []
-    if git.get("commit"):
-        lines.append(f"git checkout {git['commit']}")
-        if git.get("dirty"):
-            lines[0] += "  # plus changes that were not committed"
-    elif versions.get("diffmbrl"):
-        lines.append(f"pip install diffmbrl=={versions['diffmbrl']}")
-    lines += [
-        f"export {name}={shlex.quote(str(value))}" for name, value in (provenance.get("environment") or {}).items()
-    ]
-    lines.append(str(provenance.get("command") or f"diffmbrl {config.get('job')} {config.get('task')}"))
-    text = (
-        "The numbers repeat with the same versions on the same kind of device, except where a budget of seconds ended an arm; "
-        "times differ. To draw this report again from its data:"
-    )
-    return (
-        f"<pre>{escape(chr(10).join(lines))}</pre>\n<p>{prose(text)}</p>\n"
-        "<pre>diffmbrl report RUN   # the folder with config.json, provenance.json and metrics.jsonl</pre>"
-    )
-
-
-def _facts(config: dict[str, Any], provenance: dict[str, Any]) -> str:
-    kept = {key: value for key, value in provenance.items() if key not in ("versions", "argv", "command")}
-    blocks = [("Configuration", config), ("Provenance", kept), ("Versions", provenance.get("versions") or {})]
-    return (
-        '<div class="pairs">\n'
-        + "\n".join(page.pairs(name, _flat(facts)) for name, facts in blocks if facts)
-        + "\n</div>"
-    )
-
-
-def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, object]:
-    """Nested dictionaries as one, with dotted names; lists in one line."""
-    out: dict[str, object] = {}
-    for key, value in facts.items():
-        if isinstance(value, dict) and value:
-            out |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, (list, dict)):
-            out[prefix + key] = (
-                ", ".join(json.dumps(x) if isinstance(x, (list, dict)) else str(x) for x in value) or "none"
-            )
-        else:
-            plain = {"None": "none", "True": "yes", "False": "no"}
-            out[prefix + key] = plain.get(str(value), value)
-    return out
 
 
 def _estimate(e: Estimate, *, kind: str = "") -> str:

@@ -145,10 +145,11 @@ def text(summary: Summary) -> str:
         notes.append(f"Reached: the best first-order return ({target}).")
     if any(row.arm.plans for row in summary.rows):
         notes.append("* plans each start anew, instead of learning one policy for all.")
-    return "\n\n".join([_aligned(quality), _aligned(cost), "\n".join(notes)])
+    return "\n\n".join([aligned(quality), aligned(cost), "\n".join(notes)])
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned(lines: list[list[str]]) -> str:
+    """Columns of text: the first to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     first, *rest = widths
     out = [

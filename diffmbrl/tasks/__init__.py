@@ -6,6 +6,7 @@ from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
 from diffmbrl.tasks.linear import linear_quadratic, lqr, random_lqr
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
+from diffmbrl.tasks.plant import delayed, noisy
 from diffmbrl.tasks.quadrotor import quadrotor, quadrotor_waypoint
 from diffmbrl.tasks.quadrotor2d import quadrotor2d
 from diffmbrl.tasks.reacher import reacher
@@ -18,10 +19,12 @@ __all__ = [
     "car",
     "cartpole_balance",
     "cartpole_swingup",
+    "delayed",
     "double_pendulum",
     "linear_quadratic",
     "lqr",
     "make",
+    "noisy",
     "pendulum",
     "pendulum_swingup",
     "quadrotor",

@@ -1,0 +1,263 @@
+"""Planning and control from a few starts: what `diffmbrl plan` runs."""
+
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffmbrl.core import State, Task, keeps_limits
+from diffmbrl.methods import METHODS, solver
+from diffmbrl.planners import MPC, Predicted, control
+from diffmbrl.policies import Affine, first_plan, resting_action, squash
+from diffmbrl.rollout import returns, rollout
+from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
+from diffmbrl.runs.plan_report import shape_record
+from diffmbrl.solve import solve
+from diffmbrl.tasks import TASKS, delayed, make, noisy, squashed
+from diffmbrl.tasks.drawing import frames
+from diffmbrl.tasks.plant import Delayed
+from diffmbrl.tasks.registry import known
+
+WINDOW = 50  # steps that an MPC plans ahead by default
+FIRST = 50  # updates in the first step of its episodes
+
+
+class Setting(NamedTuple):
+    """Everything that a run depends on: its config."""
+
+    task: str
+    planner: str
+    mpc: bool
+    horizon: int | None  # of the plan: the task's own, or for an MPC its window
+    steps: int | None  # of an MPC's episode
+    iterations: int | None  # updates of the plan, or in each step of an MPC
+    parameters: dict[str, float]
+    mismatch: dict[str, float]  # factors on the plant's parameters
+    noise: float
+    delay: int
+    starts: int
+    key: int
+    x64: bool
+
+
+class Prepared(NamedTuple):
+    """What a setting means."""
+
+    model: Task
+    plant: Task
+    solver: Any
+    horizon: int
+    iterations: int
+
+
+def plan(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
+    """Plan from each start, or control with the planner in the loop; returns the run folder, with figures and report.
+
+    Either way the result is followed on the plant, which is the model with other parameters, noise or late actions if the
+    setting says so.
+    Raises: `ValueError` for anything wrong in the setting or the folder, before anything is written.
+    """
+    prepared = prepare(setting)
+    check_out(out)
+    chosen = {"horizon": prepared.horizon, "steps": prepared.plant.horizon, "iterations": prepared.iterations}
+    chosen["differs"] = bool(setting.mismatch or setting.noise or setting.delay)
+    folder = create(out, setting.task, "plan", setting._asdict() | chosen)
+    arms = 1 if setting.mpc else setting.starts
+    with running(folder), Writer(folder / "metrics.jsonl") as writer, Progress(arms, stream=stream) as progress:
+        _write_scene(setting, prepared, writer.write)
+        (_control if setting.mpc else _plans)(setting, prepared, writer.write, progress)
+    rebuild(folder)
+    return folder
+
+
+def prepare(setting: Setting) -> Prepared:
+    """Model, plant and planner, everything checked.
+
+    Raises: `ValueError` naming the value that is wrong.
+    """
+    planners = {name: row for name, row in METHODS.items() if row.kind == "plan"}
+    row = planners[known("planner", setting.planner.replace("_", "-"), planners)]
+    for name, number in [("starts", setting.starts), ("iterations", setting.iterations), ("steps", setting.steps)]:
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if not 0 <= setting.key < 2**32:
+        raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
+    if not setting.mpc:
+        for name, given in [("steps", setting.steps is not None), ("delay", setting.delay != 0)]:
+            if given:
+                raise ValueError(f"--{name} is for a controller: give --mpc too")
+    if setting.delay < 0:
+        raise ValueError(f"delay must be at least 0 steps, got {setting.delay}")
+    length = setting.steps if setting.mpc else setting.horizon
+    model = make(setting.task, horizon=length, **setting.parameters)
+    plant = noisy(_plant(setting, model), std=setting.noise)
+    if setting.delay:
+        plant = delayed(plant, steps=setting.delay)
+    if not setting.mpc:
+        iterations = row.steps if setting.iterations is None else setting.iterations
+        made = solver(row, model, rate=None, steps=iterations, continuation="default")
+        return Prepared(model, plant, made, model.horizon, iterations)
+    # Of the window's horizon: a continuation grows to that, within the first step, and then stays.
+    H = min(WINDOW, model.horizon) if setting.horizon is None else setting.horizon
+    window = make(setting.task, horizon=H, **setting.parameters)
+    made = solver(row, window, rate=None, steps=FIRST, continuation="default")
+    return Prepared(model, plant, made, H, 1 if setting.iterations is None else setting.iterations)
+
+
+def _plant(setting: Setting, model: Task) -> Task:
+    """The same task with dynamics whose parameters are so many times the model's."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(TASKS[setting.task].make).parameters.items()
+        if name != "horizon" and isinstance(parameter.default, (int, float))
+    }
+    values = defaults | setting.parameters
+    if setting.mismatch and not defaults:
+        raise ValueError(f"task '{setting.task}' has no physical parameters to mismatch")
+    for name, factor in setting.mismatch.items():
+        known(f"parameter of task '{setting.task}'", name, defaults)
+        if not (np.isfinite(factor) and factor > 0):
+            raise ValueError(f"the mismatch of {name} must be a finite positive factor, got {factor:g}")
+        values[name] *= factor
+    other = make(setting.task, horizon=model.horizon, **values)
+    return eqx.tree_at(lambda t: t.dynamics, model, other.dynamics)
+
+
+def _starts(setting: Setting, model: Task) -> State:
+    return model.starts(jax.random.fold_in(jax.random.key(setting.key), 0), setting.starts)
+
+
+def _keys(setting: Setting) -> Any:
+    """One for the planner's draws, one for the plant's noise of each start."""
+    root = jax.random.key(setting.key)
+    return jax.random.fold_in(root, 1), jax.random.split(jax.random.fold_in(root, 2), setting.starts)
+
+
+def _plans(setting: Setting, prepared: Prepared, write: Callable[[dict], None], progress: Progress) -> None:
+    """Each start planned on its own, and the plan with its feedback followed on the plant."""
+    model, plant, made, _, iterations = prepared
+    keeps = keeps_limits(made)
+    inside, outside = (task if keeps else squashed(task) for task in (model, plant))
+    draws, noise = _keys(setting)
+    for index, s0 in enumerate(_each(_starts(setting, model), setting.starts)):
+        progress.arm(f"start {index}", iterations)
+        # Planners of gradients take no key: theirs would draw the model's noise, which has none.
+        key = jax.random.fold_in(draws, index) if METHODS[_name(setting)].order == 0 else None
+        found, history = solve(made, first_plan(made, inside), inside, s0, key, iterations)
+        inner = _follow(found, inside, s0, None)
+        trajectory = _follow(found, outside, s0, noise[index])
+        info = history.info
+        shown = f"return {float(returns(inner, inside)):.4g}, {history.seconds:.2f} s, {history.stop}"
+        progress.update(iterations, shown)
+        norms = None if info.gradient_norm is None else info.gradient_norm
+        write({"kind": "updates", "start": index, "J": info.J, "gradient_norm": norms})
+        last = {"stop": history.stop, "seconds": history.seconds, "compile_seconds": history.compile_seconds}
+        last |= {"iterations": history.updates, "gradient_norm": None if norms is None else norms[-1]}
+        last |= {"nonfinite": int(np.sum(info.nonfinite)), "model_return": float(returns(inner, inside))}
+        _write_result(write, index, model, outside, trajectory, last)
+        gains = None if not isinstance(found, Affine) else found.K
+        _write_trajectory(write, index, model, trajectory, keeps, gains)
+
+
+def _control(setting: Setting, prepared: Prepared, write: Callable[[dict], None], progress: Progress) -> None:
+    """All starts at once, the planner in the loop on the plant."""
+    model, plant, made, horizon, iterations = prepared
+    starts, (draws, noise) = _starts(setting, model), _keys(setting)
+    if setting.delay:
+        queue = jnp.tile(resting_action(model), (setting.starts, setting.delay, 1))
+        starts = Delayed(starts, queue)
+    mpc = MPC.init(
+        made,
+        model,
+        horizon=horizon,
+        iterations=iterations,
+        first=max(iterations, FIRST),
+        seen=Predicted(model.dynamics) if setting.delay else None,
+        key=draws if METHODS[_name(setting)].order == 0 else None,
+    )
+    progress.arm(f"mpc of {_name(setting)}", plant.horizon)
+    progress.update(0, "compiling")
+    begun = time.perf_counter()
+    run = jax.jit(lambda mpc, plant, s0, keys: jax.vmap(lambda s, k: control(mpc, plant, s, k))(s0, keys))
+    compiled = run.lower(mpc, plant, starts, noise).compile()
+    ready = time.perf_counter()
+    trajectories, infos = jax.block_until_ready(compiled(mpc, plant, starts, noise))
+    seconds = time.perf_counter() - ready
+    for index in range(setting.starts):
+        trajectory, info = (jax.tree.map(lambda x: x[index], tree) for tree in (trajectories, infos))  # noqa: B023
+        norms = info.gradient_norm
+        write({"kind": "updates", "start": index, "J": info.J, "gradient_norm": norms})
+        accepted = float(np.mean(np.asarray(info.accepted)))
+        last = {"stop": f"{plant.horizon} steps, {accepted:.0%} of last updates accepted", "seconds": seconds}
+        last |= {"compile_seconds": ready - begun, "iterations": plant.horizon * iterations + FIRST - iterations}
+        last |= {"gradient_norm": None if norms is None else float(np.median(np.asarray(norms)))}
+        last |= {"nonfinite": int(np.sum(np.asarray(info.nonfinite))), "model_return": None}
+        _write_result(write, index, model, plant, trajectory, last)
+        _write_trajectory(write, index, model, trajectory, True, None)
+    progress.update(plant.horizon, f"{seconds:.2f} s")
+
+
+@jax.jit
+def _follow(found: Any, task: Task, s0: State, key: Any) -> Any:
+    return rollout(found, task, s0, key)
+
+
+def _write_result(write: Callable[[dict], None], index: int, model: Task, plant: Task, trajectory: Any, last: dict):
+    """One row of the table."""
+    success = None if plant.success is None else bool(plant.success(trajectory.s_T))
+    write({"kind": "result", "start": index, "return": float(returns(trajectory, plant)), "success": success} | last)
+
+
+def _write_trajectory(
+    write: Callable[[dict], None], index: int, model: Task, trajectory: Any, real: bool, gains: Any
+) -> None:
+    """States [T+1, n], the actions that the plant felt [T, m], a plan's gains da/ds [T, m, n]; the first start is drawn."""
+    states, last = trajectory.s, trajectory.s_T
+    late = isinstance(states, Delayed)
+    a = np.asarray(states.queue[:, 0] if late else trajectory.a)
+    states, last = (states.s, last.s) if late else (states, last)
+    s = np.concatenate([np.asarray(_flat(states)), np.asarray(_flat(jax.tree.map(lambda x: x[None], last)))])
+    if not real:
+        low, high = np.asarray(model.a_low), np.asarray(model.a_high)
+        slope = jax.vmap(jax.jacfwd(lambda z: squash(z, low, high)))(jnp.asarray(a))
+        a = np.asarray(jax.vmap(lambda z: squash(z, low, high))(jnp.asarray(a)))
+        gains = None if gains is None else np.einsum("tij,tjn->tin", slope, gains)
+    write({"kind": "trajectory", "start": index, "s": s, "a": a, "gains": gains})
+    seen = int(np.argmin(np.append(np.isfinite(s).all(1), False)))  # states before the first that is not finite
+    if index == 0 and seen > 1:
+        drawn = [[shape_record(shape) for shape in shapes] for shapes in frames(model, s[:seen])]
+        write({"kind": "frames", "start": index, "frames": drawn})
+
+
+def _flat(states: State) -> Any:
+    leaves = jax.tree.leaves(states)
+    return jnp.concatenate([x.reshape(x.shape[0], -1) for x in leaves], axis=1)
+
+
+def _write_scene(setting: Setting, prepared: Prepared, write: Callable[[dict], None]) -> None:
+    """What the figures need to know of the task."""
+    row, model = TASKS[setting.task], prepared.model
+    write(
+        {
+            "kind": "scene",
+            "dt": model.dt,
+            "a_low": model.a_low,
+            "a_high": model.a_high,
+            "state_names": list(row.states),
+            "action_names": list(row.actions),
+        }
+    )
+
+
+def _each(tree: Any, count: int) -> list[Any]:
+    return [jax.tree.map(lambda x: x[i], tree) for i in range(count)]  # noqa: B023
+
+
+def _name(setting: Setting) -> str:
+    return setting.planner.replace("_", "-")

@@ -1,0 +1,157 @@
+r"""A plant that is not quite its model: actions that arrive late, and noise that the model does not know.
+
+Each is a task made of another, so that any policy is evaluated on it as on any task:
+
+    plant = noisy(delayed(make("pendulum-swingup", gravity=18.0), steps=2), std=0.01)
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.constraints import Constraints
+from diffmbrl.core import State, Task, as_float
+from diffmbrl.policies import resting_action
+
+
+class Delayed(NamedTuple):
+    """A state, and the actions that are under way, the next one first."""
+
+    s: State
+    queue: Float[Array, "*batch d m"]
+
+
+def delayed(task: Task, *, steps: int) -> Task:
+    r"""The task with each action arriving `steps` later: state $(s_t, a_{t-d}, \dots, a_{t-1})$, $s_{t+1} = f(s_t, a_{t-d})$.
+
+    The first `steps` actions are resting ones; the reward is that of the action that arrives. Features are the state's and
+    the queue's, so that a policy may know what is under way; `Unaware` in `planners/mpc.py` is for one that does not.
+    Raises: `ValueError` if `steps` is below 1.
+
+    >>> from diffmbrl import tasks
+    >>> delayed(tasks.lqr(horizon=20), steps=3).n
+    5
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps of delay must be a whole number of at least 1, got {steps!r}")
+    queue = jnp.tile(resting_action(task), (steps, 1))
+    return remade(
+        task,
+        task.horizon,
+        dynamics=_Late(task.dynamics),
+        reward=_AtArrival(task.reward),
+        initial=_WithQueue(task.initial, queue),
+        features=_QueueFeatures(task.features),
+        along=_AtArrival,
+    )
+
+
+def noisy(task: Task, *, std: Any) -> Task:
+    r"""The task with process noise: $s' = f(s, a) + \sigma \epsilon$, $\epsilon \sim N(0, I)$, drawn from the rollout's key.
+
+    `std` is one number or one for each state variable (a pytree like the state); without a key there is no noise.
+    Raises: `ValueError` if it is negative or not finite.
+
+    >>> from diffmbrl import tasks
+    >>> float(noisy(tasks.lqr(), std=0.1).dynamics.std)
+    0.10000000149011612
+    """
+    std = jax.tree.map(as_float, std)
+    if not all(bool(jnp.all(jnp.isfinite(x) & (x >= 0))) for x in jax.tree.leaves(std)):
+        raise ValueError(f"std of the noise must be finite and not negative, got {std}")
+    return eqx.tree_at(lambda t: t.dynamics, task, Noisy(task.dynamics, std))
+
+
+def remade(
+    task: Task, horizon: int, *, dynamics: Any, reward: Any, initial: Any, features: Any, along: Callable[[Any], Any]
+) -> Task:
+    """The task on larger states, whose part `s` is a state of `task`; `along` wraps its constraints of (s, a).
+
+    Weights are ones where the horizon is another.
+    """
+    made = Task(
+        name=task.name,
+        dynamics=dynamics,
+        reward=reward,
+        terminal=OfState(task.terminal),
+        initial=initial,
+        features=features,
+        done=None if task.done is None else OfState(task.done),
+        success=None if task.success is None else OfState(task.success),
+        constraints=_constraints(task.constraints, along),
+        a_low=task.a_low,
+        a_high=task.a_high,
+        horizon=horizon,
+        dt=task.dt,
+    )
+    return eqx.tree_at(lambda t: t.weights, made, task.weights) if horizon == task.horizon else made
+
+
+def _constraints(constraints: Constraints | None, along: Callable[[Any], Any]) -> Constraints | None:
+    if constraints is None:
+        return None
+    wraps = {"equality": along, "inequality": along, "final_equality": OfState, "final_inequality": OfState}
+    given = {name: getattr(constraints, name) for name in wraps}
+    return Constraints(**{name: f if f is None else wraps[name](f) for name, f in given.items()})
+
+
+class OfState(eqx.Module):
+    """A function of a state (and an action), of the part `s` of a larger state."""
+
+    inner: Callable
+
+    def __call__(self, state: Any, *rest: Any) -> Any:
+        return self.inner(state.s, *rest)
+
+
+class Noisy(eqx.Module):
+    """f(s, a) + std * noise."""
+
+    inner: Callable
+    std: Any
+
+    def __call__(self, s: State, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> State:
+        if key is None:
+            return self.inner(s, a)
+        key_inner, key_noise = jax.random.split(key)
+        x, unravel = ravel_pytree(self.inner(s, a, key=key_inner))
+        std = jax.tree.leaves(self.std)
+        each = ravel_pytree(self.std)[0] if len(std) > 1 or std[0].ndim else std[0]
+        return unravel(x + each.astype(x.dtype) * jax.random.normal(key_noise, x.shape, x.dtype))
+
+
+class _Late(eqx.Module):
+    inner: Callable
+
+    def __call__(self, state: Delayed, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> Delayed:
+        s = self.inner(state.s, state.queue[0], key=key)
+        return Delayed(s, jnp.concatenate([state.queue[1:], a[None]]))
+
+
+class _AtArrival(eqx.Module):
+    """A function of a state and of the action that arrives."""
+
+    inner: Callable
+
+    def __call__(self, state: Delayed, a: Float[Array, " m"]) -> Any:
+        return self.inner(state.s, state.queue[0])
+
+
+class _WithQueue(eqx.Module):
+    inner: Callable
+    queue: Float[Array, "d m"]
+
+    def __call__(self, key: PRNGKeyArray) -> Delayed:
+        return Delayed(self.inner(key), self.queue)
+
+
+class _QueueFeatures(eqx.Module):
+    inner: Callable
+
+    def __call__(self, state: Delayed) -> Float[Array, " k"]:
+        return jnp.concatenate([self.inner(state.s), state.queue.ravel()])
