@@ -162,13 +162,13 @@ def test_a_free_arm_keeps_its_energy_and_angular_momentum(x64):
 
 
 def rotation(angles):
-    """R_z(yaw) R_y(pitch) R_x(roll), by exponentials."""
-    x, y, z = (jnp.cross(jnp.eye(3)[i], jnp.eye(3), axisb=1).T for i in range(3))
-    return (
-        jax.scipy.linalg.expm(angles[2] * z)
-        @ jax.scipy.linalg.expm(angles[1] * y)
-        @ jax.scipy.linalg.expm(angles[0] * x)
-    )
+    """R_z(yaw) R_y(pitch) R_x(roll), each by Rodrigues' formula."""
+
+    def about(axis, angle):
+        N = jnp.asarray(np.cross(np.eye(3)[axis], np.eye(3), axisb=1).T)
+        return jnp.eye(3) + jnp.sin(angle) * N + (1 - jnp.cos(angle)) * N @ N
+
+    return about(2, angles[2]) @ about(1, angles[1]) @ about(0, angles[0])
 
 
 def body_rates(angles, rates):
