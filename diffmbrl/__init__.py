@@ -31,7 +31,7 @@ from diffmbrl.optimizers import (
     SquareRoot,
     TrustRegion,
 )
-from diffmbrl.planners import ILQR
+from diffmbrl.planners import CEM, ILQR, MPPI, Sampling, Shooting
 from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
 from diffmbrl.rollout import expected, returns, rollout, rollouts, value, values
 from diffmbrl.solve import History, iterate, solve
@@ -40,10 +40,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BPTT",
+    "CEM",
     "GRU",
     "ILQR",
     "LSTM",
     "MLP",
+    "MPPI",
     "Affine",
     "Consensus",
     "Constraints",
@@ -66,6 +68,8 @@ __all__ = [
     "Preconditioned",
     "Radii",
     "Sampled",
+    "Sampling",
+    "Shooting",
     "Sigma",
     "SquareRoot",
     "Task",

@@ -224,8 +224,8 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
 
     "default" is the row's own: discounts .8, .9, .95, .98, 1 for first-order methods; discounts and trust in the measured
     sensitivity of each start for second-order ones; growing horizons for iLQR, which a discount does not help. Sampling
-    planners and shooting, which do worse with those, have none, whatever is asked. "discounts", "trust" and "measured" (discounts as the
-    measured growth of the closed loop allows them) give all policy methods the same.
+    planners and shooting, which do worse with those, have none, whatever is asked. "discounts", "trust" and "measured"
+    (discounts as the measured growth of the closed loop allows them) give all policy methods the same.
     Raises: `ValueError` for another name, or fewer updates than stages.
     """
     known("continuation", continuation, CONTINUATIONS)
