@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from diffmbrl.core import Info, Solver, State, Task, count_work
 from diffmbrl.optimizers.sampled import in_turn
@@ -26,15 +26,14 @@ class Raced(eqx.Module):
     $$\theta^{(1)} = \theta,\quad \theta^{(k)} = \text{the entries of each leaf of } \theta \text{, shuffled};\qquad
     k^* = \arg\max_k J(\theta^{(k)})$$
 
-    A local method ends in the basin that it began in, and which one that is shows early: a policy whose first swings go the wrong
-    way costs several times as much after twenty updates as one whose do not. Weights that were drawn independently are, shuffled,
-    another draw from the same distribution. The entrants see `starts` of the starts, others at each update, so with as many
-    entrants as that goes into all of them the race costs no more than the updates it takes; all starts judge. The
-    policy returned is the best of the entrants and of the one given, so the return never falls, and a policy that was trained
-    before wins its race.
+    A local method ends in the basin that it began in, and which one that is shows early: a policy whose first swings go the
+    wrong way costs several times as much after twenty updates as one whose do not. Weights that were drawn independently are,
+    shuffled, another draw from the same distribution. The entrants see `starts` of the starts, others at each update, so that
+    four of them on a quarter of the starts cost what one costs on all; all starts judge. The policy returned is the best of the
+    entrants and of the one given, so the return never falls, and a policy that was trained before wins its race.
 
-    The race is over the first updates of a run; wrapped around a `Continuation`, each entrant has its own, and they are judged by
-    the task itself. `Info` is the winner's, but for J, of the policy given on all starts, and the work, of all.
+    The race is over the first updates of a run; wrapped around a `Continuation`, each entrant has its own, and they are judged
+    by the task itself. `Info` is the winner's, but for J, of the policy given on all starts, and the work, of all.
 
     Cost: each update of the race, `entrants` of the solver's on `starts` starts and a rollout of all starts for each.
     Raises: `ValueError` if `entrants`, `updates` or `starts` is below 1, or for a planner.

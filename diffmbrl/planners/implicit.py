@@ -126,7 +126,7 @@ def implicit(plan: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, 
     trajectory = Trajectory(states, a, jnp.where(alive[:-1], r, jnp.zeros_like(r)), alive, last)
     near = held.distance <= tolerance * (1 + jnp.max(jnp.abs(a)))
     return Optimum(
-        plan=Affine(plan.K, a, s),
+        plan=Affine(plan.K, a, s, plan.low, plan.high),
         trajectory=trajectory,
         J=returns(trajectory, task),
         gradient_norm=held.gradient_norm,

@@ -149,7 +149,7 @@ class MultipleShooting(eqx.Module):
         accepted = trial.accepted & finite & sweep.definite
         # Gains belong to states near the plan's. While gaps are open it does not visit them, and feedback may blow up.
         gains = jnp.where((total > 0) & (trial.alpha < 1), jnp.zeros_like(sweep.K), sweep.K)
-        plan = _where(accepted, Affine(gains, trial.trajectory.a, trial.s), policy)
+        plan = _where(accepted, Affine(gains, trial.trajectory.a, trial.s, policy.low, policy.high), policy)
 
         # As iLQR: a full step lowers the damping, a failed search raises it; below `smallest` it is nothing.
         lower = jnp.where(damping / self.factor < self.smallest, 0.0, damping / self.factor)
@@ -204,7 +204,7 @@ class MultipleShooting(eqx.Module):
 
         def attempt(trial: _Trial) -> _Trial:
             alpha = jnp.where(trial.tried == 0, 1.0, trial.alpha / 2).astype(merit.dtype)
-            plan = Affine(sweep.K, policy.a + alpha * step.k, policy.s)
+            plan = Affine(sweep.K, policy.a + alpha * step.k, policy.s, policy.low, policy.high)
             trajectory, s = _shoot(plan, (1 - alpha) * gaps, task, s0, key)
             reached = worth(trajectory, 1 - alpha)
             finite = jnp.isfinite(reached)

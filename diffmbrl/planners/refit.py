@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffmbrl.core import as_float, parameter
+from diffmbrl.core import as_float
 
 
 class Best(eqx.Module):
@@ -76,7 +76,7 @@ class EffectiveSize(eqx.Module):
     Reference: Kong 1992 (effective sample size).
     """
 
-    size: Float[Array, ""] = parameter(10.0)
+    size: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(10.0), converter=as_float)
 
     def __call__(self, J: Float[Array, " N"]) -> Float[Array, ""]:
         finite = jnp.isfinite(J)

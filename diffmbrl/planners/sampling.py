@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diffmbrl.core import Info, State, Task, as_float, count_work, is_concrete
 from diffmbrl.planners.draw import TruncatedNormal
 from diffmbrl.planners.refit import CEM
-from diffmbrl.planners.scoring import check_plan, clouded, scores
+from diffmbrl.planners.scoring import check_plan, clouded, scores, with_actions
 from diffmbrl.policies import Affine, OpenLoop
 from diffmbrl.rollout import rollout
 
@@ -167,7 +167,7 @@ class Sampling(eqx.Module):
         def keep(new, old):
             return jax.tree.map(lambda x, y: jnp.where(found, x, y).astype(y.dtype), new, old)
 
-        plan = keep(_with_actions(policy, a), policy)
+        plan = keep(with_actions(policy, a), policy)
         changed = [jnp.any(x != y) for x, y in zip(jax.tree.leaves(plan), jax.tree.leaves(policy), strict=True)]
         count = self.particles or 1
         rolled = (self.samples + 2) * count + int(isinstance(policy, Affine))
@@ -185,9 +185,3 @@ class Sampling(eqx.Module):
 
 def _within(a: Float[Array, "T m"], task: Task) -> Float[Array, "T m"]:
     return jnp.clip(a, task.a_low, task.a_high)
-
-
-def _with_actions(policy: Any, a: Float[Array, "T m"]) -> Any:
-    if isinstance(policy, OpenLoop):
-        return OpenLoop(a)
-    return Affine(jnp.zeros_like(policy.K), a, policy.s)

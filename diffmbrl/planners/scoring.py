@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task
 from diffmbrl.models.particles import particles, spread
-from diffmbrl.policies import OpenLoop
+from diffmbrl.policies import Affine, OpenLoop
 from diffmbrl.rollout import value
 
 
@@ -45,3 +45,10 @@ def check_plan(policy: Any, task: Task, solver: str) -> None:
         raise ValueError(
             f"the plan has actions of shape {list(a.shape)}; task '{task.name}' takes [T, m] = [{task.horizon}, {task.m}]"
         )
+
+
+def with_actions(policy: Any, a: Float[Array, "T m"]) -> Any:
+    """A plan of the same kind with other actions and without feedback."""
+    if isinstance(policy, OpenLoop):
+        return OpenLoop(a)
+    return Affine(jnp.zeros_like(policy.K), a, policy.s, policy.low, policy.high)

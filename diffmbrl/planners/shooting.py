@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import Dynamics, Info, Reward, State, Task, Work, as_float, count_work
 from diffmbrl.optimizers.descend import Descend, DescendCarry
-from diffmbrl.planners.scoring import check_plan, clouded
+from diffmbrl.planners.scoring import check_plan, clouded, with_actions
 from diffmbrl.policies import Affine, OpenLoop, centre_and_half
 from diffmbrl.rollout import rollout
 
@@ -152,6 +152,7 @@ class Shooting(eqx.Module):
             return projected, inner._replace(fingerprint=fingerprint), info
 
         moved, inner, infos = jax.vmap(one)(z, carry.inner)
+        assert infos.gradient_norm is not None  # Descend's
         finite = jnp.isfinite(infos.J) & jnp.isfinite(infos.gradient_norm)
         found = jnp.any(finite)
         best = jnp.argmax(jnp.where(finite, infos.J, -jnp.inf)).astype(jnp.int32)
@@ -160,8 +161,7 @@ class Shooting(eqx.Module):
             return jax.tree.map(lambda x, y: jnp.where(found, x, y).astype(y.dtype), new, old)
 
         a = self.limits.actions(moved[best], low, high)
-        plan = OpenLoop(a) if isinstance(policy, OpenLoop) else Affine(jnp.zeros_like(policy.K), a, policy.s)
-        plan = keep(plan, policy)
+        plan = keep(with_actions(policy, a), policy)
         changed = [jnp.any(x != y) for x, y in zip(jax.tree.leaves(plan), jax.tree.leaves(policy), strict=True)]
         info = Info(
             J=infos.J[carry.best],
