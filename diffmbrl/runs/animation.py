@@ -145,7 +145,7 @@ def gif(
 ) -> None:
     """The same as a GIF that repeats, in real time to the hundredth of a second that the format knows.
 
-    Some 15 ms of drawing and 2 kB a frame. Raises: `ValueError` as `animate`, or for fewer than 2 frames.
+    About 2 kB a frame, and slow to draw, 50 ms a frame and more. Raises: `ValueError` as `animate`, or for fewer than 2 frames.
     """
     from PIL import Image
 

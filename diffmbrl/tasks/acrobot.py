@@ -89,7 +89,7 @@ def acrobot(
     """Swing two links up to standing with a torque of up to 20 N m at the elbow; starts hanging, +-.2 rad, rates +-.2.
 
     Success: the cosines of both links' angles from upright above .95, rates below 1 rad/s at the end.
-    Source: Sutton 1996, "Generalization in reinforcement learning", figure 4, as in Gymnasium's Acrobot-v1 (its "book"
+    Source: Sutton 1996, "Generalization in reinforcement learning", as in Gymnasium's Acrobot-v1 (its "book"
     equations, followed step by step in the tests), with twenty times its torque, for two swings instead of dozens.
     """
     m_1, m_2, l_1, l_2, inertia, g = accept("acrobot", m_1=m_1, m_2=m_2, l_1=l_1, l_2=l_2, inertia=inertia, g=g)

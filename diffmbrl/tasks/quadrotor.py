@@ -96,8 +96,8 @@ def quadrotor(*, horizon: int = 100, mass: ScalarLike = 0.5, g: ScalarLike = 9.8
     """Hover at the origin from +-1 m, angles +-.3 rad, speeds +-.3 m/s, body rates +-.3 rad/s.
 
     Thrust 0 to 2 m g, torques up to .05 N m about roll and pitch and .02 about yaw. Success: within .3 m of the origin, cosines
-    of roll and pitch above .95, slower than 1 m/s at the end. Equations: Beard 2008, Quadrotor Dynamics and Control, section 2
-    (Euler angles); masses as in Drake's Crazyflie-sized example of the planar one.
+    of roll and pitch above .95, slower than 1 m/s at the end. Equations: Beard 2008, Quadrotor Dynamics and Control (Euler
+    angles, with z up here).
     """
     spread = jnp.asarray([1.0] * 3 + [0.3] * 9, float)
     return _fly("quadrotor", jnp.zeros(3, float), spread, horizon, mass, g)

@@ -99,8 +99,8 @@ def reacher(
     """Reach any target in a square of 1.3 m about the shoulder; joints +-1.5 rad, rates +-.5 rad/s, torques up to 4 N m.
 
     Success: the tip within 5 cm of the target and both joints slower than .5 rad/s at the end.
-    Source: the two-link manipulator of Murray, Li, Sastry 1994, A Mathematical Introduction to Robotic Manipulation, section
-    4.2.3, after the Reacher of OpenAI Gym, without its friction.
+    Source: the two-link manipulator of Murray, Li, Sastry 1994, A Mathematical Introduction to Robotic Manipulation, chapter
+    4, after the Reacher of OpenAI Gym, without its friction.
     """
     m_1, m_2, l_1, l_2 = accept("reacher", m_1=m_1, m_2=m_2, l_1=l_1, l_2=l_2)
     spread = jnp.asarray([1.5, 1.5, 0.5, 0.5, 0.65, 0.65], float)

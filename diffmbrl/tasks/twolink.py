@@ -8,7 +8,7 @@ C = \beta\sin q_2 \begin{pmatrix} -v_2 (2 v_1 + v_2) \\ v_1^2 \end{pmatrix}$$
 
 $\alpha = I_1 + I_2 + m_1 c_1^2 + m_2 (l_1^2 + c_2^2)$, $\beta = m_2 l_1 c_2$, $\delta = I_2 + m_2 c_2^2$.
 
-Source: Tedrake, Underactuated Robotics, appendix B.2, with centres of mass and inertias apart.
+Source: Tedrake, Underactuated Robotics, appendix B (multi-body dynamics), with centres of mass and inertias apart.
 """
 
 from typing import NamedTuple
