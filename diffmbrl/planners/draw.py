@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import parameter
+from diffmbrl.core import as_float
 
 FAR = 5.0  # standard deviations
 
@@ -76,7 +76,10 @@ class Coloured(eqx.Module):
     Reference: Timmer and Koenig 1995; Pinneri et al. 2020 (iCEM), section 3.1, with beta from .25 to 4.
     """
 
-    exponent: Float[Array, ""] = parameter(2.0)
+    exponent: Float[Array, ""]
+
+    def __init__(self, exponent: float | Array = 2.0):
+        self.exponent = as_float(exponent)
 
     def __call__(
         self,
