@@ -248,6 +248,7 @@ def test_elites_are_kept_best_first():
         (lambda: CEM(elites=1, momentum=1.0), r"momentum must lie in \[0, 1\), got 1"),
         (lambda: MPPI(0.0), "temperature must be positive, got 0"),
         (lambda: MPPI(float("nan")), "temperature must be positive, got nan"),
+        (lambda: EffectiveSize(0.5), "an effective size is at least 1 sample, got 0.5"),
         (lambda: Sampling(std=-1.0), "share and std must be positive, got 0.25 and -1.0"),
         (lambda: Sampling(particles=0), "particles must be at least 1"),
         (

@@ -76,7 +76,10 @@ class Coloured(eqx.Module):
     Reference: Timmer and Koenig 1995; Pinneri et al. 2020 (iCEM), section 3.1, with beta from .25 to 4.
     """
 
-    exponent: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(2.0), converter=as_float)
+    exponent: Float[Array, ""]
+
+    def __init__(self, exponent: float | Array = 2.0):
+        self.exponent = as_float(exponent)
 
     def __call__(
         self,

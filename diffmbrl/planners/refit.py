@@ -73,10 +73,16 @@ class EffectiveSize(eqx.Module):
     Temperature in a return's own units has to be found anew for every task and every stage of a search; a number of samples has
     not. It is found by bisection of $\log \lambda$ in units of the spread of the finite returns.
 
+    Raises: `ValueError` for a size below 1.
     Reference: Kong 1992 (effective sample size).
     """
 
-    size: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(10.0), converter=as_float)
+    size: Float[Array, ""]
+
+    def __init__(self, size: float | Array = 10.0):
+        self.size = as_float(size)
+        if not bool(jnp.all(self.size >= 1)):
+            raise ValueError(f"an effective size is at least 1 sample, got {size}")
 
     def __call__(self, J: Float[Array, " N"]) -> Float[Array, ""]:
         finite = jnp.isfinite(J)

@@ -1,6 +1,6 @@
 """Gradient shooting: first-order and quasi-Newton methods on the actions of a plan."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -152,8 +152,8 @@ class Shooting(eqx.Module):
             return projected, inner._replace(fingerprint=fingerprint), info
 
         moved, inner, infos = jax.vmap(one)(z, carry.inner)
-        assert infos.gradient_norm is not None  # Descend's
-        finite = jnp.isfinite(infos.J) & jnp.isfinite(infos.gradient_norm)
+        norms = cast(Array, infos.gradient_norm)
+        finite = jnp.isfinite(infos.J) & jnp.isfinite(norms)
         found = jnp.any(finite)
         best = jnp.argmax(jnp.where(finite, infos.J, -jnp.inf)).astype(jnp.int32)
 
@@ -165,7 +165,7 @@ class Shooting(eqx.Module):
         changed = [jnp.any(x != y) for x, y in zip(jax.tree.leaves(plan), jax.tree.leaves(policy), strict=True)]
         info = Info(
             J=infos.J[carry.best],
-            gradient_norm=infos.gradient_norm[carry.best],
+            gradient_norm=norms[carry.best],
             accepted=jnp.any(jnp.stack(changed)),
             damping=jnp.zeros_like(infos.J[0]),
             inner_iterations=jnp.sum(infos.inner_iterations, dtype=jnp.int32),
