@@ -2,7 +2,7 @@
 
 iLQR with H = 50, warm started, 1, 2 and 3 updates a step, set up as by `diffmbrl plan --mpc`; float32, one start at a time.
 * from Python: the state goes in, the action comes out, step by step, as a real controller would call it. Wall-clock and CPU
-  time of every step but the episode's first, which makes 50 updates; on a busy machine the second is the one to read;
+  time of every step but the first, which makes 50 updates; on a busy machine the second is the one to read;
 * in one scan: the same loop with its plant, compiled whole.
 
 Returns: medians over starts, of the plan without its feedback, with it, and of the controller, on the model and on a plant with
