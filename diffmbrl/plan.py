@@ -195,7 +195,10 @@ def _control(setting: Setting, prepared: Prepared, write: Callable[[dict], None]
         write({"kind": "updates", "start": index, "J": info.J, "gradient_norm": norms})
         accepted = float(np.mean(np.asarray(info.accepted)))
         last = {"stop": f"{plant.horizon} steps, {accepted:.0%} of last updates accepted", "seconds": seconds}
-        last |= {"compile_seconds": ready - begun, "iterations": plant.horizon * iterations + FIRST - iterations}
+        last |= {
+            "compile_seconds": ready - begun,
+            "iterations": (plant.horizon - 1) * iterations + max(iterations, FIRST),
+        }
         last |= {"gradient_norm": None if norms is None else float(np.median(np.asarray(norms)))}
         last |= {"nonfinite": int(np.sum(np.asarray(info.nonfinite))), "model_return": None}
         _write_result(write, index, model, plant, trajectory, last)
