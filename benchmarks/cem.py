@@ -2,7 +2,7 @@
 
 Seven networks of four hidden layers of 200 and two heads, untrained, on the cart-pole's states; 350 sequences, 20 particles,
 horizon 15, five iterations, float32. The products are those of all layers for 7 x 1000 particles, 75 times, in the fastest
-of three layouts. mbrl-lib (`pip install mbrl torch`) plans on networks of the same sizes and activation, where it is installed.
+of three layouts. mbrl-lib (`pip install mbrl torch`) plans on networks of the same sizes and activation; it may be missing.
 """
 
 import time

@@ -17,7 +17,7 @@ from diffmbrl.core import Info, Quadratic, Solver, State, Task, Work, keeps_limi
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.nonfinite import locate
 from diffmbrl.diagnostics.spectrum import gauss_newton_spectrum
-from diffmbrl.policies import Affine, Neural, OpenLoop
+from diffmbrl.policies import Affine, Neural, OpenLoop, first_plan
 from diffmbrl.rollout import returns, rollout, rollouts, values
 from diffmbrl.solve import CHUNK, iterate
 from diffmbrl.tasks.squash import squashed
@@ -141,7 +141,7 @@ class PlanLanes:
         self.starts = jax.tree.leaves(train)[0].shape[1]
         self.count = self.seeds * self.starts
         flat = jax.tree.map(lambda x: x.reshape(self.count, *x.shape[2:]), train)
-        zero = Affine.zeros(self.task)
+        zero = first_plan(self.solver, self.task)
         self.parameters = zero.a.size
         held_out = jax.tree.leaves(test)[0].shape[0]
         seed_keys = jnp.repeat(keys, self.starts)

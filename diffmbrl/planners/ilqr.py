@@ -69,6 +69,11 @@ class ILQR(eqx.Module):
         """It takes one start."""
         return "plan"
 
+    @property
+    def keeps_limits(self) -> bool:
+        """Whether its sweep does; otherwise it plans on `tasks.squashed(task)`."""
+        return self.sweep.limits
+
     def start(self, task: Task) -> Affine:
         """The plan of resting actions that it starts from, with limits if it keeps them."""
         return Affine.within(task) if self.sweep.limits else Affine.zeros(task)
