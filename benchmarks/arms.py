@@ -112,7 +112,9 @@ def _run(case: Case, first: int, quick: bool) -> list[dict[str, Any]]:
     compiling = lanes.compile()
     cpu, wall = all_updates(lanes, steps)
     look = lanes.evaluate()
-    inner = getattr(made, "solver", made)
+    inner = made
+    while isinstance(inner, d.Continuation | d.Raced):
+        inner = inner.solver
     shared = case._asdict() | {"updates": steps, "compile": compiling, "parameters": lanes.parameters}
     shared |= {"cpu": cpu / TOGETHER, "wall": wall / TOGETHER}
     runs = []
@@ -136,5 +138,7 @@ def _gradients(inner: Any, work: dict[str, float], steps: int, parameters: int, 
     if isinstance(inner, d.KrylovNewton) and inner.rank is not None:
         share = min(1.0, inner.starts / case.starts)
         hessian = min(inner.rank, parameters) * HESSIAN * share
-        return steps * (1 + min(inner.structured, parameters) * PRODUCT + share + hessian + 30 * FORWARD)
+        return steps * (
+            1 + min(inner.structured, parameters) * PRODUCT + share + hessian + 30 * FORWARD
+        )  # a race's alike
     return float("nan")

@@ -19,13 +19,13 @@ from diffmbrl.optimizers import (
     KrylovNewton,
     LevenbergMarquardt,
     NewtonCG,
+    Raced,
     Sigma,
     SquareRoot,
 )
 from diffmbrl.optimizers.soap import soap
 from diffmbrl.planners import (
     CEM,
-    DDP,
     ILQR,
     MPPI,
     Best,
@@ -35,6 +35,7 @@ from diffmbrl.planners import (
     MultipleShooting,
     Normal,
     Sampling,
+    SecondOrder,
     Shooting,
 )
 from diffmbrl.tasks.registry import known
@@ -45,7 +46,7 @@ CONTINUATIONS = ("default", "discounts", "trust", "measured", "none")
 class Method(NamedTuple):
     """How a method is made and run in a comparison."""
 
-    make: Callable[[float | None, int], Solver]  # of a learning rate, where it has one, and the number of updates
+    make: Callable[[float | None, int, Task], Solver]  # of a learning rate, where it has one, and the number of updates
     order: int  # 1 or 2, 0 without gradients; L-BFGS counts as 1: it is given gradients only
     kind: str  # "policy", or "plan": every start is planned anew
     steps: int  # updates by default
@@ -53,6 +54,7 @@ class Method(NamedTuple):
     sequential: bool = False  # seeds one after another: its line search branches, and `vmap` would run both branches
     default: bool = True  # whether `compare` runs it unasked
     most_parameters: int | None = None  # beyond which it does not fit
+    raced: bool = False  # whether four first policies race over the first fifth of the updates
     continuation: str = "discounts"  # the schedule by default: "discounts", "trust", "growing" for plans, or "none"
 
 
@@ -64,10 +66,14 @@ def clipped_adam(learning_rate: Any, max_norm: Any = 1.0) -> optax.GradientTrans
 # The rates of first-order methods: the best of those tried on `cartpole-balance` and `pendulum-swingup`, and its neighbours.
 METHODS: dict[str, Method] = {
     "adam": Method(
-        lambda rate, steps: Descend(clipped_adam, learning_rate=rate), 1, "policy", 600, rates=(1e-3, 3e-3, 1e-2, 3e-2)
+        lambda rate, steps, task: Descend(clipped_adam, learning_rate=rate),
+        1,
+        "policy",
+        600,
+        rates=(1e-3, 3e-3, 1e-2, 3e-2),
     ),
     "adam-decay": Method(
-        lambda rate, steps: Descend(clipped_adam, learning_rate=rate, anneal=float(steps)),
+        lambda rate, steps, task: Descend(clipped_adam, learning_rate=rate, anneal=float(steps)),
         1,
         "policy",
         600,
@@ -75,7 +81,7 @@ METHODS: dict[str, Method] = {
         default=False,
     ),
     "muon": Method(
-        lambda rate, steps: Descend(clipped_muon, learning_rate=rate, anneal=float(steps)),
+        lambda rate, steps, task: Descend(clipped_muon, learning_rate=rate, anneal=float(steps)),
         1,
         "policy",
         600,
@@ -83,7 +89,7 @@ METHODS: dict[str, Method] = {
         default=False,
     ),
     "soap": Method(
-        lambda rate, steps: Descend(clipped_soap, learning_rate=rate, anneal=float(steps)),
+        lambda rate, steps, task: Descend(clipped_soap, learning_rate=rate, anneal=float(steps)),
         1,
         "policy",
         600,
@@ -91,18 +97,20 @@ METHODS: dict[str, Method] = {
         default=False,
     ),
     "sgd": Method(
-        lambda rate, steps: Descend(clipped_sgd, learning_rate=rate),
+        lambda rate, steps, task: Descend(clipped_sgd, learning_rate=rate),
         1,
         "policy",
         600,
         rates=(1e-2, 1e-1, 1.0),
         default=False,
     ),
-    "lbfgs": Method(lambda rate, steps: Descend(optax.lbfgs, memory_size=20), 1, "policy", 600, sequential=True),
+    "lbfgs": Method(lambda rate, steps, task: Descend(optax.lbfgs, memory_size=20), 1, "policy", 600, sequential=True),
     # Ten products rather than thirty: the path takes short steps, for which more change nothing.
-    "gauss-newton": Method(lambda rate, steps: GaussNewton(system=Krylov(10)), 2, "policy", 150, continuation="trust"),
+    "gauss-newton": Method(
+        lambda rate, steps, task: GaussNewton(system=Krylov(10)), 2, "policy", 150, continuation="trust"
+    ),
     "gauss-newton-dense": Method(
-        lambda rate, steps: GaussNewton(system=Dense()),
+        lambda rate, steps, task: GaussNewton(system=Dense()),
         2,
         "policy",
         150,
@@ -111,7 +119,7 @@ METHODS: dict[str, Method] = {
         continuation="trust",
     ),
     "gauss-newton-lm": Method(
-        lambda rate, steps: GaussNewton(damping=LevenbergMarquardt()),
+        lambda rate, steps, task: GaussNewton(damping=LevenbergMarquardt()),
         2,
         "policy",
         150,
@@ -119,7 +127,7 @@ METHODS: dict[str, Method] = {
         continuation="trust",
     ),
     "gauss-newton-sqrt": Method(
-        lambda rate, steps: GaussNewton(system=SquareRoot()),
+        lambda rate, steps, task: GaussNewton(system=SquareRoot()),
         2,
         "policy",
         150,
@@ -128,13 +136,15 @@ METHODS: dict[str, Method] = {
         continuation="trust",
     ),
     "sigma-metric": Method(
-        lambda rate, steps: GaussNewton(system=Sigma()), 2, "policy", 150, default=False, continuation="trust"
+        lambda rate, steps, task: GaussNewton(system=Sigma()), 2, "policy", 150, default=False, continuation="trust"
     ),
-    "newton-cg": Method(lambda rate, steps: NewtonCG(), 2, "policy", 150, default=False, continuation="trust"),
-    "consensus": Method(lambda rate, steps: Consensus(), 2, "policy", 75, default=False, continuation="trust"),
-    "krylov-newton": Method(lambda rate, steps: KrylovNewton(), 2, "policy", 100, continuation="trust"),
+    "newton-cg": Method(lambda rate, steps, task: NewtonCG(), 2, "policy", 150, default=False, continuation="trust"),
+    "consensus": Method(lambda rate, steps, task: Consensus(), 2, "policy", 75, default=False, continuation="trust"),
+    "krylov-newton": Method(
+        lambda rate, steps, task: KrylovNewton(), 2, "policy", 100, continuation="trust", raced=True
+    ),
     "newton-dense": Method(
-        lambda rate, steps: KrylovNewton(rank=None),
+        lambda rate, steps, task: KrylovNewton(rank=None),
         2,
         "policy",
         40,
@@ -142,9 +152,9 @@ METHODS: dict[str, Method] = {
         most_parameters=1500,
         continuation="trust",
     ),
-    "ilqr": Method(lambda rate, steps: ILQR(), 2, "plan", 100, continuation="growing"),
+    "ilqr": Method(lambda rate, steps, task: ILQR.within(task), 2, "plan", 100, continuation="growing"),
     "random-shooting": Method(
-        lambda rate, steps: Sampling(Best(), draw=Even(), samples=256, std=1.0),
+        lambda rate, steps, task: Sampling(Best(), draw=Even(), samples=256, std=1.0),
         0,
         "plan",
         100,
@@ -152,7 +162,7 @@ METHODS: dict[str, Method] = {
         continuation="none",
     ),
     "cem": Method(
-        lambda rate, steps: Sampling(CEM(elites=32), samples=256, std=1.0),
+        lambda rate, steps, task: Sampling(CEM(elites=32), samples=256, std=1.0),
         0,
         "plan",
         100,
@@ -160,7 +170,7 @@ METHODS: dict[str, Method] = {
         continuation="none",
     ),
     "icem": Method(
-        lambda rate, steps: Sampling(CEM(elites=32), draw=Coloured(2.0), samples=256, keep=8, std=1.0),
+        lambda rate, steps, task: Sampling(CEM(elites=32), draw=Coloured(2.0), samples=256, keep=8, std=1.0),
         0,
         "plan",
         100,
@@ -168,7 +178,7 @@ METHODS: dict[str, Method] = {
         continuation="none",
     ),
     "mppi": Method(
-        lambda rate, steps: Sampling(MPPI(EffectiveSize(10.0)), draw=Normal(), samples=256, std=1.0),
+        lambda rate, steps, task: Sampling(MPPI(EffectiveSize(10.0)), draw=Normal(), samples=256, std=1.0),
         0,
         "plan",
         100,
@@ -176,16 +186,23 @@ METHODS: dict[str, Method] = {
         continuation="none",
     ),
     "shooting": Method(
-        lambda rate, steps: Shooting(Descend(optax.lbfgs, memory_size=10)),
+        lambda rate, steps, task: Shooting(Descend(optax.lbfgs, memory_size=10)),
         1,
         "plan",
         100,
         default=False,
         continuation="none",
     ),
-    "ddp": Method(lambda rate, steps: DDP(), 2, "plan", 100, default=False, continuation="growing"),
+    "ddp": Method(
+        lambda rate, steps, task: ILQR.within(task, model=SecondOrder()),
+        2,
+        "plan",
+        100,
+        default=False,
+        continuation="growing",
+    ),
     "multiple-shooting": Method(
-        lambda rate, steps: MultipleShooting(), 2, "plan", 100, default=False, continuation="growing"
+        lambda rate, steps, task: MultipleShooting(), 2, "plan", 100, default=False, continuation="growing"
     ),
 }
 
@@ -242,25 +259,28 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     "default" is the row's own: discounts .8, .9, .95, .98, 1 for first-order methods; discounts and trust in the measured
     sensitivity of each start for second-order ones; growing horizons for iLQR, which a discount does not help. Sampling
     planners and shooting, which do worse with those, have none, whatever is asked. "discounts", "trust" and "measured"
-    (discounts as the measured growth of the closed loop allows them) give all policy methods the same.
+    (discounts as the measured growth of the closed loop allows them) give all policy methods the same. A raced method starts
+    from the best of four policies after the first fifth of the updates.
     Raises: `ValueError` for another name, or fewer updates than stages.
     """
     known("continuation", continuation, CONTINUATIONS)
-    inner = row.make(rate, steps)
+    inner = row.make(rate, steps, task)
     if "none" in (continuation, row.continuation):
-        return inner
+        return Raced(inner, updates=max(1, steps // 5)) if row.raced else inner
     if row.kind == "plan":
         return Continuation.growing(inner, steps, horizon=task.horizon)
     chosen = row.continuation if continuation == "default" else continuation
-    return {
+    made = {
         "discounts": Continuation.discounted,
         "trust": Continuation.trusted,
         "measured": Continuation.measured,
     }[chosen](inner, steps)
+    return Raced(made, updates=max(1, steps // 5)) if row.raced else made
 
 
 def schedule(made: Solver) -> list[list[float | int | None]] | None:
     """The stages of a continuation as [discount, updates, bound of trust or None], for the record; None without one."""
+    made = made.solver if isinstance(made, Raced) else made
     if not isinstance(made, Continuation):
         return None
     bounds = [None] * made.lengths.size if made.trusts is None else made.trusts.tolist()

@@ -19,6 +19,7 @@ from diffmbrl import (
     MultipleShooting,
     NewtonCG,
     Preconditioned,
+    Raced,
     Sigma,
     SquareRoot,
 )
@@ -97,6 +98,11 @@ SOLVERS = [
         Continuation(
             GaussNewton(system=Krylov(8)), discounts=[0.8, 1.0, 1.0], lengths=[2, 1, 1], trusts=[2.0, 2.0, jnp.inf]
         ),
+    ),
+    Row(
+        "raced gauss-newton",
+        Raced(GaussNewton(system=Krylov(8)), entrants=3, updates=2, starts=3),
+        monotone=True,
     ),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
     Row("ddp", DDP(), "plan", monotone=True, exact_on_lqr=True, models=False),

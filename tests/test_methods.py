@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import Continuation, tasks
+from diffmbrl import Continuation, Raced, tasks
 from diffmbrl.core import Solver
 from diffmbrl.methods import METHODS, clipped_muon, method, schedule, solver
 
@@ -21,11 +21,11 @@ def test_the_contract_of_a_row(name):
     assert row.order in (0, 1, 2) and row.kind in ("policy", "plan")
     assert row.steps >= 5
     assert list(row.rates) == sorted(set(row.rates)) and all(rate > 0 for rate in row.rates)
-    made = row.make(row.rates[0] if row.rates else None, row.steps)
+    made = row.make(row.rates[0] if row.rates else None, row.steps, TASK)
     assert isinstance(made, Solver) and made.kind == row.kind
     assert made.init.__doc__ is None or made.init
     # Lanes are stacked: all rates make one structure.
-    structures = {jax.tree.structure(row.make(rate, row.steps)) for rate in row.rates or [None]}
+    structures = {jax.tree.structure(row.make(rate, row.steps, TASK)) for rate in row.rates or [None]}
     assert len(structures) == 1
 
 
@@ -40,7 +40,9 @@ def test_continued_by_default(name):
     row = METHODS[name]
     rate = row.rates[0] if row.rates else None
     continued = solver(row, TASK, rate=rate, steps=row.steps, continuation="default")
-    assert isinstance(continued, Continuation) and continued.kind == row.kind
+    assert isinstance(continued, Raced) == row.raced
+    inner = continued.solver if row.raced else continued
+    assert isinstance(inner, Continuation) and continued.kind == row.kind
     stages = schedule(continued)
     assert sum(updates for _, updates, _ in stages) == row.steps
     assert stages[-1][0] == 1.0
@@ -54,6 +56,11 @@ def test_continued_by_default(name):
     assert [bound for _, _, bound in stages] == bounds
     plain = solver(row, TASK, rate=rate, steps=row.steps, continuation="none")
     assert not isinstance(plain, Continuation) and schedule(plain) is None
+
+
+def test_a_race_is_over_after_a_fifth_of_the_updates():
+    made = solver(METHODS["krylov-newton"], TASK, rate=None, steps=50, continuation="default")
+    assert isinstance(made, Raced) and made.updates == 10
 
 
 @pytest.mark.parametrize("name", ["adam", "gauss-newton"])

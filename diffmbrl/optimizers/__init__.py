@@ -9,6 +9,7 @@ from diffmbrl.optimizers.gauss_newton import GaussNewton
 from diffmbrl.optimizers.natural import NaturalGradient, Radii
 from diffmbrl.optimizers.newton import KrylovNewton
 from diffmbrl.optimizers.newton_cg import NewtonCG
+from diffmbrl.optimizers.raced import Raced
 from diffmbrl.optimizers.sampled import Sampled
 from diffmbrl.optimizers.systems import Dense, Krylov, Preconditioned, Sigma, SquareRoot
 
@@ -26,6 +27,7 @@ __all__ = [
     "NewtonCG",
     "Path",
     "Preconditioned",
+    "Raced",
     "Radii",
     "Sampled",
     "Sigma",

@@ -101,14 +101,13 @@ class Raced(eqx.Module):
 
         racing = carry.updates < self.updates
         state = one(self._race, racing, (policy, carry, info))
-        policy, carry, info = one(self._alone, ~racing, state)
-        return policy, carry._replace(updates=carry.updates + 1), info
+        return one(self._alone, ~racing, state)
 
     def _alone(self, policy: Any, carry: RacedCarry, task: Task, s0: State, key: PRNGKeyArray | None):
         inner = jax.tree.map(lambda x: x[0], carry.carries)
         policy, inner, info = self.solver.update(policy, inner, task, s0, key=key)
         carries = jax.tree.map(lambda all, x: all.at[0].set(x), carry.carries, inner)
-        return policy, carry._replace(carries=carries), info
+        return policy, carry._replace(carries=carries, updates=carry.updates + 1), info
 
     def _race(self, policy: Any, carry: RacedCarry, task: Task, s0: State, key: PRNGKeyArray | None):
         batch = jax.tree.leaves(s0)[0].shape[0]
@@ -121,8 +120,13 @@ class Raced(eqx.Module):
         policies, carries, infos = jax.vmap(update)(carry.policies, carry.carries)
         before = expected(policy, task, s0, key)
         J = jax.vmap(lambda pi: expected(pi, task, s0, key))(policies)
-        best = jnp.argmax(jnp.where(jnp.isfinite(J), J, -jnp.inf))
-        better = J[best] > before
+        finite = jnp.isfinite(J) & jnp.isfinite(infos.J)
+        if infos.gradient_norm is not None:
+            finite = finite & jnp.isfinite(infos.gradient_norm)
+        best = jnp.argmax(jnp.where(finite, J, -jnp.inf))
+        # Where nothing is finite there is nothing to learn, and the race is where it was.
+        going = jnp.isfinite(before) & jnp.any(finite)
+        better = going & (J[best] > before)
         info = jax.tree.map(lambda x: x[best], infos)
         work = jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.int32), infos.work)
         extra = count_work(forward=batch * task.horizon * (self.entrants + 1), sequential=1)
@@ -132,9 +136,10 @@ class Raced(eqx.Module):
         # The last update of the race puts the winner first.
         over = carry.updates + 1 >= self.updates
         order = jnp.where(over, jnp.full(self.entrants, best), jnp.arange(self.entrants))
+        winner = jax.tree.map(lambda x, old: jnp.where(better, x[best], old), policies, policy)
         policies, carries = jax.tree.map(lambda x: x[order], (policies, carries))
-        policy = jax.tree.map(lambda x, old: jnp.where(better, x[best], old), policies, policy)
-        return policy, RacedCarry(policies, carries, carry.updates), info
+        moved = RacedCarry(policies, carries, carry.updates + 1)
+        return winner, jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, carry), info
 
 
 def _shuffled(policy: Any, key: PRNGKeyArray) -> Any:

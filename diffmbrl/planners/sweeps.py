@@ -100,7 +100,8 @@ class Boxed(eqx.Module):
 
         def going(state):
             *_, i, moved = state
-            return moved & (i < self.iterations)
+            # Without a minimum there is nothing to look for, and the sweep is void.
+            return moved & positive & (i < self.iterations)
 
         def newton(state):
             k, i, _ = state
@@ -121,7 +122,10 @@ class Boxed(eqx.Module):
             length, j = jax.lax.while_loop(too_long, halve, (jnp.ones((), q.dtype), jnp.zeros((), jnp.int32)))
             trial = jnp.clip(k + length * direction[:, 0], low, high)
             better = (j < self.halvings) & jnp.any(trial != k)
-            return jnp.where(better, trial, k), i + 1, better
+            # A whole step inside the box is exact if the same limits stay active: looking on would only chase rounding.
+            whole = (j == 0) & jnp.all(trial == k + direction[:, 0])
+            settled = whole & jnp.all(active(trial, matvec(Q, trial) + q) == clamped)
+            return jnp.where(better, trial, k), i + 1, better & ~settled
 
         _, positive = eliminate(Q, q[:, None])
         start = (jnp.clip(jnp.zeros_like(q), low, high), jnp.zeros((), jnp.int32), jnp.array(True))
