@@ -8,14 +8,26 @@ import pytest
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert example is not None
-    exec(compile(example.group(1), "README.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(example: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    exec(compile(example, "README.md", "exec"), {})
+    return capsys.readouterr().out.splitlines()
+
+
+def test_policies_of_the_example_learn(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(EXAMPLES[0], capsys)
     assert [line.split(":")[0] for line in lines] == ["L-BFGS", "Gauss-Newton"]
     # An untrained policy earns about -130 here: both must have learned.
     assert all(float(re.search(r"(-\d+\.\d+) on held-out", line).group(1)) > -60 for line in lines)  # type: ignore[union-attr]
+
+
+def test_plans_of_the_example_reach_their_goal(capsys: pytest.CaptureFixture[str]) -> None:
+    ends, state = run(EXAMPLES[1], capsys)
+    assert "nonfinite" not in ends and float(re.findall(r"cost (\d\.\d+)", ends)[0]) < 1.5, ends
+    height = [float(x) for x in re.findall(r"-?\d+\.?\d*", state)[:2]]
+    assert max(map(abs, height)) < 0.5
 
 
 def test_pictures_and_folders_named_exist() -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.core import Solver, State, Task, is_plan
 from diffmbrl.planners.models import Expansion, expansion
-from diffmbrl.policies import Affine
+from diffmbrl.policies import first_plan
 from diffmbrl.rollout import split, value
 from diffmbrl.solve import check
 
@@ -91,7 +91,7 @@ def plans(
     steps: int,
     start: Any = None,
     tolerance: float = 0.0,
-    relative: float = 1e-9,
+    relative: float | None = None,
     schedule: Any = None,
     values: bool = False,
 ) -> Plans:
@@ -100,7 +100,8 @@ def plans(
     `start` is a plan for all or, with a leading batch axis, one for each; without it `planner.start(task)`, or
     `Affine.zeros(task)`. Start i draws from `split(key, B)[i]`, update j of it from `fold_in` of that by j. `schedule` is
     `OneByOne()` or `Together()`, by default the first on a CPU and the second elsewhere. `values` adds the expansion of the
-    return to go along each plan. A plan whose gradient or last change is small enough is returned as it was measured.
+    return to go along each plan. A plan whose gradient norm (`tolerance`) or last relative
+    change of J (`relative`, by default ten roundings) is small enough is returned as it was measured.
 
     Shapes: `s0` [B, ...]; the plan's leaves [B, T, ...]. Cost: each start's updates, and a rollout each at the end.
     Raises: `ValueError` if `s0` has no batch axis, `start` is not of B plans or `steps` is below 1; `TypeError` for a solver of
@@ -117,7 +118,7 @@ def plans(
         raise TypeError(f"plans takes a planner, such as ILQR(); {type(planner).__name__} improves policies: use solve")
     begun = time.perf_counter()
     if start is None:
-        start = getattr(planner, "start", Affine.zeros)(task)
+        start = first_plan(planner, task)
     batch = _batch(task, s0)
     check(planner, _one(start), task, jax.tree.map(lambda x: x[0], s0), steps)
     start = _repeated(start, task, batch)
@@ -127,6 +128,7 @@ def plans(
     lanes = _Lane(start, carry, s0, split(key, s0), unknown, unknown, unknown, zero, zero)
     if schedule is None:
         schedule = OneByOne() if jax.default_backend() == "cpu" else Together()
+    relative = 10 * float(jnp.finfo(dtype).eps) if relative is None else relative
     bounds = jnp.asarray([tolerance, relative], dtype)
     lanes, useful = schedule.run((planner, task, bounds), lanes, jnp.asarray(steps, jnp.int32))
     lanes = _first(lanes, batch)

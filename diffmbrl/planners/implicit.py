@@ -23,7 +23,7 @@ from diffmbrl.core import Solver, State, Task, Trajectory
 from diffmbrl.kkt import solve_with_gaps
 from diffmbrl.linearize import Linearization, flat_states, linearize
 from diffmbrl.parallel_riccati import choose
-from diffmbrl.policies import Affine
+from diffmbrl.policies import Affine, first_plan
 from diffmbrl.rollout import returns, rollout
 
 AT_LIMIT = 1e-5  # of the size of a limit: how near an action must be to count as at it
@@ -76,7 +76,7 @@ def optimal(
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
     # Held before the loop: reverse mode cannot enter it, and has no reason to.
-    held, fixed_task, fixed_s0 = jax.lax.stop_gradient((Affine.zeros(task) if plan is None else plan, task, s0))
+    held, fixed_task, fixed_s0 = jax.lax.stop_gradient((first_plan(planner, task) if plan is None else plan, task, s0))
 
     def going(state):
         _, _, rejected, i = state
