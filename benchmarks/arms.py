@@ -112,33 +112,36 @@ def _run(case: Case, first: int, quick: bool) -> list[dict[str, Any]]:
     compiling = lanes.compile()
     cpu, wall = all_updates(lanes, steps)
     look = lanes.evaluate()
-    inner = made
-    while isinstance(inner, d.Continuation | d.Raced):
-        inner = inner.solver
     shared = case._asdict() | {"updates": steps, "compile": compiling, "parameters": lanes.parameters}
     shared |= {"cpu": cpu / TOGETHER, "wall": wall / TOGETHER}
     runs = []
     for k in range(TOGETHER):
         work = {name: float(look[name][0, k]) for name in ("sequential", "forward", "jvp", "vjp", "nonfinite")}
         costs = {"train": -float(look["train"][0, k]), "test": -float(look["test"][0, k])}
-        gradients = _gradients(inner, work, steps, lanes.parameters, case)
+        gradients = _gradients(made, work, steps, lanes.parameters, case)
         runs.append(
             shared | costs | work | {"seed": first + k, "success": float(look["success"][0, k]), "gradients": gradients}
         )
     return runs
 
 
-def _gradients(inner: Any, work: dict[str, float], steps: int, parameters: int, case: Case) -> float:
+def _gradients(made: Any, work: dict[str, float], steps: int, parameters: int, case: Case) -> float:
     """Work in BPTT gradients of the training starts; NaN for a matrix formed whole, which is no number of them."""
+    inner = made
+    while isinstance(inner, d.Continuation | d.Raced):
+        inner = inner.solver
     batch_steps = case.starts * case.horizon
     if isinstance(inner, d.Descend):
         return work["vjp"] / batch_steps
     if isinstance(inner, d.GaussNewton) and isinstance(inner.system, d.Krylov):
         return steps * (1 + min(inner.system.rank, parameters) * PRODUCT + 12 * FORWARD)
     if isinstance(inner, d.KrylovNewton) and inner.rank is not None:
+        # In a race the Hessian is of all the starts that an entrant sees, and all starts judge.
+        racing = min(int(made.updates), steps) if isinstance(made, d.Raced) else 0
+        hessian = 1 + min(inner.rank, parameters) * HESSIAN
+        plain = 1 + min(inner.structured, parameters) * PRODUCT + 30 * FORWARD
         share = min(1.0, inner.starts / case.starts)
-        hessian = min(inner.rank, parameters) * HESSIAN * share
-        return steps * (
-            1 + min(inner.structured, parameters) * PRODUCT + share + hessian + 30 * FORWARD
-        )  # a race's alike
+        entered = made.entrants * min(1.0, made.starts / case.starts) if isinstance(made, d.Raced) else 0.0
+        race = entered * (plain + hessian) + (made.entrants + 1) * FORWARD if racing else 0.0
+        return racing * race + (steps - racing) * (plain + share * hessian)
     return float("nan")
