@@ -3,6 +3,7 @@
 Shapes and dtypes in the annotations of diffmbrl are checked at every call: `--jaxtyping-packages` in pyproject.toml.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,3 +38,17 @@ def x64() -> Iterator[None]:
     """Double precision for the length of one test."""
     with jax.enable_x64(True):
         yield
+
+
+# Every compiled program maps memory, and a process may have 65,530 mappings (Linux's default); beyond, XLA crashes.
+MOST_MAPPINGS = 30_000
+
+
+@pytest.fixture(autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Forget compiled programs between two tests when there are too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()

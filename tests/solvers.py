@@ -105,7 +105,7 @@ SOLVERS = [
         monotone=True,
     ),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
-    Row("ddp", DDP(), "plan", monotone=True, exact_on_lqr=True, models=False),
+    Row("ddp", DDP(), "plan", monotone=True, exact_on_lqr=True, models=False, slow=True),
     Row("multiple shooting", MultipleShooting(), "plan", exact_on_lqr=True, models=False),
     Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan", models=False),
     Row(
@@ -141,6 +141,7 @@ SOLVERS = [
         monotone=True,
         models=False,
         gradients=False,
+        slow=True,
     ),
     Row(
         "shooting",
