@@ -103,6 +103,7 @@ SOLVERS = [
         "raced gauss-newton",
         Raced(GaussNewton(system=Krylov(8)), entrants=3, updates=2, starts=3),
         monotone=True,
+        slow=True,
     ),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
     Row("ddp", DDP(), "plan", monotone=True, exact_on_lqr=True, models=False, slow=True),
