@@ -265,17 +265,19 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     """
     known("continuation", continuation, CONTINUATIONS)
     inner = row.make(rate, steps, task)
-    if "none" in (continuation, row.continuation):
-        return Raced(inner, updates=max(1, steps // 5)) if row.raced else inner
+    made = inner if "none" in (continuation, row.continuation) else _continued(inner, row, task, steps, continuation)
+    return Raced(made, updates=max(1, steps // 5)) if row.raced else made
+
+
+def _continued(inner: Solver, row: Method, task: Task, steps: int, continuation: str) -> Continuation:
     if row.kind == "plan":
         return Continuation.growing(inner, steps, horizon=task.horizon)
     chosen = row.continuation if continuation == "default" else continuation
-    made = {
+    return {
         "discounts": Continuation.discounted,
         "trust": Continuation.trusted,
         "measured": Continuation.measured,
     }[chosen](inner, steps)
-    return Raced(made, updates=max(1, steps // 5)) if row.raced else made
 
 
 def schedule(made: Solver) -> list[list[float | int | None]] | None:

@@ -14,6 +14,7 @@ from diffmbrl.linearize import Linearization, Sweep, linearize
 from diffmbrl.parallel_riccati import choose
 from diffmbrl.planners import augmented_lagrangian as constraint
 from diffmbrl.planners.augmented_lagrangian import Each
+from diffmbrl.planners.search import Backtracking
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout
 
@@ -199,29 +200,20 @@ class MultipleShooting(eqx.Module):
         self, policy: Affine, nodes: Trajectory, gaps: Array, sweep: Sweep, step: Step, model: Any, task: Task,
         s0: State, key: Any,
     ) -> _Trial:  # fmt: skip
-        """Step lengths one after another: on a CPU cheaper than all at once, since the first mostly holds."""
         merit, descent, slack, worth = model
+        zero, one = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
 
-        def attempt(trial: _Trial) -> _Trial:
-            alpha = jnp.where(trial.tried == 0, 1.0, trial.alpha / 2).astype(merit.dtype)
+        def attempt(alpha: Array) -> _Trial:
             plan = Affine(sweep.K, policy.a + alpha * step.k, policy.s, policy.low, policy.high)
             trajectory, s = _shoot(plan, (1 - alpha) * gaps, task, s0, key)
             reached = worth(trajectory, 1 - alpha)
             finite = jnp.isfinite(reached)
             enough = reached - merit >= -self.armijo.astype(merit.dtype) * alpha * descent - slack
-            return _Trial(
-                alpha,
-                trial.tried + 1,
-                finite & enough & (reached >= merit - slack),
-                trial.nonfinite + (~finite).astype(jnp.int32),
-                reached,
-                trajectory,
-                s,
-            )
+            accepted = finite & enough & (reached >= merit - slack)
+            return _Trial(alpha, one, accepted, (~finite).astype(jnp.int32), reached, trajectory, s)
 
-        zero = jnp.zeros((), jnp.int32)
         start = _Trial(jnp.ones((), merit.dtype), zero, jnp.array(False), zero, merit, nodes, policy.s)
-        return jax.lax.while_loop(lambda trial: ~trial.accepted & (trial.tried < self.trials), attempt, start)
+        return Backtracking(self.trials)(attempt, start)
 
     def _renewed(self, carry: Progress, values: Each) -> Progress:
         """Better multipliers; a larger penalty if the constraints' residual fell too little since the last time."""

@@ -1,7 +1,7 @@
 """Line searches of iLQR: which step length along a sweep is taken."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,13 +27,14 @@ Attempt = Callable[[Float[Array, ""]], Trial]
 class Backtracking(eqx.Module):
     """1, 1/2, 1/4 ... one after another, up to `trials`; the first that is accepted.
 
-    On a CPU cheaper than all at once, since the first mostly holds.
+    On a CPU cheaper than all at once, since the first mostly holds. A trial may be another tuple with alpha, tried, accepted
+    and nonfinite.
     """
 
     trials: int = eqx.field(static=True, default=10)
 
-    def __call__(self, attempt: Attempt, rest: Trial) -> Trial:
-        def next_length(trial: Trial) -> Trial:
+    def __call__(self, attempt: Callable[[Float[Array, ""]], Any], rest: Any) -> Any:
+        def next_length(trial: Any) -> Any:
             alpha = jnp.where(trial.tried == 0, 1.0, trial.alpha / 2).astype(rest.alpha.dtype)
             new = attempt(alpha)
             return new._replace(tried=trial.tried + 1, nonfinite=trial.nonfinite + new.nonfinite)
