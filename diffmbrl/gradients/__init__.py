@@ -1,5 +1,6 @@
 """Estimators of the policy gradient dJ/dtheta."""
 
 from diffmbrl.gradients.bptt import BPTT
+from diffmbrl.gradients.smoothed import Smoothed
 
-__all__ = ["BPTT"]
+__all__ = ["BPTT", "Smoothed"]

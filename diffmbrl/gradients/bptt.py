@@ -6,8 +6,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Work, count_work
-from diffmbrl.rollout import expected
+from diffmbrl.core import State, Task, Work, count_work, reweighted
+from diffmbrl.rollout import expected, split, value, weights_axis
 
 
 class BPTT(eqx.Module):
@@ -33,6 +33,14 @@ class BPTT(eqx.Module):
 
     def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
         return jax.value_and_grad(lambda pi: expected(pi, task, s0, key, remat=self.remat))(policy)
+
+    def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
+        """Return and gradient of each start, whose means are what a call gives. Memory: B gradients."""
+
+        def one(s, k, w):
+            return jax.value_and_grad(value)(policy, reweighted(task, w), s, k, remat=self.remat)
+
+        return jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split(key, s0), task.weights)
 
     def work(self, task: Task, batch: int) -> Work:
         """Dynamics evaluations of one call; recomputed steps are counted, they are run."""
