@@ -1,8 +1,8 @@
 """The score-function gradient against closed forms: its mean, its variance, and the bias that each baseline states.
 
 Means are judged by z-tests over 40,000 independent calls, each of 4 starts, with fixed keys: 10 estimators of 5 numbers
-each must stay within 4.5 standard errors, so for right estimators the chance of a false alarm is below 50 * 6.8e-6 = 3.4e-4 (for
-normal means, which those of so many calls are).
+each must stay within 4.5 standard errors, so for right estimators the chance of a false alarm is below 50 * 6.8e-6 = 3.4e-4
+(for normal means, which those of so many calls are).
 """
 
 from functools import cache
