@@ -114,23 +114,6 @@ def test_a_smoothed_density_integrates_to_one_and_peaks_at_its_nodes() -> None:
     np.testing.assert_allclose(y[[2000, 3000, 4000]], wanted, rtol=1e-6)
 
 
-def test_matfree_finds_the_same_trace_of_a_logarithm() -> None:
-    """Stochastic Lanczos quadrature of another library, on the same matrix with other random signs."""
-    from matfree import decomp, funm, stochtrace
-
-    # Damped, to be positive definite.
-    N = formed(fisher) + 10 * np.eye(POLICY.log_std.size + ravel_pytree(POLICY.mean)[0].size)
-    with jax.enable_x64(True):
-        matrix = jnp.asarray(N)
-        slq = funm.integrand_funm_sym_logdet(decomp.tridiag_sym(8, materialize=True))
-        sampler = stochtrace.sampler_rademacher(jnp.ones(len(N)), num=400)
-        theirs = float(stochtrace.estimator(slq, sampler=sampler)(lambda v: matrix @ v, KEY))
-    found = density(POLICY, TASK, S0, of=fisher, probes=400, rank=8)
-    ours = len(N) * np.mean(np.sum(found.weights * np.log(found.nodes + 10), axis=1))
-    exact = np.linalg.slogdet(N)[1]
-    np.testing.assert_allclose([ours, theirs], exact, rtol=0.02)
-
-
 def test_what_is_not_finite_is_nan_and_bad_input_is_named() -> None:
     task = changed(bent(), kink=100.0)
     policy, s0 = Neural.init(task, hidden=[3], key=KEY), task.starts(KEY, 2)
@@ -139,6 +122,6 @@ def test_what_is_not_finite_is_nan_and_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="probes and rank must be at least 1, got 0 and 5"):
         density(POLICY, TASK, S0, probes=0, rank=5)
     with pytest.raises(ValueError, match="width must be positive, got 0"):
-        smoothed(spectrum.Density(np.zeros((1, 1)), np.ones((1, 1))), np.zeros(1), 0)
+        smoothed(spectrum.Density(np.zeros((1, 1)), np.ones((1, 1))), np.zeros(1), 0.0)
     with pytest.raises(TypeError, match="needs a Gaussian policy"):
         eigenvalues(policy, task, s0, of=fisher)
