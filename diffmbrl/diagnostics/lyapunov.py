@@ -47,7 +47,12 @@ def exponents(A: Float[Array, "T n n"], dt: ScalarLike, alive: Bool[Array, " T"]
     >>> [round(float(x), 3) for x in found.values]
     [0.0, -6.931]
     """
-    growth = products(A).growth / dt
+    return averaged(products(A).growth, dt, alive)
+
+
+def averaged(growth: Float[Array, "T n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None) -> Exponents:
+    """`exponents` of products that were factored already, from their `growth`."""
+    growth = growth / dt
     steps = jnp.arange(1, growth.shape[0] + 1, dtype=growth.dtype)
     mask = jnp.ones(growth.shape[0], bool) if alive is None else alive
     count = jnp.sum(mask.astype(growth.dtype))
