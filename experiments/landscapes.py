@@ -3,7 +3,7 @@ r"""What do the loss and the gradient's variance look like as the unroll grows?
 A first policy on the double pendulum, its last layer drawn at `scale` times the default. The loss of an unroll of T steps is
 $-\frac1T \sum_{t<T} r_t$. In float64:
 * the loss at $\theta + \alpha d$ along one random direction with the policy's own filter norms, from one start, and its mean
-  over many, for several unrolls;
+  over many, for several unrolls, each to its own scale;
 * its roughness: how much of the variation along the slice is between neighbouring points;
 * the variance over starts of the gradient of T times the loss, summed over parameters, against the unroll, and the squared norm
   of its mean.
@@ -48,7 +48,7 @@ class Size(NamedTuple):
     unrolls: int  # at which variances are measured
 
 
-FULL = Size("double-pendulum", 400, 0.1, (32, 32), 64, (10, 50, 100, 200, 400), 0.02, 121, 14)
+FULL = Size("double-pendulum", 400, 0.1, (32, 32), 64, (10, 100, 200, 300, 400), 0.1, 161, 14)
 QUICK = FULL._replace(horizon=100, starts=16, slices=(10, 100), points=41, unrolls=6)
 
 
@@ -79,19 +79,26 @@ def _slices(size: Size) -> dict[str, Any]:
     direction = filter_normalised(policy, jax.random.key(2))
     alphas = jnp.linspace(-size.reach, size.reach, size.points)
     run = jax.jit(lambda T: -line(policy, _unrolled(task, T), s0, direction, alphas) / T)
-    out: dict[str, Any] = {"alpha": alphas}
-    for T in size.slices:
-        loss = np.asarray(run(jnp.asarray(T)))
-        fine = np.isfinite(loss).all(0)
-        kept = loss[:, fine]
-        out[str(T)] = {
-            "one": kept[:, 0],
-            "mean": kept.mean(1),
-            "lost": int((~fine).sum()),
-            "roughness of one": float(np.median([_roughness(y) for y in kept.T])),
-            "roughness of mean": _roughness(kept.mean(1)),
+    losses = {T: np.asarray(run(jnp.asarray(T))) for T in size.slices}
+    fine = np.all([np.isfinite(x).all(0) for x in losses.values()], axis=0)
+    losses = {T: x[:, fine] for T, x in losses.items()}
+    rough = {T: np.array([_roughness(y) for y in x.T]) for T, x in losses.items()}
+    # The start shown is the one in the middle by its roughness at the longest unroll.
+    shown = int(np.argsort(rough[size.slices[-1]])[fine.sum() // 2])
+    out: dict[str, Any] = {"alpha": alphas, "lost": int((~fine).sum())}
+    for T, x in losses.items():
+        both = {"one": x[:, shown], "mean": x.mean(1)}
+        out[str(T)] = {who: _standardised(y) for who, y in both.items()} | {
+            "deviation": {who: float(y.std()) for who, y in both.items()},
+            "roughness of starts": np.percentile(rough[T], [10, 50, 90]),
+            "roughness of mean": _roughness(both["mean"]),
         }
     return out
+
+
+def _standardised(y: np.ndarray) -> np.ndarray:
+    """Without its mean and scale, so that few digits hold its shape."""
+    return (y - y.mean()) / max(y.std(), np.finfo(float).tiny)
 
 
 def _roughness(y: np.ndarray) -> float:
@@ -131,9 +138,8 @@ def conclude(numbers: Any) -> str:
     """From the numbers."""
     slices, g = numbers["slices"], numbers["gradient"]
     rough = "; ".join(
-        f"T = {T}: {x['roughness of one']:.2g} of one start, {x['roughness of mean']:.2g} of the mean"
-        for T, x in slices.items()
-        if T != "alpha"
+        f"T = {T}: {array(x['roughness of starts'])[1]:.2g} of the middle start, {x['roughness of mean']:.2g} of the mean"
+        for T, x in _unrolls(slices).items()
     )
     T, variance, mean = (array(g[k]) for k in ("unroll", "variance", "mean squared"))
     ten = int(np.argmin(np.abs(T - 10)))
@@ -141,13 +147,17 @@ def conclude(numbers: Any) -> str:
     first = (
         f"from T = {T[above[0]]:.0f} on" if above.size and (variance > mean)[above[0] :].all() else "at some unrolls"
     )
-    lost = max(max(x["lost"] for k, x in slices.items() if k != "alpha"), *g["lost"])
+    lost = max(slices["lost"], *g["lost"])
     return (
         f"{numbers['task']}: roughness along the line (0 smooth, 1 noise), {rough}. The gradient's variance goes from "
         f"{variance[ten]:.1e} at T = {T[ten]:.0f} to {variance[-1]:.1e} at T = {T[-1]:.0f} and exceeds the squared norm of the "
         f"mean {first if above.size else 'nowhere'}; the largest 1% of samples hold {array(g['top percent'])[-1]:.0%} of it "
-        f"in the end. {lost} starts, at most, are left out: their rollouts are not finite."
+        f"in the end" + (f"; {lost} starts at most are left out, whose rollouts are not finite." if lost else ".")
     )
+
+
+def _unrolls(slices: Any) -> dict[str, Any]:
+    return {T: x for T, x in slices.items() if T.isdecimal()}
 
 
 def paint(numbers: Any) -> Any:
@@ -156,11 +166,13 @@ def paint(numbers: Any) -> Any:
     heading(figure, f"The loss along a line and the gradient's variance, {numbers['task']}")
     row, slices = axes[0], numbers["slices"]
     alpha = array(slices["alpha"])
-    for axis, which, text in ((row[0], "one", "loss from one start"), (row[1], "mean", "mean loss of all starts")):
+    for axis, which, text in (
+        (row[0], "one", "loss from the middle start"),
+        (row[1], "mean", "mean loss of all starts"),
+    ):
         lines = []
-        for i, (T, x) in enumerate((k, x) for k, x in slices.items() if k != "alpha"):
+        for i, (T, x) in enumerate(_unrolls(slices).items()):
             style, y = style_of(f"T = {T}", index=i), array(x[which])
-            y = (y - y.mean()) / max(y.std(), 1e-300)
             axis.plot(alpha, y - 5 * i, color=style.colour, linewidth=1.1)
             lines.append(Line(style, alpha, y - 5 * i))
         axis.set_yticks([])

@@ -106,8 +106,8 @@ def conclude(numbers: Any) -> str:
             f"{np.median(modulus):.1f} (from 10^{modulus.min():.1f} to 10^{modulus.max():.1f}), a step's largest a median of "
             f"{np.exp(np.median(steps)):.3f}, |dJ/dtheta| is {np.median(gradient[-1]):.2g} at T = {T[-1]:.0f} and grew by "
             f"{np.median(growth):+.3f} a step in its logarithm since T = {T[half]:.0f}, the largest Lyapunov exponent is "
-            f"{np.median(array(x['exponents'])[:, 0]):+.3f} a step, and the rods turn by {np.median(array(x['fastest'])):.2g} rad "
-            f"a step at their fastest (at most {array(x['fastest']).max():.2g})"
+            f"{np.median(array(x['exponents'])[:, 0]):+.3f} a step, and the rods turn by {np.median(array(x['fastest'])):.2g} "
+            f"rad a step at their fastest (at most {array(x['fastest']).max():.2g})"
         )
     return f"{numbers['task']}: " + "; ".join(said) + "."
 

@@ -39,8 +39,8 @@ class Exponents(NamedTuple):
 def exponents(A: Float[Array, "T n n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None) -> Exponents:
     """Of a sequence of Jacobians, `dt` seconds apart (1 for exponents per step).
 
-    With `alive`, of the steps where it is True, which come first; NaN if none is. A Jacobian of deficient rank has exponents
-    of -inf. Cost: one QR factorisation a step.
+    With `alive`, of the steps where it is True, which come first; NaN if none is. Below 10 steps the error is NaN. A Jacobian
+    of deficient rank has exponents of -inf. Cost: one QR factorisation a step.
 
     >>> import jax.numpy as jnp
     >>> found = exponents(jnp.tile(jnp.array([[1.0, 1.0], [0.0, 0.5]]), (1000, 1, 1)), dt=0.1)
