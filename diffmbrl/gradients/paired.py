@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, reweighted
+from diffmbrl.gradients.likelihood_ratio import LeaveOneOut, RewardToGo, each_return, where_alive
+from diffmbrl.gradients.smoothed import drawn
 from diffmbrl.rollout import returns, rollout, split, weights_axis
 
 
@@ -70,8 +72,6 @@ def pair(
 
 def check(policy: Any, s0: State, key: PRNGKeyArray | None, folds: int) -> PRNGKeyArray:
     """What every estimator with a score function asks for; the key."""
-    if key is None:
-        raise ValueError("noise needs a key: this estimator draws its actions")
     if not hasattr(policy, "log_prob"):
         raise ValueError(
             f"{type(policy).__name__} has no log_prob(s, a), which the score of its actions needs: put noise on it by "
@@ -80,47 +80,28 @@ def check(policy: Any, s0: State, key: PRNGKeyArray | None, folds: int) -> PRNGK
     batch = jax.tree.leaves(s0)[0].shape[0]
     if folds < 1 or batch % folds or batch // folds < 2:
         raise ValueError(f"{batch} starts cannot be parted into {folds} folds of equal size, of 2 starts at least")
-    return key
+    return drawn(key)
 
 
 def score_function(
     policy: Any, task: Task, s0: State, key: PRNGKeyArray, trajectories: Trajectory, baseline: Any, folds: int
 ) -> Pair:
     """The half that needs no derivative of the task, from the rollouts; its pathwise half is 0."""
-    axis = weights_axis(task, s0)
-    J = jax.vmap(lambda tau, w: returns(tau, reweighted(task, w)), in_axes=(0, axis))(trajectories, task.weights)
-    R = jax.vmap(lambda tau, w: to_go(tau, reweighted(task, w)), in_axes=(0, axis))(trajectories, task.weights)
-    alive = trajectories.alive[:, :-1]
-    A = advantages(R, alive, folds)
-    s = seen(trajectories.s, s0, alive)
-    nothing = jnp.zeros_like(trajectories.a)
+    s, alive = where_alive(trajectories), trajectories.alive[:, :-1]
+    R = RewardToGo()(trajectories, task)
+    A = jnp.where(alive, R - _predicted(baseline, R, trajectories, task, folds), 0)
     psi = scores(policy, s, trajectories.a, A)
-    return Pair(J, s, trajectories.a, alive, split(key, s0), nothing, A, psi)
+    nothing = jnp.zeros_like(trajectories.a)
+    return Pair(each_return(trajectories, task), s, trajectories.a, alive, split(key, s0), nothing, A, psi)
 
 
-def to_go(trajectory: Any, task: Task) -> Float[Array, " T"]:
-    r"""$R_t = \sum_{\tau \ge t} w_\tau r_\tau + w_T \phi$."""
-    terminal = returns(trajectory._replace(r=jnp.zeros_like(trajectory.r)), task)
-    return jnp.cumsum((task.weights[:-1] * trajectory.r)[::-1])[::-1] + terminal
-
-
-def seen(s: State, s0: State, alive: Bool[Array, "B T"]) -> State:
-    """The states at which a rollout asks its policy: after the end of an episode the start, whose answer is not used."""
-
-    def of(x, start):
-        there = alive.reshape(alive.shape + (1,) * (x.ndim - 2))
-        return jnp.where(there, x, start[:, None])
-
-    return jax.tree.map(of, s, s0)
-
-
-def advantages(R: Float[Array, "B T"], alive: Bool[Array, "B T"], folds: int) -> Float[Array, "B T"]:
-    """Each return to go less the mean of the others in its fold: unbiased, since they do not know its noise."""
-    x = R.reshape(folds, -1, R.shape[1])
-    count = x.shape[1]
-    # The mean of the others is x - (x - mean) count / (count - 1), so the advantage needs no sums of large numbers.
-    A = (x - jnp.mean(x, axis=1, keepdims=True)) * (count / (count - 1))
-    return jnp.where(alive, A.reshape(R.shape), 0.0)
+def _predicted(
+    baseline: Any, R: Float[Array, "B T"], trajectories: Trajectory, task: Task, folds: int
+) -> Float[Array, "B T"]:
+    """The baseline of each fold, from its own starts."""
+    baseline = LeaveOneOut() if baseline is None else baseline
+    apart = jax.tree.map(lambda x: x.reshape(folds, -1, *x.shape[1:]), (R, trajectories))
+    return jax.vmap(lambda R, tau: baseline(R, tau, task))(*apart).reshape(R.shape)
 
 
 def scores(policy: Any, s: State, a: Float[Array, "B T m"], A: Float[Array, "B T"]) -> Float[Array, "B T m"]:
