@@ -9,6 +9,7 @@ EXPERIMENTS = {
     "second_order": "when M stays bounded, how much of the planner's step a policy follows, which schedule helps",
     "imitation": "steps in the actions followed by regression of the policy, beside Gauss-Newton on the policy itself",
     "closed_loop": "how far from its start a plan holds, with feedback and planned anew, and how far a trained policy",
+    "mixing": "the variance of pathwise, score-function and mixed gradients against the horizon",
     "first_vs_second": "every method of the table at its best learning rate, against iterations, work and time",
 }
 

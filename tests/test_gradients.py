@@ -10,15 +10,21 @@ from diffmbrl import Linear, OpenLoop, tasks
 from diffmbrl.core import Gradient, NoTerminal, reweighted
 from diffmbrl.gradients import (
     BPTT,
+    Agreement,
+    AlphaOrder,
     Clipped,
     Critic,
     Decayed,
+    DiscontinuityTested,
     Episode,
     Fitted,
+    InverseVariance,
+    InverseVariancePerStep,
     LeaveOneOut,
     LikelihoodRatio,
     Mean,
     Smoothed,
+    TotalPropagation,
     Truncated,
 )
 
@@ -35,6 +41,12 @@ ESTIMATORS = {
     "likelihood ratio, leave-one-out": Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=0.3),
     "likelihood ratio, fitted": Smoothed(LikelihoodRatio(baseline=Fitted()), std=0.3),
     "likelihood ratio, critic": Smoothed(LikelihoodRatio(baseline=Critic(NoTerminal())), std=0.3),
+    "inverse variance": Smoothed(InverseVariance(), std=0.3),
+    "inverse variance per step": Smoothed(InverseVariancePerStep(), std=0.3),
+    "total propagation": Smoothed(TotalPropagation(), std=0.3),
+    "alpha-order": Smoothed(AlphaOrder(), std=0.3),
+    "discontinuity-tested": Smoothed(DiscontinuityTested(), std=0.3),
+    "discontinuity-tested by agreement": Smoothed(DiscontinuityTested(Agreement()), std=0.3),
 }
 parametrised = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 

@@ -1,10 +1,10 @@
 r"""Branch averaging: a `where` whose value is exact and whose derivative is the average over both branches, with the jump.
 
-Automatic differentiation of `where(c >= 0, x, y)` follows the branch that was taken and knows nothing of the condition: a step has
-derivative 0. With the condition blurred by normal noise of standard deviation h, the mean of the value is
+Automatic differentiation of `where(c >= 0, x, y)` follows the branch that was taken and knows nothing of the condition: a
+step has derivative 0. With the condition blurred by normal noise of standard deviation h, the mean of the value is
 $\Phi(c/h)\,x + (1 - \Phi(c/h))\,y$, and its derivative
 
-$$\Phi\!\left(\tfrac ch\right) dx + \left(1 - \Phi\!\left(\tfrac ch\right)\right) dy + \tfrac1h\,\varphi\!\left(\tfrac ch\right) (x - y)\,dc$$
+$$\Phi(c/h)\,dx + (1 - \Phi(c/h))\,dy + \tfrac1h\,\varphi(c/h)\,(x - y)\,dc$$
 
 has what is missing: the other branch's derivative near the switch, and the jump times the rate of switching. `branch` uses it
 for the derivative alone; trajectories stay those of the true task.
@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def branch(c: Float[Array, ""], x: Any, y: Any, *, width: float | Float[Array, ""]) -> Any:
+def branch(c: float | Float[Array, ""], x: Any, y: Any, *, width: float | Float[Array, ""]) -> Any:
     r"""`where(c >= 0, x, y)`, for trees of arrays, with the derivative of its average over $c + h N(0, 1)$, h = `width`.
 
-    Write it in dynamics or rewards in place of `where` at a contact, and pathwise estimators (BPTT and all mixtures) see across it.
-    The width is in the units of c. With normal noise of standard deviation $\sigma$ in c already, the mean of the derivative of a
-    step is the density $N(c; 0, \sigma^2 + h^2)$ where the true one is $N(c; 0, \sigma^2)$: a bias of order $h^2/\sigma^2$, for a variance of order $1/h$.
+    Write it in dynamics or rewards in place of `where` at a contact, and pathwise estimators (BPTT and all mixtures) see across
+    it. The width is in the units of c. With normal noise of standard deviation $\sigma$ in c already, the mean derivative of a
+    step is the density $N(c; 0, \sigma^2 + h^2)$ where the true one is $N(c; 0, \sigma^2)$: a bias of order $h^2/\sigma^2$, for
+    a variance of order $1/h$.
     Both branches must be finite wherever c is within some h of 0, and are evaluated everywhere.
 
     Raises: `ValueError` if x and y are not alike, or c is not a scalar, or a width is not positive.

@@ -1,18 +1,21 @@
 r"""Mixtures that test for discontinuities first, and take the score function's estimate alone where they find one.
 
-Where J jumps, the pathwise estimate misses the jump's share of the gradient, often with a small variance, so that inverse-variance
-weights favour it. Two tests of the hypothesis that J is smooth in the noise, each with a `level`, its rate of false alarms:
+Where J jumps, the pathwise estimate misses the jump's share of the gradient, often with a small variance, so that
+inverse-variance weights favour it. Two tests of the hypothesis that J is smooth in the noise, each with a `level`, its rate of
+false alarms:
 
-* `Agreement`: at each step t the pathwise $\lambda_t$ and the score function's $\psi_t$ must have the same mean. It says at which steps
-  the two part, but its power is the score function's, which fades as the horizon grows.
+* `Agreement`: at each step t the pathwise $\lambda_t$ and the score function's $\psi_t$ must have the same mean. It says at
+  which steps the two part, but its power is the score function's, which fades as the horizon grows.
 * `Explained`: whatever varies must have a gradient. By the Gaussian Poincare inequality a smooth J has
-  $\mathrm{Var}_\epsilon[J \mid s_0] \le E\,|\nabla_\epsilon J|^2 = E \sum_t |\sigma_t \lambda_t|^2$, with equality where J is linear in the noise. The left side is half
-  of the squared difference of two rollouts with independent noise from one start, the right one is known: no score function is
-  involved. A jump adds to the left side alone. It sees jumps that matter beside what the gradient explains, and says nothing
-  of when they happen.
 
-Onoda et al. (2026, equation 14) compare the same quantities for noise in the parameters, with $2 (\mathrm{Var} J - |E \nabla J|^2)$ against the
-variance of the gradient and a tolerance c in place of a level.
+$$\mathrm{Var}_\epsilon[J \mid s_0] \;\le\; E\,|\nabla_\epsilon J|^2 = E \sum_t |\sigma_t \lambda_t|^2,$$
+
+  with equality where J is linear in the noise. The left side is half of the squared difference of two rollouts with independent
+  noise from one start, the right one is known: no score function is involved. A jump adds to the left side alone. It sees
+  jumps that matter beside what the gradient explains, and says nothing of when they happen.
+
+Onoda et al. (2026, equation 14) compare the same quantities, for noise in the parameters: the variance of the gradient against
+$2 (\mathrm{Var} J - |E \nabla J|^2)$, with a tolerance in place of a level.
 """
 
 from typing import Any, ClassVar
@@ -29,9 +32,9 @@ from diffmbrl.rollout import returns, rollout, weights_axis
 
 
 class Agreement(eqx.Module):
-    r"""Smooth at step t if $|\overline{\psi_t - \lambda_t}| \le z\,\mathrm{se}$ in every action dimension, z at `level` / (T m), two-sided.
+    r"""Smooth at step t if the mean of $\psi_t - \lambda_t$ is within z standard errors of 0, in every action dimension.
 
-    `level` is the rate of false alarms of the whole rollout (Bonferroni), in the limit of many starts.
+    z is at `level` / (T m), two-sided: `level` is the rate of false alarms of the whole rollout, in the limit of many starts.
     """
 
     level: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(0.01), converter=as_float)
@@ -46,10 +49,11 @@ class Agreement(eqx.Module):
 
 
 class Explained(eqx.Module):
-    r"""Smooth if $\tfrac12 (J - J')^2 - \sum_t |\sigma_t \lambda_t|^2$ is not above 0 by more than z standard errors, z at `level`, one-sided.
+    r"""Smooth if the mean of $\tfrac12 (J - J')^2 - \sum_t |\sigma_t \lambda_t|^2$ is not above z standard errors.
 
-    J' is of a second rollout with other noise in the actions and the same in the dynamics. For `Gaussian` policies.
-    Its false alarms are fewer than `level` where J is curved, or the starts few: the difference is skewed to the right.
+    z is at `level`, one-sided. J' is of a second rollout with other noise in the actions and the same in the dynamics. For
+    `Gaussian` policies. Its false alarms are fewer than `level` where J is curved, or the starts few: the difference is skewed
+    to the right.
     Raises: `ValueError` for a policy that is not `Gaussian`.
     """
 
@@ -85,8 +89,8 @@ class Explained(eqx.Module):
 class DiscontinuityTested(eqx.Module):
     r"""Inverse-variance weights per step where `test` finds J smooth, the score function alone where it does not.
 
-    `test` is `Explained()` or `Agreement()`, see above; `baseline`, `weigh` and `folds` as `InverseVariancePerStep`. A test that fails
-    to see a discontinuity leaves inverse variance's bias; more starts make it see more.
+    `test` is `Explained()` or `Agreement()`, see above; `baseline`, `weigh` and `folds` as `InverseVariancePerStep`. A test
+    that fails to see a discontinuity leaves inverse variance's bias; more starts make it see more.
 
     Shapes: `s0` [B, ...]; B a multiple of `folds`, 2 starts or more in each; a dozen for the test to mean something.
     Cost: as `InverseVariancePerStep`, and for `Explained` one rollout more, without derivatives.

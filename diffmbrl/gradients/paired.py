@@ -2,15 +2,15 @@ r"""The pathwise and the score-function gradient of one and the same rollout, si
 
 For a policy that draws its actions, $a_t = \pi_\theta(s_t; \epsilon_t)$ with density $\pi_\theta(a \mid s)$, one rollout gives
 
-$$\text{pathwise: } \sum_t \Big(\frac{\partial a_t}{\partial\theta}\Big)^{\!\top} \lambda_t,\;\; \lambda_t = \frac{dJ}{da_t}, \qquad
-\text{score function: } \sum_t \Big(\frac{\partial \log\pi_\theta(a_t \mid s_t)}{\partial\theta}\Big) A_t,\;\; A_t = R_t - b_t$$
+$$\text{pathwise: } \sum_t \Big(\frac{\partial a_t}{\partial\theta}\Big)^{\!\top} \lambda_t,\quad
+\lambda_t = \frac{dJ}{da_t}, \qquad
+\text{score function: } \sum_t A_t\,\frac{\partial \log\pi_\theta(a_t \mid s_t)}{\partial\theta},\quad A_t = R_t - b_t$$
 
-with the return to go $R_t = \sum_{\tau \ge t} w_\tau r_\tau + w_T \phi$ and a baseline $b_t$, the mean of the other starts'. Both are
-the policy's derivatives at the same states, pulled back from one number or vector for each step, so at the level of
-the actions they can be compared and mixed before the network is differentiated: of additive noise, $\lambda_t$ and
-$\psi_t = -A_t\,\nabla_a \log\pi(a_t \mid s_t)$ have the same conditional mean wherever J is smooth. $\lambda$ is the gradient with respect
-to an additive perturbation of the actions and needs one reverse pass without the policy's parameters; the score function
-needs none.
+with the return to go $R_t$ and a baseline $b_t$ (`likelihood_ratio.py`). Both are derivatives of the policy at the same states,
+pulled back from something for each step, so they can be compared and mixed at the level of the actions, before the network is
+differentiated: of additive noise, $\lambda_t$ and $\psi_t = -A_t\,\nabla_a \log\pi(a_t \mid s_t)$ have the same conditional
+mean wherever J is smooth. $\lambda$ is the gradient with respect to an additive perturbation of the actions and takes one
+reverse pass without the policy's parameters; the score function takes none.
 
 Reference: Parmas and Sugiyama 2021, A unified view of likelihood ratio and reparameterization gradients.
 """
@@ -114,7 +114,7 @@ def scores(policy: Any, s: State, a: Float[Array, "B T m"], A: Float[Array, "B T
 
 
 def pull_each(policy: Any, x: Pair, to_a: Float[Array, "B T m"], to_log: Float[Array, "B T"]) -> Any:
-    r"""$\sum_t (\partial a_t/\partial\theta)^\top u_t + (\partial\log\pi_t/\partial\theta)\,v_t$ for each start; B gradients."""
+    r"""$\sum_t (\partial a_t/\partial\theta)^\top u_t + v_t\,\partial\log\pi_t/\partial\theta$ for each start: B gradients."""
 
     def one(s, a, k, u, v):
         return jax.vjp(lambda pi: heads(pi, s, a, k), policy)[1]((u, v))[0]
