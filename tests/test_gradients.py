@@ -1,6 +1,7 @@
 """The contract of estimators: a call is the mean of its samples, for the same keys; smoothing adds noise of the given size."""
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +13,14 @@ from diffmbrl.gradients import (
     BPTT,
     Agreement,
     AlphaOrder,
+    CentredRanks,
     Clipped,
     Critic,
     Decayed,
+    Decoupled,
     DiscontinuityTested,
     Episode,
+    Evolution,
     Fitted,
     InverseVariance,
     InverseVariancePerStep,
@@ -29,6 +33,15 @@ from diffmbrl.gradients import (
 )
 
 KEY = jax.random.key(0)
+
+
+class Drift(eqx.Module):
+    """A model of any task with a flat state: its Jacobians are the identity and a constant."""
+
+    def __call__(self, s, a, *, key=None):
+        return s + 0.1 * a[0]
+
+
 ESTIMATORS = {
     "bptt": BPTT(),
     "smoothed bptt": Smoothed(BPTT(), std=0.3),
@@ -40,6 +53,9 @@ ESTIMATORS = {
     "likelihood ratio, mean": Smoothed(LikelihoodRatio(baseline=Mean()), std=0.3),
     "likelihood ratio, leave-one-out": Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=0.3),
     "likelihood ratio, fitted": Smoothed(LikelihoodRatio(baseline=Fitted()), std=0.3),
+    "evolution": Evolution(std=0.1),
+    "evolution, ranks": Evolution(std=0.1, shaping=CentredRanks()),
+    "decoupled": Decoupled(Drift()),
     "likelihood ratio, critic": Smoothed(LikelihoodRatio(baseline=Critic(NoTerminal())), std=0.3),
     "inverse variance": Smoothed(InverseVariance(), std=0.3),
     "inverse variance per step": Smoothed(InverseVariancePerStep(), std=0.3),
@@ -48,6 +64,8 @@ ESTIMATORS = {
     "discontinuity-tested": Smoothed(DiscontinuityTested(), std=0.3),
     "discontinuity-tested by agreement": Smoothed(DiscontinuityTested(Agreement()), std=0.3),
 }
+
+
 parametrised = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 
 

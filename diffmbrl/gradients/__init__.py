@@ -3,7 +3,9 @@
 from diffmbrl.gradients.alpha_order import AlphaOrder
 from diffmbrl.gradients.bptt import BPTT
 from diffmbrl.gradients.branches import branch
+from diffmbrl.gradients.decoupled import Decoupled, TrueForward
 from diffmbrl.gradients.discontinuity import Agreement, DiscontinuityTested, Explained
+from diffmbrl.gradients.evolution import CentredRanks, Evolution, Returns
 from diffmbrl.gradients.inverse_variance import InverseVariance, InverseVariancePerStep
 from diffmbrl.gradients.likelihood_ratio import (
     Critic,
@@ -23,11 +25,14 @@ __all__ = [
     "BPTT",
     "Agreement",
     "AlphaOrder",
+    "CentredRanks",
     "Clipped",
     "Critic",
     "Decayed",
+    "Decoupled",
     "DiscontinuityTested",
     "Episode",
+    "Evolution",
     "Explained",
     "Fitted",
     "InverseVariance",
@@ -36,9 +41,11 @@ __all__ = [
     "LikelihoodRatio",
     "Mean",
     "NoBaseline",
+    "Returns",
     "RewardToGo",
     "Smoothed",
     "TotalPropagation",
+    "TrueForward",
     "Truncated",
     "branch",
 ]
