@@ -22,13 +22,20 @@ AdjointRule = Callable[[Int[Array, ""], State], State]
 
 
 def rollout(
-    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None = None,
+    *,
+    w: Float[Array, "T m"] | None = None,
+    remat: int | None = 1,
 ) -> Trajectory:
     r"""Follow `policy` for T steps from one start state: $a_t = \pi(s_t)$, $s_{t+1} = f(s_t, a_t)$.
 
     `key` drives the noise of policy and dynamics (step t uses `fold_in(key, t)`); None means no noise. `remat` says what the
     reverse pass recomputes: None nothing (fast to compile, most memory), 1 each step (the default: on a CPU up to ten times
-    faster, since fewer residuals cross the loop), k > 1 segments of k steps as well (memory ~ T/k + k states).
+    faster, since fewer residuals cross the loop), k > 1 segments of k steps as well (memory ~ T/k + k states). `w` is added to
+    the actions: the gradient with respect to it is dJ/da_t.
 
     Raises: `ValueError` if the policy's action is not of shape [m], the next state is not like the state, the reward is not a
     scalar, or a plan's time axis is not T.
@@ -40,7 +47,7 @@ def rollout(
     >>> trajectory.s.shape, trajectory.a.shape
     ((10, 2), (10, 1))
     """
-    return recorded(policy, task, s0, key, keep=lambda _: None, remat=remat)[0]
+    return recorded(policy, task, s0, key, keep=lambda _: None, w=w, remat=remat)[0]
 
 
 def recorded(
@@ -50,6 +57,7 @@ def recorded(
     key: PRNGKeyArray | None = None,
     *,
     keep: Callable[[PyTree], PyTree],
+    w: Float[Array, "T m"] | None = None,
     remat: int | None = 1,
 ) -> tuple[Trajectory, PyTree]:
     """A rollout, and of the policy's memory after each step what `keep` takes of it, with a leading axis of T.
@@ -60,7 +68,7 @@ def recorded(
     def record(s, a, r, alive, memory):
         return s, a, r, alive, keep(memory)
 
-    (s_T, alive_T), (s, a, r, alive, kept) = _scan(policy, task, s0, key, remat, record)
+    (s_T, alive_T), (s, a, r, alive, kept) = _scan(policy, task, s0, key, remat, record, w=w)
     return Trajectory(s, a, r, jnp.append(alive, alive_T), s_T), kept
 
 
@@ -165,7 +173,14 @@ _ruled.defvjp(lambda adjoint, t, s: (s, (adjoint, t)), _ruled_backward)
 
 
 def _scan(
-    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, remat: int | None, record: Any, adjoint: Any = None
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None,
+    remat: int | None,
+    record: Any,
+    adjoint: Any = None,
+    w: Any = None,
 ):
     stateful = is_stateful(policy)
     memory = policy.start(task) if stateful else None
@@ -174,7 +189,7 @@ def _scan(
 
     def step(carry, x):
         s, alive, memory = carry
-        t, plan_t = x
+        t, plan_t, w_t = x
         pi = policy if plan is None else plan_t
         s = s if adjoint is None else _ruled(adjoint, t, s)
         key_a, key_s = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, t))
@@ -186,6 +201,8 @@ def _scan(
             _check_action(a, task)
         else:
             a = pi(s, key=key_a)
+        if w_t is not None:
+            a = a + w_t
         with jax.default_matmul_precision("highest"):
             r = task.reward(s, a)
             s_next = task.dynamics(s, a, key=key_s)
@@ -196,7 +213,7 @@ def _scan(
         return (s_next, alive & ~task.done(s_next), memory), out
 
     alive = jnp.array(True) if task.done is None else ~task.done(s0)
-    carry, out = _scan_remat(step, (s0, alive, memory), (jnp.arange(task.horizon), plan), remat)
+    carry, out = _scan_remat(step, (s0, alive, memory), (jnp.arange(task.horizon), plan, w), remat)
     return carry[:2], out
 
 

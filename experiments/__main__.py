@@ -14,6 +14,7 @@ EXPERIMENTS = {
     "double_pendulum": "how the variance of pathwise and score-function gradients grows with time in chaos",
     "landscapes": "what the loss and the gradient's variance look like as the unroll grows",
     "metz_spectrum": "what the scale of a first policy does to the Jacobians along its rollout",
+    "mixing": "the variance of pathwise, score-function and mixed gradients against the horizon",
     "first_vs_second": "every method of the table at its best learning rate, against iterations, work and time",
 }
 

@@ -11,18 +11,24 @@ from diffmbrl import Linear, OpenLoop, tasks
 from diffmbrl.core import Gradient, NoTerminal, reweighted
 from diffmbrl.gradients import (
     BPTT,
+    Agreement,
+    AlphaOrder,
     CentredRanks,
     Clipped,
     Critic,
     Decayed,
     Decoupled,
+    DiscontinuityTested,
     Episode,
     Evolution,
     Fitted,
+    InverseVariance,
+    InverseVariancePerStep,
     LeaveOneOut,
     LikelihoodRatio,
     Mean,
     Smoothed,
+    TotalPropagation,
     Truncated,
 )
 
@@ -51,6 +57,12 @@ ESTIMATORS = {
     "evolution, ranks": Evolution(std=0.1, shaping=CentredRanks()),
     "decoupled": Decoupled(Drift()),
     "likelihood ratio, critic": Smoothed(LikelihoodRatio(baseline=Critic(NoTerminal())), std=0.3),
+    "inverse variance": Smoothed(InverseVariance(), std=0.3),
+    "inverse variance per step": Smoothed(InverseVariancePerStep(), std=0.3),
+    "total propagation": Smoothed(TotalPropagation(), std=0.3),
+    "alpha-order": Smoothed(AlphaOrder(), std=0.3),
+    "discontinuity-tested": Smoothed(DiscontinuityTested(), std=0.3),
+    "discontinuity-tested by agreement": Smoothed(DiscontinuityTested(Agreement()), std=0.3),
 }
 
 

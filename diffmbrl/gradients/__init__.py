@@ -1,8 +1,12 @@
 """Estimators of the policy gradient dJ/dtheta."""
 
+from diffmbrl.gradients.alpha_order import AlphaOrder
 from diffmbrl.gradients.bptt import BPTT
+from diffmbrl.gradients.branches import branch
 from diffmbrl.gradients.decoupled import Decoupled, TrueForward
+from diffmbrl.gradients.discontinuity import Agreement, DiscontinuityTested, Explained
 from diffmbrl.gradients.evolution import CentredRanks, Evolution, Returns
+from diffmbrl.gradients.inverse_variance import InverseVariance, InverseVariancePerStep
 from diffmbrl.gradients.likelihood_ratio import (
     Critic,
     Episode,
@@ -14,18 +18,25 @@ from diffmbrl.gradients.likelihood_ratio import (
     RewardToGo,
 )
 from diffmbrl.gradients.smoothed import Smoothed
+from diffmbrl.gradients.total_propagation import TotalPropagation
 from diffmbrl.gradients.truncated import Clipped, Decayed, Truncated
 
 __all__ = [
     "BPTT",
+    "Agreement",
+    "AlphaOrder",
     "CentredRanks",
     "Clipped",
     "Critic",
     "Decayed",
     "Decoupled",
+    "DiscontinuityTested",
     "Episode",
     "Evolution",
+    "Explained",
     "Fitted",
+    "InverseVariance",
+    "InverseVariancePerStep",
     "LeaveOneOut",
     "LikelihoodRatio",
     "Mean",
@@ -33,6 +44,8 @@ __all__ = [
     "Returns",
     "RewardToGo",
     "Smoothed",
+    "TotalPropagation",
     "TrueForward",
     "Truncated",
+    "branch",
 ]

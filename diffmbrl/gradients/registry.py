@@ -4,10 +4,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from diffmbrl.core import Gradient, Task
+from diffmbrl.gradients.alpha_order import AlphaOrder
 from diffmbrl.gradients.bptt import BPTT
+from diffmbrl.gradients.discontinuity import DiscontinuityTested
 from diffmbrl.gradients.evolution import CentredRanks, Evolution
+from diffmbrl.gradients.inverse_variance import InverseVariance, InverseVariancePerStep
 from diffmbrl.gradients.likelihood_ratio import Episode, Fitted, LeaveOneOut, LikelihoodRatio
 from diffmbrl.gradients.smoothed import Smoothed
+from diffmbrl.gradients.total_propagation import TotalPropagation
 from diffmbrl.gradients.truncated import Clipped, Decayed, Truncated
 from diffmbrl.tasks.registry import known
 
@@ -39,6 +43,17 @@ ESTIMATORS: dict[str, Estimator] = {
     ),
     "likelihood-ratio-value": Estimator(
         lambda task: Smoothed(LikelihoodRatio(baseline=Fitted()), std=NOISE), draws=True, differentiates=False
+    ),
+    "inverse-variance": Estimator(lambda task: Smoothed(InverseVariance(), std=NOISE), draws=True, differentiates=True),
+    "inverse-variance-per-step": Estimator(
+        lambda task: Smoothed(InverseVariancePerStep(), std=NOISE), draws=True, differentiates=True
+    ),
+    "total-propagation": Estimator(
+        lambda task: Smoothed(TotalPropagation(), std=NOISE), draws=True, differentiates=True
+    ),
+    "alpha-order": Estimator(lambda task: Smoothed(AlphaOrder(), std=NOISE), draws=True, differentiates=True),
+    "discontinuity-tested": Estimator(
+        lambda task: Smoothed(DiscontinuityTested(), std=NOISE), draws=True, differentiates=True
     ),
     "evolution": Estimator(lambda task: Evolution(std=0.05), draws=True, differentiates=False),
     "evolution-rank": Estimator(
