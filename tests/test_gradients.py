@@ -7,11 +7,35 @@ import numpy as np
 import pytest
 
 from diffmbrl import Linear, OpenLoop, tasks
-from diffmbrl.core import Gradient, reweighted
-from diffmbrl.gradients import BPTT, Smoothed
+from diffmbrl.core import Gradient, NoTerminal, reweighted
+from diffmbrl.gradients import (
+    BPTT,
+    Clipped,
+    Critic,
+    Decayed,
+    Episode,
+    Fitted,
+    LeaveOneOut,
+    LikelihoodRatio,
+    Mean,
+    Smoothed,
+    Truncated,
+)
 
 KEY = jax.random.key(0)
-ESTIMATORS = {"bptt": BPTT(), "smoothed bptt": Smoothed(BPTT(), std=0.3)}
+ESTIMATORS = {
+    "bptt": BPTT(),
+    "smoothed bptt": Smoothed(BPTT(), std=0.3),
+    "truncated": BPTT(Truncated(2)),
+    "clipped adjoint": BPTT(Clipped(0.5)),
+    "decayed adjoint": BPTT(Decayed(0.9)),
+    "likelihood ratio, episode": Smoothed(LikelihoodRatio(Episode()), std=0.3),
+    "likelihood ratio": Smoothed(LikelihoodRatio(), std=0.3),
+    "likelihood ratio, mean": Smoothed(LikelihoodRatio(baseline=Mean()), std=0.3),
+    "likelihood ratio, leave-one-out": Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=0.3),
+    "likelihood ratio, fitted": Smoothed(LikelihoodRatio(baseline=Fitted()), std=0.3),
+    "likelihood ratio, critic": Smoothed(LikelihoodRatio(baseline=Critic(NoTerminal())), std=0.3),
+}
 parametrised = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 
 

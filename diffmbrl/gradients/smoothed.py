@@ -45,12 +45,12 @@ class Smoothed(eqx.Module):
         return self.inner.remat
 
     def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
-        J, gradient = self.inner(self.around(policy, task), task, s0, _drawn(key))
+        J, gradient = self.inner(self.around(policy, task), task, s0, drawn(key))
         return J, gradient.mean
 
     def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
         """Return and gradient of each start, with its own noise."""
-        J, gradient = self.inner.samples(self.around(policy, task), task, s0, _drawn(key))
+        J, gradient = self.inner.samples(self.around(policy, task), task, s0, drawn(key))
         return J, gradient.mean
 
     def around(self, policy: Any, task: Task) -> Gaussian:
@@ -64,7 +64,8 @@ class Smoothed(eqx.Module):
         return self.inner.work(task, batch)
 
 
-def _drawn(key: PRNGKeyArray | None) -> PRNGKeyArray:
+def drawn(key: PRNGKeyArray | None) -> PRNGKeyArray:
+    """The key, of an estimator that cannot do without. Raises: `ValueError` if there is none."""
     if key is None:
         raise ValueError("noise needs a key: this estimator draws its actions")
     return key
