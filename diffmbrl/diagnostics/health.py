@@ -27,8 +27,9 @@ from diffmbrl.krylov import lanczos
 from diffmbrl.tasks.prefix import Seeing, begin, prefix
 from diffmbrl.tasks.refined import refined
 
-LEAST = 16  # starts
+LEAST = 64  # starts
 CHUNK = 64  # samples differentiated at a time: their gradients stay in the caches
+NOISY = 16  # starts of the smoothed estimators, each with a sixteenth of the samples
 FEW = 32  # starts of what needs no statistics: differences, refinement, contributions, growth
 CURVED = 8  # starts of the Gauss-Newton matrix
 RANK = 30  # of its Krylov space
@@ -50,8 +51,8 @@ class Health(NamedTuple):
     refinement: Float[np.ndarray, " K"]  # relative change of the gradient when the integrator's step is halved
     float32: Float[np.ndarray, " K"]  # relative error of the float32 gradient; infinite if that is not finite
     overflow: Int[np.ndarray, " K"]  # samples of which it is not finite
-    condition: Float[np.ndarray, " K"]  # of the Gauss-Newton matrix in the Krylov space of its first RANK products
-    curvature: Float[np.ndarray, " K"]  # its largest eigenvalue
+    condition: Float[np.ndarray, " K"]  # largest over smallest Ritz value of the Gauss-Newton matrix: a lower bound
+    curvature: Float[np.ndarray, " K"]  # the largest
     growth: Float[np.ndarray, " K"]  # of perturbations in the closed loop per step: largest singular value^(1/T), mean log
     early: Float[np.ndarray, " K"]  # share of the gradient's contributions that come from the first tenth of the steps
     contributions: Float[np.ndarray, "K T"]  # norm of each step's part of dJ/dtheta
@@ -75,7 +76,7 @@ def gradient_health(
     (see `Smoothed`). `seen` is called with the number of horizons done.
     Cost: for each horizon, about ten gradients of `starts` rollouts over the longest; one compilation. Memory: three gradients
     for each start.
-    Raises: `ValueError` for horizons that are not increasing whole numbers from 1 to the task's own, for fewer than 16 starts, a std that is
+    Raises: `ValueError` for horizons that are not increasing whole numbers from 1 to the task's own, for fewer than 64 starts, a std that is
     not positive, and for a plan or a policy with a memory.
 
     >>> from diffmbrl import Linear, tasks
@@ -91,7 +92,7 @@ def gradient_health(
     single = _in(jnp.float32, (policy, task, s0))
     with jax.enable_x64(True):
         double = _in(jnp.float64, single)
-        fine = None if (made := refined(double[1])) is None else made.dynamics
+        finer = refined(double[1])
         growth = np.asarray(_growth(*double[:2], _first(double[2], FEW), jnp.asarray(horizons) - 1))
     rows, errors = [], []
     for count, T in enumerate(horizons, start=1):
@@ -100,7 +101,7 @@ def gradient_health(
             g32 = np.asarray(_single(*single, length), np.float64)
         with jax.enable_x64(True):
             noise = jax.random.fold_in(key_noise, T)
-            row, g64 = _double(*double, fine, length, jnp.float64(std), noise, key_directions)
+            row, g64 = _double(*double, finer, length, jnp.float64(std), noise, key_directions)
             rows.append(jax.tree.map(np.asarray, row))
             errors.append(_error(g32, np.asarray(g64)))
         seen(count)
@@ -136,20 +137,24 @@ def check(longest: int, horizons: Sequence[int], starts: int, std: float) -> Non
 
 
 @jax.jit
-def _double(policy, task, s0, dynamics, length, std, key_noise, key_directions):
+def _double(policy, task, s0, finer, length, std, key_noise, key_directions):
     """A row of the record, and the gradient of each start [N, P]."""
     pi, short = Seeing(policy), prefix(task, length)
     s0 = jax.vmap(lambda s: begin(s, length))(s0)
     few, curved = _first(s0, FEW), _first(s0, CURVED)
     J, plain = in_chunks(BPTT(), pi, short, s0, None)
-    _, pathwise = in_chunks(Smoothed(BPTT(), std=std), pi, short, s0, key_noise)
-    score_function = Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=std)
-    _, score = in_chunks(score_function, pi, short, s0, key_noise)
+    # Copies of a few starts: the others of a start's copies are then its baseline, the best there is.
+    copies = plain.shape[0] // NOISY
+    repeated = jax.tree.map(lambda x: jnp.repeat(x[:NOISY], copies, axis=0), s0)
+    score_function = LikelihoodRatio(baseline=LeaveOneOut())
+    pathwise, score = (
+        in_chunks(Smoothed(inner, std=std), pi, short, repeated, key_noise, size=copies)[1]
+        for inner in (BPTT(), score_function)
+    )
     gradient = jnp.mean(plain[:FEW], axis=0)
     refinement = jnp.full((), jnp.nan)
-    if dynamics is not None:
-        finer = prefix(_with(task, dynamics), length)
-        other = ravel_pytree(BPTT()(pi, finer, few, None)[1])[0]
+    if finer is not None:
+        other = ravel_pytree(BPTT()(pi, prefix(finer, length), few, None)[1])[0]
         refinement = jnp.linalg.norm(gradient - other) / jnp.linalg.norm(other)
     model = gauss_newton(pi, short, curved)
     ritz = lanczos(model.product, model.gradient, RANK).values
@@ -192,15 +197,15 @@ def _growth(policy, task, s0, last):
 
 
 def in_chunks(
-    estimator: Gradient, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None
+    estimator: Gradient, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, *, size: int = CHUNK
 ) -> tuple[Float[Array, " N"], Float[Array, "N P"]]:
-    """An estimator's samples, `CHUNK` starts or fewer at a time, flat; chunk i draws from `fold_in(key, i)`.
+    """An estimator's samples, flat, `size` starts at a time; chunk i draws from `fold_in(key, i)`.
 
-    The last chunk is filled up with the first starts, so that all are of one size.
+    Starts that fill no chunk: the last one is filled up with the first starts, whose samples are dropped.
     """
     count = jax.tree.leaves(s0)[0].shape[0]
-    chunks = -(-count // CHUNK)
-    size = -(-count // chunks)
+    size = min(size, count)
+    chunks = -(-count // size)
     index = (jnp.arange(chunks * size) % count).reshape(chunks, size)
 
     def one(x):
@@ -230,8 +235,3 @@ def _in(dtype: Any, tree: Any) -> Any:
 def _first(s0: State, count: int) -> State:
     return jax.tree.map(lambda x: x[:count], s0)
 
-
-def _with(task: Task, dynamics: Any) -> Task:
-    import equinox as eqx
-
-    return eqx.tree_at(lambda t: t.dynamics, task, dynamics)
