@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl.core import Info, Quadratic, Solver, State, Task, Work, keeps_limits
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.nonfinite import locate
-from diffmbrl.diagnostics.spectrum import gauss_newton_spectrum
+from diffmbrl.diagnostics.spectrum import eigenvalues
 from diffmbrl.policies import Affine, Neural, OpenLoop, first_plan
 from diffmbrl.rollout import returns, rollout, rollouts, values
 from diffmbrl.solve import CHUNK, iterate
@@ -101,7 +101,7 @@ class PolicyLanes:
     def spectrum(self, rate: int) -> np.ndarray:
         """Eigenvalues of the Gauss-Newton matrix of the first seed's policy."""
         lane = rate * self.seeds
-        return gauss_newton_spectrum(_take(self.policies, lane), self.task, _take(self.train, lane))
+        return eigenvalues(_take(self.policies, lane), self.task, _take(self.train, lane))
 
     def path(self, rate: int) -> dict[str, np.ndarray] | None:
         """The candidates of the first seed's first update, by the model and in truth; None for a method without a model."""
@@ -187,7 +187,7 @@ class PlanLanes:
     def spectrum(self, rate: int) -> np.ndarray:
         """Eigenvalues of M, the Gauss-Newton matrix of the first start's plan without its feedback."""
         plan = OpenLoop(_take(self.train[0], 0).a)
-        return gauss_newton_spectrum(plan, self.task, _take(self.train[2], slice(0, 1)))
+        return eigenvalues(plan, self.task, _take(self.train[2], slice(0, 1)))
 
     def path(self, rate: int) -> None:
         """Planners report none."""

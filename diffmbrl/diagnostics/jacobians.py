@@ -110,7 +110,7 @@ def eigenvalues(A: Float[Array, "*batch n n"]) -> np.ndarray:
     [2.0, 2.0]
     """
     matrices = np.asarray(A)
-    fine = np.isfinite(matrices).all(axis=(-1, -2), keepdims=True)
+    fine = np.all(np.isfinite(matrices), axis=(-1, -2), keepdims=True)
     values = np.linalg.eigvals(np.where(fine, matrices, 0.0)).astype(np.result_type(matrices.dtype, np.complex64))
     values = np.take_along_axis(values, np.argsort(-np.abs(values), axis=-1, kind="stable"), axis=-1)
     return np.where(fine[..., 0], values, np.nan)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, ScalarLike
 
 from diffmbrl.core import State, Task
 from diffmbrl.diagnostics.jacobians import jacobians
@@ -36,7 +36,7 @@ class Exponents(NamedTuple):
     running: Float[Array, "*batch T n"]  # plain averages up to each step: how they converge
 
 
-def exponents(A: Float[Array, "T n n"], dt: float, alive: Bool[Array, " T"] | None = None) -> Exponents:
+def exponents(A: Float[Array, "T n n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None) -> Exponents:
     """Of a sequence of Jacobians, `dt` seconds apart (1 for exponents per step).
 
     With `alive`, of the steps where it is True, which come first; NaN if none is. A Jacobian of deficient rank has exponents

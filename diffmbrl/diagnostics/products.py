@@ -94,7 +94,7 @@ def log_spectral_radius(found: Products) -> np.ndarray:
     top = np.max(logs, axis=-1)
     scale = np.where(np.isfinite(top), top, 0.0)
     M = np.swapaxes(Q_0, -1, -2)[..., None, :, :] @ Q @ (np.exp(logs - scale[..., None])[..., None] * R)
-    fine = np.isfinite(M).all(axis=(-1, -2), keepdims=True)
+    fine = np.all(np.isfinite(M), axis=(-1, -2), keepdims=True)
     radius = np.abs(np.linalg.eigvals(np.where(fine, M, 0.0))).max(axis=-1)
     with np.errstate(divide="ignore"):
         return np.where(fine[..., 0, 0], np.log(radius) + scale, np.nan)
