@@ -41,13 +41,9 @@ def save_policies(folder: Path, method: str, policies: Any, *, rates: Sequence[f
     place = folder / "policies"
     place.mkdir(exist_ok=True)
     write_atomic(place / f"{method}.npz", buffer.getvalue())
-    described = [
-        {"path": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()
-    ]
+    described = [{"path": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()]
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    write_json(
-        place / f"{method}.json", {"rates": list(rates), "seeds": seeds, "leaves": described, "sha256": digest}
-    )
+    write_json(place / f"{method}.json", {"rates": list(rates), "seeds": seeds, "leaves": described, "sha256": digest})
 
 
 def load_policy(place: str, task: Task) -> Saved:
@@ -92,7 +88,9 @@ def _parse(place: str) -> tuple[Path, str | None, int]:
         return Path(place), None, 0
     name, *rest = place.rsplit(":", 2) if Path(place.rsplit(":", 2)[0]).is_dir() else place.rsplit(":", 1)
     if not Path(name).is_dir():
-        raise ValueError(f"'{place}' is not a run: expected RUN, RUN:method or RUN:method:seed with the folder of a run")
+        raise ValueError(
+            f"'{place}' is not a run: expected RUN, RUN:method or RUN:method:seed with the folder of a run"
+        )
     if len(rest) == 2 and not rest[1].isdecimal():
         raise ValueError(f"the seed of a policy must be a whole number, got '{rest[1]}'")
     return Path(name), rest[0], int(rest[1]) if len(rest) == 2 else 0

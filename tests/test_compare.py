@@ -62,7 +62,15 @@ def of(records, kind, **fields):
 def test_the_folder(run):
     folder, _ = run
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "provenance.json", "metrics.jsonl", "status.json", "figures", "report.html"}
+    assert names == {
+        "config.json",
+        "provenance.json",
+        "metrics.jsonl",
+        "status.json",
+        "figures",
+        "policies",
+        "report.html",
+    }
     config = json.loads((folder / "config.json").read_text())
     for name, value in SETTING._asdict().items():
         assert config[name] == (list(value) if isinstance(value, tuple) else value), name

@@ -6,7 +6,8 @@ samples say, $u = \bar d_A / |\bar d_A|$, the other half answer,
 
 $$z = \frac{\mathrm{mean}_B(u^\top d)}{\mathrm{std}_B(u^\top d) / \sqrt{N_B}},$$
 
-which is standard normal if there is no bias, whatever P and the covariance, and large if there is: a one-sided test, of which no
+which is standard normal if there is no bias, whatever P and the covariance, and large if there is: a one-sided test, of which
+no
 multiple comparisons have to be corrected for.
 """
 
@@ -25,7 +26,7 @@ class Bias(NamedTuple):
 
 
 def bias(pathwise: Float[Array, "N P"], score: Float[Array, "N P"]) -> Bias:
-    """The test on paired samples. The unit is the norm of the pathwise mean, or of the score function's less its noise, if larger.
+    """The test on paired samples, in units of the pathwise mean's norm, or of the score function's less its noise, if larger.
 
     Samples where either is not finite are left out.
 

@@ -21,7 +21,8 @@ def difference_error(
 
     $$\min_h \frac{|\,\delta_h - U g\,|}{|U g|},\qquad (\delta_h)_j = \frac{J(\theta + h u_j) - J(\theta - h u_j)}{2h}$$
 
-    in float64, the best of steps of 1e-4, 1e-6 and 1e-8, since neither curvature nor rounding should be mistaken for an error of
+    in float64, the best of steps of 1e-4, 1e-6 and 1e-8, since neither curvature nor rounding should be mistaken for an error
+    of
     the gradient; a wrong one is wrong at every step. 0 if gradient and differences are both 0. `key` draws the directions. A
     jump that no start is within h of is not seen: the test of bias is for that.
     Cost: 24 rollouts from each start.

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Gradient, State, Task
+from diffmbrl.core import State, Task
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.bias import Bias, bias
 from diffmbrl.diagnostics.differences import difference_error
 from diffmbrl.diagnostics.jacobians import contributions, jacobians
 from diffmbrl.diagnostics.nonfinite import locate
 from diffmbrl.diagnostics.products import log_singular_values, products
-from diffmbrl.diagnostics.spread import Spread, spread
+from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
 from diffmbrl.gradients import BPTT, LikelihoodRatio, Smoothed
 from diffmbrl.gradients.likelihood_ratio import LeaveOneOut
 from diffmbrl.krylov import lanczos
@@ -28,7 +28,6 @@ from diffmbrl.tasks.prefix import Seeing, begin, prefix
 from diffmbrl.tasks.refined import refined
 
 LEAST = 64  # starts
-CHUNK = 64  # samples differentiated at a time: their gradients stay in the caches
 NOISY = 16  # starts of the smoothed estimators, each with a sixteenth of the samples
 FEW = 32  # starts of what needs no statistics: differences, refinement, contributions, growth
 CURVED = 8  # starts of the Gauss-Newton matrix
@@ -53,7 +52,7 @@ class Health(NamedTuple):
     overflow: Int[np.ndarray, " K"]  # samples of which it is not finite
     condition: Float[np.ndarray, " K"]  # largest over smallest Ritz value of the Gauss-Newton matrix: a lower bound
     curvature: Float[np.ndarray, " K"]  # the largest
-    growth: Float[np.ndarray, " K"]  # of perturbations in the closed loop per step: largest singular value^(1/T), mean log
+    growth: Float[np.ndarray, " K"]  # of perturbations in the closed loop per step: mean log of sigma_1(Phi)^(1/T)
     early: Float[np.ndarray, " K"]  # share of the gradient's contributions that come from the first tenth of the steps
     contributions: Float[np.ndarray, "K T"]  # norm of each step's part of dJ/dtheta
     std: float
@@ -72,12 +71,12 @@ def gradient_health(
 ) -> Health:
     """Measure the policy's gradient at each of the horizons, which the task's own must reach.
 
-    `starts` states are drawn, one sample each; `std` is the noise of the smoothed estimators, in half widths of the action limits
-    (see `Smoothed`). `seen` is called with the number of horizons done.
+    `starts` states are drawn, one sample each; `std` is the noise of the smoothed estimators, in half widths of the action
+    limits (see `Smoothed`). `seen` is called with the number of horizons done.
     Cost: for each horizon, about ten gradients of `starts` rollouts over the longest; one compilation. Memory: three gradients
     for each start.
-    Raises: `ValueError` for horizons that are not increasing whole numbers from 1 to the task's own, for fewer than 64 starts, a std that is
-    not positive, and for a plan or a policy with a memory.
+    Raises: `ValueError` for horizons that are not increasing whole numbers from 1 to the task's own, for fewer than 64 starts,
+    a std that is not positive, and for a plan or a policy with a memory.
 
     >>> from diffmbrl import Linear, tasks
     >>> task = tasks.lqr(horizon=20)
@@ -161,7 +160,8 @@ def _double(policy, task, s0, finer, length, std, key_noise, key_directions):
     top = jnp.max(ritz)
     parts = jnp.linalg.norm(contributions(pi, short, few), axis=1)[:-1]
     # At least one step, and of one step all.
-    early = jnp.arange(parts.shape[0]) < jnp.maximum(1, jnp.floor(EARLY * length.astype(parts.dtype)))
+    t = jnp.arange(parts.shape[0], dtype=length.dtype)
+    early = t < jnp.maximum(1, (EARLY * length.astype(parts.dtype)).astype(t.dtype))
     row = {
         "J": jnp.mean(J),
         "norms": jnp.linalg.norm(plain, axis=1),
@@ -174,7 +174,7 @@ def _double(policy, task, s0, finer, length, std, key_noise, key_directions):
         "condition": top / jnp.min(jnp.where(ritz > ROUNDING * top, ritz, jnp.inf)),
         "curvature": top,
         "early": jnp.sum(jnp.where(early, parts, 0.0)) / jnp.sum(parts),
-        "contributions": jnp.where(jnp.arange(parts.shape[0]) < length, parts, jnp.nan),
+        "contributions": jnp.where(t < length, parts, jnp.nan),
     }
     return row, plain
 
@@ -193,29 +193,7 @@ def _growth(policy, task, s0, last):
         return log_singular_values(picked)[:, 0]
 
     logs = jax.vmap(one)(jacobians(policy, task, s0).loop)
-    return jnp.exp(jnp.mean(logs, axis=0) / (last + 1))
-
-
-def in_chunks(
-    estimator: Gradient, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, *, size: int = CHUNK
-) -> tuple[Float[Array, " N"], Float[Array, "N P"]]:
-    """An estimator's samples, flat, `size` starts at a time; chunk i draws from `fold_in(key, i)`.
-
-    Starts that fill no chunk: the last one is filled up with the first starts, whose samples are dropped.
-    """
-    count = jax.tree.leaves(s0)[0].shape[0]
-    size = min(size, count)
-    chunks = -(-count // size)
-    index = (jnp.arange(chunks * size) % count).reshape(chunks, size)
-
-    def one(x):
-        i, rows = x
-        some = jax.tree.map(lambda leaf: leaf[rows], s0)
-        J, gradient = estimator.samples(policy, task, some, None if key is None else jax.random.fold_in(key, i))
-        return J, jax.vmap(lambda g: ravel_pytree(g)[0])(gradient)
-
-    J, gradients = jax.lax.map(one, (jnp.arange(chunks), index))
-    return J.reshape(-1)[:count], gradients.reshape(chunks * size, -1)[:count]
+    return jnp.exp(jnp.mean(logs, axis=0) / (last + 1).astype(logs.dtype))
 
 
 def _error(single: np.ndarray, double: np.ndarray) -> tuple[float, int]:
@@ -234,4 +212,3 @@ def _in(dtype: Any, tree: Any) -> Any:
 
 def _first(s0: State, count: int) -> State:
     return jax.tree.map(lambda x: x[:count], s0)
-

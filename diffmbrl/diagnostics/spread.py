@@ -5,17 +5,23 @@ With samples $g_i$ of a gradient (one rollout each), mean $\bar g$ and covarianc
 $$\mathrm{SNR} = \frac{|E g|^2}{\mathrm{tr}\,\mathrm{Cov}(g)},\qquad |E g|^2 \approx |\bar g|^2 - \mathrm{tr}\,S / N .$$
 
 1 / SNR is the batch size at which noise and gradient are of one size (the simple noise scale). The subtraction makes the
-estimate unbiased: N samples of pure noise have $|\bar g|^2 \approx \mathrm{tr}\,S / N$, not 0. It cannot see an SNR far below 1 / N.
+estimate unbiased: N samples of pure noise have $|\bar g|^2 \approx \mathrm{tr}\,S / N$, not 0. It cannot see an SNR far below
+1 / N.
 
-Reference: McCandlish et al. 2018, An empirical model of large-batch training, section 2.2; Suh et al. 2022 (empirical variance).
+Reference: McCandlish et al. 2018, An empirical model of large-batch training, section 2.2; Suh et al. 2022 (empirical
+variance).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from diffmbrl.core import Gradient, State, Task
+
+CHUNK = 64  # samples differentiated at a time: their gradients stay in the caches
 TOP = 100  # the heavy tail is the share of one sample in so many
 
 
@@ -59,3 +65,25 @@ def spread(samples: Float[Array, "N P"]) -> Spread:
     tail = jnp.where(total > 0, jnp.sum(top) / total, jnp.nan)
     nonfinite = jnp.sum(~fine, dtype=jnp.int32)
     return Spread(jnp.sqrt(size) * safe, variance * safe**2, snr, tail, nonfinite)
+
+
+def in_chunks(
+    estimator: Gradient, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, *, size: int = CHUNK
+) -> tuple[Float[Array, " N"], Float[Array, "N P"]]:
+    """An estimator's samples, flat, `size` starts at a time; chunk i draws from `fold_in(key, i)`.
+
+    Starts that fill no chunk: the last one is filled up with the first starts, whose samples are dropped.
+    """
+    count = jax.tree.leaves(s0)[0].shape[0]
+    size = min(size, count)
+    chunks = -(-count // size)
+    index = (jnp.arange(chunks * size) % count).reshape(chunks, size)
+
+    def one(x):
+        i, rows = x
+        some = jax.tree.map(lambda leaf: leaf[rows], s0)
+        J, gradient = estimator.samples(policy, task, some, None if key is None else jax.random.fold_in(key, i))
+        return J, jax.vmap(lambda g: ravel_pytree(g)[0])(gradient)
+
+    J, gradients = jax.lax.map(one, (jnp.arange(chunks), index))
+    return J.reshape(-1)[:count], gradients.reshape(chunks * size, -1)[:count]

@@ -23,29 +23,29 @@ def draw(rows: list[Record], verdict: Record, folder: Path) -> list[gallery.Pict
         (
             "norms",
             "Gradient norms",
-            "Of one rollout: median, and the range from the lowest to the highest tenth; and of the mean over all starts. A mean far "
-            "below the median is a sum that cancels; a straight line upwards on these axes is explosion.",
+            "Of one rollout: median, and the range from the lowest to the highest tenth; and of the mean over all starts. A "
+            "mean far below the median is a sum that cancels; a straight line upwards on these axes is explosion.",
             lambda axis: _norms(axis, T, rows),
         ),
         (
             "signal",
             "Signal and noise",
-            f"Signal-to-noise ratio of one rollout. Below the dashed line a batch of {batch} is mostly noise. The smoothed ones "
-            "are of the return with noise on the actions, with the starts repeated: compare them with each other.",
+            f"Signal-to-noise ratio of one rollout. Below the dashed line a batch of {batch} is mostly noise. The smoothed "
+            "ones are of the return with noise on the actions, with the starts repeated: compare them with each other.",
             lambda axis: _signal(axis, T, rows, batch),
         ),
         (
             "errors",
             "Is it right?",
-            "Relative error of the float32 gradient, of the float64 gradient against central differences, and the change when the "
-            "integrator's step is halved. The dashed line is 1%.",
+            "Relative error of the float32 gradient, of the float64 gradient against central differences, and the change "
+            "when the integrator's step is halved. The dashed line is 1%.",
             lambda axis: _errors(axis, T, rows, verdict.get("float32_bound", 0.01)),
         ),
         (
             "bias",
             "Pathwise against score function",
-            "Their difference along the direction that half of the samples chose, measured on the other half, in multiples of the "
-            "gradient, with two standard errors. Away from 0 one of them is biased, and it is not the score function.",
+            "Their difference along the direction that half of the samples chose, measured on the other half, in multiples "
+            "of the gradient, with two standard errors. Away from 0 one of them is biased, and it is not the score function.",
             lambda axis: _bias(axis, T, rows),
         ),
         (
@@ -104,7 +104,7 @@ def _errors(axis: Any, T: Array, rows: list[Record], bound: float) -> None:
 def _bias(axis: Any, T: Array, rows: list[Record]) -> None:
     size, error = _column(rows, "bias_size"), _column(rows, "bias_error")
     style = _style("difference", 0)
-    figures.log_axis(axis.xaxis, _range([T]))
+    _horizons(axis, T)
     axis.axhline(0.0, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
     axis.errorbar(T, size, yerr=2 * error, color=style.colour, marker="o", markersize=4.5, linewidth=1.2, capsize=3)
     # A test that saw nothing but noise should not hide those that saw something.
@@ -112,7 +112,6 @@ def _bias(axis: Any, T: Array, rows: list[Record]) -> None:
     if np.isfinite(seen).any():
         reach = max(1.5, 1.1 * min(float(np.nanmax(seen)), 5.0))
         axis.set_ylim(-reach, reach)
-    axis.set_xlabel("horizon T")
     axis.set_ylabel("difference, in gradients")
 
 
@@ -137,14 +136,18 @@ def _contributions(axis: Any, rows: list[Record]) -> None:
 
 def _against(axis: Any, T: Array, lines: list[Line], ylabel: str, *, also: list[Array] | None = None) -> None:
     """Lines against the horizon, both axes logarithmic, named at their ends."""
-    figures.log_axis(axis.xaxis, _range([T]))
+    _horizons(axis, T)
     figures.log_axis(axis.yaxis, _range([*(line.y for line in lines), *(also or [])]))
-    axis.set_xlabel("horizon T")
     axis.set_ylabel(ylabel)
     for line in lines:
         y = np.where(np.isfinite(line.y) & (line.y > 0), line.y, np.nan)
         axis.plot(T, y, color=line.style.colour, marker=line.style.marker, markersize=4.5, linewidth=1.6)
     figures.name_ends(axis, lines)
+
+
+def _horizons(axis: Any, T: Array) -> None:
+    figures.log_axis(axis.xaxis, _range([T]))
+    axis.set_xlabel("horizon T")
     axis.set_xticks(T, [f"{x:g}" for x in T])
     axis.set_xticks([], minor=True)
 

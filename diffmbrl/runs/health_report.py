@@ -15,13 +15,13 @@ Record = dict[str, Any]
 COLUMNS = (
     ("state", "state", "the first thing that is wrong, or good", "state", str),
     ("|g|", "|gradient|", "of the mean over the starts", "plain_norm", words.number),
-    ("SNR", "SNR", "signal-to-noise ratio of one rollout's gradient: |mean|² over the trace of its covariance", "plain_snr", None),
+    ("SNR", "SNR", "signal-to-noise of one rollout's gradient: |mean|² over the trace of its covariance", "plain_snr", None),
     ("top 1%", "top 1%", "share of that variance in the top 1% of samples", "plain_tail", words.share),
     ("float32", "float32", "relative error of the float32 gradient", "float32", None),
     ("differences", "differences", "relative error against central differences in float64", "difference", None),
     ("dt / 2", "dt / 2", "relative change when the integrator's step is halved", "refinement", None),
     ("bias z", "bias z", "pathwise against score-function gradient of the smoothed return, in standard errors", "bias_z", None),
-    ("SNR score", "SNR of the score function", "of one rollout's likelihood-ratio gradient of the smoothed return", "score_snr", None),
+    ("SNR score", "SNR of the score function", "of the likelihood ratio, on the smoothed return", "score_snr", None),
     ("growth", "growth a step", "of perturbations in the closed loop", "growth", None),
     ("condition", "condition", "of the Gauss-Newton matrix, at least", "condition", None),
     ("first 10%", "first 10%", "share of the gradient that comes from the first tenth of the steps", "early", words.share),
@@ -68,8 +68,10 @@ def _suggested(config: Record, verdict: Record) -> str:
     window = "" if verdict["window"] is None else f" with {verdict['window']} steps"
     safe = "none that was tested" if verdict["safe"] is None else f"{verdict['safe']} steps"
     return (
-        f"Suggested: {verdict['estimator']}{window}. Safe horizon (float32 right to {verdict['float32_bound']:.0%}, gradient above the "
-        f"noise of {verdict['batch']} rollouts): {safe}. Policy: {config.get('of')}. {words.seconds(verdict['seconds'])} in all."
+        f"Suggested: {verdict['estimator']}{window}. Safe horizon (float32 right to {verdict['float32_bound']:.0%}, gradient "
+        "above the "
+        f"noise of {verdict['batch']} rollouts): {safe}. Policy: {config.get('of')}. {words.seconds(verdict['seconds'])} in "
+        "all."
     )
 
 

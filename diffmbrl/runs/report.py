@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffmbrl.runs import arms, frame, gallery, health_report, metrics, page, plan_report, table, verdict, words
 from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.page import cell, escape, prose
@@ -91,11 +93,16 @@ def _verdict(summary: Summary) -> str:
 def _cautions(summary: Summary, provenance: dict[str, Any], remarks: list[str]) -> list[str]:
     out = list(remarks)
     for row in summary.rows:
-        broken = [reason for reason in row.arm.stops if "nonfinite" in reason or "non-finite" in reason]
-        out += [f"{table.name(row.arm)} stopped: {reason}." for reason in broken]
+        ended = [reason for reason in row.arm.stops if "nonfinite" in reason or "non-finite" in reason]
+        out += [f"{table.name(row.arm)} stopped: {reason}." for reason in ended]
         if row.measured and row.nonfinite > 0:
             met = f"{words.count(row.nonfinite)} non-finite {'value' if row.nonfinite == 1 else 'values'}"
             out.append(f"{table.name(row.arm)} met {met} in returns or gradients; those updates were rejected.")
+        broken = int(np.nansum(row.arm["spread_nonfinite"])) if row.measured else 0
+        if broken:
+            out.append(
+                f"{table.name(row.arm)}: at its evaluations {broken} gradients of single training starts were not finite."
+            )
         if row.broken:
             out.append(
                 f"{table.name(row.arm)} ends with a return that is not finite on {row.broken} of {row.arm.seeds} seeds: "

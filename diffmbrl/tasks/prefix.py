@@ -3,7 +3,8 @@ r"""A task cut short at a length that is a number, not a shape: one compiled pro
 $$J_L(\pi) = \sum_{t<L} w_t\, r(s_t, a_t) + w_T\, \phi(s_L),\qquad L \le T$$
 
 The steps left are one more variable of the state; after the last the episode has ended, and the rollout masks it as it masks
-every ended episode (`rollout.py`): what a longer rollout would have run into afterwards can spoil nothing, its gradient included.
+every ended episode (`rollout.py`): what a longer rollout would have run into afterwards can spoil nothing, its gradient
+included.
 """
 
 from collections.abc import Callable
@@ -75,7 +76,8 @@ class Seeing(eqx.Module):
     def __check_init__(self):
         if is_plan(self.policy) or is_stateful(self.policy):
             raise ValueError(
-                f"a prefix takes policies of the state alone, not {type(self.policy).__name__}: a plan or a policy with a memory"
+                f"a prefix takes policies of the state alone, not {type(self.policy).__name__}: a plan or a policy with a "
+                "memory"
             )
 
     def __call__(self, state: Counted, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
