@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import BPTT, Linear, Neural, tasks
+from diffmbrl import BPTT, Linear, Neural, OpenLoop, expected, tasks, value
 from diffmbrl.core import Box, Task, parameter
+from diffmbrl.diagnostics import health as measuring
 from diffmbrl.diagnostics.bias import Bias, bias
 from diffmbrl.diagnostics.differences import difference_error
 from diffmbrl.diagnostics.health import Health, gradient_health
@@ -68,15 +69,10 @@ def test_a_stable_system_takes_plain_bptt():
     assert np.all(health.float32 < 1e-5) and np.all(health.difference < 1e-6) and np.isnan(health.refinement).all()
     assert np.all(health.bias.z < least_z(3)) and health.growth[-1] < 1 and health.where is None
     task, policy = sick()
-    direct = jax.grad(lambda pi: _mean_return(pi, task, jax.random.key(0)))(policy)
+    s0 = task.starts(jax.random.split(jax.random.key(0), 3)[0], 512)
+    direct = jax.grad(expected)(policy, task, s0)
     np.testing.assert_allclose(health.plain.norm[-1], np.linalg.norm(ravel_pytree(direct)[0]), rtol=1e-5)
     assert health.contributions.shape == (3, T) and np.isnan(health.contributions[0, 2:]).all()
-
-
-def _mean_return(policy, task, key):
-    from diffmbrl import expected
-
-    return expected(policy, task, task.starts(jax.random.split(key, 3)[0], 512))
 
 
 def test_an_unstable_one_takes_short_horizons():
@@ -112,16 +108,15 @@ def test_what_overflows_is_named():
     assert health.overflow[-1] > 0 and health.float32[-1] == np.inf
 
 
-def test_one_program_for_all():
-    from diffmbrl.diagnostics import health
-
-    assert health._double._cache_size() <= 1 and health._single._cache_size() <= 1
+def test_one_program_measures_all_horizons_and_all_values():
+    before = measuring._double._cache_size()
+    examined(*sick(rate=0.5, weight=2.0))
+    assert measuring._double._cache_size() == max(before, 1)
 
 
 BAD = {
     "none": ((), {}, "horizons needs at least one number of steps"),
     "zero": ((0, 5), {}, "a horizon must be a whole number of at least 1, got 0"),
-    "half": ((2.5,), {}, "a horizon must be a whole number of at least 1, got 2.5"),
     "twice": ((5, 5), {}, "each horizon can be named once, got 5 5"),
     "falling": ((5, 2), {}, "horizons must increase, got 5 2"),
     "too far": ((5, 61), {}, "the task ends after 60 steps: make it with horizon=61"),
@@ -142,13 +137,7 @@ def test_bad_input(horizons, options, message):
 def test_a_plan_is_refused():
     task, _ = sick()
     with pytest.raises(ValueError, match="policies of the state alone, not OpenLoop"):
-        gradient_health(task, tasks_plan(task), (5,), key=jax.random.key(0))
-
-
-def tasks_plan(task):
-    from diffmbrl import OpenLoop
-
-    return OpenLoop.zeros(task)
+        gradient_health(task, OpenLoop.zeros(task), (5,), key=jax.random.key(0))
 
 
 # The verdict on made-up records.
@@ -282,12 +271,12 @@ def test_a_prefix_is_the_shorter_task(make, x64):
     s0 = long.starts(key, 3)
 
     @jax.jit
-    def cut(length):
+    def cut(task, length):
         starts = jax.vmap(lambda s: begin(s, length))(s0)
-        return BPTT()(Seeing(policy), prefix(long, length), starts, None)
+        return BPTT()(Seeing(policy), prefix(task, length), starts, None)
 
     for length in (1, 5, 12):
-        J, gradient = cut(jnp.int32(length))
+        J, gradient = cut(long, jnp.int32(length))
         wanted, same = BPTT()(policy, make(horizon=length), s0, None)
         np.testing.assert_allclose(J, wanted, rtol=1e-12)
         np.testing.assert_allclose(ravel_pytree(gradient)[0], ravel_pytree(same)[0], rtol=1e-9, atol=1e-12)
@@ -298,17 +287,11 @@ def test_nothing_beyond_a_prefix_spoils_it():
     task, policy = sick(rate=1e8)
     s0 = jnp.array([0.5, 0.5])
     for length, finite in ((3, True), (T, False)):
-        J, gradient = jax.value_and_grad(
-            lambda pi, length: _value(Seeing(pi), prefix(task, length), begin(s0, length))
-        )(policy, jnp.int32(length))
+        J, gradient = jax.value_and_grad(lambda pi, length: value(Seeing(pi), prefix(task, length), begin(s0, length)))(
+            policy, jnp.int32(length)
+        )
         assert bool(jnp.isfinite(J)) is finite
         assert bool(jnp.all(jnp.isfinite(ravel_pytree(gradient)[0]))) is finite
-
-
-def _value(policy, task, s0):
-    from diffmbrl import value
-
-    return value(policy, task, s0)
 
 
 def test_the_integrator_is_refined_wherever_it_is(x64):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Gradient, State, Task
+from diffmbrl.core import State, Task
 
 CHUNK = 64  # samples differentiated at a time: their gradients stay in the caches
 TOP = 100  # the heavy tail is the share of one sample in so many
@@ -68,9 +68,9 @@ def spread(samples: Float[Array, "N P"]) -> Spread:
 
 
 def in_chunks(
-    estimator: Gradient, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, *, size: int = CHUNK
+    estimator: Any, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, *, size: int = CHUNK
 ) -> tuple[Float[Array, " N"], Float[Array, "N P"]]:
-    """An estimator's samples, flat, `size` starts at a time; chunk i draws from `fold_in(key, i)`.
+    """The samples of an estimator (`core.Gradient`), flat, `size` starts at a time; chunk i draws from `fold_in(key, i)`.
 
     Starts that fill no chunk: the last one is filled up with the first starts, whose samples are dropped.
     """

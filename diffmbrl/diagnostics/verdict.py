@@ -33,7 +33,7 @@ A record says nothing of where the optimiser will go from this policy: measure a
 
 import math
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -255,13 +255,13 @@ def _noise(health: Health, k: int) -> str:
     return f"one rollout's signal-to-noise ratio is {snr:.1e}: a batch would need {_size(1 / snr)} rollouts to see it"
 
 
-def _size(x: float) -> str:
+def _size(x: Any) -> str:
     return f"{x:,.0f}" if x < 1e5 else f"{x:.0e}"
 
 
-def _percent(x: float) -> str:
+def _percent(x: Any) -> str:
     return f"{x:.0%}" if x < 10 else f"a factor of {_size(x)}"
 
 
-def _or_zero(x: float) -> float:
+def _or_zero(x: Any) -> float:
     return 0.0 if math.isnan(x) else float(x)

@@ -47,7 +47,8 @@ def _refine(dynamics: Any, substeps: int) -> Any:
         return None
     fields = {field.name: getattr(dynamics, field.name) for field in dataclasses.fields(dynamics)}
     if isinstance(fields.get("dt"), float):
-        return Substeps(dataclasses.replace(dynamics, dt=fields["dt"] / substeps), substeps)
+        finer: Any = dataclasses.replace(dynamics, dt=fields["dt"] / substeps)
+        return Substeps(finer, substeps)
     for name, inner in fields.items():
         if callable(inner) and (made := _refine(inner, substeps)) is not None:
             return eqx.tree_at(lambda module, name=name: getattr(module, name), dynamics, made)
