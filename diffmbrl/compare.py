@@ -14,6 +14,7 @@ from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw
 from diffmbrl.methods import Method, estimated, method, schedule, solver
 from diffmbrl.policies import Neural
 from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
+from diffmbrl.saved import save_policies
 from diffmbrl.solve import CHUNK
 from diffmbrl.tasks import make
 
@@ -54,7 +55,7 @@ def compare(setting: Setting, *, out: Path | None = None, stream: Any = None) ->
     folder = create(out, setting.task, "compare", config)
     with running(folder), Writer(folder / "metrics.jsonl") as writer, Progress(len(rows), stream=stream) as progress:
         for name, row in rows:
-            _run_method(name, row, task, setting, writer.write, progress)
+            _run_method(name, row, task, setting, folder, writer.write, progress)
     rebuild(folder)
     return folder
 
@@ -112,9 +113,15 @@ def _parameters(task: Task, hidden: tuple[int, ...]) -> int:
 
 
 def _run_method(
-    name: str, row: Method, task: Task, setting: Setting, write: Callable[[dict], None], progress: Progress
+    name: str,
+    row: Method,
+    task: Task,
+    setting: Setting,
+    folder: Path,
+    write: Callable[[dict], None],
+    progress: Progress,
 ) -> None:
-    """One method, all its rates and seeds: records of arms, evaluations, profiles, spectra and why each ended."""
+    """One method, all its rates and seeds: records of arms, evaluations, profiles, spectra and why each ended; its policies."""
     rates: list[float | None] = list(setting.rates or row.rates) if row.rates else [None]
     steps = setting.steps or row.steps
     solvers = [solver(row, task, rate=rate, steps=steps, continuation=setting.continuation) for rate in rates]
@@ -149,6 +156,8 @@ def _run_method(
             stop = f"budget of {setting.budget:g} s after {done} of {steps} updates"
             break
     _write_profiles(write, name, rates, lanes, "end")
+    if isinstance(lanes, PolicyLanes):
+        save_policies(folder, name, lanes.policies, rates=rates, seeds=setting.seeds)
     for index, rate in enumerate(rates):
         if (path := lanes.path(index)) is not None:
             write({"kind": "path", "method": name, "rate": rate, **path})

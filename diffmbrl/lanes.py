@@ -17,6 +17,8 @@ from diffmbrl.core import Info, Quadratic, Solver, State, Task, Work, keeps_limi
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.nonfinite import locate
 from diffmbrl.diagnostics.spectrum import eigenvalues
+from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
+from diffmbrl.gradients import BPTT
 from diffmbrl.policies import Affine, Neural, OpenLoop, first_plan
 from diffmbrl.rollout import returns, rollout, rollouts, values
 from diffmbrl.solve import CHUNK, iterate
@@ -96,10 +98,13 @@ class PolicyLanes:
         self.tally.add(info, made)
 
     def evaluate(self) -> dict[str, np.ndarray]:
-        """Mean returns on training and held-out starts, success, and what the last updates reported."""
+        """Mean returns on training and held-out starts, success, what the last updates reported, and the gradient's health:
+        the spread of each training start's BPTT gradient of the full objective."""
         train, test, success = _evaluate(self.policies, self.task, self.train, self.test)
         shape = (self.rates, self.seeds)
         out = {"train": train, "test": test} | ({} if success is None else {"success": success})
+        health = _spreads(self.policies, self.task, self.train)
+        out |= {f"spread_{name}": x for name, x in health._asdict().items()}
         return {name: np.asarray(x).reshape(shape) for name, x in out.items()} | self.tally.fields()
 
     def profile(self, rate: int) -> np.ndarray:
@@ -307,6 +312,12 @@ def _evaluate(policies, task, train, test):
         return jnp.mean(values(policy, task, train)), jnp.mean(held_out), success
 
     return jax.vmap(one)(policies, train)
+
+
+@jax.jit
+def _spreads(policies, task, train) -> Spread:
+    # One lane after another: the gradients of all starts of all lanes at once might not fit.
+    return jax.lax.map(lambda lane: spread(in_chunks(BPTT(), lane[0], task, lane[1], None)[1]), (policies, train))
 
 
 @jax.jit

@@ -14,9 +14,12 @@ from diffmbrl import compare as comparison
 from diffmbrl import tasks
 from diffmbrl.compare import Setting, compare, prepare
 from diffmbrl.core import NoTerminal, Work
-from diffmbrl.lanes import PolicyLanes
+from diffmbrl.diagnostics.spread import Spread
+from diffmbrl.lanes import PolicyLanes, draw
 from diffmbrl.methods import METHODS
+from diffmbrl.rollout import values
 from diffmbrl.runs import read, rebuild, summarise, table
+from diffmbrl.saved import load_policy
 
 # One run serves all of these tests: one worker makes it.
 pytestmark = pytest.mark.xdist_group("compare")
@@ -64,7 +67,15 @@ def of(records, kind, **fields):
 def test_the_folder(run):
     folder, _ = run
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "provenance.json", "metrics.jsonl", "status.json", "figures", "report.html"}
+    assert names == {
+        "config.json",
+        "provenance.json",
+        "metrics.jsonl",
+        "status.json",
+        "figures",
+        "policies",
+        "report.html",
+    }
     config = json.loads((folder / "config.json").read_text())
     for name, value in SETTING._asdict().items():
         assert config[name] == (list(value) if isinstance(value, tuple) else value), name
@@ -77,6 +88,35 @@ def test_the_folder(run):
     assert {path.rsplit(".", 1)[1] for path in figures} == {"png", "svg"}
     assert {name[:-4] for name in figures if name.endswith("png")} == {n[:-4] for n in figures if n.endswith("svg")}
     assert all((folder / "figures" / name).stat().st_size > 1000 for name in figures)
+
+
+def test_evaluations_of_policies_carry_the_spread_of_their_gradients(records):
+    names = [f"spread_{name}" for name in Spread._fields]
+    for e in of(records, "eval"):
+        if METHODS[e["method"]].kind == "plan":
+            assert not set(names) & set(e)
+            continue
+        assert all(len(e[name]) == SETTING.seeds for name in names)
+        assert all(0 < x <= 1 for x in e["spread_tail"]) and e["spread_nonfinite"] == [0] * SETTING.seeds
+    # |mean| is that of the gradient itself: at the start, of the same policies for all.
+    first = [e for e in of(records, "eval", update=0) if METHODS[e["method"]].kind == "policy"]
+    assert len({tuple(np.round(e["spread_norm"], 4)) for e in first}) == 1
+
+
+def test_its_policies_come_back(run):
+    """Of the best rate; the held-out return is that of the last evaluation."""
+    folder, _ = run
+    task = tasks.lqr(horizon=10, mass=1.5)
+    assert {path.name for path in (folder / "policies").iterdir()} == {
+        f"{name}.{kind}" for name, row in ROWS.items() if row.kind == "policy" for kind in ("json", "npz")
+    }
+    _, test, _ = draw(task, SETTING.seeds, SETTING.starts, comparison.HELD_OUT, SETTING.key)
+    [row] = [row for row in summarise(folder).rows if row.arm.method == "adam"]
+    for seed in range(SETTING.seeds):
+        saved = load_policy(f"{folder}:adam:{seed}", task)
+        assert (saved.rate, saved.seed) == (row.arm.rate, seed)
+        J = float(np.mean(values(saved.policy, task, test)))
+        assert pytest.approx(row.arm["test"][-1][seed], rel=1e-5) == J
 
 
 def test_every_method_at_every_rate_is_an_arm(records):

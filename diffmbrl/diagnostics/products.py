@@ -81,6 +81,8 @@ def log_singular_values(found: Products) -> Float[Array, "T n"]:
     values. A rotation depends on $e^{l_j - l_i}$ alone and is written so that an underflow of that ratio does no harm: nothing
     is ever as large as $\Phi$. Cost: five to eight sweeps of n^2 / 2 rotations of rows, for all t at once.
     """
+    if found.logs.shape[-1] == 1:  # no pair to rotate
+        return found.logs
     return jax.vmap(_jacobi)(found.logs, found.R)
 
 
