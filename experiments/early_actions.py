@@ -45,7 +45,7 @@ class Size(NamedTuple):
     scale: float  # of the last layer's weights
 
 
-FULL = Size(("pendulum-swingup", "cartpole-balance", "double-pendulum"), (25, 50, 100, 200, 400), 10, 8, (32, 32), 0.1)
+FULL = Size(("pendulum-swingup", "cartpole-balance", "double-pendulum"), (25, 100, 400), 10, 8, (32, 32), 0.1)
 QUICK = FULL._replace(tasks=FULL.tasks[1:2], horizons=(10, 50), seeds=3, starts=2)
 
 

@@ -175,6 +175,7 @@ def paint(numbers: Any) -> Any:
             style, y = style_of(f"T = {T}", index=i), array(x[which])
             axis.plot(alpha, y - 5 * i, color=style.colour, linewidth=1.1)
             lines.append(Line(style, alpha, y - 5 * i))
+        axis.set_ylim(-5 * len(lines) + 1, 4)  # before the names, which stand where the lines end in it
         axis.set_yticks([])
         axis.set_xlabel("alpha, relative to the weights")
         axis.set_ylabel("loss, each to its own scale")

@@ -92,10 +92,22 @@ def _at_scale(scale: float, size: Size) -> dict[str, Any]:
     }
 
 
+def _finite(scales: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of the seeds whose rollouts are finite; the integrator loses those that spin too fast for its step."""
+    out = {}
+    for scale, x in scales.items():
+        seen = np.isfinite(array(x["fastest"]))
+        of_seeds = {which: {k: array(y)[seen] for k, y in x[which].items()} for which in ("product", "step")}
+        over_time = {k: array(x[k])[:, seen] for k in ("largest of step", "largest of product", "gradient")}
+        alone = {k: array(x[k])[seen] for k in ("exponents", "fastest")}
+        out[scale] = x | of_seeds | over_time | alone | {"lost": int((~seen).sum())}
+    return out
+
+
 def conclude(numbers: Any) -> str:
-    """From the numbers, medians over seeds."""
+    """From the numbers, medians over the seeds that are finite."""
     said = []
-    for scale, x in numbers["scales"].items():
+    for scale, x in _finite(numbers["scales"]).items():
         modulus = array(x["product"]["log modulus"])[:, 0] / np.log(10)
         steps = array(x["largest of step"])
         gradient, T = array(x["gradient"]), array(x["unrolls"])
@@ -108,6 +120,11 @@ def conclude(numbers: Any) -> str:
             f"{np.median(growth):+.3f} a step in its logarithm since T = {T[half]:.0f}, the largest Lyapunov exponent is "
             f"{np.median(array(x['exponents'])[:, 0]):+.3f} a step, and the rods turn by {np.median(array(x['fastest'])):.2g} "
             f"rad a step at their fastest (at most {array(x['fastest']).max():.2g})"
+            + (
+                f"; {x['lost']} of its {x['lost'] + len(modulus)} rollouts are lost to the integrator"
+                if x["lost"]
+                else ""
+            )
         )
     return f"{numbers['task']}: " + "; ".join(said) + "."
 
@@ -116,18 +133,20 @@ def paint(numbers: Any) -> Any:
     """Eigenvalues in the plane, one step's and the product's; largest over time; the gradient against the unroll."""
     figure, axes = sheet(1, (0.3, 0.3, 1.1, 1.0))
     heading(figure, f"Jacobians along rollouts of {numbers['task']}, by the scale of the first policy")
-    row, at = axes[0], numbers["at"]
-    styles = {s: style_of(f"scale {s}", index=i) for i, s in enumerate(numbers["scales"])}
+    row, at, scales = axes[0], numbers["at"], _finite(numbers["scales"])
+    styles = {s: style_of(f"scale {s}", index=i) for i, s in enumerate(scales)}
     for axis, which, text in (
         (row[0], "step", f"eigenvalues of step {at}"),
         (row[1], "product", f"of the product of {at}"),
     ):
-        _plane(axis, {s: x[which] for s, x in numbers["scales"].items()}, styles)
+        _plane(axis, {s: x[which] for s, x in scales.items()}, styles)
         title(axis, text)
     lines = []
-    for scale, x in numbers["scales"].items():
+    for scale, x in scales.items():
         looks = styles[scale]
         for what, dashed in (("largest of product", False), ("largest of step", True)):
+            if dashed and scale != next(iter(scales)):
+                continue  # they lie on one line
             label = f"{what.split()[-1]}, {scale}"
             values = array(x[what]) / np.log(10)
             lines.append(band(row[2], looks._replace(label=label), x["t"], values, dashed=dashed))
@@ -136,9 +155,9 @@ def paint(numbers: Any) -> Any:
     title(row[2], "largest eigenvalue: of each step, of the product")
     name_ends(row[2], lines)
     lines = []
-    log_limits(row[3], "x", [array(x["unrolls"]) for x in numbers["scales"].values()])
-    log_limits(row[3], "y", [array(x["gradient"]) for x in numbers["scales"].values()])
-    for scale, x in numbers["scales"].items():
+    log_limits(row[3], "x", [array(x["unrolls"]) for x in scales.values()])
+    log_limits(row[3], "y", [array(x["gradient"]) for x in scales.values()])
+    for scale, x in scales.items():
         lines.append(band(row[3], styles[scale], x["unrolls"], array(x["gradient"])))
     row[3].set_xlabel("unroll T [steps]")
     row[3].set_ylabel("|dJ/dtheta|")
