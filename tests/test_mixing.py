@@ -215,12 +215,10 @@ def test_bounds_keep_what_they_promise():
     assert accuracy(gamma, distance, jnp.array(2.5)) == 0
 
 
-def unlimited(*, dynamics, reward, horizon):
+def unlimited(**parts):
     """A task with one state and one action."""
     box, none = Box(-jnp.ones(1), jnp.ones(1)), jnp.full(1, jnp.inf)
-    return Task(
-        name="one", dynamics=dynamics, reward=reward, initial=box, a_low=-none, a_high=none, horizon=horizon, dt=1.0
-    )
+    return Task(name="one", initial=box, a_low=-none, a_high=none, dt=1.0, **parts)
 
 
 # The step: one action with noise, rewarded where it is not negative.
@@ -324,6 +322,43 @@ class Map(eqx.Module):
 
     def __call__(self, s, *, key=None):
         return self.theta[0] * jnp.sin(self.theta[1] * s)
+
+
+class Walk(eqx.Module):
+    def __call__(self, s, a, *, key=None):
+        return s + 0.1 * a
+
+
+class Effort(eqx.Module):
+    def __call__(self, s, a):
+        return -0.1 * (a[0] ** 2 + s[0] ** 2)
+
+
+class Prize(eqx.Module):
+    """For ending where s is not negative."""
+
+    size: jax.Array
+
+    def __call__(self, s):
+        return jnp.where(s[0] >= 0, self.size, jnp.zeros_like(self.size))
+
+
+def test_what_has_no_gradient_is_found_late_in_a_rollout():
+    """The jump comes at the end of ten steps of noise: variance shows it, the score function is too noisy to."""
+    task = unlimited(dynamics=Walk(), reward=Effort(), terminal=Prize(jnp.array(1.0)), horizon=10)
+    policy = Gaussian.around(Linear.zeros(task), task, std=0.5)
+
+    def found(test):
+        def one(size, key):
+            given = eqx.tree_at(lambda t: t.terminal.size, task, size)
+            return 1 - DiscontinuityTested(test).smooth(policy, given, task.starts(key, 64) / 3, key).mean()
+
+        run = jax.jit(lambda size: jnp.mean(jax.vmap(lambda k: one(size, k))(jax.random.split(KEY, 100))))
+        return [float(run(size)) for size in (0.0, 1.0)]
+
+    no, yes = found(Explained())
+    assert no <= 0.03 and yes > 0.95
+    assert found(Agreement())[1] < 0.2
 
 
 def test_total_propagation_varies_least_where_chaos_comes_through_the_policy():

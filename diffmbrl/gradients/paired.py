@@ -93,7 +93,8 @@ def score_function(
     A = jnp.where(alive, R - _predicted(baseline, R, trajectories, task, folds), 0)
     psi = scores(policy, s, trajectories.a, A)
     nothing = jnp.zeros_like(trajectories.a)
-    return Pair(each_return(trajectories, task), s, trajectories.a, alive, split(key, s0), nothing, A, psi)
+    keys = jax.random.split(key, R.shape[0])  # `rollout.split`'s
+    return Pair(each_return(trajectories, task), s, trajectories.a, alive, keys, nothing, A, psi)
 
 
 def _predicted(
