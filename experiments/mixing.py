@@ -69,9 +69,7 @@ class Size(NamedTuple):
     hidden: tuple[int, ...]
 
 
-FULL = Size(
-    ("cartpole-balance", "double-pendulum", MAP), (5, 10, 20, 40, 80), (0.1, 0.3, 0.2), 3, 64, 16, (16, 16)
-)
+FULL = Size(("cartpole-balance", "double-pendulum", MAP), (5, 10, 20, 40, 80), (0.1, 0.3, 0.2), 3, 64, 16, (16, 16))
 QUICK = FULL._replace(
     tasks=(FULL.tasks[0], MAP), stds=(0.1, 0.2), horizons=(5, 20, 60), seeds=1, starts=32, calls=12, hidden=(6,)
 )
@@ -128,7 +126,7 @@ def measure(size: Size, parts: Any):
     for name, std in zip(size.tasks, size.stds, strict=True):
         choices = {k: v for k, v in size._asdict().items() if k not in ("tasks", "stds")}
         numbers[name] = parts({"task": name, "std": std} | choices, partial(_of_task, name, std, size))
-    yield numbers
+        yield numbers
 
 
 def _of_task(name: str, std: float, size: Size) -> dict[str, Any]:
