@@ -9,18 +9,22 @@ The variance is that of a call on a batch of rollouts, over repeated calls with 
 parameters of the policy; a mixture's weights are made of the batch that they mix. Horizons are masks over the rewards of the
 longest one; terminal rewards are left out. The weights are the means over the calls, at the longest horizon.
 
+Beside two systems, whose actions are fewer than their states, stands a map without dynamics of its own, s' = a = 1.5 sin(2 s) +
+noise: chaos that comes through the policy alone, with noise on every state, the case that total propagation is made for.
+
 A step towards the figure of Parmas et al. (2018), which is of a learned model.
 """
 
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl.core import reweighted
+from diffmbrl.core import Box, Task, reweighted
 from diffmbrl.gradients import (
     BPTT,
     InverseVariance,
@@ -41,7 +45,8 @@ EXPECTED = (
     "every mixture stays below both, per step further below than per parameter, and total propagation lowest."
 )
 PATHWISE, SCORE = "pathwise", "score function"
-MIXED = ("mixed, parameters", "mixed, steps", "total propagation")
+MIXED = ("per parameter", "per step", "total prop.")
+MAP = "chaotic map"
 ESTIMATORS = {
     PATHWISE: BPTT(),
     SCORE: LikelihoodRatio(baseline=LeaveOneOut()),
@@ -57,17 +62,62 @@ class Size(NamedTuple):
 
     tasks: tuple[str, ...]
     horizons: tuple[int, ...]
-    stds: tuple[float, ...]  # of the noise, as a share of the actions' range, for each task
+    stds: tuple[float, ...]  # of the noise, as a share of half the actions' range, for each task
     seeds: int
     starts: int
     calls: int
     hidden: tuple[int, ...]
 
 
-FULL = Size(("cartpole-balance", "double-pendulum"), (5, 10, 20, 40, 80, 160), (0.1, 0.3), 3, 64, 24, (16, 16))
+FULL = Size(("cartpole-balance", "double-pendulum", MAP), (5, 10, 20, 40, 80), (0.1, 0.3, 0.2), 3, 64, 16, (16, 16))
 QUICK = FULL._replace(
-    tasks=FULL.tasks[:1], stds=FULL.stds[:1], horizons=(5, 20, 60), seeds=1, starts=32, calls=12, hidden=(6,)
+    tasks=(FULL.tasks[0], MAP), stds=(0.1, 0.2), horizons=(5, 20, 60), seeds=1, starts=32, calls=12, hidden=(6,)
 )
+
+
+class Follows(eqx.Module):
+    """s' = a."""
+
+    def __call__(self, s, a, *, key=None):
+        return a
+
+
+class Bounded(eqx.Module):
+    """cos s."""
+
+    def __call__(self, s, a):
+        return jnp.cos(s[0])
+
+
+class Map(eqx.Module):
+    """a = theta_0 sin(theta_1 s)."""
+
+    theta: jax.Array
+
+    def __call__(self, s, *, key=None):
+        return self.theta[0] * jnp.sin(self.theta[1] * s)
+
+
+def _task(name: str, horizon: int) -> Task:
+    if name != MAP:
+        return make(name, horizon=horizon)
+    return Task(
+        name=MAP,
+        dynamics=Follows(),
+        reward=Bounded(),
+        initial=Box(-jnp.ones(1), jnp.ones(1)),
+        a_low=[-jnp.inf],
+        a_high=[jnp.inf],
+        horizon=horizon,
+        dt=1.0,
+    )
+
+
+def _policy(task: Task, hidden: tuple[int, ...], seed: int) -> Any:
+    key = jax.random.key(seed)
+    if task.name != MAP:
+        return Neural.init(task, hidden=hidden, key=key)
+    return Map(jnp.array([1.5, 2.0]) + 0.1 * jax.random.normal(key, (2,)))
 
 
 def measure(size: Size, parts: Any):
@@ -76,21 +126,22 @@ def measure(size: Size, parts: Any):
     for name, std in zip(size.tasks, size.stds, strict=True):
         choices = {k: v for k, v in size._asdict().items() if k not in ("tasks", "stds")}
         numbers[name] = parts({"task": name, "std": std} | choices, partial(_of_task, name, std, size))
-    yield numbers
+        yield numbers
 
 
 def _of_task(name: str, std: float, size: Size) -> dict[str, Any]:
     longest = size.horizons[-1]
-    task = make(name, horizon=longest)
-    run = jax.jit(partial(_calls, std=std, starts=size.starts))
+    task = _task(name, longest)
+    runs = {what: jax.jit(partial(_calls, what=what, std=std, starts=size.starts)) for what in ESTIMATORS}
     found: dict[str, list] = {}
     for T in size.horizons:
         masked = reweighted(task, (jnp.arange(longest + 1) < min(T, longest)).astype(task.weights.dtype))
         for seed in range(size.seeds):
-            policy = Neural.init(task, hidden=size.hidden, key=jax.random.key(seed))
+            policy = _policy(task, size.hidden, seed)
             keys = jax.random.split(jax.random.fold_in(jax.random.key(100 + seed), T), size.calls)
-            for what, x in run(policy, masked, keys).items():
-                found.setdefault(what, []).append(np.asarray(x))
+            for run in runs.values():
+                for what, x in run(policy, masked, keys).items():
+                    found.setdefault(what, []).append(np.asarray(x))
     shape = (len(size.horizons), size.seeds)
     out = {what: np.reshape(np.stack(x), (*shape, *x[0].shape)) for what, x in found.items()}
     # Weights of the longest horizon alone.
@@ -98,25 +149,20 @@ def _of_task(name: str, std: float, size: Size) -> dict[str, Any]:
     return {"horizons": size.horizons} | out
 
 
-def _calls(policy: Any, task: Any, keys: Any, *, std: float, starts: int) -> dict[str, Any]:
+def _calls(policy: Any, task: Any, keys: Any, *, what: str, std: float, starts: int) -> dict[str, Any]:
+    inner = ESTIMATORS[what]
+    smoothed = Smoothed(inner, std=std)
+
     def call(key):
         key_s, key = jax.random.split(key)
         s0 = task.starts(key_s, starts)
-        out = {}
-        for what, inner in ESTIMATORS.items():
-            smoothed = Smoothed(inner, std=std)
-            out[what] = ravel_pytree(smoothed(policy, task, s0, key)[1])[0]
-            if what in WEIGHED:
-                out[f"weight, {what}"] = inner.weights(smoothed.around(policy, task), task, s0, key)
-        return out
+        gradient = ravel_pytree(smoothed(policy, task, s0, key)[1])[0]
+        weights = inner.weights(smoothed.around(policy, task), task, s0, key) if what in WEIGHED else None
+        return gradient, weights
 
-    found = jax.lax.map(call, keys, batch_size=4)
-    out = {}
-    for what in ESTIMATORS:
-        g = found[what]
-        out[f"variance, {what}"] = jnp.sum(jnp.var(g, axis=0, ddof=1))
-        out[f"mean, {what}"] = jnp.linalg.norm(jnp.mean(g, axis=0))
-    return out | {what: jnp.mean(x, axis=0) for what, x in found.items() if what.startswith("weight")}
+    gradients, weights = jax.vmap(call)(keys)
+    out = {f"variance, {what}": jnp.sum(jnp.var(gradients, axis=0, ddof=1))}
+    return out if weights is None else out | {f"weight, {what}": jnp.mean(weights, axis=0)}
 
 
 def conclude(numbers: Any) -> str:
@@ -153,7 +199,7 @@ STYLES = {what: style_of(what, index=i) for i, what in enumerate(ESTIMATORS)}
 def paint(numbers: Any) -> Any:
     """A row for each task: variance against T, mixtures against the better of the two, weights over time."""
     figure, axes = sheet(len(numbers), (1.2, 1.2, 1.2))
-    heading(figure, "Variance of policy gradients against the horizon: pathwise, score function, and their mixtures")
+    heading(figure, "Variance of policy gradients against the horizon: pathwise, score function, and mixtures of both")
     for row, (name, found) in zip(axes, numbers.items(), strict=True):
         T = found["horizons"]
         _variances(row[0], T, found)

@@ -1,5 +1,7 @@
 """Evolution strategies against closed forms: means by z-tests, as in test_likelihood_ratio; ranks by hand."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -76,6 +78,31 @@ def test_both_of_a_pair_see_the_same_noise_and_starts():
     still = eqx.tree_at(lambda t: (t.dynamics.inner.B, t.reward.R), task, (jnp.zeros((2, 1)), jnp.zeros((1, 1))))
     J, gradient = Evolution(std=0.1).samples(Linear.zeros(task), still, task.starts(KEY, 6), KEY)
     assert not gradient.K.any() and len(set(np.asarray(J).tolist())) == 6
+
+
+class Integral(eqx.Module):
+    """A policy with a memory: integral feedback of the position."""
+
+    gain: jax.Array
+    is_stateful: ClassVar[bool] = True
+
+    def start(self, task):
+        return jnp.zeros(())
+
+    def step(self, memory, s, *, key=None):
+        memory = memory + s[0]
+        return self.gain * memory, memory
+
+
+def test_a_policy_with_a_memory(x64):
+    # With one parameter and one small pair the difference is the derivative times e^2.
+    task, policy = tasks.lqr(horizon=4), Integral(jnp.array([-0.5]))
+    s0 = task.starts(KEY, 3)
+    _, gradient = Evolution(std=1e-5).samples(policy, task, s0, KEY)
+    exact = jax.vmap(lambda s: jax.grad(value)(policy, task, s))(s0).gain
+    assert (gradient.gain / exact > 0).all()
+    _, again = Evolution(std=2e-5).samples(policy, task, s0, KEY)
+    np.testing.assert_allclose(again.gain, gradient.gain, rtol=1e-4)
 
 
 def test_bad_input():

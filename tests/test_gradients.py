@@ -88,10 +88,9 @@ def test_one_trace_and_the_dtype_of_the_policy(estimator):
     chex.clear_trace_counter()
     task = tasks.lqr(horizon=3)
     traced = jax.jit(chex.assert_max_traces(lambda *arguments: estimator(*arguments), n=1))
-    for seed in range(2):
-        key = jax.random.key(seed)
+    for key in (jax.random.key(0), jax.random.key(1)):
         _, gradient = traced(Linear.zeros(task), task, task.starts(key, 2), key)
-    assert gradient.K.dtype == jnp.float32
+        assert gradient.K.dtype == jnp.float32
 
 
 def test_smoothing_scales_with_the_limits():

@@ -215,6 +215,12 @@ def test_bounds_keep_what_they_promise():
     assert accuracy(gamma, distance, jnp.array(2.5)) == 0
 
 
+def unlimited(**parts):
+    """A task with one state and one action."""
+    box, none = Box(-jnp.ones(1), jnp.ones(1)), jnp.full(1, jnp.inf)
+    return Task(name="one", initial=box, a_low=-none, a_high=none, dt=1.0, **parts)
+
+
 # The step: one action with noise, rewarded where it is not negative.
 
 
@@ -235,17 +241,7 @@ THETA, SIGMA = 0.1, 0.2
 
 
 def heaviside(width=None, count=256):
-    box = Box(-jnp.ones(1), jnp.ones(1))
-    task = Task(
-        name="heaviside",
-        dynamics=Still(),
-        reward=Step(width),
-        initial=box,
-        a_low=[-jnp.inf],
-        a_high=[jnp.inf],
-        horizon=1,
-        dt=1.0,
-    )
+    task = unlimited(dynamics=Still(), reward=Step(width), horizon=1)
     return OpenLoop(jnp.array([[THETA]])), task, task.starts(KEY, count), KEY
 
 
@@ -292,8 +288,8 @@ def test_a_branch_has_the_derivatives_of_both_sides(x64):
     for c in (-2.0, -0.2, 0.0, 0.4):
         assert f(c) == (np.sin(c) if c >= 0 else c**2)
         np.testing.assert_allclose(jax.grad(f)(c), (average(c + 1e-6) - average(c - 1e-6)) / 2e-6, rtol=1e-6)
-    # Far from the switch it is the taken side's derivative, and what is undefined on the other one does not enter.
-    assert jax.grad(lambda c: branch(c, jnp.sqrt(c), c, width=0.01))(-1.0) == 1.0
+    # Far from the switch it is the taken side's derivative.
+    assert jax.grad(lambda c: branch(c, jnp.sin(c), 3 * c, width=0.01))(-1.0) == 3.0
 
 
 def test_tests_are_right_about_smooth_systems():
@@ -328,10 +324,45 @@ class Map(eqx.Module):
         return self.theta[0] * jnp.sin(self.theta[1] * s)
 
 
+class Walk(eqx.Module):
+    def __call__(self, s, a, *, key=None):
+        return s + 0.1 * a
+
+
+class Effort(eqx.Module):
+    def __call__(self, s, a):
+        return -0.1 * (a[0] ** 2 + s[0] ** 2)
+
+
+class Prize(eqx.Module):
+    """For ending where s is not negative."""
+
+    size: jax.Array
+
+    def __call__(self, s):
+        return jnp.where(s[0] >= 0, self.size, jnp.zeros_like(self.size))
+
+
+def test_what_has_no_gradient_is_found_late_in_a_rollout():
+    """The jump comes at the end of ten steps of noise: variance shows it, the score function is too noisy to."""
+    task = unlimited(dynamics=Walk(), reward=Effort(), terminal=Prize(jnp.array(1.0)), horizon=10)
+    policy = Gaussian.around(Linear.zeros(task), task, std=0.5)
+
+    def found(test):
+        def one(size, key):
+            given = eqx.tree_at(lambda t: t.terminal.size, task, size)
+            return 1 - DiscontinuityTested(test).smooth(policy, given, task.starts(key, 64) / 3, key).mean()
+
+        run = jax.jit(lambda size: jnp.mean(jax.vmap(lambda k: one(size, k))(jax.random.split(KEY, 100))))
+        return [float(run(size)) for size in (0.0, 1.0)]
+
+    no, yes = found(Explained())
+    assert no <= 0.03 and yes > 0.95
+    assert found(Agreement())[1] < 0.2
+
+
 def test_total_propagation_varies_least_where_chaos_comes_through_the_policy():
-    box = Box(-jnp.ones(1), jnp.ones(1))
-    limits = {"a_low": [-jnp.inf], "a_high": [jnp.inf]}
-    task = Task(name="map", dynamics=Follows(), reward=Bounded(), initial=box, horizon=20, dt=1.0, **limits)
+    task = unlimited(dynamics=Follows(), reward=Bounded(), horizon=20)
     policy, keys = Map(jnp.array([1.5, 2.0])), jax.random.split(KEY, 64)
 
     def variances(estimator):
@@ -382,4 +413,4 @@ def test_bad_input():
     with pytest.raises(ValueError, match="same structure, shapes and dtypes"):
         branch(0.0, jnp.zeros(2), jnp.zeros(3), width=0.1)
     with pytest.raises(ValueError, match="the noise's size must be known, as Gaussian's log_std is; got Density"):
-        DiscontinuityTested()(Density(policy), task, s0, KEY)
+        jax.eval_shape(lambda: DiscontinuityTested()(Density(policy), task, s0, KEY))

@@ -24,7 +24,7 @@ def branch(c: float | Float[Array, ""], x: Any, y: Any, *, width: float | Float[
     it. The width is in the units of c. With normal noise of standard deviation $\sigma$ in c already, the mean derivative of a
     step is the density $N(c; 0, \sigma^2 + h^2)$ where the true one is $N(c; 0, \sigma^2)$: a bias of order $h^2/\sigma^2$, for
     a variance of order $1/h$.
-    Both branches must be finite wherever c is within some h of 0, and are evaluated everywhere.
+    Both branches are evaluated and differentiated everywhere, as those of `where`, and must be finite there.
 
     Raises: `ValueError` if x and y are not alike, or c is not a scalar, or a width is not positive.
     Reference: Chaudhuri and Solar-Lezama 2010, Smooth interpretation; Kreikemeyer and Andelfinger 2023, Smoothing methods for
@@ -57,10 +57,4 @@ def _average(primals: Any, tangents: Any) -> tuple[Array, Array]:
     z = c / width
     share = jax.scipy.stats.norm.cdf(z).astype(x.dtype)
     rate = (jax.scipy.stats.norm.pdf(z) / width).astype(x.dtype)
-    # Where a branch has no share, what is undefined in it must not enter: 0 times an infinite derivative.
-    jump = jnp.where(rate > 0, rate * (x - y), jnp.zeros_like(x))
-    return _branch(c, x, y, width), _share(share, dx) + _share(1 - share, dy) + jump * dc.astype(x.dtype)
-
-
-def _share(share: Array, d: Array) -> Array:
-    return jnp.where(share > 0, share * d, jnp.zeros_like(d))
+    return _branch(c, x, y, width), share * dx + (1 - share) * dy + rate * (x - y) * dc.astype(x.dtype)

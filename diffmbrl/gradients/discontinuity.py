@@ -14,6 +14,9 @@ $$\mathrm{Var}_\epsilon[J \mid s_0] \;\le\; E\,|\nabla_\epsilon J|^2 = E \sum_t 
   noise from one start, the right one is known: no score function is involved. A jump adds to the left side alone. It sees
   jumps that matter beside what the gradient explains, and says nothing of when they happen.
 
+Of a random walk of 10 steps with a reward of 1 for ending above 0, from 64 starts, `Explained` finds the jump in 100 of 100
+batches, `Agreement` at 1% of the steps: the first is the default.
+
 Onoda et al. (2026, equation 14) compare the same quantities, for noise in the parameters: the variance of the gradient against
 $2 (\mathrm{Var} J - |E \nabla J|^2)$, with a tolerance in place of a level.
 """

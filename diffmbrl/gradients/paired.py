@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, reweighted
 from diffmbrl.gradients.likelihood_ratio import LeaveOneOut, RewardToGo, each_return, where_alive
 from diffmbrl.gradients.smoothed import drawn
+from diffmbrl.policies import Gaussian, OpenLoop
 from diffmbrl.rollout import returns, rollout, split, weights_axis
 
 
@@ -92,7 +93,8 @@ def score_function(
     A = jnp.where(alive, R - _predicted(baseline, R, trajectories, task, folds), 0)
     psi = scores(policy, s, trajectories.a, A)
     nothing = jnp.zeros_like(trajectories.a)
-    return Pair(each_return(trajectories, task), s, trajectories.a, alive, split(key, s0), nothing, A, psi)
+    keys = jax.random.split(key, R.shape[0])  # `rollout.split`'s
+    return Pair(each_return(trajectories, task), s, trajectories.a, alive, keys, nothing, A, psi)
 
 
 def _predicted(
@@ -131,8 +133,14 @@ def pull_mean(policy: Any, x: Pair, to_a: Float[Array, "B T m"], to_log: Float[A
 
 def both(policy: Any, x: Pair) -> tuple[Any, Any]:
     """The pathwise and the score-function gradient of each start."""
-    nothing = jnp.zeros_like(x.pathwise), jnp.zeros_like(x.advantage)
-    return pull_each(policy, x, x.pathwise, nothing[1]), pull_each(policy, x, nothing[0], x.advantage)
+
+    def pathwise(s, k, u):
+        return jax.vjp(lambda pi: over_time(lambda pi, s, t: act(pi, s, k, t), pi, s, _steps(u)), policy)[1](u)[0]
+
+    def score(s, a, v):
+        return jax.vjp(lambda pi: over_time(lambda pi, s, a: pi.log_prob(s, a), pi, s, a), policy)[1](v)[0]
+
+    return jax.vmap(pathwise)(x.s, x.keys, x.pathwise), jax.vmap(score)(x.s, x.a, x.advantage)
 
 
 def heads(
@@ -141,9 +149,15 @@ def heads(
     """The action, by its noise, and the log density of what was done, at each step of one rollout."""
 
     def at(pi, s, a, t):
+        # With its mean in hand a policy is differentiated once for both.
+        pi = Gaussian(OpenLoop(pi.mean(s)), pi.log_std) if isinstance(pi, Gaussian) else pi
         return act(pi, s, key, t), pi.log_prob(s, a)
 
-    return over_time(at, policy, s, a, jnp.arange(a.shape[0]))
+    return over_time(at, policy, s, a, _steps(a))
+
+
+def _steps(x: Float[Array, "T *m"]) -> Int[Array, " T"]:
+    return jnp.arange(x.shape[0])
 
 
 def act(policy: Any, s: State, key: PRNGKeyArray, t: Any) -> Float[Array, " m"]:
