@@ -9,6 +9,7 @@ from diffmbrl.planners.mpc import MPC, Predicted, Unaware, act, control
 from diffmbrl.planners.multiple_shooting import MultipleShooting
 from diffmbrl.planners.refit import CEM, MPPI, Best, EffectiveSize
 from diffmbrl.planners.sampling import Sampling
+from diffmbrl.planners.regularization import Damping
 from diffmbrl.planners.scoring import scores
 from diffmbrl.planners.search import Backtracking, Parallel
 from diffmbrl.planners.shooting import Projection, Shooting, Tanh
@@ -26,6 +27,7 @@ __all__ = [
     "Best",
     "Boxed",
     "Coloured",
+    "Damping",
     "EffectiveSize",
     "Ending",
     "Even",
