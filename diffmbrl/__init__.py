@@ -10,6 +10,7 @@ compile_small_loops_whole()
 from diffmbrl import tasks
 from diffmbrl.constraints import Constraints, violation
 from diffmbrl.core import Info, Task, Trajectory, Work
+from diffmbrl.diagnostics.health import gradient_health
 from diffmbrl.gradients import BPTT
 from diffmbrl.nets import GRU, LSTM, MLP
 from diffmbrl.optimizers import (
@@ -118,6 +119,7 @@ __all__ = [
     "control",
     "expansion",
     "expected",
+    "gradient_health",
     "implicit",
     "iterate",
     "optimal",

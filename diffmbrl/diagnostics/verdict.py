@@ -13,6 +13,7 @@ Each horizon is in one state, the first of these that holds:
     wrong       the gradient disagrees with finite differences by 1% or more, at every step size
     noisy       SNR < 1/128, though little grows: starts disagree, or the policy is near an optimum
     heavy       the top 1% of samples have more than half of the variance
+    steep       the largest curvature is 10^4 times that of the shortest horizon or more, and the condition number over 10^6
     good        none of these
 
 The suggestion is for the longest horizon:
@@ -22,9 +23,10 @@ The suggestion is for the longest horizon:
     zero at all horizons    none: there is nothing to follow
     good                    bptt
     heavy                   continuation: a schedule of trust or discounts that lets no start dominate
+    steep                   continuation, and second order: the gradient is right, but steps along it are tiny
     noisy                   bptt with a larger batch, of 1/SNR
     float32                 bptt in float64
-    any other               let h be the largest tested horizon that is good or heavy: truncated at h if 4 h >= T, when little
+    any other               let h be the largest tested horizon that is good, heavy or steep: truncated at h if 4 h >= T, when little
                             credit is lost, else short-horizon, windows of h with a critic. Without an h: none if even the
                             return is not finite, likelihood-ratio if its SNR is the higher one, else continuation
 
@@ -49,8 +51,9 @@ MISSED = 0.9
 THOUSANDFOLD, HOPELESS = 1e3, 1e8  # growth over the horizon
 COVERS = 4  # windows of at least T / 4 are truncated, shorter ones continued by a critic
 INTEGRATOR = 0.1  # relative change when the step is halved
-CONDITION = 1e6
+CONDITION, STEEP = 1e6, 1e4
 ROUNDING = 1e-9  # of the return
+HEALTHY = ("good", "heavy", "steep")
 
 
 class Verdict(NamedTuple):
@@ -76,7 +79,7 @@ def verdict(health: Health) -> Verdict:
     """
     found = states(health)
     T = [int(t) for t in health.horizons]
-    window = max((t for t, state in zip(T, found, strict=True) if state in ("good", "heavy")), default=None)
+    window = max((t for t, state in zip(T, found, strict=True) if state in HEALTHY), default=None)
     estimator, headline = _suggest(health, found, window)
     if estimator not in ("truncated", "short-horizon"):
         window = None
@@ -125,7 +128,10 @@ def _state(health: Health, k: int) -> str:
         return "wrong"
     if unseen:
         return "noisy"
-    return "heavy" if plain.tail[k] > TAIL else "good"
+    if plain.tail[k] > TAIL:
+        return "heavy"
+    steep = health.condition[k] > CONDITION and health.curvature[k] >= STEEP * health.curvature[0]
+    return "steep" if steep else "good"
 
 
 def _biased(health: Health, k: int) -> bool:
@@ -163,6 +169,12 @@ def _suggest(health: Health, found: list[str], window: int | None) -> tuple[str,
         return "continuation", (
             f"At T = {T} a few rollouts own the gradient: {health.plain.tail[last]:.0%} of its variance is in the top 1% of "
             "samples. Use BPTT with continuation (trust or discounts), so that no start dominates."
+        )
+    if final == "steep":
+        return "continuation", (
+            f"BPTT is right up to T = {T}, but the return has become {_size(health.curvature[last] / health.curvature[0])} times as "
+            f"steep as at T = {health.horizons[0]}: steps along the gradient must be tiny. Use continuation (discounts raised to 1), "
+            "and second order (krylov-newton)."
         )
     if final == "noisy":
         return "bptt", (
@@ -236,10 +248,10 @@ def _reasons(health: Health, found: list[str]) -> list[str]:
         )
     if health.early[last] > 0.5 and found[last] != "good":
         out.append(f"The first tenth of the steps makes up {health.early[last]:.0%} of the gradient.")
-    if health.condition[last] > CONDITION and found[last] in ("good", "heavy", "noisy"):
+    if health.condition[last] > CONDITION and found[last] in (*HEALTHY, "noisy"):
         out.append(
             f"The Gauss-Newton matrix has a condition number of at least {health.condition[last]:.0e}: a right gradient is "
-            "then still a slow one. Continuation and second order (krylov-newton) are for that."
+            "then still a slow one. Second order (krylov-newton) is for that."
         )
     blind = [T for k, T in enumerate(horizons) if least_z(len(horizons)) * health.bias.error[k] >= 1]
     if blind and not seen and found[last] not in ("flat", "zero"):
@@ -256,7 +268,7 @@ def _noise(health: Health, k: int) -> str:
 
 
 def _size(x: Any) -> str:
-    return f"{x:,.0f}" if x < 1e5 else f"{x:.0e}"
+    return f"{x:,.0f}" if x < 1e6 else f"{x:.0e}"
 
 
 def _percent(x: Any) -> str:
