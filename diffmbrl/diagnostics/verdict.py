@@ -26,9 +26,9 @@ The suggestion is for the longest horizon:
     steep                   continuation, and second order: the gradient is right, but steps along it are tiny
     noisy                   bptt with a larger batch, of 1/SNR
     float32                 bptt in float64
-    any other               let h be the largest tested horizon that is good, heavy or steep: truncated at h if 4 h >= T, when little
-                            credit is lost, else short-horizon, windows of h with a critic. Without an h: none if even the
-                            return is not finite, likelihood-ratio if its SNR is the higher one, else continuation
+    any other               let h be the largest tested horizon that is good, heavy or steep: truncated at h if 4 h >= T, when
+                            little credit is lost, else short-horizon, windows of h with a critic. Without an h: none if even
+                            the return is not finite, likelihood-ratio if its SNR is the higher one, else continuation
 
 A record says nothing of where the optimiser will go from this policy: measure again along training.
 """
@@ -172,9 +172,9 @@ def _suggest(health: Health, found: list[str], window: int | None) -> tuple[str,
         )
     if final == "steep":
         return "continuation", (
-            f"BPTT is right up to T = {T}, but the return has become {_size(health.curvature[last] / health.curvature[0])} times as "
-            f"steep as at T = {health.horizons[0]}: steps along the gradient must be tiny. Use continuation (discounts raised to 1), "
-            "and second order (krylov-newton)."
+            f"BPTT is right up to T = {T}, but the return has become {_size(health.curvature[last] / health.curvature[0])} "
+            f"times as steep as at T = {health.horizons[0]}: steps along the gradient must be tiny. Use continuation (discounts "
+            "raised to 1) and second order (krylov-newton)."
         )
     if final == "noisy":
         return "bptt", (

@@ -1,6 +1,8 @@
 """Estimators of the policy gradient dJ/dtheta."""
 
 from diffmbrl.gradients.bptt import BPTT
+from diffmbrl.gradients.decoupled import Decoupled, TrueForward
+from diffmbrl.gradients.evolution import CentredRanks, Evolution, Returns
 from diffmbrl.gradients.likelihood_ratio import (
     Critic,
     Episode,
@@ -16,16 +18,21 @@ from diffmbrl.gradients.truncated import Clipped, Decayed, Truncated
 
 __all__ = [
     "BPTT",
+    "CentredRanks",
     "Clipped",
     "Critic",
     "Decayed",
+    "Decoupled",
     "Episode",
+    "Evolution",
     "Fitted",
     "LeaveOneOut",
     "LikelihoodRatio",
     "Mean",
     "NoBaseline",
+    "Returns",
     "RewardToGo",
     "Smoothed",
+    "TrueForward",
     "Truncated",
 ]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, reweighted
+from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, parameter, reweighted
 from diffmbrl.gradients.smoothed import drawn
 from diffmbrl.rollout import returns, rollouts, weights_axis
 
@@ -35,8 +35,8 @@ class RewardToGo(eqx.Module):
 
     def __call__(self, trajectories: Trajectory, task: Task) -> Float[Array, "B T"]:
         earned = task.weights[..., :-1] * trajectories.r
-        # From the end, so that late returns are not differences of large sums; the last one includes the terminal reward.
-        terminal = _returns(trajectories, task) - jnp.sum(earned, axis=1)
+        terminal = _returns(trajectories, reweighted(task, task.weights.at[..., :-1].set(0)))
+        # From the end, so that late returns are not differences of large sums.
         return jnp.cumsum(earned[:, ::-1], axis=1)[:, ::-1] + terminal[:, None]
 
 
@@ -82,7 +82,7 @@ class Fitted(eqx.Module):
     Reference: Duan et al. 2016, Benchmarking deep reinforcement learning for continuous control, the linear feature baseline.
     """
 
-    ridge: Float[Array, ""] = eqx.field(default_factory=lambda: jnp.asarray(1e-5), converter=jnp.asarray)
+    ridge: Float[Array, ""] = parameter(1e-5)
     folds: int = eqx.field(static=True, default=2)
 
     def __check_init__(self):
