@@ -9,6 +9,11 @@ EXPERIMENTS = {
     "second_order": "when M stays bounded, how much of the planner's step a policy follows, which schedule helps",
     "imitation": "steps in the actions followed by regression of the policy, beside Gauss-Newton on the policy itself",
     "closed_loop": "how far from its start a plan holds, with feedback and planned anew, and how far a trained policy",
+    "early_actions": "how much of the gradient comes from which time step",
+    "jacobian_products": "whether one step's Jacobian says if gradients explode, or only products do",
+    "double_pendulum": "how the variance of pathwise and score-function gradients grows with time in chaos",
+    "landscapes": "what the loss and the gradient's variance look like as the unroll grows",
+    "metz_spectrum": "what the scale of a first policy does to the Jacobians along its rollout",
     "first_vs_second": "every method of the table at its best learning rate, against iterations, work and time",
 }
 

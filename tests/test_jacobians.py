@@ -53,7 +53,7 @@ def test_singular_values_of_a_long_unstable_product_that_overflows(x64: None) ->
 
 @pytest.mark.parametrize("kind", ["random", "one", "shear"])
 def test_singular_values_agree_with_exact_integers(kind: str, x64: None) -> None:
-    """Of a 2 x 2 matrix, sigma_1^2 + sigma_2^2 and sigma_1 sigma_2 are a trace and a determinant: exact in Python's integers."""
+    """Of two by two, sigma_1^2 + sigma_2^2 and sigma_1 sigma_2 are a trace and a determinant: exact in Python's integers."""
     rng = np.random.default_rng(1)
     if kind == "random":
         A = rng.integers(-9, 10, size=(LONG, 2, 2))
@@ -253,7 +253,7 @@ def rollout_value(policy, task, s, key):
 def test_states_that_are_not_flat_are_flattened(x64: None) -> None:
     task = delayed(bent(), steps=2)
     policy = Neural.init(task, hidden=[3], key=KEY)
-    found = jacobians(policy, task, task.starts(KEY, 2))
+    found = jax.jit(jacobians)(policy, task, task.starts(KEY, 2))
     assert found.loop.shape == (2, 8, 4, 4)
     # The next action to arrive is the queue's first, the last in it the one just taken.
     same(found.A[:, :, 2], np.broadcast_to([0, 0, 0, 1.0], (2, 8, 4)))

@@ -39,15 +39,20 @@ class Exponents(NamedTuple):
 def exponents(A: Float[Array, "T n n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None) -> Exponents:
     """Of a sequence of Jacobians, `dt` seconds apart (1 for exponents per step).
 
-    With `alive`, of the steps where it is True, which come first; NaN if none is. A Jacobian of deficient rank has exponents
-    of -inf. Cost: one QR factorisation a step.
+    With `alive`, of the steps where it is True, which come first; NaN if none is. Below 10 steps the error is NaN. A Jacobian
+    of deficient rank has exponents of -inf. Cost: one QR factorisation a step.
 
     >>> import jax.numpy as jnp
     >>> found = exponents(jnp.tile(jnp.array([[1.0, 1.0], [0.0, 0.5]]), (1000, 1, 1)), dt=0.1)
     >>> [round(float(x), 3) for x in found.values]
     [0.0, -6.931]
     """
-    growth = products(A).growth / dt
+    return averaged(products(A).growth, dt, alive)
+
+
+def averaged(growth: Float[Array, "T n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None) -> Exponents:
+    """`exponents` of products that were factored already, from their `growth`."""
+    growth = growth / dt
     steps = jnp.arange(1, growth.shape[0] + 1, dtype=growth.dtype)
     mask = jnp.ones(growth.shape[0], bool) if alive is None else alive
     count = jnp.sum(mask.astype(growth.dtype))
