@@ -188,6 +188,7 @@ RULES = {
     "a bias too unsure": ([{}, {"z": 3.0, "size": 0.9}, {}], "bptt", None, "healthy"),
     "noisy": ([{}, {}, {"snr": 1e-3}], "bptt", None, "1,000 rollouts"),
     "heavy": ([{}, {}, {"tail": 0.9}], "continuation", None, "90% of its variance"),
+    "heavy, and so noisy": ([{}, {}, {"tail": 0.9, "snr": 0.0}], "continuation", None, "a few rollouts own"),
     "steep": (
         [{}, {}, {"curvature": 1e5, "condition": 1e9}],
         "continuation",

@@ -11,8 +11,8 @@ Each horizon is in one state, the first of these that holds:
                 float32 is off by more than 1%; or they grow by 10^8, whatever the rest
     float32     the float32 gradient is off by more than 1%
     wrong       the gradient disagrees with finite differences by 1% or more, at every step size
-    noisy       SNR < 1/128, though little grows: starts disagree, or the policy is near an optimum
     heavy       the top 1% of samples have more than half of the variance
+    noisy       SNR < 1/128, though little grows and no few starts do it: they disagree, or the policy is near an optimum
     steep       the largest curvature is 10^4 times that of the shortest horizon or more, and the condition number over 10^6
     good        none of these
 
@@ -26,9 +26,10 @@ The suggestion is for the longest horizon:
     steep                   continuation, and second order: the gradient is right, but steps along it are tiny
     noisy                   bptt with a larger batch, of 1/SNR
     float32                 bptt in float64
-    any other               let h be the largest tested horizon that is good, heavy or steep: truncated at h if 4 h >= T, when
-                            little credit is lost, else short-horizon, windows of h with a critic. Without an h: none if even
-                            the return is not finite, likelihood-ratio if its SNR is the higher one, else continuation
+    any other               let h be the largest tested horizon that is good, steep or heavy, with SNR >= 1/128: truncated at h
+                            if 4 h >= T, when little credit is lost, else short-horizon, windows of h with a critic. Without an
+                            h: none if even the return is not finite, likelihood-ratio if its SNR is the higher one, else
+                            continuation
 
 A record says nothing of where the optimiser will go from this policy: measure again along training.
 """
@@ -79,7 +80,8 @@ def verdict(health: Health) -> Verdict:
     """
     found = states(health)
     T = [int(t) for t in health.horizons]
-    window = max((t for t, state in zip(T, found, strict=True) if state in HEALTHY), default=None)
+    healthy = [state in HEALTHY and _seen(health, k) for k, state in enumerate(found)]
+    window = max((t for t, fine in zip(T, healthy, strict=True) if fine), default=None)
     estimator, headline = _suggest(health, found, window)
     if estimator not in ("truncated", "short-horizon"):
         window = None
@@ -110,7 +112,7 @@ def swell(health: Health) -> np.ndarray:
 
 def _state(health: Health, k: int) -> str:
     plain, growth = health.plain, swell(health)[k]
-    unseen = not plain.snr[k] * BATCH >= 1
+    unseen = not _seen(health, k)
     if health.overflow[k] or plain.nonfinite[k] or not math.isfinite(health.J[k]):
         return "non-finite"
     if not np.any(health.norms[k]) and health.pathwise.norm[k] == 0 and health.pathwise.variance[k] == 0:
@@ -126,12 +128,16 @@ def _state(health: Health, k: int) -> str:
         return "float32"
     if health.difference[k] >= WRONG:
         return "wrong"
-    if unseen:
-        return "noisy"
     if plain.tail[k] > TAIL:
         return "heavy"
+    if unseen:
+        return "noisy"
     steep = health.condition[k] > CONDITION and health.curvature[k] >= STEEP * health.curvature[0]
     return "steep" if steep else "good"
+
+
+def _seen(health: Health, k: int) -> bool:
+    return bool(health.plain.snr[k] * BATCH >= 1)
 
 
 def _biased(health: Health, k: int) -> bool:
@@ -173,8 +179,8 @@ def _suggest(health: Health, found: list[str], window: int | None) -> tuple[str,
     if final == "steep":
         return "continuation", (
             f"BPTT is right up to T = {T}, but the return has become {_size(health.curvature[last] / health.curvature[0])} "
-            f"times as steep as at T = {health.horizons[0]}: steps along the gradient must be tiny. Use continuation (discounts "
-            "raised to 1) and second order (krylov-newton)."
+            f"times as steep as at T = {health.horizons[0]}: steps along the gradient must be tiny. Use continuation "
+            "(discounts raised to 1) and second order (krylov-newton)."
         )
     if final == "noisy":
         return "bptt", (
@@ -237,7 +243,7 @@ def _reasons(health: Health, found: list[str]) -> list[str]:
         out.append(f"At T = {T} float32 gets the gradient wrong by {_percent(health.float32[last])}.")
     if health.difference[last] >= WRONG:
         out.append(f"Finite differences disagree with it by {_percent(health.difference[last])} at every step size.")
-    if found[last] != "noisy" and np.any(health.norms[last]) and not health.plain.snr[last] * BATCH >= 1:
+    if found[last] != "noisy" and np.any(health.norms[last]) and not _seen(health, last):
         out.append(f"At T = {T} {_noise(health, last)}.")
     if found[last] != "heavy" and health.plain.tail[last] > TAIL:
         out.append(f"The top 1% of samples have {health.plain.tail[last]:.0%} of the gradient's variance.")
