@@ -10,6 +10,7 @@ compile_small_loops_whole()
 from diffmbrl import tasks
 from diffmbrl.constraints import Constraints, violation
 from diffmbrl.core import Info, Task, Trajectory, Work
+from diffmbrl.diagnostics.health import gradient_health
 from diffmbrl.gradients import (
     BPTT,
     CentredRanks,
@@ -148,6 +149,7 @@ __all__ = [
     "control",
     "expansion",
     "expected",
+    "gradient_health",
     "implicit",
     "iterate",
     "optimal",

@@ -147,7 +147,20 @@ GOOD = {"snr": 0.5, "tail": 0.05, "float32": 1e-6, "difference": 1e-8, "growth":
 
 def record(*rows, horizons=(10, 50, 400), where=None) -> Health:
     """A good record, but for what `rows` say of each horizon."""
-    rows = [GOOD | {"score": 0.01, "J": -1.0, "overflow": 0, "refinement": 1e-3, "norm": 1.0} | row for row in rows]
+    rows = [
+        GOOD
+        | {
+            "score": 0.01,
+            "J": -1.0,
+            "overflow": 0,
+            "refinement": 1e-3,
+            "norm": 1.0,
+            "condition": 10.0,
+            "curvature": 1.0,
+        }
+        | row
+        for row in rows
+    ]
     column = lambda name: np.array([row[name] for row in rows], float)  # noqa: E731
     K = len(rows)
     ones, zeros = np.ones(K), np.zeros(K, int)
@@ -157,7 +170,7 @@ def record(*rows, horizons=(10, 50, 400), where=None) -> Health:
         pathwise=plain, score=plain._replace(snr=column("score")),
         bias=Bias(column("z"), column("size"), 0.1 * ones), difference=column("difference"),
         refinement=column("refinement"), float32=column("float32"), overflow=column("overflow").astype(int),
-        condition=10 * ones, curvature=ones, growth=column("growth"), early=0.1 * ones,
+        condition=column("condition"), curvature=column("curvature"), growth=column("growth"), early=0.1 * ones,
         contributions=np.ones((K, 400)), std=0.1, where=where,
     )  # fmt: skip
 
@@ -175,6 +188,14 @@ RULES = {
     "a bias too unsure": ([{}, {"z": 3.0, "size": 0.9}, {}], "bptt", None, "healthy"),
     "noisy": ([{}, {}, {"snr": 1e-3}], "bptt", None, "1,000 rollouts"),
     "heavy": ([{}, {}, {"tail": 0.9}], "continuation", None, "90% of its variance"),
+    "heavy, and so noisy": ([{}, {}, {"tail": 0.9, "snr": 0.0}], "continuation", None, "a few rollouts own"),
+    "steep": (
+        [{}, {}, {"curvature": 1e5, "condition": 1e9}],
+        "continuation",
+        None,
+        "100,000 times as steep as at T = 10",
+    ),
+    "steep, but well conditioned": ([{}, {}, {"curvature": 1e5}], "bptt", None, "healthy"),
     "float32 wrong": ([{}, {}, {"float32": 0.2}], "bptt", None, "off by 20% at T = 400"),
     "differences disagree": ([{}, {}, {"difference": 0.3}], "short-horizon", 50, "not the slope"),
     "nothing finite": (

@@ -11,8 +11,9 @@ Each horizon is in one state, the first of these that holds:
                 float32 is off by more than 1%; or they grow by 10^8, whatever the rest
     float32     the float32 gradient is off by more than 1%
     wrong       the gradient disagrees with finite differences by 1% or more, at every step size
-    noisy       SNR < 1/128, though little grows: starts disagree, or the policy is near an optimum
     heavy       the top 1% of samples have more than half of the variance
+    noisy       SNR < 1/128, though little grows and no few starts do it: they disagree, or the policy is near an optimum
+    steep       the largest curvature is 10^4 times that of the shortest horizon or more, and the condition number over 10^6
     good        none of these
 
 The suggestion is for the longest horizon:
@@ -22,11 +23,13 @@ The suggestion is for the longest horizon:
     zero at all horizons    none: there is nothing to follow
     good                    bptt
     heavy                   continuation: a schedule of trust or discounts that lets no start dominate
+    steep                   continuation, and second order: the gradient is right, but steps along it are tiny
     noisy                   bptt with a larger batch, of 1/SNR
     float32                 bptt in float64
-    any other               let h be the largest tested horizon that is good or heavy: truncated at h if 4 h >= T, when little
-                            credit is lost, else short-horizon, windows of h with a critic. Without an h: none if even the
-                            return is not finite, likelihood-ratio if its SNR is the higher one, else continuation
+    any other               let h be the largest tested horizon that is good, steep or heavy, with SNR >= 1/128: truncated at h
+                            if 4 h >= T, when little credit is lost, else short-horizon, windows of h with a critic. Without an
+                            h: none if even the return is not finite, likelihood-ratio if its SNR is the higher one, else
+                            continuation
 
 A record says nothing of where the optimiser will go from this policy: measure again along training.
 """
@@ -49,8 +52,9 @@ MISSED = 0.9
 THOUSANDFOLD, HOPELESS = 1e3, 1e8  # growth over the horizon
 COVERS = 4  # windows of at least T / 4 are truncated, shorter ones continued by a critic
 INTEGRATOR = 0.1  # relative change when the step is halved
-CONDITION = 1e6
+CONDITION, STEEP = 1e6, 1e4
 ROUNDING = 1e-9  # of the return
+HEALTHY = ("good", "heavy", "steep")
 
 
 class Verdict(NamedTuple):
@@ -76,7 +80,8 @@ def verdict(health: Health) -> Verdict:
     """
     found = states(health)
     T = [int(t) for t in health.horizons]
-    window = max((t for t, state in zip(T, found, strict=True) if state in ("good", "heavy")), default=None)
+    healthy = [state in HEALTHY and _seen(health, k) for k, state in enumerate(found)]
+    window = max((t for t, fine in zip(T, healthy, strict=True) if fine), default=None)
     estimator, headline = _suggest(health, found, window)
     if estimator not in ("truncated", "short-horizon"):
         window = None
@@ -107,7 +112,7 @@ def swell(health: Health) -> np.ndarray:
 
 def _state(health: Health, k: int) -> str:
     plain, growth = health.plain, swell(health)[k]
-    unseen = not plain.snr[k] * BATCH >= 1
+    unseen = not _seen(health, k)
     if health.overflow[k] or plain.nonfinite[k] or not math.isfinite(health.J[k]):
         return "non-finite"
     if not np.any(health.norms[k]) and health.pathwise.norm[k] == 0 and health.pathwise.variance[k] == 0:
@@ -123,9 +128,16 @@ def _state(health: Health, k: int) -> str:
         return "float32"
     if health.difference[k] >= WRONG:
         return "wrong"
+    if plain.tail[k] > TAIL:
+        return "heavy"
     if unseen:
         return "noisy"
-    return "heavy" if plain.tail[k] > TAIL else "good"
+    steep = health.condition[k] > CONDITION and health.curvature[k] >= STEEP * health.curvature[0]
+    return "steep" if steep else "good"
+
+
+def _seen(health: Health, k: int) -> bool:
+    return bool(health.plain.snr[k] * BATCH >= 1)
 
 
 def _biased(health: Health, k: int) -> bool:
@@ -163,6 +175,12 @@ def _suggest(health: Health, found: list[str], window: int | None) -> tuple[str,
         return "continuation", (
             f"At T = {T} a few rollouts own the gradient: {health.plain.tail[last]:.0%} of its variance is in the top 1% of "
             "samples. Use BPTT with continuation (trust or discounts), so that no start dominates."
+        )
+    if final == "steep":
+        return "continuation", (
+            f"BPTT is right up to T = {T}, but the return has become {_size(health.curvature[last] / health.curvature[0])} "
+            f"times as steep as at T = {health.horizons[0]}: steps along the gradient must be tiny. Use continuation "
+            "(discounts raised to 1) and second order (krylov-newton)."
         )
     if final == "noisy":
         return "bptt", (
@@ -225,7 +243,7 @@ def _reasons(health: Health, found: list[str]) -> list[str]:
         out.append(f"At T = {T} float32 gets the gradient wrong by {_percent(health.float32[last])}.")
     if health.difference[last] >= WRONG:
         out.append(f"Finite differences disagree with it by {_percent(health.difference[last])} at every step size.")
-    if found[last] != "noisy" and np.any(health.norms[last]) and not health.plain.snr[last] * BATCH >= 1:
+    if found[last] != "noisy" and np.any(health.norms[last]) and not _seen(health, last):
         out.append(f"At T = {T} {_noise(health, last)}.")
     if found[last] != "heavy" and health.plain.tail[last] > TAIL:
         out.append(f"The top 1% of samples have {health.plain.tail[last]:.0%} of the gradient's variance.")
@@ -236,10 +254,10 @@ def _reasons(health: Health, found: list[str]) -> list[str]:
         )
     if health.early[last] > 0.5 and found[last] != "good":
         out.append(f"The first tenth of the steps makes up {health.early[last]:.0%} of the gradient.")
-    if health.condition[last] > CONDITION and found[last] in ("good", "heavy", "noisy"):
+    if health.condition[last] > CONDITION and found[last] in (*HEALTHY, "noisy"):
         out.append(
             f"The Gauss-Newton matrix has a condition number of at least {health.condition[last]:.0e}: a right gradient is "
-            "then still a slow one. Continuation and second order (krylov-newton) are for that."
+            "then still a slow one. Second order (krylov-newton) is for that."
         )
     blind = [T for k, T in enumerate(horizons) if least_z(len(horizons)) * health.bias.error[k] >= 1]
     if blind and not seen and found[last] not in ("flat", "zero"):
@@ -256,7 +274,7 @@ def _noise(health: Health, k: int) -> str:
 
 
 def _size(x: Any) -> str:
-    return f"{x:,.0f}" if x < 1e5 else f"{x:.0e}"
+    return f"{x:,.0f}" if x < 1e6 else f"{x:.0e}"
 
 
 def _percent(x: Any) -> str:
