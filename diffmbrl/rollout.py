@@ -13,19 +13,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from diffmbrl.core import State, Task, Trajectory, is_plan, is_stateful, reweighted
 
+# (t, dJ/ds_t) -> the adjoint that the reverse pass hands on to step t - 1; a module, as `gradients.truncated` has them.
+AdjointRule = Callable[[Int[Array, ""], State], State]
+
 
 def rollout(
-    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None = None,
+    *,
+    w: Float[Array, "T m"] | None = None,
+    remat: int | None = 1,
 ) -> Trajectory:
     r"""Follow `policy` for T steps from one start state: $a_t = \pi(s_t)$, $s_{t+1} = f(s_t, a_t)$.
 
     `key` drives the noise of policy and dynamics (step t uses `fold_in(key, t)`); None means no noise. `remat` says what the
     reverse pass recomputes: None nothing (fast to compile, most memory), 1 each step (the default: on a CPU up to ten times
-    faster, since fewer residuals cross the loop), k > 1 segments of k steps as well (memory ~ T/k + k states).
+    faster, since fewer residuals cross the loop), k > 1 segments of k steps as well (memory ~ T/k + k states). `w` is added to
+    the actions: the gradient with respect to it is dJ/da_t.
 
     Raises: `ValueError` if the policy's action is not of shape [m], the next state is not like the state, the reward is not a
     scalar, or a plan's time axis is not T.
@@ -37,7 +47,7 @@ def rollout(
     >>> trajectory.s.shape, trajectory.a.shape
     ((10, 2), (10, 1))
     """
-    return recorded(policy, task, s0, key, keep=lambda _: None, remat=remat)[0]
+    return recorded(policy, task, s0, key, keep=lambda _: None, w=w, remat=remat)[0]
 
 
 def recorded(
@@ -47,6 +57,7 @@ def recorded(
     key: PRNGKeyArray | None = None,
     *,
     keep: Callable[[PyTree], PyTree],
+    w: Float[Array, "T m"] | None = None,
     remat: int | None = 1,
 ) -> tuple[Trajectory, PyTree]:
     """A rollout, and of the policy's memory after each step what `keep` takes of it, with a leading axis of T.
@@ -57,15 +68,24 @@ def recorded(
     def record(s, a, r, alive, memory):
         return s, a, r, alive, keep(memory)
 
-    (s_T, alive_T), (s, a, r, alive, kept) = _scan(policy, task, s0, key, remat, record)
+    (s_T, alive_T), (s, a, r, alive, kept) = _scan(policy, task, s0, key, remat, record, w=w)
     return Trajectory(s, a, r, jnp.append(alive, alive_T), s_T), kept
 
 
 def value(
-    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None = None,
+    *,
+    remat: int | None = 1,
+    adjoint: AdjointRule | None = None,
 ) -> Float[Array, ""]:
-    """The weighted return J of one rollout, without keeping the trajectory."""
-    (s_T, alive_T), r = _scan(policy, task, s0, key, remat, record=lambda s, a, r, alive, memory: r)
+    """The weighted return J of one rollout, without keeping the trajectory.
+
+    Its value is the same with any `adjoint`; its reverse-mode derivative is what that rule makes of each dJ/ds_t.
+    """
+    (s_T, alive_T), r = _scan(policy, task, s0, key, remat, lambda s, a, r, alive, memory: r, adjoint)
     return jnp.vdot(task.weights[:-1], r) + _terminal(task, s0, s_T, alive_T)
 
 
@@ -77,7 +97,13 @@ def expected(
 
 
 def values(
-    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None = None,
+    *,
+    remat: int | None = 1,
+    adjoint: AdjointRule | None = None,
 ) -> Float[Array, " B"]:
     """The return from each start state of a batch `s0` [B, ...].
 
@@ -85,7 +111,7 @@ def values(
     """
 
     def one(s, k, w):
-        return value(policy, reweighted(task, w), s, k, remat=remat)
+        return value(policy, reweighted(task, w), s, k, remat=remat, adjoint=adjoint)
 
     return jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split(key, s0), task.weights)
 
@@ -132,7 +158,30 @@ def _terminal(task: Task, s0: State, s_T: State, alive_T: Array) -> Array:
     return task.weights[-1] * jnp.where(alive_T, phi, jnp.zeros_like(phi))
 
 
-def _scan(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, remat: int | None, record: Any):
+@jax.custom_vjp
+def _ruled(adjoint: Any, t: Array, s: State) -> State:
+    """s itself, whose cotangent passes through `adjoint`."""
+    return s
+
+
+def _ruled_backward(residuals: Any, cotangent: State) -> tuple[None, None, State]:
+    adjoint, t = residuals
+    return None, None, adjoint(t, cotangent)
+
+
+_ruled.defvjp(lambda adjoint, t, s: (s, (adjoint, t)), _ruled_backward)
+
+
+def _scan(
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None,
+    remat: int | None,
+    record: Any,
+    adjoint: Any = None,
+    w: Any = None,
+):
     stateful = is_stateful(policy)
     memory = policy.start(task) if stateful else None
     _check(policy, task, s0, remat)
@@ -140,8 +189,9 @@ def _scan(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, remat: i
 
     def step(carry, x):
         s, alive, memory = carry
-        t, plan_t = x
+        t, plan_t, w_t = x
         pi = policy if plan is None else plan_t
+        s = s if adjoint is None else _ruled(adjoint, t, s)
         key_a, key_s = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, t))
         held = s
         if task.done is not None:
@@ -151,6 +201,8 @@ def _scan(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, remat: i
             _check_action(a, task)
         else:
             a = pi(s, key=key_a)
+        if w_t is not None:
+            a = a + w_t
         with jax.default_matmul_precision("highest"):
             r = task.reward(s, a)
             s_next = task.dynamics(s, a, key=key_s)
@@ -161,7 +213,7 @@ def _scan(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, remat: i
         return (s_next, alive & ~task.done(s_next), memory), out
 
     alive = jnp.array(True) if task.done is None else ~task.done(s0)
-    carry, out = _scan_remat(step, (s0, alive, memory), (jnp.arange(task.horizon), plan), remat)
+    carry, out = _scan_remat(step, (s0, alive, memory), (jnp.arange(task.horizon), plan, w), remat)
     return carry[:2], out
 
 

@@ -1,0 +1,171 @@
+r"""The alpha-order gradient: as much of the pathwise estimate as its bias allows.
+
+With P and Z the means of N pathwise (first-order) and score-function (zeroth-order) samples, $g = E[Z]$ the true gradient and
+$|Z - g| \le \epsilon$ with probability $1 - \delta$, the mixture $\alpha P + (1 - \alpha) Z$ has from its pathwise part the error
+
+$$\alpha\,|P - g| \;\le\; \alpha\,(|P - Z| + |Z - g|) \;\le\; \alpha\,(|P - Z| + \epsilon),$$
+
+so that $\alpha = \min\{\alpha_\infty,\; \gamma / (|P - Z| + \epsilon)\}$, with the inverse-variance weight $\alpha_\infty$, has the least variance among
+those that keep it below gamma, with probability $1 - \delta$: that is `bias`. Suh et al. (2022, lemma 4.4) bound the whole error instead,
+
+$$|\alpha P + (1 - \alpha) Z - g| \;\le\; \alpha\,|P - Z| + \epsilon \;\le\; \gamma,\qquad \alpha = \min\{\alpha_\infty,\; (\gamma - \epsilon) / |P - Z|\},$$
+
+which is `accuracy`: it has no solution where epsilon > gamma, and then takes $\alpha = 0$, the score function alone, just where that is known
+worst. In both, alpha grows with gamma and falls with $\epsilon$: an uncertain Z cannot clear P of bias.
+
+The authors' code has the bound the wrong way round: its `delta`, .95 by default, is the confidence and stands in $\log((d + 1)/\delta)$
+where the probability of failure belongs, so that more confidence makes a smaller radius; and it squares a variance. Here
+`delta` is the probability of failure, .05 by default.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import State, Task, Work, as_float
+from diffmbrl.gradients.inverse_variance import exchange, inverse_variance, mix, moments
+from diffmbrl.gradients.paired import both, pair, work
+
+Radius = Callable[[Array, Array], Array]
+Bound = Callable[[Array, Array, Array], Array]
+
+
+def chebyshev(y: Float[Array, "N P"], delta: Float[Array, ""]) -> Float[Array, ""]:
+    r"""$\sqrt{\mathrm{tr}\,\Sigma / (N \delta)}$: of any distribution with a variance, known or well estimated.
+
+    >>> y = jax.random.normal(jax.random.key(0), (400, 3))
+    >>> chebyshev(y, jnp.array(0.05)) > jnp.linalg.norm(y.mean(0))
+    Array(True, dtype=bool)
+    """
+    return jnp.sqrt(_trace(y) / (y.shape[0] * delta))
+
+
+def normal(y: Float[Array, "N P"], delta: Float[Array, ""]) -> Float[Array, ""]:
+    r"""$(1 + \sqrt{2 \log(1/\delta)}) \sqrt{\mathrm{tr}\,\Sigma / N}$: concentration of the norm of a normal vector, of any covariance.
+
+    Reference: Boucheron, Lugosi and Massart 2013, theorem 5.6; for large N.
+    """
+    return (1 + jnp.sqrt(-2 * jnp.log(delta))) * jnp.sqrt(_trace(y) / y.shape[0])
+
+
+def bernstein(y: Float[Array, "N P"], delta: Float[Array, ""]) -> Float[Array, ""]:
+    r"""The epsilon at which $(P + 1) \exp(-N \epsilon^2 / (2 \sigma^2 + 2 L \epsilon / 3)) = \delta$, with $\sigma^2 = \mathrm{tr}\,\Sigma$.
+
+    L bounds a sample's distance from its mean; none is known, and the largest that was seen stands in, as in the source.
+    Reference: Tropp 2012, theorem 1.6; Suh et al. 2022, appendix C.
+    """
+    N, P = y.shape
+    size = jnp.log((P + 1) / delta)
+    L = jnp.max(jnp.linalg.norm(y - jnp.mean(y, axis=0), axis=1))
+    half = size * L / 3
+    return (half + jnp.sqrt(half**2 + 2 * N * _trace(y) * size)) / N
+
+
+def _trace(y: Float[Array, "N P"]) -> Float[Array, ""]:
+    return jnp.sum(jnp.var(y, axis=0, ddof=1))
+
+
+def bias(gamma: Array, distance: Array, epsilon: Array) -> Array:
+    r"""The largest alpha with $\alpha (|P - Z| + \epsilon) \le \gamma$.
+
+    >>> print(bias(jnp.array(1.0), jnp.array(3.0), jnp.array(1.0)))
+    0.25
+    """
+    return gamma / (distance + epsilon)
+
+
+def accuracy(gamma: Array, distance: Array, epsilon: Array) -> Array:
+    r"""The largest alpha with $\alpha |P - Z| + \epsilon \le \gamma$; 0 if there is none.
+
+    >>> print(accuracy(jnp.array(2.0), jnp.array(4.0), jnp.array(1.0)), accuracy(jnp.array(1.0), jnp.array(4.0), jnp.array(2.0)))
+    0.25 0.0
+    """
+    return jnp.where(epsilon > gamma, 0, (gamma - epsilon) / distance)
+
+
+class AlphaOrder(eqx.Module):
+    r"""$\alpha \nabla^{\text{pathwise}} J + (1 - \alpha) \nabla^{\text{score}} J$, of least variance with a bounded bias.
+
+    `gamma` (in the gradient's units) bounds the bias that the pathwise part may bring, with probability 1 - `delta`; infinite,
+    alpha is the inverse-variance weight $\mathrm{tr}\,\Sigma_Z / (\mathrm{tr}\,\Sigma_P + \mathrm{tr}\,\Sigma_Z)$. `radius` (`chebyshev`, `normal`, `bernstein`) makes
+    epsilon of the score function's samples; `bound` (`bias`, `accuracy`) is the constraint; see the top of this file. Both
+    estimates are of the same rollouts. `baseline` and `folds` as `InverseVariance`, for policies with a density.
+
+    Under a discontinuity that the pathwise estimate misses altogether, such as a step function, the mixture is within gamma of
+    the score function's estimate. `alpha` gives the weight.
+    Shapes: `s0` [B, ...]. Memory: 2 B gradients. Cost: one forward and one reverse pass, two products with the policy's derivative.
+    Raises: `ValueError` without a key or a density, for a batch that cannot be parted, a negative gamma or a delta outside (0, 1).
+    Reference: Suh et al. 2022, Do differentiable simulators give better policy gradients?, section 4 and appendix C.
+
+    >>> from diffmbrl import Gaussian, Linear, tasks
+    >>> task = tasks.lqr(horizon=10)
+    >>> policy = Gaussian.around(Linear.zeros(task), task, std=0.1)
+    >>> key = jax.random.key(0)
+    >>> AlphaOrder(gamma=0.0).alpha(policy, task, task.starts(key, 8), key)
+    Array(0., dtype=float32)
+    """
+
+    gamma: Float[Array, ""]
+    delta: Float[Array, ""]
+    baseline: Any
+    radius: Radius = eqx.field(static=True)
+    bound: Bound = eqx.field(static=True)
+    folds: int = eqx.field(static=True)
+    remat: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        *,
+        gamma: float | Float[Array, ""] = 1.0,
+        delta: float | Float[Array, ""] = 0.05,
+        baseline: Any = None,
+        radius: Radius = chebyshev,
+        bound: Bound = bias,
+        folds: int = 1,
+        remat: int | None = 1,
+    ):
+        if isinstance(gamma, float | int) and not gamma >= 0:
+            raise ValueError(f"gamma must not be negative, got {gamma}")
+        if isinstance(delta, float | int) and not 0 < delta < 1:
+            raise ValueError(f"delta, a probability of failure, must lie in (0, 1), got {delta}")
+        self.gamma, self.delta, self.baseline = as_float(gamma), as_float(delta), baseline
+        self.radius, self.bound, self.folds, self.remat = radius, bound, folds, remat
+
+    def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
+        J, each = self.samples(policy, task, s0, key)
+        return jnp.mean(J), jax.tree.map(lambda x: jnp.mean(x, axis=0), each)
+
+    def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
+        """Return and mixed gradient of each start."""
+        J, pathwise, score = self._both(policy, task, s0, key)
+        alpha = self._alpha(pathwise, score)
+        return J, jax.tree.map(lambda x, y: mix(alpha, x, y), pathwise, score)
+
+    def alpha(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> Float[Array, ""]:
+        """The weight of the pathwise estimate; the mean over folds."""
+        _, pathwise, score = self._both(policy, task, s0, key)
+        return jnp.mean(self._alpha(pathwise, score))
+
+    def work(self, task: Task, batch: int) -> Work:
+        """One forward and one reverse pass."""
+        return work(task, batch, self.remat)
+
+    def _both(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Array, Any, Any]:
+        x = pair(policy, task, s0, key, baseline=self.baseline, folds=self.folds, remat=self.remat)
+        return x.J, *both(policy, x)
+
+    def _alpha(self, pathwise: Any, score: Any) -> Float[Array, " F"]:
+        x, y = (jax.vmap(lambda g: ravel_pytree(g)[0])(each) for each in (pathwise, score))
+        free = inverse_variance(*(jnp.sum(v, axis=-1) for v in moments(x, y, self.folds)))
+        x, y = (z.reshape(self.folds, -1, z.shape[-1]) for z in (x, y))
+        gamma, delta = self.gamma.astype(x.dtype), self.delta.astype(x.dtype)
+        distance = jnp.linalg.norm(jnp.mean(x, axis=1) - jnp.mean(y, axis=1), axis=-1)
+        epsilon = jax.vmap(lambda z: self.radius(z, delta))(y)
+        # Where both are 0 there is nothing to bound, and 0 / 0 is no bound; an overflow of P bounds alpha by 0.
+        bound = jnp.where(distance + epsilon > 0, self.bound(gamma, distance, epsilon), jnp.inf)
+        return exchange(jnp.where(free > 0, jnp.minimum(free, bound), 0))

@@ -1,0 +1,183 @@
+r"""The pathwise and the score-function gradient of one and the same rollout, side by side: the ground of all mixtures.
+
+For a policy that draws its actions, $a_t = \pi_\theta(s_t; \epsilon_t)$ with density $\pi_\theta(a \mid s)$, one rollout gives
+
+$$\text{pathwise: } \sum_t \Big(\frac{\partial a_t}{\partial\theta}\Big)^{\!\top} \lambda_t,\;\; \lambda_t = \frac{dJ}{da_t}, \qquad
+\text{score function: } \sum_t \Big(\frac{\partial \log\pi_\theta(a_t \mid s_t)}{\partial\theta}\Big) A_t,\;\; A_t = R_t - b_t$$
+
+with the return to go $R_t = \sum_{\tau \ge t} w_\tau r_\tau + w_T \phi$ and a baseline $b_t$, the mean of the other starts'. Both are
+the policy's derivatives at the same states, pulled back from one number or vector for each step, so at the level of
+the actions they can be compared and mixed before the network is differentiated: of additive noise, $\lambda_t$ and
+$\psi_t = -A_t\,\nabla_a \log\pi(a_t \mid s_t)$ have the same conditional mean wherever J is smooth. $\lambda$ is the gradient with respect
+to an additive perturbation of the actions and needs one reverse pass without the policy's parameters; the score function
+needs none.
+
+Reference: Parmas and Sugiyama 2021, A unified view of likelihood ratio and reparameterization gradients.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
+
+from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, reweighted
+from diffmbrl.rollout import returns, rollout, split, weights_axis
+
+
+class Pair(NamedTuple):
+    """Rollouts of a policy that draws its actions, and both of their gradients at the level of the actions."""
+
+    J: Float[Array, " B"]
+    s: State  # [B, T, ...]: what the policy saw; the start after the end of an episode
+    a: Float[Array, "B T m"]
+    alive: Bool[Array, "B T"]
+    keys: Key[Array, " B"]
+    pathwise: Float[Array, "B T m"]  # lambda_t
+    advantage: Float[Array, "B T"]  # A_t; 0 after the end of an episode
+    score: Float[Array, "B T m"]  # psi_t
+
+
+def pair(
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None,
+    *,
+    baseline: Any = None,
+    folds: int = 1,
+    remat: int | None = 1,
+) -> Pair:
+    """Roll out and differentiate once; `baseline` (leave-one-out without) is of the starts of the same fold.
+
+    Cost: a forward and a reverse pass over time, and the policy's log density once at each step, without a recursion.
+    Raises: `ValueError` without a key or a density, or if the batch cannot be parted.
+    """
+    key = check(policy, s0, key, folds)
+
+    def one(s, k, weights):
+        def run(w):
+            trajectory = rollout(policy, task, s, k, w=w, remat=remat)
+            return returns(trajectory, reweighted(task, weights)), trajectory
+
+        w = jnp.zeros((task.horizon, task.m), task.a_low.dtype)
+        J, transpose, trajectory = jax.vjp(run, w, has_aux=True)
+        return trajectory, transpose(jnp.ones_like(J))[0]
+
+    trajectories, pathwise = jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split(key, s0), task.weights)
+    return score_function(policy, task, s0, key, trajectories, baseline, folds)._replace(pathwise=pathwise)
+
+
+def check(policy: Any, s0: State, key: PRNGKeyArray | None, folds: int) -> PRNGKeyArray:
+    """What every estimator with a score function asks for; the key."""
+    if key is None:
+        raise ValueError("noise needs a key: this estimator draws its actions")
+    if not hasattr(policy, "log_prob"):
+        raise ValueError(
+            f"{type(policy).__name__} has no log_prob(s, a), which the score of its actions needs: put noise on it by "
+            "Gaussian.around(policy, task, std=0.1), or Smoothed(estimator, std=0.1)"
+        )
+    batch = jax.tree.leaves(s0)[0].shape[0]
+    if folds < 1 or batch % folds or batch // folds < 2:
+        raise ValueError(f"{batch} starts cannot be parted into {folds} folds of equal size, of 2 starts at least")
+    return key
+
+
+def score_function(
+    policy: Any, task: Task, s0: State, key: PRNGKeyArray, trajectories: Trajectory, baseline: Any, folds: int
+) -> Pair:
+    """The half that needs no derivative of the task, from the rollouts; its pathwise half is 0."""
+    axis = weights_axis(task, s0)
+    J = jax.vmap(lambda tau, w: returns(tau, reweighted(task, w)), in_axes=(0, axis))(trajectories, task.weights)
+    R = jax.vmap(lambda tau, w: to_go(tau, reweighted(task, w)), in_axes=(0, axis))(trajectories, task.weights)
+    alive = trajectories.alive[:, :-1]
+    A = advantages(R, alive, folds)
+    s = seen(trajectories.s, s0, alive)
+    nothing = jnp.zeros_like(trajectories.a)
+    psi = scores(policy, s, trajectories.a, A)
+    return Pair(J, s, trajectories.a, alive, split(key, s0), nothing, A, psi)
+
+
+def to_go(trajectory: Any, task: Task) -> Float[Array, " T"]:
+    r"""$R_t = \sum_{\tau \ge t} w_\tau r_\tau + w_T \phi$."""
+    terminal = returns(trajectory._replace(r=jnp.zeros_like(trajectory.r)), task)
+    return jnp.cumsum((task.weights[:-1] * trajectory.r)[::-1])[::-1] + terminal
+
+
+def seen(s: State, s0: State, alive: Bool[Array, "B T"]) -> State:
+    """The states at which a rollout asks its policy: after the end of an episode the start, whose answer is not used."""
+
+    def of(x, start):
+        there = alive.reshape(alive.shape + (1,) * (x.ndim - 2))
+        return jnp.where(there, x, start[:, None])
+
+    return jax.tree.map(of, s, s0)
+
+
+def advantages(R: Float[Array, "B T"], alive: Bool[Array, "B T"], folds: int) -> Float[Array, "B T"]:
+    """Each return to go less the mean of the others in its fold: unbiased, since they do not know its noise."""
+    x = R.reshape(folds, -1, R.shape[1])
+    count = x.shape[1]
+    # The mean of the others is x - (x - mean) count / (count - 1), so the advantage needs no sums of large numbers.
+    A = (x - jnp.mean(x, axis=1, keepdims=True)) * (count / (count - 1))
+    return jnp.where(alive, A.reshape(R.shape), 0.0)
+
+
+def scores(policy: Any, s: State, a: Float[Array, "B T m"], A: Float[Array, "B T"]) -> Float[Array, "B T m"]:
+    r"""$\psi_t = -A_t \nabla_a \log\pi(a_t \mid s_t)$, for a Gaussian $A_t \epsilon_t / \sigma_t$."""
+
+    def at(pi, s, a, A):
+        return -A * jax.grad(pi.log_prob, argnums=1)(s, a)
+
+    return jax.vmap(lambda *x: over_time(at, policy, *x))(s, a, A)
+
+
+def pull_each(policy: Any, x: Pair, to_a: Float[Array, "B T m"], to_log: Float[Array, "B T"]) -> Any:
+    r"""$\sum_t (\partial a_t/\partial\theta)^\top u_t + (\partial\log\pi_t/\partial\theta)\,v_t$ for each start; B gradients."""
+
+    def one(s, a, k, u, v):
+        return jax.vjp(lambda pi: heads(pi, s, a, k), policy)[1]((u, v))[0]
+
+    return jax.vmap(one)(x.s, x.a, x.keys, to_a, to_log)
+
+
+def pull_mean(policy: Any, x: Pair, to_a: Float[Array, "B T m"], to_log: Float[Array, "B T"]) -> Any:
+    """The mean of `pull_each`, of which one gradient is held in memory."""
+    batch = x.J.shape[0]
+    _, pull_back = jax.vjp(lambda pi: jax.vmap(lambda *y: heads(pi, *y))(x.s, x.a, x.keys), policy)
+    return pull_back((to_a / batch, to_log / batch))[0]
+
+
+def both(policy: Any, x: Pair) -> tuple[Any, Any]:
+    """The pathwise and the score-function gradient of each start."""
+    nothing = jnp.zeros_like(x.pathwise), jnp.zeros_like(x.advantage)
+    return pull_each(policy, x, x.pathwise, nothing[1]), pull_each(policy, x, nothing[0], x.advantage)
+
+
+def heads(
+    policy: Any, s: State, a: Float[Array, "T m"], key: PRNGKeyArray
+) -> tuple[Float[Array, "T m"], Float[Array, " T"]]:
+    """The action, by its noise, and the log density of what was done, at each step of one rollout."""
+
+    def at(pi, s, a, t):
+        return act(pi, s, key, t), pi.log_prob(s, a)
+
+    return over_time(at, policy, s, a, jnp.arange(a.shape[0]))
+
+
+def act(policy: Any, s: State, key: PRNGKeyArray, t: Any) -> Float[Array, " m"]:
+    """The policy with the noise that `rollout` draws at step t."""
+    return policy(s, key=jax.random.split(jax.random.fold_in(key, t))[0])
+
+
+def over_time(at: Any, policy: Any, *xs: Any) -> Any:
+    """`at(pi, ...)` for each step, with slice t of a plan."""
+    axes = (0 if is_plan(policy) else None, *(0 for _ in xs))
+    return jax.vmap(at, in_axes=axes)(policy, *xs)
+
+
+def work(task: Task, batch: int, remat: int | None) -> Work:
+    """One forward and one reverse pass, whatever is made of it."""
+    passes = 1 if remat is None else 2 if remat == 1 else 3
+    steps = task.horizon * batch
+    return count_work(forward=passes * steps, vjp=steps, sequential=passes + 1)

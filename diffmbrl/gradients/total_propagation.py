@@ -1,0 +1,150 @@
+r"""Total propagation: backpropagation that mixes in the score function at every time step and hands the mixture on.
+
+At each step, from the last, each rollout i has an estimate $v_{t+1}$ of the derivative of its value to go with respect to
+$s_{t+1}$. Its noise is in the actions, $a_t \sim \pi(\cdot \mid s_t)$, which thus have two estimates of the same derivative:
+
+$$\text{pathwise: } \lambda_t = w_t\,r_a + B_t^\top v_{t+1},\qquad \text{score function: } \psi_t = -A_t\,\nabla_a\log\pi(a_t \mid s_t),$$
+
+mixed by the inverse of their variances over the rollouts, $k_t \lambda_t + (1 - k_t)\psi_t$. The mixture enters the gradient through
+$\partial a_t/\partial\theta$ and goes on to the states before through the policy's gain $K_t = \partial a_t / \partial s_t$:
+
+$$v_t = w_t\,r_s + A_t^\top v_{t+1} + K_t^\top \big(k_t \lambda_t + (1 - k_t) \psi_t\big).$$
+
+By induction from the last step, $E[v_{t+1} \mid s_{t+1}] = \nabla V_{t+1}$ makes $E[\lambda_t \mid s_t] = E[\psi_t \mid s_t]$ where the task is smooth,
+and so $E[v_t \mid s_t] = \nabla V_t$, whatever the weights: all mixtures are unbiased, of which $k = 1$ is backpropagation.
+
+The noise of the source is in the transition and cuts every path from $s_t$ to $s_{t+1}$. Noise in the actions cuts those through
+the policy alone: $A_t^\top v_{t+1}$ is passed on as it is. So where the free system is chaotic v grows as in backpropagation
+and the gain over weights per step (`InverseVariancePerStep`) is small; where growth comes through the policy's gain it is not.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import State, Task, Work, count_work, is_plan
+from diffmbrl.gradients.inverse_variance import (
+    Weigh,
+    at_steps,
+    exchange,
+    inverse_variance,
+    mix,
+    moments,
+)
+from diffmbrl.gradients.paired import Pair, act, check, pull_each, pull_mean, score_function
+from diffmbrl.rollout import rollouts, weights_axis
+
+
+class TotalPropagation(eqx.Module):
+    r"""Backpropagation whose adjoint is mixed, at every step, with the score function by inverse variance.
+
+    Weights are per time step, from the traces of the variances at the level of the actions (the source weighs by the variance of
+    the policy's gradient, which costs a gradient for each rollout and step). `weigh`, `folds` and `baseline` as
+    `InverseVariance`, for policies with a density.
+
+    Shapes: `s0` [B, ...]; B a multiple of `folds`, 2 starts or more in each.
+    Cost: rollouts, a reverse pass in lockstep that recomputes each step, two of them for `folds` above 1, and one product with
+    the policy's derivative at all B T states. Memory: the states of the rollouts; `samples` B gradients.
+    Raises: `ValueError` without a key or a density, or for a batch that cannot be parted.
+    Reference: Parmas, Rasmussen, Peters and Doya 2018, PIPPS: Flexible model-based policy search robust to the curse of chaos,
+    section 4.
+
+    >>> from diffmbrl import Gaussian, Linear, tasks
+    >>> task = tasks.lqr(horizon=10)
+    >>> policy = Gaussian.around(Linear.zeros(task), task, std=0.1)
+    >>> key = jax.random.key(0)
+    >>> J, gradient = TotalPropagation()(policy, task, task.starts(key, 8), key)
+    >>> gradient.mean.K.shape
+    (1, 2)
+    """
+
+    baseline: Any = None
+    weigh: Weigh = eqx.field(static=True, default=inverse_variance)
+    folds: int = eqx.field(static=True, default=1)
+    remat: int | None = eqx.field(static=True, default=1)  # for Gradient's sake: every step is recomputed
+
+    def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
+        x, k = self._propagate(policy, task, s0, key)
+        return jnp.mean(x.J), pull_mean(policy, x, *at_steps(k, x))
+
+    def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
+        """Return and gradient of each start, whose mean is what a call gives."""
+        x, k = self._propagate(policy, task, s0, key)
+        return x.J, pull_each(policy, x, *at_steps(k, x))
+
+    def weights(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> Float[Array, " T"]:
+        """k_t, the weight of the pathwise estimate at each step; the mean over folds."""
+        return jnp.mean(self._propagate(policy, task, s0, key)[1], axis=0)
+
+    def work(self, task: Task, batch: int) -> Work:
+        """Rollouts, and for each reverse pass a step recomputed and pulled back."""
+        steps, sweeps = task.horizon * batch, 1 if self.folds == 1 else 2
+        return count_work(forward=(1 + sweeps) * steps, vjp=sweeps * steps, sequential=1 + sweeps)
+
+    def _propagate(
+        self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None
+    ) -> tuple[Pair, Float[Array, "F T"]]:
+        key = check(policy, s0, key, self.folds)
+        trajectories = rollouts(policy, task, s0, key, remat=None)
+        x = score_function(policy, task, s0, key, trajectories, self.baseline, self.folds)
+        s_T, alive_T = trajectories.s_T, trajectories.alive[:, -1]
+        lam, k = sweep(policy, task, x, s_T, alive_T, None, self.weigh, self.folds)
+        if self.folds > 1:
+            # A fold's own weights at t know the other folds' at later steps: only a second sweep is free of them.
+            lam, k = sweep(policy, task, x, s_T, alive_T, exchange(k), self.weigh, self.folds)
+        return x._replace(pathwise=lam), k
+
+
+def sweep(
+    policy: Any,
+    task: Task,
+    x: Pair,
+    s_T: State,
+    alive_T: Array,
+    weights: Float[Array, "F T"] | None,
+    weigh: Weigh,
+    folds: int,
+) -> tuple[Float[Array, "B T m"], Float[Array, "F T"]]:
+    """The mixed adjoint from the last step to the first: lambda_t, and the weights, found here unless they are given."""
+    axis = weights_axis(task, x.s)
+
+    def masked(alive: Array, v: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.zeros_like(leaf)), v)
+
+    def last(s, s_seen, alive, w):
+        safe = jax.tree.map(lambda a, b: jnp.where(alive, a, b), s, s_seen)
+        return masked(alive, jax.grad(lambda z: w[-1] * task.terminal(z))(safe))
+
+    def pathwise(t, s, a, key, v, w, alive):
+        key_s = jax.random.split(jax.random.fold_in(key, t))[1]
+
+        def stage(s, a):
+            with jax.default_matmul_precision("highest"):
+                return w[t] * task.reward(s, a), task.dynamics(s, a, key=key_s)
+
+        (r, _), transpose = jax.vjp(stage, s, a)
+        return masked(alive, transpose((jnp.ones_like(r), v)))
+
+    def through_policy(t, pi, s, a, key, alive, u, A):
+        _, transpose = jax.vjp(lambda z: (act(pi, z, key, t), pi.log_prob(z, a)), s)
+        return masked(alive, transpose((u, A))[0])
+
+    def step(v, slices):
+        t, pi, s, a, psi, A, alive, given = slices
+        pi = policy if pi is None else pi
+        v_s, lam = jax.vmap(pathwise, (None, 0, 0, 0, 0, axis, 0))(t, s, a, x.keys, v, task.weights, alive)
+        k = weigh(*(jnp.sum(z, axis=-1) for z in moments(lam, psi, folds))) if given is None else given
+        u, to_log = mix(k, lam, jnp.zeros_like(lam)), mix(k, jnp.zeros_like(A), A)
+        through = jax.vmap(through_policy, (None, None, 0, 0, 0, 0, 0, 0))(t, pi, s, a, x.keys, alive, u, to_log)
+        return jax.tree.map(jnp.add, v_s, through), (lam, k)
+
+    first = jax.tree.map(lambda z: z[:, 0], x.s)
+    v_T = jax.vmap(last, (0, 0, 0, axis))(s_T, first, alive_T, task.weights)
+    time_first = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), (x.s, x.a, x.score, x.advantage, x.alive))
+    plan = policy if is_plan(policy) else None
+    slices = (jnp.arange(task.horizon), plan, *time_first, None if weights is None else weights.T)
+    _, (lam, k) = jax.lax.scan(step, v_T, slices, reverse=True)
+    return jnp.moveaxis(lam, 0, 1), k.T
