@@ -32,7 +32,7 @@ MEETING = {
     "friction": (10, [0.02, 0, 0.05, 0]),
     "tennis": (60, [0.05, 0.8, 0, 0, 0, 0]),
 }
-MEETING |= {"ball-and-wall": (8, [0.09, 0]), "bouncing": (20, [0.5, -1]), "bouncing-on-the-grid": (20, [0.5, -1])}
+MEETING |= {"bouncing": (20, [0.5, -1]), "bouncing-on-the-grid": (20, [0.5, -1])}
 CONDITIONS = (".height", ".width", ".w")  # parameters of contact's condition alone, without a derivative
 
 

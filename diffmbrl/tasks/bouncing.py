@@ -79,8 +79,9 @@ class OnTheGrid(eqx.Module):
 class Penalty(eqx.Module):
     r"""A spring and a damper below the ground, $m\ddot q = a - mg - kq - c\dot q$, by the semi-implicit Euler step.
 
-    The force jumps by c v where the ball enters and leaves: so has its true derivative a saltation, of the velocity, which
-    automatic differentiation misses however small the step is. With c = 0 there is none to miss.
+    The force jumps by c v where the ball enters and leaves, so the true derivative has a saltation there too, of the
+    velocity, which automatic differentiation misses however small the step is. Without gravity that of the exit undoes that
+    of the entry; with it the derivative stays wrong, or c = 0 leaves none to miss.
     """
 
     mass: Float[Array, ""] = parameter(1.0)  # kg

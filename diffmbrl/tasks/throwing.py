@@ -55,7 +55,7 @@ class OverTheWall(eqx.Module):
 def ball_and_wall(*, horizon: int = 1, v: ScalarLike = 1.0, g: ScalarLike = 9.81, height: ScalarLike = 0.02) -> Task:
     """Throw a ball as far as it goes, over a wall of 2 cm at 5.5 to 6.5 cm: one decision, whose result jumps.
 
-    At most 1 rad up. The reward is the square of the distance, less that of the longest flight; only the last of several
+    The reward is the square of the distance, less that of the longest flight; only the last of several
     throws counts. Success: over the wall. Source: Suh et al. 2022, Do Differentiable Simulators Give Better Policy
     Gradients, section 3 (wall at 6 cm).
     """
@@ -68,8 +68,8 @@ def ball_and_wall(*, horizon: int = 1, v: ScalarLike = 1.0, g: ScalarLike = 9.81
         terminal=Farthest(throw.reach()),
         initial=Box([0.055, 0.0], [0.065, 0.0]),
         success=OverTheWall(),
-        a_low=[0.0],
-        a_high=[1.0],
+        a_low=[-0.3],
+        a_high=[0.8],
         horizon=horizon,
         dt=1.0,
     )
