@@ -9,6 +9,12 @@ EXPERIMENTS = {
     "second_order": "when M stays bounded, how much of the planner's step a policy follows, which schedule helps",
     "imitation": "steps in the actions followed by regression of the policy, beside Gauss-Newton on the policy itself",
     "closed_loop": "how far from its start a plan holds, with feedback and planned anew, and how far a trained policy",
+    "heaviside": "gradient estimators on a step, hard and soft: bias and variance against closed forms",
+    "ball_and_wall": "gradient estimators on a throw over a wall: bias, variance, the mixture, and where ascents end",
+    "sinusoid": "the variance of gradient estimators against the frequency of a ripple, against closed forms",
+    "bouncing": "the sign of derivatives through a bounce, with three models of the contact and two time steps",
+    "pushing": "the variance of gradient estimators against the stiffness of a contact, and the integrator's limit",
+    "tennis": "linear policies through contacts that can be missed: bias of pathwise gradients and what it costs",
     "first_vs_second": "every method of the table at its best learning rate, against iterations, work and time",
 }
 
