@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 from diffmbrl.gradients.alpha_order import AlphaOrder, accuracy, bernstein, bias
 from diffmbrl.optimizers import Descend
@@ -77,7 +77,7 @@ def smoothed(theta: np.ndarray, std: float) -> exact.Exact:
     def clearance(a):
         return WALL * np.sin(a) * np.cos(a) - g * WALL**2 / 2 - HEIGHT * np.cos(a) ** 2
 
-    low, high = (brentq(clearance, *ends) for ends in ((0.3, 0.9), (0.9, np.pi / 2)))
+    low, high = (root_scalar(clearance, bracket=ends).root for ends in ((0.3, 0.9), (0.9, np.pi / 2)))
     wall = np.arcsin(WALL / reach) / 2  # from where on the flight ends beyond the wall
     period = np.pi  # of the whole landing, so the edges come back
 
@@ -170,13 +170,14 @@ def _falls_through_zero(theta: np.ndarray, gradient: np.ndarray) -> np.ndarray:
 def _ascend(estimator: Any, size: Size) -> Any:
     """Angles [trials, steps + 1]."""
     task = ball_and_wall()
-    gradient = with_noise(estimator, task, std=size.std)
+    gradient: Any = with_noise(estimator, task, std=size.std)
     solver = Descend(optax.sgd, gradient=gradient, learning_rate=size.rate)
     s0 = jnp.broadcast_to(jnp.asarray([WALL, 0.0]), (size.descent_samples, 2))
     start = OpenLoop(jnp.full((1, 1), size.start))
 
     def step(carry, key):
-        plan, state, _ = solver.update(*carry, task, s0, key=key)
+        plan, state = carry
+        plan, state, _ = solver.update(plan, state, task, s0, key=key)
         return (plan, state), plan.a[0, 0]
 
     @jax.jit

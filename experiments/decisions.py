@@ -53,7 +53,7 @@ def _batches(noisy: Smoothed, task: Task, theta: Any, s0: Any, keys: Any, sample
     return jax.lax.map(batch, keys)
 
 
-def with_noise(estimator: Any, task: Task, *, std: float) -> Smoothed:
-    """The estimator of a plan's gradient under noise of this standard deviation, in the action's units."""
+def with_noise(estimator: Any, task: Task, *, std: Any) -> Smoothed:
+    """The estimator of a plan's gradient under noise of this standard deviation (of each action), in the action's units."""
     half = centre_and_half(task.a_low, task.a_high)[1]
     return Smoothed(estimator, std=std / half)

@@ -10,7 +10,7 @@ Reference: Suh et al. 2022, section 3; Metz et al. 2021, section 3; Stein's lemm
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import ndtr
@@ -103,7 +103,7 @@ def wave(theta: Array, sigma: float, *, frequency: float) -> Exact:
     """
     kappa = frequency / np.pi
 
-    def tilted(k: float, p: Callable[[Array, Array], Array]) -> Array:
+    def tilted(k: float, p: Callable[[Array, Array], Array]) -> Any:
         # Gauss-Hermite with 8 nodes is exact up to degree 15.
         nodes, weights = np.polynomial.hermite_e.hermegauss(8)
         epsilon = nodes + 1j * k * sigma
