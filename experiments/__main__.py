@@ -15,6 +15,12 @@ EXPERIMENTS = {
     "landscapes": "what the loss and the gradient's variance look like as the unroll grows",
     "metz_spectrum": "what the scale of a first policy does to the Jacobians along its rollout",
     "mixing": "the variance of pathwise, score-function and mixed gradients against the horizon",
+    "heaviside": "gradient estimators on a step, hard and soft: bias and variance against closed forms",
+    "ball_and_wall": "gradient estimators on a throw over a wall: bias, variance, the mixture, and where ascents end",
+    "sinusoid": "the variance of gradient estimators against the frequency of a ripple, against closed forms",
+    "bouncing": "the sign of derivatives through a bounce, with three models of the contact and two time steps",
+    "pushing": "the variance of gradient estimators against the stiffness of a contact, and the integrator's limit",
+    "tennis": "linear policies through contacts that can be missed: bias of pathwise gradients and what it costs",
     "first_vs_second": "every method of the table at its best learning rate, against iterations, work and time",
 }
 

@@ -1,36 +1,51 @@
 """Systems with analytic dynamics, in SI units, their parameters leaves."""
 
 from diffmbrl.tasks.acrobot import acrobot
+from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid, bouncing_penalty
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
+from diffmbrl.tasks.landscapes import heaviside, sinusoid, soft_heaviside
 from diffmbrl.tasks.linear import linear_quadratic, lqr, random_lqr
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
 from diffmbrl.tasks.plant import delayed, noisy
+from diffmbrl.tasks.pushing import friction, pushing
 from diffmbrl.tasks.quadrotor import quadrotor, quadrotor_waypoint
 from diffmbrl.tasks.quadrotor2d import quadrotor2d
 from diffmbrl.tasks.reacher import reacher
 from diffmbrl.tasks.registry import TASKS, make
 from diffmbrl.tasks.squash import squashed
+from diffmbrl.tasks.tennis import tennis
+from diffmbrl.tasks.throwing import ball_and_wall
 
 __all__ = [
     "TASKS",
     "acrobot",
+    "ball_and_wall",
+    "bouncing",
+    "bouncing_on_the_grid",
+    "bouncing_penalty",
     "car",
     "cartpole_balance",
     "cartpole_swingup",
     "delayed",
     "double_pendulum",
+    "friction",
+    "heaviside",
     "linear_quadratic",
     "lqr",
     "make",
     "noisy",
     "pendulum",
     "pendulum_swingup",
+    "pushing",
     "quadrotor",
     "quadrotor2d",
     "quadrotor_waypoint",
     "random_lqr",
     "reacher",
+    "sinusoid",
+    "soft_heaviside",
     "squashed",
+    "tennis",
 ]

@@ -146,6 +146,47 @@ def quadrotor(task: Task, s: Array) -> list[Shape]:
     return shapes
 
 
+def edge(task: Task, s: Array) -> list[Shape]:
+    """A ledge at 0, higher beyond, and who stands on it."""
+    ledge = np.array([[-1.5, 0.0], [0.0, 0.0], [0.0, 0.3], [1.5, 0.3]])
+    return [Line(ledge, GROUND), Circle(np.array([s[0], 0.35 if s[0] >= 0 else 0.05]), 0.05, ACCENT)]
+
+
+def ball_and_wall(task: Task, s: Array) -> list[Shape]:
+    """The wall, and the ball where it lies."""
+    wall = Line(np.array([[s[0], 0.0], [s[0], _leaf(task, "height", 0.02)]]), OBSTACLE)
+    return [_level(0.0, 0.12), wall, Circle(np.array([s[1], 0.002]), 0.002, ACCENT)]
+
+
+def pushing(task: Task, s: Array) -> list[Shape]:
+    """Two blocks, which touch at a distance of 1 m, and where the second shall be."""
+    blocks = [Line(_box(x, 0.2, 1.0, 0.4)) for x in s[:2]]
+    return [_level(-1.0, 3.0), Line(np.array([[2.0, 0.0], [2.0, 0.4]]), TARGET), *blocks, _dot(s[1], 0.2)]
+
+
+def friction(task: Task, s: Array) -> list[Shape]:
+    """A sled with a block on it, and where the block shall be."""
+    sled = Line(_box(s[0], 0.03, 2 * _leaf(task, "width", 0.1), 0.06))
+    block = Line(_box(s[1], 0.11, 0.1, 0.1), ACCENT)
+    return [_level(-0.5, 2.5), Line(np.array([[2.0, 0.0], [2.0, 0.3]]), TARGET), sled, block]
+
+
+def bouncing(task: Task, s: Array) -> list[Shape]:
+    """A ball above the ground, and the height that it shall have."""
+    return [_level(-1.0, 1.0), Line(np.array([[-0.3, 1.0], [0.3, 1.0]]), TARGET), _dot(0.0, s[0])]
+
+
+def tennis(task: Task, s: Array) -> list[Shape]:
+    """The racket, the ball, and where it shall go."""
+    half = _leaf(task, "w", 0.15) * _direction(s[5])
+    racket = np.array([s[4], 0.0]) + np.stack([-half, half])
+    return [Circle(np.array([0.8, 0.4]), 0.2, TARGET), Line(racket), Circle(s[:2], 0.03, ACCENT)]
+
+
+def _dot(x: float, y: float) -> Circle:
+    return Circle(np.array([x, y]), 0.05, ACCENT)
+
+
 def _leaf(task: Task, name: str, default: float) -> float:
     plant = getattr(task.dynamics, "inner", task.dynamics)  # of a task whose limits were moved into the plant
     return float(getattr(plant, name, default))

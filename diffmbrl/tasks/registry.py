@@ -10,14 +10,19 @@ import numpy as np
 from diffmbrl.core import Task
 from diffmbrl.tasks import drawing
 from diffmbrl.tasks.acrobot import acrobot
+from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
+from diffmbrl.tasks.landscapes import heaviside
 from diffmbrl.tasks.linear import lqr
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
+from diffmbrl.tasks.pushing import friction, pushing
 from diffmbrl.tasks.quadrotor import quadrotor, quadrotor_waypoint
 from diffmbrl.tasks.quadrotor2d import quadrotor2d
 from diffmbrl.tasks.reacher import reacher
+from diffmbrl.tasks.tennis import tennis
+from diffmbrl.tasks.throwing import ball_and_wall
 
 
 class Row(NamedTuple):
@@ -45,6 +50,9 @@ FLIGHT = (
 PLANE = ("x [m]", "z [m]", "pitch [rad]", "vx [m/s]", "vz [m/s]", "pitch rate [rad/s]")
 TWO_TORQUES = ("first torque [N m]", "second torque [N m]")
 THRUST = ("thrust [N]", "roll torque [N m]", "pitch torque [N m]", "yaw torque [N m]")
+BALL = ("q [m]", "v [m/s]")
+TWO_BODIES = ("first [m]", "second [m]", "first speed [m/s]", "second speed [m/s]")
+COURT = ("ball x [m]", "ball z [m]", "ball vx [m/s]", "ball vz [m/s]", "racket [m]", "tilt [rad]")
 ROAD = ("x [m]", "y [m]", "heading [rad]", "speed [m/s]")
 
 TASKS: dict[str, Row] = {
@@ -64,6 +72,17 @@ TASKS: dict[str, Row] = {
     "car": Row(car, True, True, 800, (32, 32), ROAD, ("steering [rad]", "acceleration [m/s^2]"), drawing.car),
     "quadrotor": Row(quadrotor, True, True, 200, (32, 32), FLIGHT, THRUST, drawing.quadrotor),
     "quadrotor-waypoint": Row(quadrotor_waypoint, True, True, 100, (32, 32), FLIGHT, THRUST, drawing.quadrotor),
+    "heaviside": Row(heaviside, False, False, 0, (8,), ("x [m]",), ("step [m]",), drawing.edge),
+    "ball-and-wall": Row(
+        ball_and_wall, False, True, 800, (8,), ("wall [m]", "ball [m]"), ("angle [rad]",), drawing.ball_and_wall
+    ),
+    "pushing": Row(pushing, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",), drawing.pushing),
+    "friction": Row(friction, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",), drawing.friction),
+    "bouncing": Row(bouncing, False, True, 800, (16, 16), BALL, ("force [N]",), drawing.bouncing),
+    "bouncing-on-the-grid": Row(
+        bouncing_on_the_grid, False, True, 800, (16, 16), BALL, ("force [N]",), drawing.bouncing
+    ),
+    "tennis": Row(tennis, False, True, 800, (16, 16), COURT, ("racket speed [m/s]", "turn [rad/s]"), drawing.tennis),
 }
 
 
