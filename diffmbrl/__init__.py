@@ -10,7 +10,7 @@ compile_small_loops_whole()
 from diffmbrl import tasks
 from diffmbrl.constraints import Constraints, violation
 from diffmbrl.core import Info, Task, Trajectory, Work
-from diffmbrl.gradients import BPTT
+from diffmbrl.gradients import BPTT, AdaptiveHorizon, Entropy, Noise, ShortHorizon, Truncation
 from diffmbrl.nets import GRU, LSTM, MLP
 from diffmbrl.optimizers import (
     Consensus,
@@ -73,6 +73,7 @@ __all__ = [
     "MLP",
     "MPC",
     "MPPI",
+    "AdaptiveHorizon",
     "Affine",
     "Boxed",
     "Consensus",
@@ -81,6 +82,7 @@ __all__ = [
     "Dense",
     "Descend",
     "Ending",
+    "Entropy",
     "Gate",
     "GaussNewton",
     "Gaussian",
@@ -94,6 +96,7 @@ __all__ = [
     "NaturalGradient",
     "Neural",
     "NewtonCG",
+    "Noise",
     "OpenLoop",
     "Optimum",
     "Path",
@@ -106,11 +109,13 @@ __all__ = [
     "Sampled",
     "Sampling",
     "Shooting",
+    "ShortHorizon",
     "Sigma",
     "SquareRoot",
     "Status",
     "Task",
     "Trajectory",
+    "Truncation",
     "TrustRegion",
     "Unaware",
     "Work",
