@@ -36,20 +36,30 @@ class Critic(eqx.Module):
     def init(
         cls, task: Task, *, hidden: Sequence[int], key: PRNGKeyArray, activation: Callable = jax.nn.elu
     ) -> "Critic":
-        """Draw the weights; the values of the new critic are near 0."""
+        """Draw the weights, the last layer's 0: the first windows see no slope that nobody has learned."""
         size = jax.eval_shape(lambda s: inputs(task, s, jnp.zeros((), jnp.int32)), task.state_shape).shape[0]
-        net = MLP.init(size, hidden, 1, key=key, activation=activation, output_scale=0.1)
+        net = MLP.init(size, hidden, 1, key=key, activation=activation, output_scale=0.0)
         dtype = task.weights.dtype
         return cls(jax.tree.map(lambda x: x.astype(dtype), net), jnp.zeros((), dtype), jnp.ones((), dtype))
 
     def __call__(self, x: Float[Array, " k"]) -> Float[Array, ""]:
-        return self.mean + self.std * self.net(x)[0]
+        return symexp(self.mean + self.std * self.net(x)[0])
 
     def rescaled(self, mean: Float[Array, ""], std: Float[Array, ""]) -> "Critic":
         """The same values at another mean and scale of the network."""
         W, b = self.net.weights[-1] * (self.std / std), (self.std * self.net.biases[-1] + self.mean - mean) / std
         net = eqx.tree_at(lambda net: (net.weights[-1], net.biases[-1]), self.net, (W, b))
         return Critic(net, mean, std)
+
+
+def symlog(x: Array) -> Array:
+    """sign(x) log(1 + |x|)."""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
+def symexp(x: Array) -> Array:
+    """Its inverse, sign(x) (exp |x| - 1)."""
+    return jnp.sign(x) * jnp.expm1(jnp.abs(x))
 
 
 def inputs(task: Task, s: State, t: Int[Array, ""]) -> Float[Array, " k"]:
@@ -86,6 +96,7 @@ def td_lambda(
 
 def moments(critic: Critic, G: Float[Array, "..."], rate: Float[Array, ""]) -> tuple[Array, Array]:
     """Running mean and deviation of the targets, moved by `rate` towards those of `G`; the deviation is kept above 0."""
+    G = symlog(G)
     mean = critic.mean + rate * (jnp.mean(G) - critic.mean)
     old = critic.std**2 + critic.mean**2
     second = old + rate * (jnp.mean(G**2) - old)
@@ -110,7 +121,7 @@ def fit(
     Returns the critic, the rule's state and the mean of the last epoch's losses, as a share of the targets' variance.
     """
     M = G.shape[0] // batches * batches
-    y = (G - critic.mean) / critic.std
+    y = (symlog(G) - critic.mean) / critic.std
 
     def loss(net, x, y):
         return jnp.mean(jnp.square(jax.vmap(net)(x)[:, 0] - y)) / 2

@@ -49,7 +49,7 @@ class Noise(eqx.Module):
     Raises: `ValueError` if `std` is outside (.0025, 1.6), between which it is kept.
     """
 
-    std: Float[Array, ""] = parameter(0.15)
+    std: Float[Array, ""] = parameter(0.2)
     entropy: "Entropy | None" = None
 
     def __check_init__(self):
@@ -63,15 +63,15 @@ class Entropy(eqx.Module):
     It is the Lagrangian of maximising the return under $E\,H \ge \bar H$; its multiplier follows the constraint,
     $\log\alpha \leftarrow \log\alpha + \eta\,(\bar H - E H)$. Subtracting $\bar H$ keeps values at the task's scale and leaves nothing to be
     gained by living longer or ending sooner. H is in nats, summed over the actions, each measured in half widths of its limits;
-    `target` is $\bar H$ for each action (-.5: a deviation of .15). With a rate of 0 the temperature stays.
+    `target` is $\bar H$ for each action (-.3: a deviation of .18). With a rate of 0 the temperature stays.
 
     Raises: `ValueError` if the temperature is not positive or the rate negative.
     Reference: Haarnoja et al. 2018, section 5 (temperature); Xing et al. 2025 (SAPO).
     """
 
     temperature: Float[Array, ""] = parameter(0.01)
-    target: Float[Array, ""] = parameter(-0.5)
-    rate: Float[Array, ""] = parameter(0.02)
+    target: Float[Array, ""] = parameter(-0.3)
+    rate: Float[Array, ""] = parameter(0.05)
 
     def __check_init__(self):
         if is_concrete(self.temperature) and not bool(jnp.all(self.temperature > 0)):

@@ -96,16 +96,16 @@ class ShortHorizon(eqx.Module):
         *,
         noise: Noise | None = None,
         reach: Truncation | AdaptiveHorizon | None = None,
-        discount: Any = 0.99,
+        discount: Any = 0.97,
         trace: Any = 0.95,
         mixing: Any = 0.2,
         critic_rate: Any = 2e-3,
         key: PRNGKeyArray | None = None,
-        window: int = 32,
+        window: int = 16,
         environments: int = 64,
-        epochs: int = 16,
+        epochs: int = 4,
         batches: int = 4,
-        hidden: Sequence[int] = (64, 64),
+        hidden: Sequence[int] = (32, 32),
     ):
         if not hasattr(descend, "gradient"):
             raise TypeError(
@@ -137,6 +137,8 @@ class ShortHorizon(eqx.Module):
     def init(self, policy: Any, task: Task) -> ShortHorizonCarry:
         if is_plan(policy) or is_stateful(policy):
             raise TypeError(f"windows need a policy that depends on the state alone; got {type(policy).__name__}")
+        if any(map(_is_line_search, jax.tree.leaves(self.descend.init(policy, task), is_leaf=_is_line_search))):
+            raise ValueError("a line search would search another objective, that of whole episodes: take another rule")
         key_critic, key_spread = jax.random.split(self.key)
         dtype, N = task.weights.dtype, self.environments
         critic = Critic.init(task, hidden=self.hidden, key=key_critic)
@@ -175,7 +177,7 @@ class ShortHorizon(eqx.Module):
         now = learned._replace(
             environments=environments, descend=inner, spread=spread, updates=carry.updates + 1
         )
-        finite = (info.nonfinite == 0) & _finite((learned.critic, learned.target, learned.loss, learned.reach, environments.s))
+        finite = (info.nonfinite == 0) & _finite((learned.critic, learned.loss, learned.reach, environments.s))
         info = info._replace(
             accepted=info.accepted & finite, nonfinite=(~finite).astype(jnp.int32), work=self._work(task, s0)
         )
@@ -254,6 +256,10 @@ class _Given(eqx.Module):
     def work(self, task: Task, batch: int) -> Work:
         """None of its own."""
         return count_work()
+
+
+def _is_line_search(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByZoomLinesearchState | optax.ScaleByBacktrackingLinesearchState)
 
 
 def _choose(condition: Array, new: Any, old: Any) -> Any:

@@ -107,7 +107,9 @@ def window(
             r = r + discount * jnp.where(last, phi, jnp.zeros_like(phi))
             ended = timeout | done
             after = Environments(
-                _where(ended, again, s_next), jnp.where(ended, 0, t + 1), jnp.where(ended, following, env.start)
+                _where(ended, again, s_next),
+                jnp.where(ended, 0, t + 1),
+                jnp.where(ended, following, env.start),
             )
 
             stiff = None if reach is None else stiffness(task, s, a)
