@@ -23,6 +23,9 @@ class Compare:
     """Name of a task; `diffmbrl tasks` lists them."""
     methods: list[str] = field(default_factory=list)
     """Methods to run; by default all that fit the task."""
+    estimator: list[str] = field(default_factory=list)
+    """Estimators of the gradient, each in every first-order method: `bptt` (the default), `truncated`, `clipped-adjoint`,
+    `likelihood-ratio` ...; an unknown name is answered with the list."""
     horizon: int | None = None
     """Time steps T; by default the task's own."""
     seeds: int = 3
@@ -172,7 +175,9 @@ def _compare(command: Compare) -> int:
     row = TASKS[known("task", command.task, TASKS)]
     parameters = _parameters(command.param)
     task = make(command.task, horizon=command.horizon, **parameters)
-    names = command.methods or [name for name, method in METHODS.items() if method.default]
+    # A line search takes no estimator: by default it is left out when one is asked for.
+    fitting = (name for name, row in METHODS.items() if row.default and not (command.estimator and row.sequential))
+    names = command.methods or list(fitting)
     setting = Setting(
         task=command.task,
         methods=tuple(names),
@@ -187,6 +192,7 @@ def _compare(command: Compare) -> int:
         continuation=command.continuation,
         x64=command.x64,
         key=command.key,
+        estimators=tuple(command.estimator),
     )
     folder = compare(setting, out=command.out)
     summary = summarise(folder)

@@ -11,7 +11,7 @@ import numpy as np
 from diffmbrl.core import Task
 from diffmbrl.diagnostics.reach import refuse_without_gradient
 from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw
-from diffmbrl.methods import Method, method, schedule, solver
+from diffmbrl.methods import Method, estimated, method, schedule, solver
 from diffmbrl.policies import Neural
 from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
 from diffmbrl.solve import CHUNK
@@ -37,6 +37,7 @@ class Setting(NamedTuple):
     continuation: str
     x64: bool
     key: int
+    estimators: tuple[str, ...] = ()
 
 
 def compare(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
@@ -83,6 +84,14 @@ def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
     rows = [method(name) for name in setting.methods]
     if len({name for name, _ in rows}) != len(rows):
         raise ValueError(f"each method can be named once, got {' '.join(setting.methods)}")
+    if len(set(setting.estimators)) != len(setting.estimators):
+        raise ValueError(f"each estimator can be named once, got {' '.join(setting.estimators)}")
+    rows = [arm for name, row in rows for arm in estimated(name, row, setting.estimators)]
+    if setting.estimators and not any(row.takes_estimator for _, row in rows):
+        raise ValueError(
+            f"--estimator {' '.join(setting.estimators)} is for first-order methods of policies, such as adam; none of "
+            f"{', '.join(setting.methods)} takes one"
+        )
     size = _parameters(task, setting.hidden)
     for name, row in rows:
         if row.most_parameters is not None and size > row.most_parameters:
@@ -91,7 +100,8 @@ def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
                 f"{list(setting.hidden)} makes {size}"
             )
         solver(row, task, rate=1.0, steps=setting.steps or row.steps, continuation=setting.continuation)
-    refuse_without_gradient(task)
+    if any(row.differentiates for _, row in rows):
+        refuse_without_gradient(task)
     return task, rows
 
 
@@ -112,12 +122,14 @@ def _run_method(
     lanes: Lanes = (
         PlanLanes(solvers, task, draws)
         if row.kind == "plan"
-        else PolicyLanes(solvers, task, setting.hidden, draws, sequential=row.sequential)
+        else PolicyLanes(solvers, task, setting.hidden, draws, sequential=row.sequential, draws_noise=row.draws)
     )
     progress.arm(name, steps)
     progress.update(0, "compiling")
     compile_seconds = lanes.compile()
     arm = {"method": name, "label": name, "order": row.order, "policy_kind": row.kind}
+    if row.takes_estimator:
+        arm["estimator"] = row.estimator
     for rate, made in zip(rates, solvers, strict=True):
         record = {"kind": "arm", **arm, "rate": rate, "compile_seconds": compile_seconds}
         write({**record, "parameters": lanes.parameters, "continuation": schedule(made)})

@@ -144,11 +144,17 @@ def keeps_limits(solver: Any) -> bool:
 
 @runtime_checkable
 class Gradient(Protocol):
-    """An estimator of dJ/dtheta: `(policy, task, s0 [B, ...], key) -> J, dJ/dpi` (a pytree like the policy)."""
+    """An estimator of dJ/dtheta: `(policy, task, s0 [B, ...], key) -> J, dJ/dpi` (a pytree like the policy).
+
+    `samples` gives what it is the mean of, start by start: J [B] and a gradient with a leading axis of B. Start i uses key i of
+    `rollout.split(key, s0)`, so estimators that are given the same key see the same noise; for more samples, repeat the starts.
+    """
 
     remat: int | None
 
     def __call__(self, policy: Any, task: Any, s0: State, key: PRNGKeyArray | None) -> tuple[Array, Any]: ...
+
+    def samples(self, policy: Any, task: Any, s0: State, key: PRNGKeyArray | None) -> tuple[Array, Any]: ...
 
     def work(self, task: Any, batch: int) -> Work: ...
 
@@ -285,7 +291,7 @@ class Box(eqx.Module):
 
 def is_plan(policy: Any) -> bool:
     """Whether a policy's leaves have a leading time axis (`OpenLoop`, `Affine`): step t then uses slice t."""
-    return getattr(type(policy), "is_plan", False)
+    return bool(getattr(policy, "is_plan", False))
 
 
 def is_stateful(policy: Any) -> bool:

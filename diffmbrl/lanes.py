@@ -22,6 +22,8 @@ from diffmbrl.rollout import returns, rollout, rollouts, values
 from diffmbrl.solve import CHUNK, iterate
 from diffmbrl.tasks.squash import squashed
 
+NOISE = 2**31 - 1  # folded into a seed's key for the noise of its updates
+
 
 @runtime_checkable
 class Lanes(Protocol):
@@ -54,7 +56,11 @@ def draw(task: Task, seeds: int, starts: int, held_out: int, key: int) -> tuple[
 
 
 class PolicyLanes:
-    """A policy solver at several learning rates, from several seeds; lane r * seeds + k has rate r and seed k."""
+    """A policy solver at several learning rates, from several seeds; lane r * seeds + k has rate r and seed k.
+
+    A solver that `draws` has a key for each seed, and update i uses `fold_in(key, i)`; the others see no noise. Evaluation is
+    of the policy without noise.
+    """
 
     def __init__(
         self,
@@ -64,6 +70,7 @@ class PolicyLanes:
         draws: tuple[State, State, Any],
         *,
         sequential: bool,
+        draws_noise: bool = False,
     ):
         train, self.test, keys = draws
         self.task, self.rates, self.seeds = task, len(solvers), keys.shape[0]
@@ -73,6 +80,9 @@ class PolicyLanes:
         self.policies = _tile(jax.vmap(lambda k: Neural.init(task, hidden=hidden, key=k))(keys), self.rates)
         self.carries = jax.vmap(lambda solver, policy: solver.init(policy, task))(self.solvers, self.policies)
         self.parameters = ravel_pytree(self.policies)[0].size // self.count
+        # Apart from the seed's policy, which is drawn from the key itself.
+        noise = jax.vmap(lambda k: jax.random.fold_in(k, NOISE))(keys) if draws_noise else None
+        self.keys = None if noise is None else jnp.tile(noise, self.rates)
         self.tally = _Tally(self.rates, self.seeds)
         self.map = _one_by_one if sequential else _together
 
@@ -123,7 +133,7 @@ class PolicyLanes:
         return slice(rate * self.seeds, (rate + 1) * self.seeds)
 
     def _run(self, done: int, updates: int):
-        lanes = (self.solvers, self.policies, self.carries, self.train, None)
+        lanes = (self.solvers, self.policies, self.carries, self.train, self.keys)
         return jax.block_until_ready(self.map(lanes, self.task, jnp.int32(done), jnp.int32(updates)))
 
 

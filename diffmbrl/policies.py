@@ -13,7 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, is_concrete
+from diffmbrl.core import State, Task, is_concrete, is_plan
 from diffmbrl.nets import MLP
 
 
@@ -84,7 +84,8 @@ class Neural(eqx.Module):
 class Gaussian(eqx.Module):
     r"""Reparameterised noise around any policy: $a = \mu(s) + e^{\log\sigma} \epsilon$, $\epsilon \sim N(0, I)$.
 
-    Without a key it acts at its mean. The noise is added after the squashing: the task's dynamics see it as it is.
+    Without a key it acts at its mean. The noise is added after the squashing: the task's dynamics see it as it is. Around a
+    plan it is a plan, with a standard deviation for each time step.
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -94,13 +95,24 @@ class Gaussian(eqx.Module):
     """
 
     mean: Any
-    log_std: Float[Array, " m"]
+    log_std: Float[Array, "*T m"]
 
     @classmethod
     def around(cls, mean: Any, task: Task, *, std: float) -> "Gaussian":
         if not std > 0:
             raise ValueError(f"std must be positive, got {std}")
-        return cls(mean, jnp.full(task.m, np.log(std), task.a_low.dtype))
+        shape = (task.horizon, task.m) if is_plan(mean) else (task.m,)
+        return cls(mean, jnp.full(shape, np.log(std), task.a_low.dtype))
+
+    @property
+    def is_plan(self) -> bool:
+        """Whether it is noise around a plan."""
+        return is_plan(self.mean)
+
+    def log_prob(self, s: State, a: Float[Array, " m"]) -> Float[Array, ""]:
+        r"""$\log\pi(a \mid s) = -\sum_j \tfrac12 ((a_j - \mu_j(s)) / \sigma_j)^2 + \log\sigma_j + \tfrac12 \log 2\pi$."""
+        z = (a - self.mean(s)) * jnp.exp(-self.log_std)
+        return -jnp.sum(0.5 * z**2 + self.log_std + 0.5 * np.log(2 * np.pi))
 
     def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
         mean = self.mean(s)

@@ -13,9 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from diffmbrl.core import State, Task, Trajectory, is_plan, is_stateful, reweighted
+
+# (t, dJ/ds_t) -> the adjoint that the reverse pass hands on to step t - 1; a module, as `gradients.truncated` has them.
+AdjointRule = Callable[[Int[Array, ""], State], State]
 
 
 def rollout(
@@ -62,10 +65,19 @@ def recorded(
 
 
 def value(
-    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None = None,
+    *,
+    remat: int | None = 1,
+    adjoint: AdjointRule | None = None,
 ) -> Float[Array, ""]:
-    """The weighted return J of one rollout, without keeping the trajectory."""
-    (s_T, alive_T), r = _scan(policy, task, s0, key, remat, record=lambda s, a, r, alive, memory: r)
+    """The weighted return J of one rollout, without keeping the trajectory.
+
+    Its value is the same with any `adjoint`; its reverse-mode derivative is what that rule makes of each dJ/ds_t.
+    """
+    (s_T, alive_T), r = _scan(policy, task, s0, key, remat, lambda s, a, r, alive, memory: r, adjoint)
     return jnp.vdot(task.weights[:-1], r) + _terminal(task, s0, s_T, alive_T)
 
 
@@ -77,7 +89,13 @@ def expected(
 
 
 def values(
-    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
+    policy: Any,
+    task: Task,
+    s0: State,
+    key: PRNGKeyArray | None = None,
+    *,
+    remat: int | None = 1,
+    adjoint: AdjointRule | None = None,
 ) -> Float[Array, " B"]:
     """The return from each start state of a batch `s0` [B, ...].
 
@@ -85,7 +103,7 @@ def values(
     """
 
     def one(s, k, w):
-        return value(policy, reweighted(task, w), s, k, remat=remat)
+        return value(policy, reweighted(task, w), s, k, remat=remat, adjoint=adjoint)
 
     return jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split(key, s0), task.weights)
 
@@ -132,7 +150,23 @@ def _terminal(task: Task, s0: State, s_T: State, alive_T: Array) -> Array:
     return task.weights[-1] * jnp.where(alive_T, phi, jnp.zeros_like(phi))
 
 
-def _scan(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, remat: int | None, record: Any):
+@jax.custom_vjp
+def _ruled(adjoint: Any, t: Array, s: State) -> State:
+    """s itself, whose cotangent passes through `adjoint`."""
+    return s
+
+
+def _ruled_backward(residuals: Any, cotangent: State) -> tuple[None, None, State]:
+    adjoint, t = residuals
+    return None, None, adjoint(t, cotangent)
+
+
+_ruled.defvjp(lambda adjoint, t, s: (s, (adjoint, t)), _ruled_backward)
+
+
+def _scan(
+    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, remat: int | None, record: Any, adjoint: Any = None
+):
     stateful = is_stateful(policy)
     memory = policy.start(task) if stateful else None
     _check(policy, task, s0, remat)
@@ -142,6 +176,7 @@ def _scan(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, remat: i
         s, alive, memory = carry
         t, plan_t = x
         pi = policy if plan is None else plan_t
+        s = s if adjoint is None else _ruled(adjoint, t, s)
         key_a, key_s = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, t))
         held = s
         if task.done is not None:
@@ -206,7 +241,7 @@ def _check(policy: Any, task: Task, s0: State, remat: int | None) -> None:
     r, s_next = jax.eval_shape(lambda s, a: (task.reward(s, a), task.dynamics(s, a)), s0, a)
     if r.shape != ():
         raise ValueError(f"the reward of task '{task.name}' has shape {list(r.shape)}; expected a scalar")
-    given, made = _describe(s0), _describe(s_next)
+    given, made = describe(s0), describe(s_next)
     if given != made:
         raise ValueError(f"the dynamics of task '{task.name}' map a state {given} to {made}; expected the same")
 
@@ -218,7 +253,7 @@ def _check_action(a: Any, task: Task) -> None:
         )
 
 
-def _describe(s: State) -> str:
+def describe(s: State) -> str:
     """Structure, shapes and dtypes of a state, for comparison and for the error message."""
     leaves, tree = jax.tree.flatten(s)
     shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)

@@ -4,14 +4,16 @@ import io
 import json
 import shutil
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffmbrl import compare as comparison
 from diffmbrl import tasks
 from diffmbrl.compare import Setting, compare, prepare
-from diffmbrl.core import Work
+from diffmbrl.core import NoTerminal, Work
 from diffmbrl.lanes import PolicyLanes
 from diffmbrl.methods import METHODS
 from diffmbrl.runs import read, rebuild, summarise, table
@@ -202,6 +204,38 @@ def test_every_other_method_runs_and_is_in_the_report(name, tmp_path):
     assert name in (folder / "report.html").read_text()
 
 
+class Stairs(eqx.Module):
+    """Minus the action's size in steps: the derivative is zero wherever there is one."""
+
+    def __call__(self, s, a):
+        return -jnp.floor(1000 * jnp.abs(a[0])) / 1000
+
+
+def test_estimators_side_by_side_where_only_they_can_climb(tmp_path, monkeypatch):
+    def stepped(name, *, horizon, **parameters):
+        task = tasks.lqr(horizon=horizon)
+        return eqx.tree_at(lambda t: (t.reward, t.terminal), task, (Stairs(), NoTerminal()))
+
+    monkeypatch.setattr(comparison, "make", stepped)
+    setting = SETTING._replace(methods=("adam",), rates=(1e-2,), horizon=6, starts=6, steps=3, continuation="none")
+    with pytest.raises(ValueError, match="has no gradient in the action"):
+        prepare(setting)
+    setting = setting._replace(estimators=("likelihood-ratio-loo", "evolution"))
+    found = []
+    for out in ("one", "two"):
+        folder = compare(setting, out=tmp_path / out, stream=io.StringIO())
+        found.append(read(folder / "metrics.jsonl")[0])
+    arms = of(found[0], "arm")
+    assert [arm["method"] for arm in arms] == ["adam+likelihood-ratio-loo", "adam+evolution"]
+    assert [arm["estimator"] for arm in arms] == ["likelihood-ratio-loo", "evolution"]
+    for name in (arm["method"] for arm in arms):
+        one, two = ([e["gradient_norm"] for e in of(records, "eval", method=name)][1:] for records in found)
+        assert one == two  # the same key, the same noise
+        assert all(norm > 0 for norm in np.ravel(one)) and len(set(np.ravel(one))) == np.size(one)
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["estimators"] == list(setting.estimators)
+    assert "adam+evolution" in (tmp_path / "one" / "report.html").read_text()
+
+
 def test_a_budget_ends_a_method(tmp_path):
     folder = compare(
         SETTING._replace(methods=("adam",), rates=(1e-2,), budget=1e-9), out=tmp_path / "short", stream=io.StringIO()
@@ -248,6 +282,10 @@ def test_a_run_that_fails_says_so(tmp_path, monkeypatch):
             {"methods": ("newton-dense",), "hidden": (40, 40)},
             r"newton-dense forms matrices .* at most 1500 parameters; hidden \[40, 40\] makes 1801",
         ),
+        ({"estimators": ("truncate",)}, "unknown estimator 'truncate'; did you mean 'truncated'"),
+        ({"estimators": ("bptt", "bptt")}, "each estimator can be named once, got bptt bptt"),
+        ({"estimators": ("truncated",)}, "lbfgs takes no --estimator truncated: its line search"),
+        ({"methods": ("ilqr",), "estimators": ("truncated",)}, "is for first-order methods .* none of ilqr takes one"),
         ({"continuation": "defualt"}, "unknown continuation 'defualt'; did you mean 'default'"),
         ({"key": -1}, "key must be a whole number from 0 to 4294967295, got -1"),
         ({"key": 2**32}, "key must be a whole number from 0 to 4294967295, got 4294967296"),

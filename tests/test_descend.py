@@ -26,6 +26,9 @@ class Counting(eqx.Module):
         self.traces.append(1)
         return BPTT()(policy, task, s0, key)
 
+    def samples(self, policy: Any, task: Any, s0: Any, key: Any) -> Any:
+        return BPTT().samples(policy, task, s0, key)
+
     def work(self, task: Any, batch: int) -> Any:
         return BPTT().work(task, batch)
 

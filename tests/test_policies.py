@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
+from scipy import stats
 
-from diffmbrl import Affine, Gaussian, Linear, Neural, OpenLoop, tasks
+from diffmbrl import Affine, Gaussian, Linear, Neural, OpenLoop, rollout, tasks
 from diffmbrl.core import is_plan
 from diffmbrl.policies import resting_action, squash
 
@@ -153,6 +154,23 @@ def test_gaussian_is_reparameterised():
     assert gradient.mean.b[0] == pytest.approx(1)
     assert gradient.log_std[0] == pytest.approx(float((policy(s, key=KEY) - mean(s))[0]), rel=1e-5)
     assert gradient.log_std[0] != 0
+
+
+def test_log_prob_is_the_density_of_the_actions_drawn():
+    task = tasks.quadrotor2d()
+    policy = Gaussian.around(Linear.zeros(task), task, std=0.5)
+    s, a = jnp.ones(6), jnp.asarray([0.3, -1.0])
+    expected = stats.norm.logpdf(np.asarray(a), scale=0.5).sum()
+    assert float(policy.log_prob(s, a)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_gaussian_around_a_plan_is_a_plan():
+    task = tasks.lqr(horizon=4)
+    noisy = Gaussian.around(OpenLoop.zeros(task), task, std=0.5)
+    assert is_plan(noisy) and not is_plan(Gaussian.around(Linear.zeros(task), task, std=0.5))
+    trajectory = rollout(noisy, task, jnp.ones(2), KEY)
+    assert trajectory.a.shape == (4, 1) and np.ptp(trajectory.a) > 0
+    np.testing.assert_array_equal(rollout(noisy, task, jnp.ones(2)).a, np.zeros((4, 1)))
 
 
 @pytest.mark.parametrize("std", [0.0, -1.0, float("nan")])

@@ -1,7 +1,5 @@
 """Windows with a critic: against BPTT, finite differences and hand-written loops; their options; what they learn."""
 
-from functools import partial
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -20,11 +18,10 @@ from diffmbrl import (
     Neural,
     Noise,
     ShortHorizon,
-    Truncation,
+    StiffCut,
     expected,
     rollout,
     rollouts,
-    solve,
     tasks,
 )
 from diffmbrl.gradients.critic import Critic, fit, inputs, moments, td_lambda
@@ -79,7 +76,9 @@ def test_targets_are_a_loop(discount, trace, x64):
                 break
             weight *= trace
         wanted.append(total)
-    found = td_lambda(jnp.asarray(r), jnp.asarray(v), jnp.asarray(ended), discount=number(discount), trace=number(trace))
+    found = td_lambda(
+        jnp.asarray(r), jnp.asarray(v), jnp.asarray(ended), discount=number(discount), trace=number(trace)
+    )
     same(found, wanted)
 
 
@@ -265,15 +264,11 @@ def test_cut_behind_every_step_the_gradient_is_that_of_windows_of_one(x64):
     critic = eqx.tree_at(lambda c: c.net.weights[-1], critic, jnp.ones((1, 5)))
     states = rollout(policy, task, s0[0]).s
     options = {"discount": number(0.9)}
-    cut = gradient(
-        policy, task, s0, at(s0[0], 0), critic, length=4, reach=Truncation(1e-6), reach_state=(), **options
-    )
+    cut = gradient(policy, task, s0, at(s0[0], 0), critic, length=4, reach=StiffCut(1e-6), reach_state=(), **options)
     slopes = [gradient(policy, task, s0, at(states[t], t), critic, length=1, **options) for t in range(4)]
     same_tree(cut, jax.tree.map(lambda *xs: sum(xs), *slopes))
     whole = gradient(policy, task, s0, at(s0[0], 0), critic, length=4, **options)
-    uncut = gradient(
-        policy, task, s0, at(s0[0], 0), critic, length=4, reach=Truncation(1e6), reach_state=(), **options
-    )
+    uncut = gradient(policy, task, s0, at(s0[0], 0), critic, length=4, reach=StiffCut(1e6), reach_state=(), **options)
     same_tree(uncut, whole)
     assert np.abs(whole.net.weights[0] - cut.net.weights[0]).max() > 1e-3
 
@@ -356,7 +351,7 @@ RULE = Descend(optax.adam, learning_rate=1e-2)
         (lambda: ShortHorizon(RULE, mixing=-0.1), r"mixing must lie in \[0, 1\], got -0.1"),
         (lambda: ShortHorizon(RULE, critic_rate=0.0), "critic_rate must be positive, got 0.0"),
         (lambda: ShortHorizon(Descend(optax.lbfgs)), "a line search would search another objective"),
-        (lambda: Truncation(0.0), "bound must be positive, got 0.0"),
+        (lambda: StiffCut(0.0), "bound must be positive, got 0.0"),
         (lambda: AdaptiveHorizon(initial=80.0), "low 4.0, initial 80.0, high 64.0"),
         (lambda: Noise(2.0), "std must lie between .0025 and 1.6 half widths of the action limits, got 2.0"),
         (lambda: Entropy(temperature=0.0), "temperature must be positive, got 0.0"),

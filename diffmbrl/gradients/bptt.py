@@ -4,10 +4,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Work, count_work
-from diffmbrl.rollout import expected
+from diffmbrl.core import State, Task, Work, count_work, reweighted
+from diffmbrl.rollout import split, value, values, weights_axis
 
 
 class BPTT(eqx.Module):
@@ -15,6 +16,9 @@ class BPTT(eqx.Module):
 
     Unbiased for smooth dynamics; with noise it is the pathwise (reparameterised) gradient for the keys drawn. Its size is
     governed by products of the closed-loop Jacobians, so it explodes or vanishes with the horizon as they do.
+
+    With an `adjoint` rule (`truncated.py`) the reverse pass hands on what the rule makes of each dJ/ds_t: truncated, clipped or
+    decayed backpropagation. J is the same; the gradient is then biased, for less variance and a bounded size.
 
     `remat` is `rollout`'s. Shapes: `s0` [B, ...]; the gradient is a pytree like the policy.
     Cost: a forward pass, its recomputation, and a reverse pass: at most five rollouts in all (benchmarks/primitives.py).
@@ -29,10 +33,25 @@ class BPTT(eqx.Module):
     ()
     """
 
-    remat: int | None = eqx.field(static=True, default=1)
+    adjoint: Any = None
+    remat: int | None = eqx.field(static=True, default=1, kw_only=True)
 
     def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
-        return jax.value_and_grad(lambda pi: expected(pi, task, s0, key, remat=self.remat))(policy)
+        def total(pi):
+            J = values(pi, task, s0, key, remat=self.remat, adjoint=self.adjoint)
+            return jnp.sum(J), J.shape[0]
+
+        # The gradient of the sum, over B, rather than of the mean: a rule sees each start's own adjoint, not a B-th of it.
+        (J, batch), gradient = jax.value_and_grad(total, has_aux=True)(policy)
+        return J / batch, jax.tree.map(lambda x: x / batch, gradient)
+
+    def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
+        """Return and gradient of each start, whose means are what a call gives. Memory: B gradients."""
+
+        def one(s, k, w):
+            return jax.value_and_grad(value)(policy, reweighted(task, w), s, k, remat=self.remat, adjoint=self.adjoint)
+
+        return jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split(key, s0), task.weights)
 
     def work(self, task: Task, batch: int) -> Work:
         """Dynamics evaluations of one call; recomputed steps are counted, they are run."""

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from diffmbrl.core import State, Task, is_concrete, parameter
 
 
-class Truncation(eqx.Module):
+class StiffCut(eqx.Module):
     """Each environment's gradient is cut behind a step stiffer than `bound`: a contact, in AHAC's first form.
 
     Raises: `ValueError` if the bound is not positive.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from diffmbrl.core import Info, State, Task, Work, as_float, count_work, is_plan, is_stateful
 from diffmbrl.gradients.critic import Critic, fit, moments, td_lambda
 from diffmbrl.gradients.exploration import Noise, Spread
-from diffmbrl.gradients.reach import AdaptiveHorizon, Truncation
+from diffmbrl.gradients.reach import AdaptiveHorizon, StiffCut
 from diffmbrl.gradients.windows import Environments, begin, first_starts, window
 from diffmbrl.rollout import expected
 
@@ -53,7 +53,7 @@ class ShortHorizon(eqx.Module):
 
     Three options, each a module or None: `noise` explores (`exploration.Noise`), with `Noise(entropy=Entropy())` at a learned
     price: the entropy-regularised form, SAPO; `reach` cuts the gradient inside the window where the dynamics are stiff
-    (`Truncation`, `AdaptiveHorizon`: AHAC). `key` draws critic, noise and mini-batches; the key of `update` is the noise of
+    (`StiffCut`, `AdaptiveHorizon`: AHAC). `key` draws critic, noise and mini-batches; the key of `update` is the noise of
     policy and dynamics, as for every solver.
 
     `Info.J` is J from the first N starts without exploration, by a rollout; the gradient's norm is of the window's objective.
@@ -78,7 +78,7 @@ class ShortHorizon(eqx.Module):
 
     descend: Any
     noise: Noise | None
-    reach: Truncation | AdaptiveHorizon | None
+    reach: StiffCut | AdaptiveHorizon | None
     discount: Float[Array, ""]
     trace: Float[Array, ""]
     mixing: Float[Array, ""]
@@ -95,7 +95,7 @@ class ShortHorizon(eqx.Module):
         descend: Any,
         *,
         noise: Noise | None = None,
-        reach: Truncation | AdaptiveHorizon | None = None,
+        reach: StiffCut | AdaptiveHorizon | None = None,
         discount: Any = 0.97,
         trace: Any = 0.95,
         mixing: Any = 0.2,
@@ -118,7 +118,7 @@ class ShortHorizon(eqx.Module):
         if window * environments < batches:
             raise ValueError(f"{window} steps of {environments} environments do not fill {batches} mini-batches")
         for name, share in {"discount": discount, "trace": trace, "mixing": mixing}.items():
-            if not bool(jnp.all((0 <= jnp.asarray(share)) & (jnp.asarray(share) <= 1))):
+            if not bool(jnp.all((jnp.asarray(share) >= 0) & (jnp.asarray(share) <= 1))):
                 raise ValueError(f"{name} must lie in [0, 1], got {share}")
         if not bool(jnp.all(jnp.asarray(critic_rate) > 0)):
             raise ValueError(f"critic_rate must be positive, got {critic_rate}")
@@ -174,9 +174,7 @@ class ShortHorizon(eqx.Module):
         (moved, spread), inner, info = descend.update((policy, carry.spread), carry.descend, task, s0, key=key)
 
         learned = self._learn(carry, steps, self.descend.annealed(carry.updates), key_fit)
-        now = learned._replace(
-            environments=environments, descend=inner, spread=spread, updates=carry.updates + 1
-        )
+        now = learned._replace(environments=environments, descend=inner, spread=spread, updates=carry.updates + 1)
         finite = (info.nonfinite == 0) & _finite((learned.critic, learned.loss, learned.reach, environments.s))
         info = info._replace(
             accepted=info.accepted & finite, nonfinite=(~finite).astype(jnp.int32), work=self._work(task, s0)

@@ -31,7 +31,9 @@ class Steps(NamedTuple):
     """What the steps of a window leave for the critic, the temperature and the horizon; [N, h] each."""
 
     x: Float[Array, "*N h k"]  # the critic's inputs before the step
-    r: Float[Array, "*N h"]  # reward as the critic counts it: weighted, with the price of entropy and the terminal reward
+    r: Float[
+        Array, "*N h"
+    ]  # reward as the critic counts it: weighted, with the price of entropy and the terminal reward
     ended: Bool[Array, "*N h"]  # the episode ended with this step
     value_next: Float[Array, "*N h"]  # the critic's value after it
     excess: Float[Array, "*N h"] | None  # entropy above its target

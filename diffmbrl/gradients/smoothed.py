@@ -1,0 +1,71 @@
+"""Noise on the actions of a policy that has none: the objective that sampled estimators differentiate."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import Gradient, State, Task, Work, as_float
+from diffmbrl.policies import Gaussian, centre_and_half
+
+
+class Smoothed(eqx.Module):
+    r"""Any estimator on the smoothed objective $F(\theta) = E_{w}[J(\pi_\theta + w)]$, $w_t \sim N(0, (\sigma h)^2)$.
+
+    h is the half width of the action limits, 1 where there are none, so `std` is a share of the range and `std` itself for
+    an unlimited action. The inner estimator sees `Gaussian(policy, log(std h))`; of its gradient the part of the policy itself
+    is returned. Every estimator in it, the pathwise one included, is of the same F for the same keys, so their estimates can
+    be compared; F is not J, and their difference is the price of smoothing.
+
+    Raises: `ValueError` without a key, or if `std` is not positive.
+    Reference: Suh et al. 2022, Do differentiable simulators give better policy gradients?, section 2.
+
+    >>> import jax
+    >>> from diffmbrl import Neural, tasks
+    >>> from diffmbrl.gradients import BPTT
+    >>> task = tasks.pendulum(horizon=10)
+    >>> key = jax.random.key(0)
+    >>> J, gradient = Smoothed(BPTT(), std=0.1)(Neural.init(task, key=key), task, task.starts(key, 8), key)
+    >>> J.shape
+    ()
+    """
+
+    inner: Any
+    std: Float[Array, ""]
+
+    def __init__(self, inner: Gradient, *, std: float | Float[Array, ""]):
+        if isinstance(std, float | int) and not std > 0:
+            raise ValueError(f"std must be positive, got {std}")
+        self.inner, self.std = inner, as_float(std)
+
+    @property
+    def remat(self) -> int | None:
+        """The inner estimator's."""
+        return self.inner.remat
+
+    def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
+        J, gradient = self.inner(self.around(policy, task), task, s0, drawn(key))
+        return J, gradient.mean
+
+    def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
+        """Return and gradient of each start, with its own noise."""
+        J, gradient = self.inner.samples(self.around(policy, task), task, s0, drawn(key))
+        return J, gradient.mean
+
+    def around(self, policy: Any, task: Task) -> Gaussian:
+        """The policy with the noise that the estimator sees."""
+        _, h = centre_and_half(task.a_low, task.a_high)
+        unit = Gaussian.around(policy, task, std=1.0)
+        return Gaussian(policy, unit.log_std + jnp.log(self.std.astype(h.dtype) * h))
+
+    def work(self, task: Task, batch: int) -> Work:
+        """The inner estimator's."""
+        return self.inner.work(task, batch)
+
+
+def drawn(key: PRNGKeyArray | None) -> PRNGKeyArray:
+    """The key, of an estimator that cannot do without. Raises: `ValueError` if there is none."""
+    if key is None:
+        raise ValueError("noise needs a key: this estimator draws its actions")
+    return key

@@ -1,0 +1,97 @@
+"""The contract of estimators: a call is the mean of its samples, for the same keys; smoothing adds noise of the given size."""
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffmbrl import Linear, OpenLoop, tasks
+from diffmbrl.core import Gradient, NoTerminal, reweighted
+from diffmbrl.gradients import (
+    BPTT,
+    CentredRanks,
+    Clipped,
+    Critic,
+    Decayed,
+    Decoupled,
+    Episode,
+    Evolution,
+    Fitted,
+    LeaveOneOut,
+    LikelihoodRatio,
+    Mean,
+    Smoothed,
+    Truncated,
+)
+
+KEY = jax.random.key(0)
+
+
+class Drift(eqx.Module):
+    """A model of any task with a flat state: its Jacobians are the identity and a constant."""
+
+    def __call__(self, s, a, *, key=None):
+        return s + 0.1 * a[0]
+
+
+ESTIMATORS = {
+    "bptt": BPTT(),
+    "smoothed bptt": Smoothed(BPTT(), std=0.3),
+    "truncated": BPTT(Truncated(2)),
+    "clipped adjoint": BPTT(Clipped(0.5)),
+    "decayed adjoint": BPTT(Decayed(0.9)),
+    "likelihood ratio, episode": Smoothed(LikelihoodRatio(Episode()), std=0.3),
+    "likelihood ratio": Smoothed(LikelihoodRatio(), std=0.3),
+    "likelihood ratio, mean": Smoothed(LikelihoodRatio(baseline=Mean()), std=0.3),
+    "likelihood ratio, leave-one-out": Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=0.3),
+    "likelihood ratio, fitted": Smoothed(LikelihoodRatio(baseline=Fitted()), std=0.3),
+    "evolution": Evolution(std=0.1),
+    "evolution, ranks": Evolution(std=0.1, shaping=CentredRanks()),
+    "decoupled": Decoupled(Drift()),
+    "likelihood ratio, critic": Smoothed(LikelihoodRatio(baseline=Critic(NoTerminal())), std=0.3),
+}
+
+
+parametrised = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
+
+
+@parametrised
+def test_a_call_is_the_mean_of_its_samples(estimator):
+    task = tasks.cartpole_balance(horizon=6)
+    weights = jnp.linspace(0.5, 1.0, 4)[:, None] * jnp.ones(7)
+    for given in (task, reweighted(task, weights)):
+        policy, s0 = Linear.zeros(task), task.starts(KEY, 4)
+        assert isinstance(estimator, Gradient)
+        J, gradient = jax.jit(lambda *x: estimator(*x))(policy, given, s0, KEY)
+        each, gradients = jax.jit(lambda *x: estimator.samples(*x))(policy, given, s0, KEY)
+        assert each.shape == (4,) and gradients.K.shape == (4, 1, 4)
+        np.testing.assert_allclose(J, each.mean(), rtol=1e-5)
+        chex.assert_trees_all_close(gradient, jax.tree.map(lambda x: x.mean(0), gradients), rtol=2e-4, atol=1e-5)
+
+
+@parametrised
+def test_one_trace_and_the_dtype_of_the_policy(estimator):
+    chex.clear_trace_counter()
+    task = tasks.lqr(horizon=3)
+    traced = jax.jit(chex.assert_max_traces(lambda *arguments: estimator(*arguments), n=1))
+    for seed in range(2):
+        key = jax.random.key(seed)
+        _, gradient = traced(Linear.zeros(task), task, task.starts(key, 2), key)
+    assert gradient.K.dtype == jnp.float32
+
+
+def test_smoothing_scales_with_the_limits():
+    task = tasks.cartpole_balance(horizon=200)
+    noisy = Smoothed(BPTT(), std=0.1).around(OpenLoop.zeros(task), task)
+    np.testing.assert_allclose(jnp.exp(noisy.log_std), 1.0, rtol=1e-6)
+    assert noisy.log_std.shape == (200, 1)
+
+
+def test_noise_needs_a_key_and_a_size():
+    task = tasks.lqr(horizon=2)
+    with pytest.raises(ValueError, match="noise needs a key"):
+        Smoothed(BPTT(), std=0.1)(Linear.zeros(task), task, task.starts(KEY, 2), None)
+    with pytest.raises(ValueError, match=r"std must be positive, got -0\.1"):
+        Smoothed(BPTT(), std=-0.1)
