@@ -9,6 +9,8 @@ EXPERIMENTS = {
     "second_order": "when M stays bounded, how much of the planner's step a policy follows, which schedule helps",
     "imitation": "steps in the actions followed by regression of the policy, beside Gauss-Newton on the policy itself",
     "closed_loop": "how far from its start a plan holds, with feedback and planned anew, and how far a trained policy",
+    "truncation": "what Adam reaches when the gradient is stopped every t steps, clipped and not",
+    "short_horizon": "what windows with a critic learn beside the full unroll, how smooth they are, how long they should be",
     "first_vs_second": "every method of the table at its best learning rate, against iterations, work and time",
 }
 

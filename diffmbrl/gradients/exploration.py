@@ -61,7 +61,7 @@ class Entropy(eqx.Module):
     r"""Maximum entropy with a learned temperature: the reward is $r + \alpha\,(H(s) - \bar H)$, and so is the critic's.
 
     It is the Lagrangian of maximising the return under $E\,H \ge \bar H$; its multiplier follows the constraint,
-    $\log\alpha \leftarrow \log\alpha + \eta\,(\bar H - E H)$. Subtracting $\bar H$ keeps values at the task's scale and leaves nothing to be
+    $\log\alpha \leftarrow \log\alpha + \eta\,(\bar H - E H)$. Subtracting $\bar H$ keeps values at the task's scale: nothing is
     gained by living longer or ending sooner. H is in nats, summed over the actions, each measured in half widths of its limits;
     `target` is $\bar H$ for each action (-.3: a deviation of .18). With a rate of 0 the temperature stays.
 

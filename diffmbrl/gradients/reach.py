@@ -44,7 +44,7 @@ class StiffCut(eqx.Module):
 
 
 class AdaptiveHorizon(eqx.Module):
-    r"""All gradients are cut every $h$ steps: $h \leftarrow \mathrm{clip}(h + \eta\,(1 - \bar c / C),\; h_\mathrm{low},\; h_\mathrm{high})$.
+    r"""All gradients are cut every h steps, h within `low` and `high`: $h \leftarrow h + \eta\,(1 - \bar c / C)$.
 
     $\bar c$ is the mean over environments of the stiffest of the window's steps, and C the `bound`: the horizon grows while the
     dynamics met are soft and shrinks while they are stiff. It is the dual ascent of AHAC with one multiplier, the horizon

@@ -35,15 +35,15 @@ class ShortHorizonCarry(NamedTuple):
 class ShortHorizon(eqx.Module):
     r"""Gradient steps through windows of h steps, with a critic's value at the end of each.
 
-    $$\theta \leftarrow \theta + \mathrm{rule}\Big(\nabla_\theta \tfrac{1}{N} \sum_i \Big[\sum_{l<h} \gamma^l w_{t_i+l}\, r(s_l, a_l)
-      + \gamma^h V'(s_h, t_i + h)\Big]\Big),\qquad
-    V \leftarrow \arg\min_V \sum (V(s_l, t_i + l) - G^\lambda_l)^2,\qquad V' \leftarrow \kappa V' + (1 - \kappa) V$$
+    $$\theta \leftarrow \theta + \mathrm{rule}\Big(\nabla_\theta \tfrac{1}{N} \sum_i \Big[\sum_{l<h}
+      \gamma^l w_{t_i+l}\, r(s_l, a_l) + \gamma^h V'(s_h, t_i + h)\Big]\Big),$$
+    $$V \leftarrow \arg\min_V \sum (V(s_l, t_i + l) - G^\lambda_l)^2,\qquad V' \leftarrow \kappa V' + (1 - \kappa) V$$
 
     `environments` = N environments are carried from window to window and from episode to episode, each from the next of the
     given starts, at all phases of an episode from the first update on (`windows.begin`). The gradient passes through h steps
-    instead of T, so it neither explodes nor vanishes with T, and the critic, a smooth function, says what comes after. An episode
-    is the task's: it ends at T with the terminal reward, and the critic is told t / T. So with $\gamma$ = `discount` = 1 and
-    an exact critic the expected gradient is that of J, whatever h; below 1 it is biased towards what comes soon, and less
+    instead of T, so it neither explodes nor vanishes with T, and the critic, a smooth function, says what comes after. An
+    episode is the task's: it ends at T with the terminal reward, and the critic is told t / T. So with $\gamma$ = `discount`
+    = 1 and an exact critic the expected gradient is that of J, whatever h; below 1 it is biased towards what comes soon, and less
     sensitive to the critic's errors. Inputs are the task's features, which tasks scale; no statistics of them are kept.
 
     `descend` is the policy's rule, any `Descend` but one with a line search, which would search another objective; its gradient

@@ -69,11 +69,12 @@ def window(
     reach: Any = None,
     reach_state: Any = None,
 ) -> tuple[Float[Array, ""], tuple[Environments, Steps]]:
-    r"""The mean over environments of $\sum_k [\sum_{l<h_k} \gamma^l w\,r_l + \gamma^{h_k} V_k]$, segments k of `length` steps in all.
+    r"""The mean over environments of $\sum_k [\sum_{l<h_k} \gamma^l w\,r_l + \gamma^{h_k} V_k]$, `length` steps in segments k.
 
-    A segment ends with its episode, $V_k = w_T \phi(s_T)$ at the horizon and 0 where the task is done; else where `reach` cuts it
-    or with the window, $V_k = V(s, t)$, the critic's. With the true value of the policy and $\gamma = 1$ its gradient, summed over
-    the windows of an episode, is that of J. `value` takes the critic's inputs. Shapes: `s0` [B, ...]; `environments` [N, ...].
+    A segment ends with its episode, $V_k = w_T \phi(s_T)$ at the horizon and 0 where the task is done; else where `reach` cuts
+    it or with the window, $V_k = V(s, t)$, the critic's. With the policy's true value and $\gamma = 1$ its gradient, summed
+    over the windows of an episode, is that of J. `value` takes the critic's inputs.
+    Shapes: `s0` [B, ...]; `environments` [N, ...].
     """
     N = environments.t.shape[0]
     axis = weights_axis(task, s0)
