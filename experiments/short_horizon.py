@@ -7,9 +7,9 @@ r"""Do short windows with a critic learn what the full unroll does not, are they
   a long horizon against the objective of one window from the same starts, with the critic's value (`windows.window`).
 * Windows: the third form with windows of h = 4 ... 64 steps at fixed N h.
 
-SHAC's constants are a discount of .99, Adam(.7, .95), a rate of 2e-3, 16 x 4 critic batches and windows of 32. Measured here are
-the package's defaults: .97, Adam(.9, .999), 5e-3 decaying, 4 x 4 and 16; a trace of .95, a mixing of .2 and clipping to norm 1
-are the same.
+SHAC's constants are a discount of .99, Adam(.7, .95), a rate of 2e-3, 16 x 4 critic batches and windows of 32. Measured here
+are the package's defaults: .97, Adam(.9, .999), 5e-3 decaying, 4 x 4 and 16; a trace of .95, a mixing of .2 and clipping to
+norm 1 are the same.
 """
 
 from functools import partial
@@ -71,26 +71,29 @@ QUICK = FULL._replace(
 
 def forms(size: Size) -> dict[str, Arm]:
     """The arms of the first question, the entropy-regularised form first."""
-    priced = {"noise": Noise(entropy=Entropy())}
     return {
-        "windows, entropy": Arm(lambda rate, steps: short(size, steps, **priced), size.updates),
+        "windows, entropy": Arm(lambda rate, steps: short(size, steps, noise=Noise(entropy=Entropy())), size.updates),
         "full unroll": Arm(
             lambda rate, steps: Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), size.unrolls, RATES
         ),
         "windows": Arm(lambda rate, steps: short(size, steps, noise=Noise()), size.updates),
         "windows, adaptive": Arm(
-            lambda rate, steps: short(size, steps, noise=Noise(), reach=AdaptiveHorizon(high=16.0, initial=8.0)),
+            lambda rate, steps: short(size, steps, noise=Noise(), reach=adaptive()),
             size.updates,
         ),
     }
 
 
+def adaptive() -> AdaptiveHorizon:
+    """From half the window, up to all of it."""
+    return AdaptiveHorizon(initial=jnp.asarray(8.0), high=jnp.asarray(16.0))
+
+
 def short(size: Size, steps: int, **options: Any) -> ShortHorizon:
     """A solver of windows with annealed rates."""
-    return ShortHorizon(
-        Descend(clipped_adam, learning_rate=size.rate, anneal=float(steps)),
-        **({"environments": min(64, size.starts)} | options),
-    )
+    descend = Descend(clipped_adam, learning_rate=size.rate, anneal=float(steps))
+    options.setdefault("environments", min(64, size.starts))
+    return ShortHorizon(descend, **options)
 
 
 def measure(size: Size, parts: Any):
@@ -143,7 +146,8 @@ def _landscape(name: str, T: int, size: Size) -> dict[str, Any]:
         @jax.jit
         def learn(policy, carry):
             def step(state, _):
-                return solver.update(*state, task, s0, key=None)[:2], None
+                policy, carry = state
+                return solver.update(policy, carry, task, s0, key=None)[:2], None
 
             return jax.lax.scan(step, (policy, carry), None, length=size.updates)[0]
 

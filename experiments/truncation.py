@@ -1,7 +1,7 @@
 r"""How far back should a gradient reach? Truncated backpropagation through time, from one step to the whole episode.
 
 After Metz et al. (2021): the adjoint is stopped at every t-th state (`BPTT(Truncated(t))`), t = 1 ... T, and Adam makes a fixed
-number of updates from random weights at the full horizon, without continuation; with the gradient clipped to norm 1 and not. The
+number of updates from random weights at the full horizon, without continuation, the gradient clipped to norm 1 or not. The
 returns are the task's, untruncated, on held-out starts. All t and seeds of an arm are lanes of one program.
 """
 

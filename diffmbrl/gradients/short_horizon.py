@@ -1,7 +1,7 @@
 """Short windows with a learned value behind them: SHAC, with the adaptive horizon and the entropy of its successors."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -43,8 +43,8 @@ class ShortHorizon(eqx.Module):
     given starts, at all phases of an episode from the first update on (`windows.begin`). The gradient passes through h steps
     instead of T, so it neither explodes nor vanishes with T, and the critic, a smooth function, says what comes after. An
     episode is the task's: it ends at T with the terminal reward, and the critic is told t / T. So with $\gamma$ = `discount`
-    = 1 and an exact critic the expected gradient is that of J, whatever h; below 1 it is biased towards what comes soon, and less
-    sensitive to the critic's errors. Inputs are the task's features, which tasks scale; no statistics of them are kept.
+    = 1 and an exact critic the expected gradient is that of J, whatever h; below 1 it is biased towards what comes soon, and
+    less sensitive to the critic's errors. Inputs are the task's features, which tasks scale; no statistics of them are kept.
 
     `descend` is the policy's rule, any `Descend` but one with a line search, which would search another objective; its gradient
     estimator is not used. Its `anneal` holds for the critic's rule, too: Adam at `critic_rate` on gradients clipped to norm 1,
@@ -151,7 +151,7 @@ class ShortHorizon(eqx.Module):
             environments=Environments(nowhere, zero, zero),
             critic=critic,
             target=critic,
-            critic_rule=self._critic_rule().init(critic.net),
+            critic_rule=self._critic_rule().init(cast(optax.Params, critic.net)),
             descend=self.descend.init((policy, spread), task),
             spread=spread,
             log_temperature=None if entropy is None else jnp.log(entropy.temperature).astype(dtype),
@@ -216,7 +216,7 @@ class ShortHorizon(eqx.Module):
         )
         net = jax.tree.map(lambda old, new: self.mixing * old + (1 - self.mixing) * new, target.net, critic.net)
         log_temperature, reach = carry.log_temperature, carry.reach
-        if self.noise is not None and self.noise.entropy is not None:
+        if self.noise is not None and self.noise.entropy is not None and log_temperature is not None:
             log_temperature = self.noise.entropy.follow(log_temperature, jnp.mean(steps.excess))
         if self.reach is not None:
             reach = self.reach.after(reach, steps.stiffness)

@@ -78,7 +78,6 @@ def window(
     """
     N = environments.t.shape[0]
     axis = weights_axis(task, s0)
-    priced = entropy is not None and log_temperature is not None
 
     def one(env: Environments, k: PRNGKeyArray | None, eps: Float[Array, "h m"] | None):
         def step(carry, x):
@@ -92,7 +91,7 @@ def window(
                 r = task.reward(s, a)
                 s_next = task.dynamics(s, a, key=key_s)
             excess = None if entropy is None or log_std is None else entropy.excess(log_std)
-            if priced and log_std is not None:
+            if entropy is not None and log_temperature is not None and log_std is not None:
                 r = r + entropy.bonus(log_std, log_temperature)
             r = w[t] * r
 
