@@ -37,6 +37,7 @@ EXPECTED = (
     "objective of a window is smoother in a weight than the return over a long horizon; windows of 16 to 32 steps are the best."
 )
 RATES = (1e-3, 3e-3, 1e-2)  # of the full unroll
+FORMS = ("windows, entropy", "full unroll", "windows", "windows, adaptive")
 
 
 class Size(NamedTuple):
@@ -47,8 +48,8 @@ class Size(NamedTuple):
     seeds: int
     starts: int
     hidden: tuple[int, ...]
-    updates: int  # of windows
-    unrolls: int  # updates of the full unroll
+    updates: tuple[int, ...]  # of windows, on each task
+    unrolls: int  # updates of the full unroll, which see more steps
     rate: float
     windows: tuple[int, ...]
     steps: int  # N h of the comparison of windows
@@ -60,26 +61,26 @@ class Size(NamedTuple):
 
 
 FULL = Size(
-    ("cartpole-swingup", "pendulum"), (100, 200), 5, 64, (32, 32), 640, 320, 5e-3,
+    ("cartpole-swingup", "pendulum"), (100, 200), 5, 64, (32, 32), (1600, 800), 200, 5e-3,
     windows=(4, 8, 16, 32, 64), steps=1024, window_seeds=3, window_updates=400, long=1000, shifts=81, looks=10,
 )  # fmt: skip
 QUICK = FULL._replace(
-    tasks=("pendulum",), horizons=(40,), seeds=2, starts=8, hidden=(6,), updates=20, unrolls=20, windows=(4, 16),
+    tasks=("pendulum",), horizons=(40,), seeds=2, starts=8, hidden=(6,), updates=(20,), unrolls=20, windows=(4, 16),
     steps=64, window_seeds=2, window_updates=10, long=100, shifts=5, looks=2,
 )  # fmt: skip
 
 
-def forms(size: Size) -> dict[str, Arm]:
+def forms(size: Size, updates: int) -> dict[str, Arm]:
     """The arms of the first question, the entropy-regularised form first."""
     return {
-        "windows, entropy": Arm(lambda rate, steps: short(size, steps, noise=Noise(entropy=Entropy())), size.updates),
+        "windows, entropy": Arm(lambda rate, steps: short(size, steps, noise=Noise(entropy=Entropy())), updates),
         "full unroll": Arm(
             lambda rate, steps: Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), size.unrolls, RATES
         ),
-        "windows": Arm(lambda rate, steps: short(size, steps, noise=Noise()), size.updates),
+        "windows": Arm(lambda rate, steps: short(size, steps, noise=Noise()), updates),
         "windows, adaptive": Arm(
             lambda rate, steps: short(size, steps, noise=Noise(), reach=adaptive()),
-            size.updates,
+            updates,
         ),
     }
 
@@ -100,8 +101,9 @@ def measure(size: Size, parts: Any):
     """Learning curves for each task and form, then the landscape and the windows on the first task; learnt in float32."""
     numbers: dict[str, Any] = {"learning": {}}
     options: dict[str, Any] = {k: getattr(size, k) for k in ("seeds", "starts", "hidden", "looks")}
-    for label, arm in forms(size).items():
-        for name, T in zip(size.tasks, size.horizons, strict=True):
+    for label in FORMS:
+        for name, T, updates in zip(size.tasks, size.horizons, size.updates, strict=True):
+            arm = forms(size, updates)[label]
             part = {"task": name, "T": T, "arm": label, "updates": arm.steps, "rates": arm.rates} | options
             run = parts(part, partial(_train, arm, name, horizon=T, **options))
             numbers["learning"].setdefault(name, {})[label] = run
@@ -139,7 +141,7 @@ def _landscape(name: str, T: int, size: Size) -> dict[str, Any]:
     with jax.enable_x64(False):
         task = make(name, horizon=T)
         key = jax.random.key(0)
-        solver = short(size, size.updates, noise=Noise(entropy=Entropy()))
+        solver = short(size, size.updates[0], noise=Noise(entropy=Entropy()))
         policy = Neural.init(task, hidden=size.hidden, key=key)
         s0 = task.starts(jax.random.key(1), size.starts)
 
@@ -149,7 +151,7 @@ def _landscape(name: str, T: int, size: Size) -> dict[str, Any]:
                 policy, carry = state
                 return solver.update(policy, carry, task, s0, key=None)[:2], None
 
-            return jax.lax.scan(step, (policy, carry), None, length=size.updates)[0]
+            return jax.lax.scan(step, (policy, carry), None, length=size.updates[0])[0]
 
         policy, carry = learn(policy, solver.init(policy, task))
     far = make(name, horizon=size.long)
@@ -216,7 +218,7 @@ def paint(numbers: Any) -> Any:
     tasks = numbers["learning"]
     figure, axes = sheet(1, [*([1.35] * len(tasks)), 0.9, 0.2])
     heading(figure, "Windows with a critic, beside backpropagation through the whole episode")
-    styles = {label: style_of(label, index=i) for i, label in enumerate(forms(FULL))}
+    styles = {label: style_of(label, index=i) for i, label in enumerate(FORMS)}
     for axis, (name, runs) in zip(axes[0], tasks.items(), strict=False):
         effort_axis(
             axis, [np.asarray(run["evaluations"], float) for run in runs.values()], "dynamics evaluations per seed"

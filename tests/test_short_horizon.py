@@ -28,10 +28,11 @@ from diffmbrl.gradients.critic import Critic, fit, inputs, moments, td_lambda
 from diffmbrl.gradients.exploration import Spread
 from diffmbrl.gradients.reach import stiffness
 from diffmbrl.gradients.windows import Environments, begin, window
+from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.methods import METHODS, clipped_adam
 from tests.problems import bent, changed, matrices, same, same_tree
 
 KEY = jax.random.key(0)
-ONE = 1.0
 
 
 def number(x):
@@ -374,3 +375,35 @@ def test_what_is_no_rule_and_what_is_no_policy_are_refused():
     task = tasks.lqr()
     with pytest.raises(TypeError, match="windows need a policy that depends on the state alone; got Affine"):
         ShortHorizon(RULE).init(Affine.zeros(task), task)
+
+
+# What they learn, from random weights at the full horizon and with the settings of the table of methods.
+
+BANDS = {"pendulum": (200, 800, 175.0), "cartpole-swingup": (100, 1600, 12.0)}  # T, updates, the highest cost of a seed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BANDS)
+def test_it_learns_on_every_seed(name):
+    horizon, updates, band = BANDS[name]
+    task = tasks.make(name, horizon=horizon)
+    solver = METHODS["short-horizon"].make(5e-3, updates, task)
+    lanes = PolicyLanes([solver], task, (32, 32), draw(task, 5, 64, 256, 0), sequential=False)
+    for done in range(0, updates, 50):
+        lanes.advance(done, 50)
+    found = lanes.evaluate()
+    assert np.all(-found["test"] < band), found["test"]
+    assert np.all(found["success"] >= 0.95), found["success"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BANDS)
+def test_the_full_unroll_does_not(name):
+    """Clipped, at three rates, on as many steps of the dynamics, without continuation: no rate succeeds on every seed."""
+    horizon, _, _ = BANDS[name]
+    task = tasks.make(name, horizon=horizon)
+    solvers = [Descend(clipped_adam, learning_rate=rate, anneal=200.0) for rate in (1e-3, 3e-3, 1e-2)]
+    lanes = PolicyLanes(solvers, task, (32, 32), draw(task, 5, 64, 256, 0), sequential=False)
+    for done in range(0, 200, 50):
+        lanes.advance(done, 50)
+    assert not np.any(np.all(lanes.evaluate()["success"] >= 0.95, axis=1))
