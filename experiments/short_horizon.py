@@ -43,6 +43,7 @@ FORMS = ("windows, entropy", "full unroll", "windows", "windows, adaptive")
 class Size(NamedTuple):
     """How much is measured."""
 
+    forms: tuple[str, ...]
     tasks: tuple[str, ...]
     horizons: tuple[int, ...]
     seeds: int
@@ -61,12 +62,12 @@ class Size(NamedTuple):
 
 
 FULL = Size(
-    ("cartpole-swingup", "pendulum"), (100, 200), 5, 64, (32, 32), (1600, 800), 200, 5e-3,
+    FORMS, ("cartpole-swingup", "pendulum"), (100, 200), 5, 64, (32, 32), (1600, 800), 200, 5e-3,
     windows=(4, 8, 16, 32, 64), steps=1024, window_seeds=3, window_updates=400, long=1000, shifts=81, looks=10,
 )  # fmt: skip
 QUICK = FULL._replace(
-    tasks=("pendulum",), horizons=(40,), seeds=2, starts=8, hidden=(6,), updates=(20,), unrolls=20, windows=(4, 16),
-    steps=64, window_seeds=2, window_updates=10, long=100, shifts=5, looks=2,
+    forms=FORMS[:2], tasks=("pendulum",), horizons=(40,), seeds=2, starts=8, hidden=(6,), updates=(20,), unrolls=20,
+    windows=(4,), steps=64, window_seeds=2, window_updates=10, long=100, shifts=5, looks=2,
 )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def measure(size: Size, parts: Any):
     """Learning curves for each task and form, then the landscape and the windows on the first task; learnt in float32."""
     numbers: dict[str, Any] = {"learning": {}}
     options: dict[str, Any] = {k: getattr(size, k) for k in ("seeds", "starts", "hidden", "looks")}
-    for label in FORMS:
+    for label in size.forms:
         for name, T, updates in zip(size.tasks, size.horizons, size.updates, strict=True):
             arm = forms(size, updates)[label]
             part = {"task": name, "T": T, "arm": label, "updates": arm.steps, "rates": arm.rates} | options
