@@ -15,10 +15,12 @@ from diffmbrl.nets import MLP
 
 
 class Critic(eqx.Module):
-    r"""$V(x) = \mu + \varsigma\,\mathrm{net}(x)$, with `x` the task's features and the share of the horizon that has passed.
+    r"""$V(x) = \mathrm{symexp}(\mu + \varsigma\,\mathrm{net}(x))$, `x` the task's features and the share of the horizon passed.
 
-    The network learns targets of mean 0 and deviation 1, whatever the task's rewards; `rescaled` changes $\mu$ and $\varsigma$
-    and no value. Reference: van Hasselt et al. 2016, section 2 (PopArt).
+    The network learns symlog of the targets, $\mathrm{sign}(G)\log(1 + |G|)$, at mean 0 and deviation 1: a few environments that
+    have left the region of interest cost a thousand times what the others do, and must not hide the differences between
+    those. `rescaled` changes $\mu$ and $\varsigma$ and no value. Least squares in symlog are biased where targets are noisy.
+    Reference: van Hasselt et al. 2016, section 2 (PopArt); Hafner et al. 2023 (symlog).
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -95,7 +97,7 @@ def td_lambda(
 
 
 def moments(critic: Critic, G: Float[Array, "..."], rate: Float[Array, ""]) -> tuple[Array, Array]:
-    """Running mean and deviation of the targets, moved by `rate` towards those of `G`; the deviation is kept above 0."""
+    """Running mean and deviation of symlog G, moved by `rate` towards those given; the deviation is kept above 0."""
     G = symlog(G)
     mean = critic.mean + rate * (jnp.mean(G) - critic.mean)
     old = critic.std**2 + critic.mean**2
@@ -118,7 +120,7 @@ def fit(
 ) -> tuple[Critic, Any, Float[Array, ""]]:
     """Least squares by `rule`, `epochs` times through the data in `batches` shuffled mini-batches, steps times `factor`.
 
-    Returns the critic, the rule's state and the mean of the last epoch's losses, as a share of the targets' variance.
+    Returns the critic, the rule's state and the mean of the last epoch's losses, as a share of the variance of symlog G.
     """
     M = G.shape[0] // batches * batches
     y = (symlog(G) - critic.mean) / critic.std

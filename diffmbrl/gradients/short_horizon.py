@@ -28,7 +28,7 @@ class ShortHorizonCarry(NamedTuple):
     spread: Spread | None
     log_temperature: Float[Array, ""] | None
     reach: Any
-    loss: Float[Array, ""]  # of the critic in its last epoch, as a share of the targets' variance
+    loss: Float[Array, ""]  # of the critic in its last epoch, as a share of the variance of symlog G
     updates: Int[Array, ""]
 
 
