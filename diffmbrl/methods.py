@@ -10,6 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from diffmbrl.core import Solver, Task
+from diffmbrl.gradients import Entropy, Noise, ShortHorizon
 from diffmbrl.gradients.registry import estimator
 from diffmbrl.optimizers import (
     Consensus,
@@ -59,11 +60,12 @@ class Method(NamedTuple):
     raced: bool = False  # whether four first policies race over the first fifth of the updates
     continuation: str = "discounts"  # the schedule by default: "discounts", "trust", "growing" for plans, or "none"
     estimator: str = "bptt"  # of the gradient, in methods that take one
+    own_gradient: bool = False  # its gradient is part of the method: it takes no other
 
     @property
     def takes_estimator(self) -> bool:
         """Whether its policy gradient can be another: of first-order methods without a line search, on policies."""
-        return self.order == 1 and self.kind == "policy" and not self.sequential
+        return self.order == 1 and self.kind == "policy" and not (self.sequential or self.own_gradient)
 
     @property
     def draws(self) -> bool:
@@ -169,6 +171,19 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=1500,
         continuation="trust",
+    ),
+    # With noise at a learned price: without, one seed in two stays with a pole that hangs (experiments/short_horizon.py).
+    "short-horizon": Method(
+        lambda rate, steps, task: ShortHorizon(
+            Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), noise=Noise(entropy=Entropy())
+        ),
+        1,
+        "policy",
+        800,
+        rates=(5e-3,),
+        default=False,
+        continuation="none",
+        own_gradient=True,
     ),
     "ilqr": Method(lambda rate, steps, task: ILQR.within(task), 2, "plan", 100, continuation="growing"),
     "random-shooting": Method(

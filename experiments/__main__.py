@@ -21,6 +21,8 @@ EXPERIMENTS = {
     "bouncing": "the sign of derivatives through a bounce, with three models of the contact and two time steps",
     "pushing": "the variance of gradient estimators against the stiffness of a contact, and the integrator's limit",
     "tennis": "linear policies through contacts that can be missed: bias of pathwise gradients and what it costs",
+    "truncation": "what Adam reaches when the gradient is stopped every t steps, clipped and not",
+    "short_horizon": "what windows with a critic learn beside the full unroll, how smooth they are, how long they should be",
     "first_vs_second": "every method of the table at its best learning rate, against iterations, work and time",
 }
 
