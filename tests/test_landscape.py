@@ -42,8 +42,8 @@ def test_slices_are_the_returns_at_moved_parameters(chunk: int, x64: None) -> No
     d, e = (filter_normalised(policy, jax.random.key(i)) for i in (1, 2))
     alphas, betas = jnp.linspace(-1, 1, 5), jnp.linspace(0, 2, 3)
     at = jax.jit(lambda a, b: values(jax.tree.map(lambda x, u, v: x + a * u + b * v, policy, d, e), task, s0, key))
-    on_line = line(policy, task, s0, d, alphas, key, chunk=chunk)
-    on_plane = plane(policy, task, s0, (d, e), alphas, betas, key, chunk=chunk)
+    on_line = jax.jit(line, static_argnames="chunk")(policy, task, s0, d, alphas, key, chunk=chunk)
+    on_plane = jax.jit(plane, static_argnames="chunk")(policy, task, s0, (d, e), alphas, betas, key, chunk=chunk)
     assert on_line.shape == (5, 3) and on_plane.shape == (5, 3, 3)
     for i, a in enumerate(alphas):
         same(on_line[i], at(a, 0.0))

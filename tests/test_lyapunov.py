@@ -7,11 +7,13 @@ import pytest
 
 from diffmbrl import Linear, tasks
 from diffmbrl.diagnostics.jacobians import jacobians
-from diffmbrl.diagnostics.lyapunov import closed_loop_exponents, crossover, exponents
+from diffmbrl.diagnostics.lyapunov import averaged, closed_loop_exponents, crossover, exponents
+from diffmbrl.diagnostics.products import products
 from diffmbrl.tasks.double_pendulum import DoublePendulum
 from tests.problems import bent, same
 
 KEY = jax.random.key(0)
+measured = jax.jit(exponents)
 
 
 def linear(seed: int, n: int) -> np.ndarray:
@@ -23,7 +25,7 @@ def linear(seed: int, n: int) -> np.ndarray:
 @pytest.mark.parametrize("dt", [1.0, 0.05])
 def test_exponents_of_a_linear_system_are_its_log_moduli(seed: int, n: int, dt: float, x64: None) -> None:
     A = linear(seed, n)
-    found = jax.jit(exponents)(jnp.tile(A, (2000, 1, 1)), dt)
+    found = measured(jnp.tile(A, (2000, 1, 1)), dt)
     wanted = np.sort(np.log(np.abs(np.linalg.eigvals(A))))[::-1] / dt
     np.testing.assert_allclose(found.values, wanted, atol=1e-6)
     # The error estimate covers what is left, and the plain average is far behind.
@@ -34,19 +36,26 @@ def test_exponents_of_a_linear_system_are_its_log_moduli(seed: int, n: int, dt: 
 
 def test_running_averages_are_of_the_growth_up_to_each_step(x64: None) -> None:
     A = jnp.diag(jnp.array([2.0, 2.0])) * jnp.arange(1.0, 101.0)[:, None, None]
-    running = exponents(A, 0.5).running
+    running = measured(A, 0.5).running
     same(running[:, 0], np.cumsum(np.log(2 * np.arange(1, 101))) / (0.5 * np.arange(1, 101)))
 
 
 def test_steps_after_the_end_do_not_count(x64: None) -> None:
     A = jax.random.normal(KEY, (300, 3, 3))
-    whole = exponents(A[:200], 0.1)
+    whole = measured(A[:200], 0.1)
     held = A.at[200:].set(jnp.eye(3))
-    found = exponents(held, 0.1, jnp.arange(300) < 200)
+    found = measured(held, 0.1, jnp.arange(300) < 200)
     same(found.values, whole.values)
     same(found.error, whole.error)
     same(found.running[:200], whole.running)
     same(found.running[-1], whole.running[-1])
+
+
+def test_a_singular_jacobian_makes_the_last_exponent_minus_infinity(x64: None) -> None:
+    A = jnp.tile(jnp.diag(jnp.array([1.5, 1.2])), (200, 1, 1)).at[100].set(jnp.diag(jnp.array([1.5, 0.0])))
+    found = averaged(products(A, jnp.eye(2)).growth, 1.0)
+    np.testing.assert_allclose(found.values, [np.log(1.5), -np.inf], atol=1e-9)
+    assert np.isfinite(found.running[99]).all() and found.running[-1, 1] == -np.inf
 
 
 def test_of_a_closed_loop_per_second_of_its_task(x64: None) -> None:
@@ -66,7 +75,7 @@ def test_an_episode_that_ends_counts_until_then(x64: None) -> None:
     lengths = np.asarray(loops.alive[:, :-1]).sum(1)
     assert 5 < lengths[1] < lengths[0] < 60
     for i, length in enumerate(lengths):
-        alone = exponents(loops.loop[i, :length], task.dt)
+        alone = measured(loops.loop[i, :length], task.dt)
         same(found.values[i], alone.values)
         same(found.running[i, -1], alone.running[-1])
 

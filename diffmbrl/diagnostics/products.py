@@ -36,7 +36,7 @@ class Products(NamedTuple):
     r"""$\Phi_t = Q_t\,\mathrm{diag}(e^{l_t})\,R_t\,Q_0^\top$ for t = 1 to T."""
 
     Q: Float[Array, "T n n"]
-    logs: Float[Array, "T n"]  # logs
+    logs: Float[Array, "T n"]  # l
     R: Float[Array, "T n n"]
     growth: Float[Array, "T n"]  # log |diag r_t| of each step
     frame: Float[Array, "n n"]  # Q_0
