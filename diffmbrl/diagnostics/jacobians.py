@@ -4,8 +4,9 @@ $$\frac{dJ}{d\theta} = \sum_t G_t^\top \frac{dJ}{da_t},\qquad
 \frac{dJ}{da_t} = w_t r_a + B_t^\top \sum_{\tau > t} \Phi_{\tau,t+1}^\top (w_\tau r_s + K_\tau^\top w_\tau r_a),\qquad
 \Phi_{\tau,t} = \prod_{k=t}^{\tau-1} (A_k + B_k K_k)$$
 
-Exploding and vanishing gradients are those of the products $\Phi$ of closed-loop Jacobians: `products.py` has their singular
-values, radii and eigenvalues. The one-step ones below do not predict them.
+with the gradient of $w_T \phi$ for the rewards' at $\tau = T$. Exploding and vanishing gradients are those of the products
+$\Phi$ of closed-loop Jacobians: `products.py` has their singular values, radii and eigenvalues. The one-step ones below do not
+predict them.
 
 >>> import jax
 >>> from diffmbrl import Neural, tasks

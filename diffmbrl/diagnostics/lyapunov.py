@@ -39,8 +39,8 @@ class Exponents(NamedTuple):
 def exponents(A: Float[Array, "T n n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None) -> Exponents:
     """Of a sequence of Jacobians, `dt` seconds apart (1 for exponents per step).
 
-    With `alive`, of the steps where it is True, which come first; NaN if none is. Below 10 steps the error is NaN. A Jacobian
-    of deficient rank has exponents of -inf. Cost: one QR factorisation a step.
+    With `alive`, of the steps where it is True, which come first; NaN if none is. Below 10 steps the error is NaN. A singular
+    Jacobian, after the first tenth of the time, makes exponents of -inf. Cost: one QR factorisation a step.
 
     >>> import jax.numpy as jnp
     >>> found = exponents(jnp.tile(jnp.array([[1.0, 1.0], [0.0, 0.5]]), (1000, 1, 1)), dt=0.1)
@@ -119,4 +119,5 @@ def _average(growth: Float[Array, "T n"], u: Float[Array, " T"]) -> Float[Array,
     u = jnp.where(inside, u, 0.5)
     # exp(4) makes the largest weight 1, so that short blocks in float32 do not underflow.
     w = jnp.where(inside, jnp.exp(4 - 1 / (u * (1 - u))), 0.0)
-    return w @ growth / jnp.sum(w)
+    # Singular steps have a growth of -inf, and 0 * inf is NaN.
+    return w @ jnp.where(inside[:, None], growth, 0.0) / jnp.sum(w)

@@ -24,14 +24,15 @@ def draw(rows: list[Record], verdict: Record, folder: Path) -> list[gallery.Pict
             "norms",
             "Gradient norms",
             "Of one rollout: median, and the range from the lowest to the highest tenth; and of the mean over all starts. A "
-            "mean far below the median is a sum that cancels; a straight line upwards on these axes is explosion.",
+            "mean far below the median is a sum that cancels; far above it, few starts own it.",
             lambda axis: _norms(axis, T, rows),
         ),
         (
             "signal",
             "Signal and noise",
             f"Signal-to-noise ratio of one rollout. Below the dashed line a batch of {batch} is mostly noise. The smoothed "
-            "ones are of the return with noise on the actions, with the starts repeated: compare them with each other.",
+            "ones are of the return with noise on the actions, with the starts repeated: compare them with each other. "
+            "A missing point: the samples cannot tell the mean from 0.",
             lambda axis: _signal(axis, T, rows, batch),
         ),
         (
