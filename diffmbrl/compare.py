@@ -91,7 +91,8 @@ def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
                 f"{list(setting.hidden)} makes {size}"
             )
         solver(row, task, rate=1.0, steps=setting.steps or row.steps, continuation=setting.continuation)
-    refuse_without_gradient(task)
+    if any(row.order > 0 for _, row in rows):
+        refuse_without_gradient(task)
     return task, rows
 
 
