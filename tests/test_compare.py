@@ -269,7 +269,7 @@ def test_a_good_setting_prepares_its_task():
 def test_a_task_without_a_gradient_is_for_methods_that_take_none():
     setting = SETTING._replace(task="heaviside", parameters={}, horizon=1)
     with pytest.raises(
-        ValueError, match="'heaviside' has no gradient in the action .* use a method that does not diff"
+        ValueError, match=r"'heaviside' has no gradient in the action .* use a method that does not diff"
     ):
         prepare(setting._replace(methods=("cem", "adam")))
     task, rows = prepare(setting._replace(methods=("cem", "mppi")))
