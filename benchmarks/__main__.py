@@ -18,6 +18,8 @@ BENCHMARKS = {
     "preconditioning": "Gauss-Newton's Krylov space in the metric of diagonal and block approximations",
     "cem": "one action of CEM on an ensemble, beside its matrix products, mbrl-lib and planners that take gradients",
     "riccati": "the LQR sweep by scan and in parallel over time; implicit gradients of a plan as shares of its solve",
+    "estimators": "each estimator's gradient as a multiple of its own forward and backward passes",
+    "health": "CPU seconds of a whole diagnosis, compilation cache empty and warm",
     "safe_horizon": "the steps up to which a float32 gradient is right, for the table of tasks",
 }
 

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import diffmbrl as d
 from benchmarks.trajectory_problems import DT, PROBLEMS, G
 from diffmbrl.core import Task
 
 Solve = Callable[[int], Any]
+MOST_OF_IPOPT = 150  # iterations
 LOCKED = 1e8  # weight of the torque of a joint without a motor: Crocoddyl's compiled actuation has one at every joint
 
 
@@ -118,4 +120,115 @@ def diffilqrax(name: str, task: Task) -> Solve | None:
     return solve
 
 
-PEERS = {"crocoddyl": crocoddyl, "diffilqrax": diffilqrax}
+def casadi(name: str, task: Task) -> Solve | None:
+    """CasADi's multiple shooting with IPOPT: the same dynamics and costs as symbols, exact Hessians, states at zero actions.
+
+    The cost of an iterate is that of following its actions. Its tolerance is 1e-8, its evaluations are not compiled to C.
+    """
+    import casadi as ca  # pyright: ignore[reportMissingImports]
+
+    s0 = np.asarray(task.initial(jax.random.key(0)))
+    n, m, T = task.n, task.m, task.horizon
+    x, u = ca.SX.sym("x", n), ca.SX.sym("u", m)  # pyright: ignore[reportAttributeAccessIssue]
+    after, reward, final = (
+        _symbolic(function, arguments, ca)
+        for function, arguments in [(task.dynamics, (x, u)), (task.reward, (x, u)), (task.terminal, (x,))]
+    )
+    step, last = ca.Function("step", [x, u], [after, -reward]), ca.Function("last", [x], [-final])
+    X, U = ca.MX.sym("X", n, T + 1), ca.MX.sym("U", m, T)  # pyright: ignore[reportAttributeAccessIssue]
+    nexts, stages = step.map(T)(X[:, :T], U)
+    problem = {
+        "x": ca.veccat(X, U),
+        "f": ca.sum2(stages) + last(X[:, T]),
+        "g": ca.veccat(X[:, 0] - s0, nexts - X[:, 1:]),
+    }
+    rest = d.rollout(d.OpenLoop(jnp.zeros((T, m))), task, jnp.asarray(s0))
+    start = np.concatenate([np.asarray(rest.s).ravel(), np.asarray(rest.s_T), np.zeros(T * m)])
+    follow = jax.jit(lambda actions: d.value(d.OpenLoop(actions), task, jnp.asarray(s0)))
+    made: dict[int, Any] = {}
+
+    def run(iterations: int) -> Any:
+        if iterations not in made:
+            quiet = {"print_time": False, "ipopt": {"print_level": 0, "sb": "yes", "max_iter": iterations}}
+            made[iterations] = ca.nlpsol("solver", "ipopt", problem, quiet)
+        return made[iterations](x0=start, lbg=0, ubg=0)["x"]
+
+    def solve(iterations: int, *, record: bool = False) -> Any:
+        if not record:
+            return run(iterations)
+        costs = []
+        for count in range(min(iterations, MOST_OF_IPOPT) + 1):
+            actions = np.asarray(run(count)).ravel()[n * (T + 1) :].reshape(T, m)
+            costs.append(-float(follow(jnp.asarray(actions))))
+            if made[count].stats()["success"]:
+                break
+        return np.array(costs)
+
+    return solve
+
+
+def _symbolic(function: Any, arguments: tuple, ca: Any) -> Any:
+    """A function of small arrays as an expression of CasADi: its jaxpr evaluated on arrays of symbols."""
+
+    def array(x: Any, shape: tuple) -> np.ndarray:
+        out = np.empty(shape, object)
+        for i, index in enumerate(np.ndindex(*shape)):
+            out[index] = x[i]
+        return out
+
+    def each(f: Callable) -> Callable:
+        def mapped(*xs):
+            xs = np.broadcast_arrays(*xs)
+            return array([f(*(x[i] for x in xs)) for i in np.ndindex(*xs[0].shape)], xs[0].shape)
+
+        return mapped
+
+    rules: dict[str, Callable] = {
+        "add": lambda p: each(lambda a, b: a + b),
+        "sub": lambda p: each(lambda a, b: a - b),
+        "mul": lambda p: each(lambda a, b: a * b),
+        "div": lambda p: each(lambda a, b: a / b),
+        "neg": lambda p: each(lambda a: -a),
+        "sin": lambda p: each(ca.sin),
+        "cos": lambda p: each(ca.cos),
+        "square": lambda p: each(lambda a: a * a),
+        "integer_pow": lambda p: each(lambda a: a ** p["y"]),
+        "convert_element_type": lambda p: lambda a: a,
+        "squeeze": lambda p: lambda a: np.squeeze(a, p["dimensions"]),
+        "reshape": lambda p: lambda a: a.reshape(p["new_sizes"]),
+        "slice": lambda p: lambda a: a[tuple(map(slice, p["start_indices"], p["limit_indices"], p["strides"] or ()))]
+        if p["strides"]
+        else a[tuple(map(slice, p["start_indices"], p["limit_indices"]))],
+        "concatenate": lambda p: lambda *a: np.concatenate(a, p["dimension"]),
+        "stack": lambda p: lambda *a: np.stack(a, p["axis"]),
+        "broadcast_in_dim": lambda p: lambda a: np.broadcast_to(
+            a.reshape([a.shape[p["broadcast_dimensions"].index(i)] if i in p["broadcast_dimensions"] else 1
+                       for i in range(len(p["shape"]))]), p["shape"]),
+        "reduce_sum": lambda p: lambda a: np.asarray(a.sum(p["axes"]), object)
+        if len(p["axes"]) < a.ndim
+        else array([a.sum()], ()),
+    }  # fmt: skip
+
+    def evaluate(jaxpr, consts, *inputs):
+        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+
+        def read(v):
+            value = v.val if hasattr(v, "val") else known[v]
+            return value if isinstance(value, np.ndarray) and value.dtype == object else np.asarray(value, object)
+
+        for equation in jaxpr.eqns:
+            values = [read(v) for v in equation.invars]
+            inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
+            if inner is not None:
+                out = evaluate(inner.jaxpr, inner.consts, *values)
+            else:
+                out = [rules[equation.primitive.name](equation.params)(*values)]
+            known.update(zip(equation.outvars, out, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    traced = jax.make_jaxpr(function)(*(jnp.zeros(x.numel()) for x in arguments))
+    inputs = [array([x[i] for i in range(x.numel())], (x.numel(),)) for x in arguments]
+    return ca.vertcat(*evaluate(traced.jaxpr, traced.consts, *inputs)[0].ravel())
+
+
+PEERS = {"crocoddyl": crocoddyl, "diffilqrax": diffilqrax, "casadi": casadi}

@@ -1,4 +1,4 @@
-"""The command line: `diffmbrl compare`, `plan`, `report`, `tasks`, `doctor`."""
+"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `report`, `tasks`, `doctor`."""
 
 import contextlib
 import io
@@ -23,6 +23,9 @@ class Compare:
     """Name of a task; `diffmbrl tasks` lists them."""
     methods: list[str] = field(default_factory=list)
     """Methods to run; by default all that fit the task."""
+    estimator: list[str] = field(default_factory=list)
+    """Estimators of the gradient, each in every first-order method: `bptt` (the default), `truncated`, `clipped-adjoint`,
+    `likelihood-ratio` ...; an unknown name is answered with the list."""
     horizon: int | None = None
     """Time steps T; by default the task's own."""
     seeds: int = 3
@@ -85,6 +88,38 @@ class Plan:
 
 
 @dataclass
+class Diagnose:
+    """See why backpropagation through time fails, from which horizon on, and which estimator to use instead.
+
+    Measured in float64, and in float32 beside it, whatever the precision of the run that trained the policy. Ends with a
+    verdict, figures
+    and a report.
+    """
+
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
+    """Name of a task; `diffmbrl tasks` lists them."""
+    policy: str | None = None
+    """A trained policy: RUN, RUN:method or RUN:method:seed, RUN the folder of a comparison; by default a random first "
+    "policy."""
+    scale: float | None = None
+    """Factor on the last layer of the random first policy."""
+    horizons: list[int] = field(default_factory=lambda: [10, 50, 100, 200, 400])
+    """Time steps T at which the gradient is examined, increasing."""
+    starts: int = 512
+    """Start states, one sample of the gradient each."""
+    std: float = 0.1
+    """Noise of the smoothed estimators, in half widths of the action limits."""
+    hidden: list[int] = field(default_factory=list)
+    """Hidden layers of the random first policy; by default the task's own."""
+    param: list[str] = field(default_factory=list)
+    """Physical parameters of the task, as name=value."""
+    key: int = 0
+    """Number from which every random draw follows."""
+    out: Path | None = None
+    """Run folder; by default runs/<task>-diagnose-<hash>."""
+
+
+@dataclass
 class Report:
     """Rebuild the figures and the report of a run from its data alone."""
 
@@ -108,6 +143,7 @@ class Doctor:
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
@@ -127,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Compare | Plan | Report | Tasks | Doctor:
+def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Report | Tasks | Doctor:
     """The command given. Raises: `ValueError` in one line where tyro draws a box."""
     names = [kind.__name__.lower() for kind in RUN]
     if not arguments:
@@ -172,7 +208,9 @@ def _compare(command: Compare) -> int:
     row = TASKS[known("task", command.task, TASKS)]
     parameters = _parameters(command.param)
     task = make(command.task, horizon=command.horizon, **parameters)
-    names = command.methods or [name for name, method in METHODS.items() if method.default]
+    # A line search takes no estimator: by default it is left out when one is asked for.
+    fitting = (name for name, row in METHODS.items() if row.default and not (command.estimator and row.sequential))
+    names = command.methods or list(fitting)
     setting = Setting(
         task=command.task,
         methods=tuple(names),
@@ -187,6 +225,7 @@ def _compare(command: Compare) -> int:
         continuation=command.continuation,
         x64=command.x64,
         key=command.key,
+        estimators=tuple(command.estimator),
     )
     folder = compare(setting, out=command.out)
     summary = summarise(folder)
@@ -217,6 +256,33 @@ def _plan(command: Plan) -> int:
     )
     folder = plan(setting, out=command.out)
     print(f"\n{plan_text(folder)}")
+    print(f"\nreport: {(folder / 'report.html').resolve()}")
+    return 0
+
+
+def _diagnose(command: Diagnose) -> int:
+    _configure(True)
+    from diffmbrl.diagnose import Setting, diagnose
+    from diffmbrl.runs import health_text
+    from diffmbrl.tasks import TASKS
+    from diffmbrl.tasks.registry import known
+
+    row = TASKS[known("task", command.task, TASKS)]
+    if command.policy is not None and command.hidden:
+        raise ValueError("--hidden is of a random first policy and --policy names a trained one: give one of them")
+    setting = Setting(
+        task=command.task,
+        horizons=tuple(command.horizons),
+        policy=command.policy,
+        scale=command.scale,
+        hidden=tuple(command.hidden or row.hidden),
+        parameters=_parameters(command.param),
+        starts=command.starts,
+        std=command.std,
+        key=command.key,
+    )
+    folder = diagnose(setting, out=command.out)
+    print(f"\n{health_text(folder)}")
     print(f"\nreport: {(folder / 'report.html').resolve()}")
     return 0
 
@@ -270,7 +336,7 @@ def _configure(x64: bool) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-RUN = {Compare: _compare, Plan: _plan, Report: _report, Tasks: _tasks, Doctor: _doctor}
+RUN = {Compare: _compare, Plan: _plan, Diagnose: _diagnose, Report: _report, Tasks: _tasks, Doctor: _doctor}
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import numpy as np
 from diffmbrl.core import Task
 from diffmbrl.diagnostics.reach import refuse_without_gradient
 from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw
-from diffmbrl.methods import Method, method, schedule, solver
+from diffmbrl.methods import Method, estimated, method, schedule, solver
 from diffmbrl.policies import Neural
 from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
+from diffmbrl.saved import save_policies
 from diffmbrl.solve import CHUNK
 from diffmbrl.tasks import make
 
@@ -37,6 +38,7 @@ class Setting(NamedTuple):
     continuation: str
     x64: bool
     key: int
+    estimators: tuple[str, ...] = ()
 
 
 def compare(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
@@ -53,7 +55,7 @@ def compare(setting: Setting, *, out: Path | None = None, stream: Any = None) ->
     folder = create(out, setting.task, "compare", config)
     with running(folder), Writer(folder / "metrics.jsonl") as writer, Progress(len(rows), stream=stream) as progress:
         for name, row in rows:
-            _run_method(name, row, task, setting, writer.write, progress)
+            _run_method(name, row, task, setting, folder, writer.write, progress)
     rebuild(folder)
     return folder
 
@@ -83,6 +85,14 @@ def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
     rows = [method(name) for name in setting.methods]
     if len({name for name, _ in rows}) != len(rows):
         raise ValueError(f"each method can be named once, got {' '.join(setting.methods)}")
+    if len(set(setting.estimators)) != len(setting.estimators):
+        raise ValueError(f"each estimator can be named once, got {' '.join(setting.estimators)}")
+    rows = [arm for name, row in rows for arm in estimated(name, row, setting.estimators)]
+    if setting.estimators and not any(row.takes_estimator for _, row in rows):
+        raise ValueError(
+            f"--estimator {' '.join(setting.estimators)} is for first-order methods of policies, such as adam; none of "
+            f"{', '.join(setting.methods)} takes one"
+        )
     size = _parameters(task, setting.hidden)
     for name, row in rows:
         if row.most_parameters is not None and size > row.most_parameters:
@@ -91,7 +101,7 @@ def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
                 f"{list(setting.hidden)} makes {size}"
             )
         solver(row, task, rate=1.0, steps=setting.steps or row.steps, continuation=setting.continuation)
-    if any(row.order > 0 for _, row in rows):
+    if any(row.differentiates for _, row in rows):
         refuse_without_gradient(task)
     return task, rows
 
@@ -103,9 +113,15 @@ def _parameters(task: Task, hidden: tuple[int, ...]) -> int:
 
 
 def _run_method(
-    name: str, row: Method, task: Task, setting: Setting, write: Callable[[dict], None], progress: Progress
+    name: str,
+    row: Method,
+    task: Task,
+    setting: Setting,
+    folder: Path,
+    write: Callable[[dict], None],
+    progress: Progress,
 ) -> None:
-    """One method, all its rates and seeds: records of arms, evaluations, profiles, spectra and why each ended."""
+    """One method, all its rates and seeds: records of arms, evaluations, profiles, spectra and why each ended; its policies."""
     rates: list[float | None] = list(setting.rates or row.rates) if row.rates else [None]
     steps = setting.steps or row.steps
     solvers = [solver(row, task, rate=rate, steps=steps, continuation=setting.continuation) for rate in rates]
@@ -113,12 +129,14 @@ def _run_method(
     lanes: Lanes = (
         PlanLanes(solvers, task, draws)
         if row.kind == "plan"
-        else PolicyLanes(solvers, task, setting.hidden, draws, sequential=row.sequential)
+        else PolicyLanes(solvers, task, setting.hidden, draws, sequential=row.sequential, draws_noise=row.draws)
     )
     progress.arm(name, steps)
     progress.update(0, "compiling")
     compile_seconds = lanes.compile()
     arm = {"method": name, "label": name, "order": row.order, "policy_kind": row.kind}
+    if row.takes_estimator:
+        arm["estimator"] = row.estimator
     for rate, made in zip(rates, solvers, strict=True):
         record = {"kind": "arm", **arm, "rate": rate, "compile_seconds": compile_seconds}
         write({**record, "parameters": lanes.parameters, "continuation": schedule(made)})
@@ -138,6 +156,8 @@ def _run_method(
             stop = f"budget of {setting.budget:g} s after {done} of {steps} updates"
             break
     _write_profiles(write, name, rates, lanes, "end")
+    if isinstance(lanes, PolicyLanes):
+        save_policies(folder, name, lanes.policies, rates=rates, seeds=setting.seeds)
     for index, rate in enumerate(rates):
         if (path := lanes.path(index)) is not None:
             write({"kind": "path", "method": name, "rate": rate, **path})

@@ -150,7 +150,10 @@ class Gradient(Protocol):
     `rollout.split(key, s0)`, so estimators that are given the same key see the same noise; for more samples, repeat the starts.
     """
 
-    remat: int | None
+    @property
+    def remat(self) -> int | None:
+        """How whoever differentiates the same rollouts, such as a line search, recomputes them (see `rollout`)."""
+        ...
 
     def __call__(self, policy: Any, task: Any, s0: State, key: PRNGKeyArray | None) -> tuple[Array, Any]: ...
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diffmbrl.linearize import Linearization, Sweep, eliminate
-from diffmbrl.parallel_riccati import SCAN, Sweeps
+from diffmbrl.parallel_riccati import SCAN, Sweeps, along
 
 
 class Step(NamedTuple):
@@ -52,14 +52,12 @@ def solve_with_gaps(
     # What the closed loop makes of the gaps; the rest of the step starts at 0 and has none. Open loop, an unstable system
     # would blow the gaps up and cancel them again.
     moved, moved_T = _drift(A, B, sweep.K, gaps)
-    moved_a = _dot(sweep.K, moved)
-    Hz = _dot(H, jnp.concatenate([moved, moved_a], axis=1))
-    q_a = sweeps.adjoint(
-        A, B, sweep.K, c_s + Hz[:, :n], c_a + Hz[:, n:] + damping * moved_a, c_T + _dot(H_T[None], moved_T[None])[0]
-    )
+    moved_a = along(sweep.K, moved)
+    Hz = along(H, jnp.concatenate([moved, moved_a], axis=1))
+    q_a = sweeps.adjoint(A, B, sweep.K, c_s + Hz[:, :n], c_a + Hz[:, n:] + damping * moved_a, c_T + along(H_T, moved_T))
     # Elimination mixes Q and its right-hand side, so that only with the inverse is k seen to be linear in q.
     eye = jnp.eye(B.shape[2], dtype=A.dtype)
-    k = -_dot(jax.vmap(lambda Q: eliminate(Q, eye)[0])(sweep.Q_aa), q_a)
+    k = -along(jax.vmap(lambda Q: eliminate(Q, eye)[0])(sweep.Q_aa), q_a)
     s, a, s_T = sweeps.respond(A, B, sweep.K, k)
     return Step(moved + s, moved_a + a, moved_T + s_T, k)
 
@@ -70,11 +68,7 @@ def _drift(A: Array, B: Array, K: Array, gaps: Array) -> tuple[Array, Array]:
 
     def step(s, x):
         F, d = x
-        return _dot(F[None], s[None])[0] + d, s
+        return along(F, s) + d, s
 
     s_T, s = jax.lax.scan(step, gaps[0], (closed, gaps[1:]))
     return s, s_T
-
-
-def _dot(X: Array, y: Array) -> Array:
-    return jnp.einsum("tij,tj->ti", X, y, precision="highest")

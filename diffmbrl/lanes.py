@@ -16,11 +16,15 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl.core import Info, Quadratic, Solver, State, Task, Work, keeps_limits
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.nonfinite import locate
-from diffmbrl.diagnostics.spectrum import gauss_newton_spectrum
+from diffmbrl.diagnostics.spectrum import eigenvalues
+from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
+from diffmbrl.gradients import BPTT
 from diffmbrl.policies import Affine, Neural, OpenLoop, first_plan
 from diffmbrl.rollout import returns, rollout, rollouts, values
 from diffmbrl.solve import CHUNK, iterate
 from diffmbrl.tasks.squash import squashed
+
+NOISE = 2**31 - 1  # folded into a seed's key for the noise of its updates
 
 
 @runtime_checkable
@@ -54,7 +58,11 @@ def draw(task: Task, seeds: int, starts: int, held_out: int, key: int) -> tuple[
 
 
 class PolicyLanes:
-    """A policy solver at several learning rates, from several seeds; lane r * seeds + k has rate r and seed k."""
+    """A policy solver at several learning rates, from several seeds; lane r * seeds + k has rate r and seed k.
+
+    A solver that `draws` has a key for each seed, and update i uses `fold_in(key, i)`; the others see no noise. Evaluation is
+    of the policy without noise.
+    """
 
     def __init__(
         self,
@@ -64,6 +72,7 @@ class PolicyLanes:
         draws: tuple[State, State, Any],
         *,
         sequential: bool,
+        draws_noise: bool = False,
     ):
         train, self.test, keys = draws
         self.task, self.rates, self.seeds = task, len(solvers), keys.shape[0]
@@ -73,6 +82,9 @@ class PolicyLanes:
         self.policies = _tile(jax.vmap(lambda k: Neural.init(task, hidden=hidden, key=k))(keys), self.rates)
         self.carries = jax.vmap(lambda solver, policy: solver.init(policy, task))(self.solvers, self.policies)
         self.parameters = ravel_pytree(self.policies)[0].size // self.count
+        # Apart from the seed's policy, which is drawn from the key itself.
+        noise = jax.vmap(lambda k: jax.random.fold_in(k, NOISE))(keys) if draws_noise else None
+        self.keys = None if noise is None else jnp.tile(noise, self.rates)
         self.tally = _Tally(self.rates, self.seeds)
         self.map = _one_by_one if sequential else _together
 
@@ -86,10 +98,13 @@ class PolicyLanes:
         self.tally.add(info, made)
 
     def evaluate(self) -> dict[str, np.ndarray]:
-        """Mean returns on training and held-out starts, success, and what the last updates reported."""
+        """Mean returns on training and held-out starts, success, what the last updates reported, and the gradient's health:
+        the spread of each training start's BPTT gradient of the full objective."""
         train, test, success = _evaluate(self.policies, self.task, self.train, self.test)
         shape = (self.rates, self.seeds)
         out = {"train": train, "test": test} | ({} if success is None else {"success": success})
+        health = _spreads(self.policies, self.task, self.train)
+        out |= {f"spread_{name}": x for name, x in health._asdict().items()}
         return {name: np.asarray(x).reshape(shape) for name, x in out.items()} | self.tally.fields()
 
     def profile(self, rate: int) -> np.ndarray:
@@ -101,7 +116,7 @@ class PolicyLanes:
     def spectrum(self, rate: int) -> np.ndarray:
         """Eigenvalues of the Gauss-Newton matrix of the first seed's policy."""
         lane = rate * self.seeds
-        return gauss_newton_spectrum(_take(self.policies, lane), self.task, _take(self.train, lane))
+        return eigenvalues(_take(self.policies, lane), self.task, _take(self.train, lane))
 
     def path(self, rate: int) -> dict[str, np.ndarray] | None:
         """The candidates of the first seed's first update, by the model and in truth; None for a method without a model."""
@@ -123,7 +138,7 @@ class PolicyLanes:
         return slice(rate * self.seeds, (rate + 1) * self.seeds)
 
     def _run(self, done: int, updates: int):
-        lanes = (self.solvers, self.policies, self.carries, self.train, None)
+        lanes = (self.solvers, self.policies, self.carries, self.train, self.keys)
         return jax.block_until_ready(self.map(lanes, self.task, jnp.int32(done), jnp.int32(updates)))
 
 
@@ -187,7 +202,7 @@ class PlanLanes:
     def spectrum(self, rate: int) -> np.ndarray:
         """Eigenvalues of M, the Gauss-Newton matrix of the first start's plan without its feedback."""
         plan = OpenLoop(_take(self.train[0], 0).a)
-        return gauss_newton_spectrum(plan, self.task, _take(self.train[2], slice(0, 1)))
+        return eigenvalues(plan, self.task, _take(self.train[2], slice(0, 1)))
 
     def path(self, rate: int) -> None:
         """Planners report none."""
@@ -297,6 +312,12 @@ def _evaluate(policies, task, train, test):
         return jnp.mean(values(policy, task, train)), jnp.mean(held_out), success
 
     return jax.vmap(one)(policies, train)
+
+
+@jax.jit
+def _spreads(policies, task, train) -> Spread:
+    # One lane after another: the gradients of all starts of all lanes at once might not fit.
+    return jax.lax.map(lambda lane: spread(in_chunks(BPTT(), lane[0], task, lane[1], None)[1]), (policies, train))
 
 
 @jax.jit

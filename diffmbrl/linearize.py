@@ -87,13 +87,6 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
     def cost(z, w):
         return -w * task.reward(unravel(z[:n]), z[n:])
 
-    def derivatives(s, a, w, alive, t):
-        z = jnp.concatenate([s, a])
-        # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
-        z = jnp.where(alive, z, jnp.concatenate([x[0], trajectory.a[0]]))
-        F, c, H = jax.jacfwd(step)(z, t), jax.grad(cost)(z, w), jax.hessian(cost)(z, w)
-        return jax.tree.map(lambda y: jnp.where(alive, y, jnp.zeros_like(y)), (F, c, H))
-
     def final(s):
         def cost_T(s):
             return -task.weights[-1] * task.terminal(unravel(s))
@@ -101,12 +94,22 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
         return jax.grad(cost_T)(s), jax.hessian(cost_T)(s)
 
     alive = trajectory.alive
+    # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
+    z = jnp.concatenate([x, trajectory.a], axis=1)
+    z = z if task.done is None else jnp.where(alive[:-1, None], z, z[0])
     with jax.default_matmul_precision("highest"):
-        F, c, H = jax.vmap(derivatives)(x, trajectory.a, task.weights[:-1], alive[:-1], jnp.arange(task.horizon))
+        _, push = jax.linearize(lambda z: jax.vmap(step)(z, jnp.arange(task.horizon)), z)
+        # One tangent after another, all time steps at once: what is known of the trajectory is then evaluated once, before the
+        # loop. Of all tangents at once XLA makes one function on a CPU that evaluates it again for every entry.
+        columns = jax.lax.map(lambda e: push(jnp.broadcast_to(e, z.shape)), jnp.eye(z.shape[1], dtype=z.dtype))
+        F = jnp.moveaxis(columns, 0, -1)
+        c, H = (jax.vmap(derivative(cost))(z, task.weights[:-1]) for derivative in (jax.grad, jax.hessian))
         c_T, H_T = final(jnp.where(alive[-1], x_T, x[0]) if task.done is not None else x_T)
     if task.done is not None:
-        held = jnp.where(alive[:-1, None, None], jnp.zeros_like(F[:, :, :n]), jnp.eye(n, dtype=F.dtype))
-        F = F.at[:, :, :n].add(held)
+        held = jnp.eye(n, z.shape[1], dtype=z.dtype)
+        F = jnp.where(alive[:-1, None, None], F, held)
+        H = jnp.where(alive[:-1, None, None], H, jnp.zeros_like(H))
+        c = jnp.where(alive[:-1, None], c, jnp.zeros_like(c))
         c_T, H_T = jax.tree.map(lambda y: jnp.where(alive[-1], y, jnp.zeros_like(y)), (c_T, H_T))
     # One projection for all: jaxlib's batched eigh waits on XLA's thread pool, and two of them at a time can lock it for good.
     H = project(jnp.concatenate([H, jnp.pad(H_T, (0, H.shape[-1] - n))[None]]))
@@ -255,17 +258,21 @@ def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
 
 
 def matmul(X: Float[Array, "i j *batch"], Y: Float[Array, "j k *batch"]) -> Float[Array, "i k *batch"]:
-    """X Y as a sum of outer products: arithmetic only, which fuses into a scan's step where a tiny matrix product does not."""
+    """X Y as arithmetic alone, which fuses into a scan's step where a tiny matrix product does not.
+
+    A reduction, not a sum of outer products: of those XLA makes one long expression for each entry, at n = 12 two to fourteen
+    times slower.
+    """
     if X.shape[1] > INLINE:
         return jnp.einsum("ij...,jk...->ik...", X, Y, precision="highest")
-    return sum((X[:, j, None] * Y[j] for j in range(1, X.shape[1])), X[:, 0, None] * Y[0])
+    return jnp.sum(X[:, :, None] * Y, axis=1)
 
 
 def matvec(X: Float[Array, "i j *batch"], y: Float[Array, "j *batch"]) -> Float[Array, "i *batch"]:
     """X y, likewise, with any axes after the matrix's two."""
     if X.shape[1] > INLINE:
         return jnp.einsum("ij...,j...->i...", X, y, precision="highest")
-    return sum((X[:, j] * y[j] for j in range(1, X.shape[1])), X[:, 0] * y[0])
+    return jnp.sum(X * y, axis=1)
 
 
 def transpose(X: Float[Array, "i j *batch"]) -> Float[Array, "j i *batch"]:

@@ -1,14 +1,17 @@
 """The table of named methods: a new solver, planner or estimator is one row."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
 from diffmbrl.core import Solver, Task
+from diffmbrl.gradients import Entropy, Noise, ShortHorizon
+from diffmbrl.gradients.registry import estimator
 from diffmbrl.optimizers import (
     Consensus,
     Continuation,
@@ -56,6 +59,23 @@ class Method(NamedTuple):
     most_parameters: int | None = None  # beyond which it does not fit
     raced: bool = False  # whether four first policies race over the first fifth of the updates
     continuation: str = "discounts"  # the schedule by default: "discounts", "trust", "growing" for plans, or "none"
+    estimator: str = "bptt"  # of the gradient, in methods that take one
+    own_gradient: bool = False  # its gradient is part of the method: it takes no other
+
+    @property
+    def takes_estimator(self) -> bool:
+        """Whether its policy gradient can be another: of first-order methods without a line search, on policies."""
+        return self.order == 1 and self.kind == "policy" and not (self.sequential or self.own_gradient)
+
+    @property
+    def draws(self) -> bool:
+        """Whether its updates need a key."""
+        return estimator(self.estimator)[1].draws
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it needs derivatives of the reward in the actions."""
+        return self.order > 0 and estimator(self.estimator)[1].differentiates
 
 
 def clipped_adam(learning_rate: Any, max_norm: Any = 1.0) -> optax.GradientTransformation:
@@ -151,6 +171,19 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=1500,
         continuation="trust",
+    ),
+    # With noise at a learned price: without, one seed in two stays with a pole that hangs (experiments/short_horizon.py).
+    "short-horizon": Method(
+        lambda rate, steps, task: ShortHorizon(
+            Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), noise=Noise(entropy=Entropy())
+        ),
+        1,
+        "policy",
+        800,
+        rates=(5e-3,),
+        default=False,
+        continuation="none",
+        own_gradient=True,
     ),
     "ilqr": Method(lambda rate, steps, task: ILQR.within(task), 2, "plan", 100, continuation="growing"),
     "random-shooting": Method(
@@ -251,6 +284,33 @@ def method(name: str) -> tuple[str, Method]:
     """
     name = known("method", name.replace("_", "-"), METHODS)
     return name, METHODS[name]
+
+
+def estimated(name: str, row: Method, estimators: Sequence[str]) -> list[tuple[str, Method]]:
+    """The method with each of the estimators of its gradient, as `adam+truncated`; as it is with "bptt" or none named.
+
+    Second-order methods and planners take none: they differentiate more than a policy's gradient, or no policy.
+    Raises: `ValueError` for an unknown estimator, or one other than "bptt" for a method that searches along a line.
+    """
+    rows = [estimator(given) for given in estimators]
+    if not row.takes_estimator or not rows:
+        refused = [given for given, _ in rows if given != "bptt"]
+        if row.sequential and refused:
+            raise ValueError(
+                f"{name} takes no --estimator {refused[0]}: its line search differentiates the return itself; leave {name} "
+                "out, or take adam"
+            )
+        return [(name, row)]
+
+    def made(make: Any) -> Any:
+        return lambda rate, steps, task: eqx.tree_at(
+            lambda descend: descend.gradient, row.make(rate, steps, task), make(task), is_leaf=lambda x: x is None
+        )
+
+    return [
+        (name, row) if given == "bptt" else (f"{name}+{given}", row._replace(make=made(chosen.make), estimator=given))
+        for given, chosen in rows
+    ]
 
 
 def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuation: str) -> Solver:

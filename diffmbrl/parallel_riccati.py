@@ -106,14 +106,14 @@ def join(first: Stretch, second: Stretch) -> Stretch:
     """
     n = first.A.shape[-1]
     eye = jnp.eye(n, dtype=first.A.dtype)
-    right = jnp.concatenate([first.A, (first.b - _dot(first.C, second.v))[..., None], first.C], axis=-1)
+    right = jnp.concatenate([first.A, (first.b - along(first.C, second.v))[..., None], first.C], axis=-1)
     solved = jnp.linalg.solve(eye + first.C @ second.V, right)
     WA, Wb, WC = solved[..., :n], solved[..., n], solved[..., n + 1 :]
     # W' V_2 = V_2 W is symmetric, and v needs no second solve: W' (v_2 + V_2 b_1) = v_2 + V_2 W (b_1 - C_1 v_2).
-    v = _dot(_transpose(first.A), second.v + _dot(second.V, Wb)) + first.v
+    v = along(_transpose(first.A), second.v + along(second.V, Wb)) + first.v
     V = _transpose(first.A) @ second.V @ WA + first.V
     C = second.A @ WC @ _transpose(second.A) + second.C
-    return Stretch(second.A @ WA, _dot(second.A, Wb) + second.b, _symmetric(C), v, _symmetric(V))
+    return Stretch(second.A @ WA, along(second.A, Wb) + second.b, _symmetric(C), v, _symmetric(V))
 
 
 def parallel_adjoint(
@@ -126,9 +126,9 @@ def parallel_adjoint(
 ) -> Float[Array, "T m"]:
     r"""`linearize.adjoint` by an associative scan of $\lambda_t = (A + BK)^\top\lambda_{t+1} + c_s + K^\top c_a$."""
     with jax.default_matmul_precision("highest"):
-        maps = _transpose(A + B @ K), c_s + _dot(_transpose(K), c_a)
+        maps = _transpose(A + B @ K), c_s + along(_transpose(K), c_a)
         _, costates = _affine(maps, c_T, reverse=True)
-        return c_a + _dot(_transpose(B), costates[1:])
+        return c_a + along(_transpose(B), costates[1:])
 
 
 def parallel_respond(
@@ -136,8 +136,8 @@ def parallel_respond(
 ) -> tuple[Float[Array, "T n"], Float[Array, "T m"], Float[Array, " n"]]:
     r"""`linearize.respond` by an associative scan of $s_{t+1} = (A + BK) s_t + B w_t$."""
     with jax.default_matmul_precision("highest"):
-        _, s = _affine((A + B @ K, _dot(B, w)), jnp.zeros_like(A[0, 0]), reverse=False)
-        return s[:-1], _dot(K, s[:-1]) + w, s[-1]
+        _, s = _affine((A + B @ K, along(B, w)), jnp.zeros_like(A[0, 0]), reverse=False)
+        return s[:-1], along(K, s[:-1]) + w, s[-1]
 
 
 SCAN = Sweeps(riccati, adjoint, respond)
@@ -149,7 +149,7 @@ def _affine(maps: tuple[Array, Array], start: Array, *, reverse: bool) -> tuple[
     constant = jnp.zeros_like(maps[0][:1]), start[None]
     ends = (maps, constant) if reverse else (constant, maps)
     maps = jax.tree.map(lambda *x: jnp.concatenate(x), *ends)
-    return jax.lax.associative_scan(lambda x, y: (y[0] @ x[0], _dot(y[0], x[1]) + y[1]), maps, reverse=reverse)
+    return jax.lax.associative_scan(lambda x, y: (y[0] @ x[0], along(y[0], x[1]) + y[1]), maps, reverse=reverse)
 
 
 def _stage(A: Array, B: Array, c_s: Array, c_a: Array, H: Array) -> tuple[Stretch, Bool[Array, ""]]:
@@ -171,7 +171,8 @@ def _gains(A: Array, B: Array, c_a: Array, H: Array, V: Array, v: Array) -> tupl
     return gains[:, :n], gains[:, n], q_a, Q_aa, positive
 
 
-def _dot(X: Array, y: Array) -> Array:
+def along(X: Float[Array, "*T i j"], y: Float[Array, "*T j"]) -> Float[Array, "*T i"]:
+    """X_t y_t for all leading axes at once."""
     return jnp.einsum("...ij,...j->...i", X, y, precision="highest")
 
 

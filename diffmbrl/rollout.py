@@ -258,7 +258,7 @@ def _check(policy: Any, task: Task, s0: State, remat: int | None) -> None:
     r, s_next = jax.eval_shape(lambda s, a: (task.reward(s, a), task.dynamics(s, a)), s0, a)
     if r.shape != ():
         raise ValueError(f"the reward of task '{task.name}' has shape {list(r.shape)}; expected a scalar")
-    given, made = _describe(s0), _describe(s_next)
+    given, made = describe(s0), describe(s_next)
     if given != made:
         raise ValueError(f"the dynamics of task '{task.name}' map a state {given} to {made}; expected the same")
 
@@ -270,7 +270,7 @@ def _check_action(a: Any, task: Task) -> None:
         )
 
 
-def _describe(s: State) -> str:
+def describe(s: State) -> str:
     """Structure, shapes and dtypes of a state, for comparison and for the error message."""
     leaves, tree = jax.tree.flatten(s)
     shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)

@@ -65,6 +65,34 @@ def optimal_actions(task: Task, s0: Any) -> np.ndarray:
     return np.stack(actions)
 
 
+def gaussian_return(task: Task, K: Any, b: Any, std: Any, s0: Any) -> jax.Array:
+    """E[J] from s0 of a linear-quadratic task under a_t = K_t s + b_t + std_t eps, by propagating mean and covariance.
+
+    K [T, m, n], b and std [T, m], or without the axis of T. Nothing is sampled, so `jax.grad` of it is the exact gradient.
+    """
+    A, B, Q, R, Q_T = matrices(task)
+    m, w = B.shape[1], task.weights
+    K, b, std = (jnp.broadcast_to(x, (task.horizon, *shape)) for x, shape in [(K, B.T.shape), (b, (m,)), (std, (m,))])
+
+    def quadratic(matrix, mean, covariance):
+        return -(mean @ matrix @ mean + jnp.sum(matrix * covariance)) / 2
+
+    mean, covariance, J = jnp.asarray(s0, K.dtype), jnp.zeros_like(A), 0.0
+    for t in range(task.horizon):
+        noise = jnp.diag(std[t] ** 2)
+        action, spread = K[t] @ mean + b[t], K[t] @ covariance @ K[t].T + noise
+        J = J + w[t] * (quadratic(Q, mean, covariance) + quadratic(R, action, spread))
+        closed = A + B @ K[t]
+        mean, covariance = A @ mean + B @ action, closed @ covariance @ closed.T + B @ noise @ B.T
+    return J + w[-1] * quadratic(Q_T, mean, covariance)
+
+
+def z_scores(samples: Any, expected: Any) -> np.ndarray:
+    """How many standard errors the mean of independent samples [N, ...] is from what is expected of it, entry by entry."""
+    x = np.asarray(samples, np.float64).reshape(len(samples), -1)
+    return (x.mean(0) - np.ravel(expected)) / (x.std(0, ddof=1) / np.sqrt(len(x)))
+
+
 def _random(n: int, m: int, stability: str, seed: int, horizon: int) -> Task:
     return tasks.random_lqr(jax.random.key(seed), n, m, stability=stability, horizon=horizon)
 

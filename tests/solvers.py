@@ -8,18 +8,22 @@ import optax
 from diffmbrl import (
     DDP,
     ILQR,
+    AdaptiveHorizon,
     Consensus,
     Continuation,
     Dense,
     Descend,
+    Entropy,
     GaussNewton,
     Krylov,
     KrylovNewton,
     LevenbergMarquardt,
     MultipleShooting,
     NewtonCG,
+    Noise,
     Preconditioned,
     Raced,
+    ShortHorizon,
     Sigma,
     SquareRoot,
 )
@@ -44,6 +48,8 @@ class Row(NamedTuple):
 
 
 ADAM = Descend(optax.adam, learning_rate=3e-2)
+SHORT: dict[str, Any] = {"window": 4, "environments": 6, "epochs": 2, "batches": 2, "hidden": (8,)}
+REACH = AdaptiveHorizon(initial=2.0, low=1.0, high=4.0)
 
 SOLVERS = [
     Row("adam", ADAM, models=False),
@@ -103,6 +109,14 @@ SOLVERS = [
         "raced gauss-newton",
         Raced(GaussNewton(system=Krylov(8)), entrants=3, updates=2, starts=3),
         monotone=True,
+        slow=True,
+    ),
+    # Windows of half an episode, at all its phases, so that one in two environments meets the end.
+    Row("short-horizon", ShortHorizon(ADAM, **SHORT), models=False),
+    Row(
+        "short-horizon with noise, entropy and an adaptive horizon",
+        ShortHorizon(ADAM, noise=Noise(0.1, entropy=Entropy(temperature=1e-3)), reach=REACH, **SHORT),
+        models=False,
         slow=True,
     ),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),

@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD = {
-    "no command": ("", "expected a command: compare, plan, report, tasks, doctor; see diffmbrl --help"),
+    "no command": ("", "expected a command: compare, plan, diagnose, report, tasks, doctor; see diffmbrl --help"),
     "unknown command": ("comapre lqr", "unknown command 'comapre'; did you mean 'compare'?"),
     "no task": ("compare", "TASK"),
     "unknown task": ("compare lqrr", "unknown task 'lqrr'; did you mean 'lqr'?"),
@@ -61,6 +61,11 @@ BAD = {
     "plan: a parameter that is none": ("plan lqr --model-mismatch maas=2", "did you mean 'mass'?"),
     "plan: half a pair": ("plan lqr --model-mismatch mass", "--model-mismatch takes name=value with a number"),
     "plan: steps of no controller": ("plan lqr --steps 3", "--steps is for a controller: give --mpc too"),
+    "diagnose: unknown task": ("diagnose lqrr", "unknown task 'lqrr'; did you mean 'lqr'?"),
+    "diagnose: horizon 0": ("diagnose lqr --horizons 0 5", "a horizon must be a whole number of at least 1, got 0"),
+    "diagnose: a horizon twice": ("diagnose lqr --horizons 5 5", "each horizon can be named once, got 5 5"),
+    "diagnose: negative noise": ("diagnose lqr --std -0.1", "std must be a finite positive number, got -0.1"),
+    "diagnose: no run": ("diagnose lqr --policy nowhere", "'nowhere' is not a run"),
     "unknown option of doctor": ("doctor --x46", "Unrecognized options: --x46; did you mean '--x64'?"),
 }  # fmt: skip
 
@@ -133,12 +138,13 @@ def test_tasks(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--help"], ["compare", "plan", "report", "tasks", "doctor"]),
+        (["--help"], ["compare", "plan", "diagnose", "report", "tasks", "doctor"]),
         (
             ["compare", "--help"],
             ["TASK", "--methods", "--horizon", "--seeds", "--starts", "--budget", "--lr", "--continuation", "--out"],
         ),
         (["plan", "--help"], ["TASK", "--planner", "--mpc", "--model-mismatch", "--noise", "--delay", "--starts"]),
+        (["diagnose", "--help"], ["TASK", "--policy", "--scale", "--horizons", "--starts", "--std", "--key", "--out"]),
         (["report", "--help"], ["RUN"]),
     ],
 )

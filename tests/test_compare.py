@@ -4,17 +4,22 @@ import io
 import json
 import shutil
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffmbrl import compare as comparison
 from diffmbrl import tasks
 from diffmbrl.compare import Setting, compare, prepare
-from diffmbrl.core import Work
-from diffmbrl.lanes import PolicyLanes
+from diffmbrl.core import NoTerminal, Work
+from diffmbrl.diagnostics.spread import Spread
+from diffmbrl.lanes import PolicyLanes, draw
 from diffmbrl.methods import METHODS
+from diffmbrl.rollout import values
 from diffmbrl.runs import read, rebuild, summarise, table
+from diffmbrl.saved import load_policy
 
 # One run serves all of these tests: one worker makes it.
 pytestmark = pytest.mark.xdist_group("compare")
@@ -62,7 +67,15 @@ def of(records, kind, **fields):
 def test_the_folder(run):
     folder, _ = run
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "provenance.json", "metrics.jsonl", "status.json", "figures", "report.html"}
+    assert names == {
+        "config.json",
+        "provenance.json",
+        "metrics.jsonl",
+        "status.json",
+        "figures",
+        "policies",
+        "report.html",
+    }
     config = json.loads((folder / "config.json").read_text())
     for name, value in SETTING._asdict().items():
         assert config[name] == (list(value) if isinstance(value, tuple) else value), name
@@ -75,6 +88,35 @@ def test_the_folder(run):
     assert {path.rsplit(".", 1)[1] for path in figures} == {"png", "svg"}
     assert {name[:-4] for name in figures if name.endswith("png")} == {n[:-4] for n in figures if n.endswith("svg")}
     assert all((folder / "figures" / name).stat().st_size > 1000 for name in figures)
+
+
+def test_evaluations_of_policies_carry_the_spread_of_their_gradients(records):
+    names = [f"spread_{name}" for name in Spread._fields]
+    for e in of(records, "eval"):
+        if METHODS[e["method"]].kind == "plan":
+            assert not set(names) & set(e)
+            continue
+        assert all(len(e[name]) == SETTING.seeds for name in names)
+        assert all(0 < x <= 1 for x in e["spread_tail"]) and e["spread_nonfinite"] == [0] * SETTING.seeds
+    # |mean| is that of the gradient itself: at the start, of the same policies for all.
+    first = [e for e in of(records, "eval", update=0) if METHODS[e["method"]].kind == "policy"]
+    assert len({tuple(np.round(e["spread_norm"], 4)) for e in first}) == 1
+
+
+def test_its_policies_come_back(run):
+    """Of the best rate; the held-out return is that of the last evaluation."""
+    folder, _ = run
+    task = tasks.lqr(horizon=10, mass=1.5)
+    assert {path.name for path in (folder / "policies").iterdir()} == {
+        f"{name}.{kind}" for name, row in ROWS.items() if row.kind == "policy" for kind in ("json", "npz")
+    }
+    _, test, _ = draw(task, SETTING.seeds, SETTING.starts, comparison.HELD_OUT, SETTING.key)
+    [row] = [row for row in summarise(folder).rows if row.arm.method == "adam"]
+    for seed in range(SETTING.seeds):
+        saved = load_policy(f"{folder}:adam:{seed}", task)
+        assert (saved.rate, saved.seed) == (row.arm.rate, seed)
+        J = float(np.mean(values(saved.policy, task, test)))
+        assert pytest.approx(row.arm["test"][-1][seed], rel=1e-5) == J
 
 
 def test_every_method_at_every_rate_is_an_arm(records):
@@ -202,6 +244,38 @@ def test_every_other_method_runs_and_is_in_the_report(name, tmp_path):
     assert name in (folder / "report.html").read_text()
 
 
+class Stairs(eqx.Module):
+    """Minus the action's size in steps: the derivative is zero wherever there is one."""
+
+    def __call__(self, s, a):
+        return -jnp.floor(1000 * jnp.abs(a[0])) / 1000
+
+
+def test_estimators_side_by_side_where_only_they_can_climb(tmp_path, monkeypatch):
+    def stepped(name, *, horizon, **parameters):
+        task = tasks.lqr(horizon=horizon)
+        return eqx.tree_at(lambda t: (t.reward, t.terminal), task, (Stairs(), NoTerminal()))
+
+    monkeypatch.setattr(comparison, "make", stepped)
+    setting = SETTING._replace(methods=("adam",), rates=(1e-2,), horizon=6, starts=6, steps=3, continuation="none")
+    with pytest.raises(ValueError, match="has no gradient in the action"):
+        prepare(setting)
+    setting = setting._replace(estimators=("likelihood-ratio-loo", "evolution"))
+    found = []
+    for out in ("one", "two"):
+        folder = compare(setting, out=tmp_path / out, stream=io.StringIO())
+        found.append(read(folder / "metrics.jsonl")[0])
+    arms = of(found[0], "arm")
+    assert [arm["method"] for arm in arms] == ["adam+likelihood-ratio-loo", "adam+evolution"]
+    assert [arm["estimator"] for arm in arms] == ["likelihood-ratio-loo", "evolution"]
+    for name in (arm["method"] for arm in arms):
+        one, two = ([e["gradient_norm"] for e in of(records, "eval", method=name)][1:] for records in found)
+        assert one == two  # the same key, the same noise
+        assert all(norm > 0 for norm in np.ravel(one)) and len(set(np.ravel(one))) == np.size(one)
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["estimators"] == list(setting.estimators)
+    assert "adam+evolution" in (tmp_path / "one" / "report.html").read_text()
+
+
 def test_a_budget_ends_a_method(tmp_path):
     folder = compare(
         SETTING._replace(methods=("adam",), rates=(1e-2,), budget=1e-9), out=tmp_path / "short", stream=io.StringIO()
@@ -248,6 +322,10 @@ def test_a_run_that_fails_says_so(tmp_path, monkeypatch):
             {"methods": ("newton-dense",), "hidden": (40, 40)},
             r"newton-dense forms matrices .* at most 1500 parameters; hidden \[40, 40\] makes 1801",
         ),
+        ({"estimators": ("truncate",)}, "unknown estimator 'truncate'; did you mean 'truncated'"),
+        ({"estimators": ("bptt", "bptt")}, "each estimator can be named once, got bptt bptt"),
+        ({"estimators": ("truncated",)}, "lbfgs takes no --estimator truncated: its line search"),
+        ({"methods": ("ilqr",), "estimators": ("truncated",)}, "is for first-order methods .* none of ilqr takes one"),
         ({"continuation": "defualt"}, "unknown continuation 'defualt'; did you mean 'default'"),
         ({"key": -1}, "key must be a whole number from 0 to 4294967295, got -1"),
         ({"key": 2**32}, "key must be a whole number from 0 to 4294967295, got 4294967296"),

@@ -1,4 +1,4 @@
-"""What is wrong is named; what cannot be improved is refused; the spectrum is the matrix's."""
+"""What is wrong is named; what cannot be improved is refused."""
 
 from typing import Any
 
@@ -7,15 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from diffmbrl import Linear, Neural, OpenLoop, tasks
 from diffmbrl.core import Box, Task
-from diffmbrl.curvature import dense, gauss_newton
-from diffmbrl.diagnostics import spectrum
 from diffmbrl.diagnostics.nonfinite import locate, nonfinite_leaf
 from diffmbrl.diagnostics.reach import action_gradient, refuse_without_gradient
-from diffmbrl.diagnostics.spectrum import gauss_newton_spectrum, in_double
 from diffmbrl.tasks import TASKS
 from tests.problems import bent, changed
 
@@ -145,37 +141,3 @@ def test_a_horizon_that_ends_before_the_reward_is_refused():
             refuse_without_gradient(coasting(horizon))
     refuse_without_gradient(coasting(3))
     np.testing.assert_allclose(action_gradient(coasting(4))[:, 0], [3, 1, 0, 0])
-
-
-# The spectrum.
-
-
-def test_the_spectrum_is_the_matrixs_in_float64_whatever_the_run_is_in():
-    task = bent()
-    policy, s0 = Neural.init(task, hidden=[4], key=KEY), task.starts(KEY, 3)
-    values = gauss_newton_spectrum(policy, task, s0)
-    with jax.enable_x64(True):
-        policy, task, s0 = in_double((policy, task, s0))
-        size = ravel_pytree(policy)[0].size
-        N = np.asarray(jax.jit(lambda: dense(gauss_newton(policy, task, s0), policy, task))())
-    wanted = np.linalg.eigvalsh(N)[::-1]
-    assert values.dtype == np.float64 and values.shape == (size,)
-    np.testing.assert_allclose(values, wanted, rtol=1e-9, atol=1e-12 * wanted[0])
-    assert np.all(np.diff(values) <= 0) and values[-1] > -1e-12 * values[0]
-    # Float32 would not tell its small eigenvalues from rounding.
-    assert 0 < values[6] < 1e-4 * values[0]
-
-
-def test_beyond_a_size_it_is_ritz_values(monkeypatch):
-    monkeypatch.setattr(spectrum, "DENSE", 1)
-    monkeypatch.setattr(spectrum, "RANK", 4)
-    jax.clear_caches()
-    task = bent()
-    policy, s0 = Neural.init(task, hidden=[5], key=KEY), task.starts(KEY, 3)
-    ritz = gauss_newton_spectrum(policy, task, s0)
-    monkeypatch.undo()
-    jax.clear_caches()
-    values = gauss_newton_spectrum(policy, task, s0)
-    assert ritz.shape == (4,)
-    np.testing.assert_allclose(ritz[0], values[0], rtol=1e-3)
-    assert ritz.max() <= values.max() * (1 + 1e-9)

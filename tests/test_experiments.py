@@ -9,10 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import diffmbrl as d
 from diffmbrl.curvature import gauss_newton
-from experiments import closed_loop, first_vs_second, imitation, record, second_order
+from diffmbrl.diagnostics.lyapunov import averaged
+from diffmbrl.diagnostics.products import log_singular_values, products
+from diffmbrl.tasks.integrate import rk4, semi_implicit
+from experiments import (
+    closed_loop,
+    double_pendulum,
+    early_actions,
+    first_vs_second,
+    imitation,
+    jacobian_products,
+    landscapes,
+    record,
+    second_order,
+)
 from experiments.__main__ import EXPERIMENTS, main
 
 TINY = first_vs_second.QUICK._replace(horizons=(4,), seeds=2, starts=2, hidden=(2,), rates=(1e-3, 1e-1), looks=2)
@@ -120,3 +134,76 @@ def test_growth_of_a_constant_loop_is_its_spectral_radius(x64: None) -> None:
     growth = second_order._growth(jnp.tile(A[None, :, :, None], (400, 1, 1, 1)))
     # The Frobenius norm of the identity it starts from adds 2^(1/800) at most.
     assert float(growth[0]) == pytest.approx(1.25, rel=2e-3)
+
+
+def test_tangents_of_the_double_pendulum_are_slopes_and_energy_is_that_of_two_masses(x64: None) -> None:
+    start, goal, h = double_pendulum._state("released"), jnp.array([jnp.pi, 0.0]), 1e-3
+    offsets = jnp.array([0.0, 1e-6, -1e-6])
+    run = jax.jit(double_pendulum._simulate, static_argnames=("every", "looks"))
+    cost, slope, error = run(double_pendulum._pendulum(semi_implicit, h), start, goal, offsets, every=50, looks=6)
+    np.testing.assert_allclose(slope[:, 0], (cost[:, 1] - cost[:, 2]) / 2e-6, rtol=1e-6, atol=1e-8)
+    exact = run(double_pendulum._pendulum(rk4, h), start, goal, offsets, every=50, looks=6)
+    # Of first order: its angles are off by about h times the rates; and RK4 keeps the energy.
+    np.testing.assert_allclose(cost[:, 0], exact[0][:, 0], atol=0.02)
+    assert float(exact[2].max()) < 1e-10 < 1e-4 < float(error.max())
+
+    def positions(q):
+        first, second = q[0], q[0] + q[1]
+        tip = jnp.stack([jnp.sin(first), jnp.cos(first)])
+        return jnp.stack([tip, tip + jnp.stack([jnp.sin(second), jnp.cos(second)])])
+
+    q, v = jnp.array([0.7, -1.9]), jnp.array([2.0, -3.0])
+    speed = jax.jvp(positions, (q,), (v,))[1]
+    wanted = 0.1 * (jnp.sum(speed**2) / 2 + 9.81 * jnp.sum(positions(q)[:, 1]))
+    np.testing.assert_allclose(double_pendulum.energy(jnp.concatenate([q, v])), wanted, rtol=1e-12)
+
+
+def test_variances_of_gradients_of_a_known_cost() -> None:
+    rng = np.random.default_rng(0)
+    eps, sigma = rng.normal(size=200_000), 0.5
+    # The cost x^2 / 2 at a mean of 1: FoBG is 1 + sigma eps, ZoBG eps^2 + sigma eps^3 / 2.
+    x = np.append(1 + sigma * eps, 1.0)[None]
+    found = double_pendulum._statistics(x**2 / 2, x, np.zeros_like(x), eps, sigma)
+    for name, wanted in [("pathwise variance", sigma**2), ("score variance", 2 + 15 * sigma**2 / 4)]:
+        np.testing.assert_allclose(found[name], wanted, rtol=0.03)
+    for name in ("pathwise", "score"):
+        np.testing.assert_allclose(found[f"{name} mean"], 1, atol=5 * float(found[f"{name} error"][0]))
+
+
+def test_roughness_is_of_neighbours() -> None:
+    x = np.linspace(-1, 1, 400)
+    assert landscapes._roughness(x**2) < 1e-3
+    assert landscapes._roughness(np.random.default_rng(0).normal(size=4000)) == pytest.approx(1, rel=0.05)
+    assert landscapes._roughness(np.ones(9)) == 0
+
+
+def test_what_is_said_of_constant_jacobians(x64: None) -> None:
+    """One with a radius below 1 whose product first grows, and a turn of radius 1."""
+    A = jnp.stack([jnp.array([[0.9, 5.0], [0.0, 0.9]]), jnp.array([[0.0, -1.0], [1.0, 0.0]])])
+    loop = jnp.broadcast_to(A[:, None], (2, 40, 2, 2))
+    factors = jax.vmap(products)(loop)
+    found = jacobian_products._summary(
+        loop, factors, jax.vmap(log_singular_values)(factors), jax.vmap(lambda x: averaged(x, 1.0))(factors.growth)
+    )
+    t = found["t"]
+    np.testing.assert_allclose(found["one step, summed"], np.stack([t * np.log(0.9), 0 * t], 1), atol=1e-7)
+    np.testing.assert_allclose(found["radius"], found["one step, summed"], atol=1e-6)
+    assert found["largest"][8, 0] > 2 and abs(found["largest"][8, 1]) < 1e-12
+    # Jordan blocks converge as 1/T only; the turn does not grow.
+    np.testing.assert_allclose(found["exponents"][1], 0, atol=1e-12)
+    numbers = {"fit": {"change": 0.1, "Jacobian": 0.2}, **{who: {"1.0": found} for who in jacobian_products.DYNAMICS}}
+    said = jacobian_products.conclude({"stable": numbers})
+    assert "errs by 10.0% in the change of the state and 20.0% in its Jacobian" in said and "(T = 40)" in said
+
+
+def test_parts_in_time_are_of_the_gradient(x64: None) -> None:
+    size = early_actions.QUICK._replace(horizons=(6,), seeds=2, starts=3, hidden=(3,))
+    found = early_actions._profiles("lqr", 6, size)
+    task = d.tasks.lqr(horizon=6)
+    keys = jax.random.split(jax.random.key(0), (2, 2))
+    policy = d.Neural.init(task, hidden=(3,), key=keys[0, 0], output_scale=size.scale)
+    gradient = jax.grad(d.expected)(policy, task, task.starts(keys[0, 1], 3))
+    total = np.linalg.norm(ravel_pytree(gradient)[0])
+    assert found["gradient over parts"][0] * found["part"][:, 0].sum() == pytest.approx(total)
+    assert found["closed loop"].shape == (6, 2) and 0 <= found["half"][0] < 1
+    assert "lqr, T = 6" in early_actions.conclude({"lqr": {"6": found}})

@@ -1,6 +1,7 @@
 """The contract of estimators: a call is the mean of its samples, for the same keys; smoothing adds noise of the given size."""
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,19 +11,37 @@ from diffmbrl import Linear, OpenLoop, tasks
 from diffmbrl.core import Gradient, NoTerminal, reweighted
 from diffmbrl.gradients import (
     BPTT,
+    Agreement,
+    AlphaOrder,
+    CentredRanks,
     Clipped,
     Critic,
     Decayed,
+    Decoupled,
+    DiscontinuityTested,
     Episode,
+    Evolution,
     Fitted,
+    InverseVariance,
+    InverseVariancePerStep,
     LeaveOneOut,
     LikelihoodRatio,
     Mean,
     Smoothed,
+    TotalPropagation,
     Truncated,
 )
 
 KEY = jax.random.key(0)
+
+
+class Drift(eqx.Module):
+    """A model of any task with a flat state: its Jacobians are the identity and a constant."""
+
+    def __call__(self, s, a, *, key=None):
+        return s + 0.1 * a[0]
+
+
 ESTIMATORS = {
     "bptt": BPTT(),
     "smoothed bptt": Smoothed(BPTT(), std=0.3),
@@ -34,8 +53,19 @@ ESTIMATORS = {
     "likelihood ratio, mean": Smoothed(LikelihoodRatio(baseline=Mean()), std=0.3),
     "likelihood ratio, leave-one-out": Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=0.3),
     "likelihood ratio, fitted": Smoothed(LikelihoodRatio(baseline=Fitted()), std=0.3),
+    "evolution": Evolution(std=0.1),
+    "evolution, ranks": Evolution(std=0.1, shaping=CentredRanks()),
+    "decoupled": Decoupled(Drift()),
     "likelihood ratio, critic": Smoothed(LikelihoodRatio(baseline=Critic(NoTerminal())), std=0.3),
+    "inverse variance": Smoothed(InverseVariance(), std=0.3),
+    "inverse variance per step": Smoothed(InverseVariancePerStep(), std=0.3),
+    "total propagation": Smoothed(TotalPropagation(), std=0.3),
+    "alpha-order": Smoothed(AlphaOrder(), std=0.3),
+    "discontinuity-tested": Smoothed(DiscontinuityTested(), std=0.3),
+    "discontinuity-tested by agreement": Smoothed(DiscontinuityTested(Agreement()), std=0.3),
 }
+
+
 parametrised = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 
 
@@ -58,10 +88,9 @@ def test_one_trace_and_the_dtype_of_the_policy(estimator):
     chex.clear_trace_counter()
     task = tasks.lqr(horizon=3)
     traced = jax.jit(chex.assert_max_traces(lambda *arguments: estimator(*arguments), n=1))
-    for seed in range(2):
-        key = jax.random.key(seed)
+    for key in (jax.random.key(0), jax.random.key(1)):
         _, gradient = traced(Linear.zeros(task), task, task.starts(key, 2), key)
-    assert gradient.K.dtype == jnp.float32
+        assert gradient.K.dtype == jnp.float32
 
 
 def test_smoothing_scales_with_the_limits():

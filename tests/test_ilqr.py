@@ -11,9 +11,10 @@ from diffmbrl import DDP, ILQR, Affine, OpenLoop, Task, expansion, rollout, solv
 from diffmbrl.core import Box
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.linearize import linearize, riccati
-from diffmbrl.planners import Backtracking, Boxed, Parallel, StateDamped
+from diffmbrl.parallel_riccati import PARALLEL, SCAN, choose
+from diffmbrl.planners import ActionDamped, Backtracking, Boxed, Parallel, StateDamped
 from diffmbrl.planners.models import hamiltonian
-from tests.problems import bent, matrices, same
+from tests.problems import bent, matrices, same, same_tree
 from tests.problems import riccati as textbook
 
 KEY = jax.random.key(0)
@@ -250,12 +251,27 @@ def test_parallel_takes_the_best_of_all_lengths(x64):
         start = plan
 
 
+@pytest.mark.parametrize("sweep", [ActionDamped, StateDamped])
+def test_parallel_in_time_it_takes_the_same_steps(sweep, x64):
+    """On a CPU the scan is chosen; elsewhere long horizons are swept so."""
+    task = bent(horizon=7)
+    s0, plan = jnp.asarray([0.9, -0.3]), Affine.zeros(task)
+    assert choose(task.horizon) is SCAN
+    for _ in range(3):
+        (scanned, _, info), (parallel, _, other) = (
+            update(in_double(ILQR(sweep=sweep(recursion))), plan, task, s0) for recursion in (None, PARALLEL)
+        )
+        same_tree(parallel, scanned, rtol=1e-8, atol=1e-8)
+        assert info.accepted and other.accepted
+        plan = scanned
+
+
 def test_the_damping_is_bounded(x64):
     """At an optimum no step helps; the plan stays as it is, and the damping where it ends."""
     task = bent(horizon=5)
     s0, planner = jnp.asarray([0.9, -0.3]), in_double(ILQR())
     plan, history = solve(planner, Affine.zeros(task), task, s0, None, 150)
-    assert history.info.damping[-1] == planner.largest
+    assert history.info.damping[-1] == planner.damping.largest
     assert np.all(np.diff(history.info.J) >= 0)
     assert value(plan, task, s0) == history.info.J[-1]
 

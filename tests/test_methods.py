@@ -9,7 +9,8 @@ import pytest
 
 from diffmbrl import Continuation, Raced, tasks
 from diffmbrl.core import Solver
-from diffmbrl.methods import METHODS, clipped_muon, method, schedule, solver
+from diffmbrl.gradients.registry import ESTIMATORS
+from diffmbrl.methods import METHODS, clipped_muon, estimated, method, schedule, solver
 
 every_method = pytest.mark.parametrize("name", METHODS)
 TASK = tasks.lqr(horizon=7)
@@ -124,3 +125,23 @@ def test_fewer_updates_than_stages():
     with pytest.raises(ValueError, match="5 stages need at least 5 updates, got 4"):
         solver(METHODS["adam"], TASK, rate=1e-2, steps=4, continuation="default")
     assert solver(METHODS["ilqr"], TASK, rate=None, steps=4, continuation="default").lengths.tolist() == [1] * 4
+
+
+def test_every_estimator_goes_into_a_first_order_method():
+    rows = dict(estimated("adam", METHODS["adam"], list(ESTIMATORS)))
+    assert list(rows) == ["adam" if name == "bptt" else f"adam+{name}" for name in ESTIMATORS]
+    for (name, chosen), row in zip(ESTIMATORS.items(), rows.values(), strict=True):
+        made = row.make(1e-2, 10, TASK)
+        assert jax.tree.structure(made.gradient) == jax.tree.structure(chosen.make(TASK))
+        np.testing.assert_allclose(made.hyperparameters["learning_rate"], 1e-2)
+        assert (row.estimator, row.draws, row.differentiates) == (name, chosen.draws, chosen.differentiates)
+
+
+def test_methods_that_take_no_estimator_stay_as_they_are_or_say_why():
+    for name in ("krylov-newton", "ilqr", "cem"):
+        assert estimated(name, METHODS[name], ["truncated", "evolution"]) == [(name, METHODS[name])]
+    assert estimated("lbfgs", METHODS["lbfgs"], ["bptt"]) == [("lbfgs", METHODS["lbfgs"])]
+    with pytest.raises(ValueError, match="lbfgs takes no --estimator evolution: its line search differentiates"):
+        estimated("lbfgs", METHODS["lbfgs"], ["bptt", "evolution"])
+    with pytest.raises(ValueError, match="unknown estimator 'truncate'; did you mean 'truncated'"):
+        estimated("krylov-newton", METHODS["krylov-newton"], ["truncate"])

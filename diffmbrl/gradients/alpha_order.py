@@ -1,21 +1,26 @@
 r"""The alpha-order gradient: as much of the pathwise estimate as its bias allows.
 
-With P and Z the means of N pathwise (first-order) and score-function (zeroth-order) samples, $g = E[Z]$ the true gradient and
-$|Z - g| \le \epsilon$ with probability $1 - \delta$, the mixture $\alpha P + (1 - \alpha) Z$ has from its pathwise part the error
+With P and Z the means of N pathwise (first-order) and score-function (zeroth-order) samples, $g = E[Z]$ the true gradient
+and $|Z - g| \le \epsilon$ with probability $1 - \delta$, the mixture $\alpha P + (1 - \alpha) Z$ has from its pathwise part
+the error
 
-$$\alpha\,|P - g| \;\le\; \alpha\,(|P - Z| + |Z - g|) \;\le\; \alpha\,(|P - Z| + \epsilon),$$
+$$\alpha\,|P - g| \;\le\; \alpha\,(|P - Z| + |Z - g|) \;\le\; \alpha\,(|P - Z| + \epsilon).$$
 
-so that $\alpha = \min\{\alpha_\infty,\; \gamma / (|P - Z| + \epsilon)\}$, with the inverse-variance weight $\alpha_\infty$, has the least variance among
-those that keep it below gamma, with probability $1 - \delta$: that is `bias`. Suh et al. (2022, lemma 4.4) bound the whole error instead,
+It is at most gamma, with probability $1 - \delta$, and the variance the least that this leaves, for
 
-$$|\alpha P + (1 - \alpha) Z - g| \;\le\; \alpha\,|P - Z| + \epsilon \;\le\; \gamma,\qquad \alpha = \min\{\alpha_\infty,\; (\gamma - \epsilon) / |P - Z|\},$$
+$$\alpha = \min\{\alpha_\infty,\; \gamma / (|P - Z| + \epsilon)\}$$
 
-which is `accuracy`: it has no solution where epsilon > gamma, and then takes $\alpha = 0$, the score function alone, just where that is known
-worst. In both, alpha grows with gamma and falls with $\epsilon$: an uncertain Z cannot clear P of bias.
+with the inverse-variance weight $\alpha_\infty$: that is `bias`. Suh et al. (2022, lemma 4.4) bound the whole error instead,
 
-The authors' code has the bound the wrong way round: its `delta`, .95 by default, is the confidence and stands in $\log((d + 1)/\delta)$
-where the probability of failure belongs, so that more confidence makes a smaller radius; and it squares a variance. Here
-`delta` is the probability of failure, .05 by default.
+$$|\alpha P + (1 - \alpha) Z - g| \;\le\; \alpha\,|P - Z| + \epsilon \;\le\; \gamma,\qquad
+\alpha = \min\{\alpha_\infty,\; (\gamma - \epsilon) / |P - Z|\},$$
+
+which is `accuracy`: it has no solution where epsilon > gamma, and then takes $\alpha = 0$, the score function alone, just where
+that is known worst. In both, alpha grows with gamma and falls with epsilon: an uncertain Z cannot clear P of bias.
+
+The authors' code has the confidence the wrong way round: its `delta`, .95 by default, stands in $\log((d + 1)/\delta)$ where
+the probability of failure belongs, so that more confidence makes a smaller radius; and it squares a variance. Here `delta`
+is the probability of failure, .05 by default.
 """
 
 from collections.abc import Callable
@@ -46,7 +51,7 @@ def chebyshev(y: Float[Array, "N P"], delta: Float[Array, ""]) -> Float[Array, "
 
 
 def normal(y: Float[Array, "N P"], delta: Float[Array, ""]) -> Float[Array, ""]:
-    r"""$(1 + \sqrt{2 \log(1/\delta)}) \sqrt{\mathrm{tr}\,\Sigma / N}$: concentration of the norm of a normal vector, of any covariance.
+    r"""$(1 + \sqrt{2 \log(1/\delta)}) \sqrt{\mathrm{tr}\,\Sigma / N}$: of the norm of a normal vector with any covariance.
 
     Reference: Boucheron, Lugosi and Massart 2013, theorem 5.6; for large N.
     """
@@ -54,7 +59,7 @@ def normal(y: Float[Array, "N P"], delta: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def bernstein(y: Float[Array, "N P"], delta: Float[Array, ""]) -> Float[Array, ""]:
-    r"""The epsilon at which $(P + 1) \exp(-N \epsilon^2 / (2 \sigma^2 + 2 L \epsilon / 3)) = \delta$, with $\sigma^2 = \mathrm{tr}\,\Sigma$.
+    r"""The epsilon at which $(P + 1) \exp(-N \epsilon^2 / (2\,\mathrm{tr}\,\Sigma + 2 L \epsilon / 3)) = \delta$.
 
     L bounds a sample's distance from its mean; none is known, and the largest that was seen stands in, as in the source.
     Reference: Tropp 2012, theorem 1.6; Suh et al. 2022, appendix C.
@@ -82,8 +87,8 @@ def bias(gamma: Array, distance: Array, epsilon: Array) -> Array:
 def accuracy(gamma: Array, distance: Array, epsilon: Array) -> Array:
     r"""The largest alpha with $\alpha |P - Z| + \epsilon \le \gamma$; 0 if there is none.
 
-    >>> print(accuracy(jnp.array(2.0), jnp.array(4.0), jnp.array(1.0)), accuracy(jnp.array(1.0), jnp.array(4.0), jnp.array(2.0)))
-    0.25 0.0
+    >>> [accuracy(gamma, jnp.array(4.0), jnp.array(1.0)).item() for gamma in (2.0, 0.5)]
+    [0.25, 0.0]
     """
     return jnp.where(epsilon > gamma, 0, (gamma - epsilon) / distance)
 
@@ -91,15 +96,17 @@ def accuracy(gamma: Array, distance: Array, epsilon: Array) -> Array:
 class AlphaOrder(eqx.Module):
     r"""$\alpha \nabla^{\text{pathwise}} J + (1 - \alpha) \nabla^{\text{score}} J$, of least variance with a bounded bias.
 
-    `gamma` (in the gradient's units) bounds the bias that the pathwise part may bring, with probability 1 - `delta`; infinite,
-    alpha is the inverse-variance weight $\mathrm{tr}\,\Sigma_Z / (\mathrm{tr}\,\Sigma_P + \mathrm{tr}\,\Sigma_Z)$. `radius` (`chebyshev`, `normal`, `bernstein`) makes
-    epsilon of the score function's samples; `bound` (`bias`, `accuracy`) is the constraint; see the top of this file. Both
-    estimates are of the same rollouts. `baseline` and `folds` as `InverseVariance`, for policies with a density.
+    `gamma` (in the gradient's units) bounds the error that the pathwise part may bring, with probability 1 - `delta`. Where it
+    is infinite, alpha is the inverse-variance weight, of the traces of both covariances. `radius` (`chebyshev`, `normal`,
+    `bernstein`) makes epsilon of the score function's samples; `bound` (`bias`, `accuracy`) is the constraint; see the top of
+    this file. `baseline` and `folds` as `InverseVariance`, for policies with a density.
 
     Under a discontinuity that the pathwise estimate misses altogether, such as a step function, the mixture is within gamma of
     the score function's estimate. `alpha` gives the weight.
-    Shapes: `s0` [B, ...]. Memory: 2 B gradients. Cost: one forward and one reverse pass, two products with the policy's derivative.
-    Raises: `ValueError` without a key or a density, for a batch that cannot be parted, a negative gamma or a delta outside (0, 1).
+    Shapes: `s0` [B, ...]. Memory: 2 B gradients.
+    Cost: one forward and one reverse pass, two products with the policy's derivative at all B T states.
+    Raises: `ValueError` without a key or a density, for a batch that cannot be parted, for a negative gamma, or a delta
+    outside (0, 1).
     Reference: Suh et al. 2022, Do differentiable simulators give better policy gradients?, section 4 and appendix C.
 
     >>> from diffmbrl import Gaussian, Linear, tasks

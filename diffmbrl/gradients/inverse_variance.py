@@ -2,7 +2,7 @@ r"""Inverse-variance mixtures of the pathwise and the score-function gradient: p
 
 Of two unbiased estimates x and y with variances $v_x, v_y$ and covariance c, $k x + (1 - k) y$ has the least variance at
 
-$$k = \frac{v_y - c}{v_x + v_y - 2c},\qquad \text{and for } c = 0:\;\; k = \frac{v_y}{v_x + v_y},\quad v = \frac{v_x v_y}{v_x + v_y}.$$
+$$k = \frac{v_y - c}{v_x + v_y - 2c},\qquad \text{and for } c = 0:\;\; k = \frac{v_y}{v_x + v_y}.$$
 
 The variances are the samples' own, which has two prices. Weights that know the samples they multiply make the mean biased,
 by O(1/B); with `folds = 2` (or more) the weights of each part of the batch come from the other parts, and the mean is exactly
@@ -132,7 +132,7 @@ class InverseVariance(eqx.Module):
 
 
 class InverseVariancePerStep(eqx.Module):
-    r"""A weight for each time step, at the level of the actions: $\lambda_t = dJ/da_t$ against $\psi_t = A_t \epsilon_t / \sigma_t$.
+    r"""A weight for each time step, at the level of the actions: $\lambda_t = dJ/da_t$ against $A_t \epsilon_t / \sigma_t$.
 
     $$\nabla_\theta J = \sum_t k_t \Big(\frac{\partial a_t}{\partial\theta}\Big)^{\!\top} \lambda_t
       + (1 - k_t)\,A_t\,\frac{\partial\log\pi_t}{\partial\theta},\qquad

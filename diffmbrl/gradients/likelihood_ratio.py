@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, reweighted
+from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, parameter, reweighted
 from diffmbrl.gradients.smoothed import drawn
 from diffmbrl.rollout import returns, rollouts, weights_axis
 
@@ -22,7 +22,7 @@ class Episode(eqx.Module):
     """R_t = J, the return of the whole episode, for every step: REINFORCE (Williams 1992)."""
 
     def __call__(self, trajectories: Trajectory, task: Task) -> Float[Array, "B T"]:
-        J = _returns(trajectories, task)
+        J = each_return(trajectories, task)
         return jnp.broadcast_to(J[:, None], (J.shape[0], task.horizon))
 
 
@@ -35,8 +35,8 @@ class RewardToGo(eqx.Module):
 
     def __call__(self, trajectories: Trajectory, task: Task) -> Float[Array, "B T"]:
         earned = task.weights[..., :-1] * trajectories.r
-        # From the end, so that late returns are not differences of large sums; the last one includes the terminal reward.
-        terminal = _returns(trajectories, task) - jnp.sum(earned, axis=1)
+        terminal = each_return(trajectories, reweighted(task, task.weights.at[..., :-1].set(0)))
+        # From the end, so that late returns are not differences of large sums.
         return jnp.cumsum(earned[:, ::-1], axis=1)[:, ::-1] + terminal[:, None]
 
 
@@ -82,7 +82,7 @@ class Fitted(eqx.Module):
     Reference: Duan et al. 2016, Benchmarking deep reinforcement learning for continuous control, the linear feature baseline.
     """
 
-    ridge: Float[Array, ""] = eqx.field(default_factory=lambda: jnp.asarray(1e-5), converter=jnp.asarray)
+    ridge: Float[Array, ""] = parameter(1e-5)
     folds: int = eqx.field(static=True, default=2)
 
     def __check_init__(self):
@@ -116,7 +116,7 @@ class Critic(eqx.Module):
     value: Any
 
     def __call__(self, R: Float[Array, "B T"], trajectories: Trajectory, task: Task) -> Float[Array, "B T"]:
-        return jax.vmap(jax.vmap(self.value))(_where_alive(trajectories))
+        return jax.vmap(jax.vmap(self.value))(where_alive(trajectories))
 
 
 class LikelihoodRatio(eqx.Module):
@@ -151,7 +151,7 @@ class LikelihoodRatio(eqx.Module):
 
     def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
         J, trajectories, advantage = self._weigh(policy, task, s0, key)
-        s, batch = _where_alive(trajectories), J.shape[0]
+        s, batch = where_alive(trajectories), J.shape[0]
         _, transpose = jax.vjp(lambda pi: jax.vmap(lambda s, a: _log_probs(pi, s, a))(s, trajectories.a), policy)
         return jnp.mean(J), transpose(advantage / batch)[0]
 
@@ -162,7 +162,7 @@ class LikelihoodRatio(eqx.Module):
         def one(s, a, weight):
             return jax.vjp(lambda pi: _log_probs(pi, s, a), policy)[1](weight)[0]
 
-        return J, jax.vmap(one)(_where_alive(trajectories), trajectories.a, advantage)
+        return J, jax.vmap(one)(where_alive(trajectories), trajectories.a, advantage)
 
     def work(self, task: Task, batch: int) -> Work:
         """One rollout."""
@@ -179,10 +179,11 @@ class LikelihoodRatio(eqx.Module):
         trajectories = rollouts(policy, task, s0, drawn(key), remat=None)
         R = self.credit(trajectories, task)
         advantage = jnp.where(trajectories.alive[:, :-1], R - self.baseline(R, trajectories, task), 0)
-        return _returns(trajectories, task), trajectories, advantage
+        return each_return(trajectories, task), trajectories, advantage
 
 
-def _returns(trajectories: Trajectory, task: Task) -> Float[Array, " B"]:
+def each_return(trajectories: Trajectory, task: Task) -> Float[Array, " B"]:
+    """J of each trajectory, with its weights, if each has its own."""
     axis = None if task.weights.ndim == 1 else 0
     return jax.vmap(lambda tau, w: returns(tau, reweighted(task, w)), in_axes=(0, axis))(trajectories, task.weights)
 
@@ -192,7 +193,7 @@ def _log_probs(policy: Any, s: State, a: Float[Array, "T m"]) -> Float[Array, " 
     return jax.vmap(lambda pi, s, a: pi.log_prob(s, a), in_axes=(0 if is_plan(policy) else None, 0, 0))(policy, s, a)
 
 
-def _where_alive(trajectories: Trajectory) -> State:
+def where_alive(trajectories: Trajectory) -> State:
     """The states, with the start in place of those after the end, where policy and value may be undefined (see `rollout`)."""
 
     def masked(x: Array) -> Array:
@@ -203,7 +204,7 @@ def _where_alive(trajectories: Trajectory) -> State:
 
 
 def _regressors(trajectories: Trajectory, task: Task) -> Float[Array, "B T p"]:
-    x = jax.vmap(jax.vmap(task.features))(_where_alive(trajectories))
+    x = jax.vmap(jax.vmap(task.features))(where_alive(trajectories))
     time = jnp.arange(task.horizon, dtype=x.dtype) / task.horizon
     powers = jnp.broadcast_to(jnp.stack([time, time**2, time**3, jnp.ones_like(time)], axis=1), (*x.shape[:2], 4))
     return jnp.concatenate([x, x**2, powers], axis=2)

@@ -2,15 +2,15 @@ r"""The pathwise and the score-function gradient of one and the same rollout, si
 
 For a policy that draws its actions, $a_t = \pi_\theta(s_t; \epsilon_t)$ with density $\pi_\theta(a \mid s)$, one rollout gives
 
-$$\text{pathwise: } \sum_t \Big(\frac{\partial a_t}{\partial\theta}\Big)^{\!\top} \lambda_t,\;\; \lambda_t = \frac{dJ}{da_t}, \qquad
-\text{score function: } \sum_t \Big(\frac{\partial \log\pi_\theta(a_t \mid s_t)}{\partial\theta}\Big) A_t,\;\; A_t = R_t - b_t$$
+$$\text{pathwise: } \sum_t \Big(\frac{\partial a_t}{\partial\theta}\Big)^{\!\top} \lambda_t,\quad
+\lambda_t = \frac{dJ}{da_t}, \qquad
+\text{score function: } \sum_t A_t\,\frac{\partial \log\pi_\theta(a_t \mid s_t)}{\partial\theta},\quad A_t = R_t - b_t$$
 
-with the return to go $R_t = \sum_{\tau \ge t} w_\tau r_\tau + w_T \phi$ and a baseline $b_t$, the mean of the other starts'. Both are
-the policy's derivatives at the same states, pulled back from one number or vector for each step, so at the level of
-the actions they can be compared and mixed before the network is differentiated: of additive noise, $\lambda_t$ and
-$\psi_t = -A_t\,\nabla_a \log\pi(a_t \mid s_t)$ have the same conditional mean wherever J is smooth. $\lambda$ is the gradient with respect
-to an additive perturbation of the actions and needs one reverse pass without the policy's parameters; the score function
-needs none.
+with the return to go $R_t$ and a baseline $b_t$ (`likelihood_ratio.py`). Both are derivatives of the policy at the same states,
+pulled back from something for each step, so they can be compared and mixed at the level of the actions, before the network is
+differentiated: of additive noise, $\lambda_t$ and $\psi_t = -A_t\,\nabla_a \log\pi(a_t \mid s_t)$ have the same conditional
+mean wherever J is smooth. $\lambda$ is the gradient with respect to an additive perturbation of the actions and takes one
+reverse pass without the policy's parameters; the score function takes none.
 
 Reference: Parmas and Sugiyama 2021, A unified view of likelihood ratio and reparameterization gradients.
 """
@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, reweighted
+from diffmbrl.gradients.likelihood_ratio import LeaveOneOut, RewardToGo, each_return, where_alive
+from diffmbrl.gradients.smoothed import drawn
+from diffmbrl.policies import Gaussian, OpenLoop
 from diffmbrl.rollout import returns, rollout, split, weights_axis
 
 
@@ -70,8 +73,6 @@ def pair(
 
 def check(policy: Any, s0: State, key: PRNGKeyArray | None, folds: int) -> PRNGKeyArray:
     """What every estimator with a score function asks for; the key."""
-    if key is None:
-        raise ValueError("noise needs a key: this estimator draws its actions")
     if not hasattr(policy, "log_prob"):
         raise ValueError(
             f"{type(policy).__name__} has no log_prob(s, a), which the score of its actions needs: put noise on it by "
@@ -80,47 +81,29 @@ def check(policy: Any, s0: State, key: PRNGKeyArray | None, folds: int) -> PRNGK
     batch = jax.tree.leaves(s0)[0].shape[0]
     if folds < 1 or batch % folds or batch // folds < 2:
         raise ValueError(f"{batch} starts cannot be parted into {folds} folds of equal size, of 2 starts at least")
-    return key
+    return drawn(key)
 
 
 def score_function(
     policy: Any, task: Task, s0: State, key: PRNGKeyArray, trajectories: Trajectory, baseline: Any, folds: int
 ) -> Pair:
     """The half that needs no derivative of the task, from the rollouts; its pathwise half is 0."""
-    axis = weights_axis(task, s0)
-    J = jax.vmap(lambda tau, w: returns(tau, reweighted(task, w)), in_axes=(0, axis))(trajectories, task.weights)
-    R = jax.vmap(lambda tau, w: to_go(tau, reweighted(task, w)), in_axes=(0, axis))(trajectories, task.weights)
-    alive = trajectories.alive[:, :-1]
-    A = advantages(R, alive, folds)
-    s = seen(trajectories.s, s0, alive)
-    nothing = jnp.zeros_like(trajectories.a)
+    s, alive = where_alive(trajectories), trajectories.alive[:, :-1]
+    R = RewardToGo()(trajectories, task)
+    A = jnp.where(alive, R - _predicted(baseline, R, trajectories, task, folds), 0)
     psi = scores(policy, s, trajectories.a, A)
-    return Pair(J, s, trajectories.a, alive, split(key, s0), nothing, A, psi)
+    nothing = jnp.zeros_like(trajectories.a)
+    keys = jax.random.split(key, R.shape[0])  # `rollout.split`'s
+    return Pair(each_return(trajectories, task), s, trajectories.a, alive, keys, nothing, A, psi)
 
 
-def to_go(trajectory: Any, task: Task) -> Float[Array, " T"]:
-    r"""$R_t = \sum_{\tau \ge t} w_\tau r_\tau + w_T \phi$."""
-    terminal = returns(trajectory._replace(r=jnp.zeros_like(trajectory.r)), task)
-    return jnp.cumsum((task.weights[:-1] * trajectory.r)[::-1])[::-1] + terminal
-
-
-def seen(s: State, s0: State, alive: Bool[Array, "B T"]) -> State:
-    """The states at which a rollout asks its policy: after the end of an episode the start, whose answer is not used."""
-
-    def of(x, start):
-        there = alive.reshape(alive.shape + (1,) * (x.ndim - 2))
-        return jnp.where(there, x, start[:, None])
-
-    return jax.tree.map(of, s, s0)
-
-
-def advantages(R: Float[Array, "B T"], alive: Bool[Array, "B T"], folds: int) -> Float[Array, "B T"]:
-    """Each return to go less the mean of the others in its fold: unbiased, since they do not know its noise."""
-    x = R.reshape(folds, -1, R.shape[1])
-    count = x.shape[1]
-    # The mean of the others is x - (x - mean) count / (count - 1), so the advantage needs no sums of large numbers.
-    A = (x - jnp.mean(x, axis=1, keepdims=True)) * (count / (count - 1))
-    return jnp.where(alive, A.reshape(R.shape), 0.0)
+def _predicted(
+    baseline: Any, R: Float[Array, "B T"], trajectories: Trajectory, task: Task, folds: int
+) -> Float[Array, "B T"]:
+    """The baseline of each fold, from its own starts."""
+    baseline = LeaveOneOut() if baseline is None else baseline
+    apart = jax.tree.map(lambda x: x.reshape(folds, -1, *x.shape[1:]), (R, trajectories))
+    return jax.vmap(lambda R, tau: baseline(R, tau, task))(*apart).reshape(R.shape)
 
 
 def scores(policy: Any, s: State, a: Float[Array, "B T m"], A: Float[Array, "B T"]) -> Float[Array, "B T m"]:
@@ -133,7 +116,7 @@ def scores(policy: Any, s: State, a: Float[Array, "B T m"], A: Float[Array, "B T
 
 
 def pull_each(policy: Any, x: Pair, to_a: Float[Array, "B T m"], to_log: Float[Array, "B T"]) -> Any:
-    r"""$\sum_t (\partial a_t/\partial\theta)^\top u_t + (\partial\log\pi_t/\partial\theta)\,v_t$ for each start; B gradients."""
+    r"""$\sum_t (\partial a_t/\partial\theta)^\top u_t + v_t\,\partial\log\pi_t/\partial\theta$ for each start: B gradients."""
 
     def one(s, a, k, u, v):
         return jax.vjp(lambda pi: heads(pi, s, a, k), policy)[1]((u, v))[0]
@@ -150,8 +133,14 @@ def pull_mean(policy: Any, x: Pair, to_a: Float[Array, "B T m"], to_log: Float[A
 
 def both(policy: Any, x: Pair) -> tuple[Any, Any]:
     """The pathwise and the score-function gradient of each start."""
-    nothing = jnp.zeros_like(x.pathwise), jnp.zeros_like(x.advantage)
-    return pull_each(policy, x, x.pathwise, nothing[1]), pull_each(policy, x, nothing[0], x.advantage)
+
+    def pathwise(s, k, u):
+        return jax.vjp(lambda pi: over_time(lambda pi, s, t: act(pi, s, k, t), pi, s, _steps(u)), policy)[1](u)[0]
+
+    def score(s, a, v):
+        return jax.vjp(lambda pi: over_time(lambda pi, s, a: pi.log_prob(s, a), pi, s, a), policy)[1](v)[0]
+
+    return jax.vmap(pathwise)(x.s, x.keys, x.pathwise), jax.vmap(score)(x.s, x.a, x.advantage)
 
 
 def heads(
@@ -160,9 +149,15 @@ def heads(
     """The action, by its noise, and the log density of what was done, at each step of one rollout."""
 
     def at(pi, s, a, t):
+        # With its mean in hand a policy is differentiated once for both.
+        pi = Gaussian(OpenLoop(pi.mean(s)), pi.log_std) if isinstance(pi, Gaussian) else pi
         return act(pi, s, key, t), pi.log_prob(s, a)
 
-    return over_time(at, policy, s, a, jnp.arange(a.shape[0]))
+    return over_time(at, policy, s, a, _steps(a))
+
+
+def _steps(x: Float[Array, "T *m"]) -> Int[Array, " T"]:
+    return jnp.arange(x.shape[0])
 
 
 def act(policy: Any, s: State, key: PRNGKeyArray, t: Any) -> Float[Array, " m"]:

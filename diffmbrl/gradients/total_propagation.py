@@ -1,21 +1,23 @@
 r"""Total propagation: backpropagation that mixes in the score function at every time step and hands the mixture on.
 
-At each step, from the last, each rollout i has an estimate $v_{t+1}$ of the derivative of its value to go with respect to
-$s_{t+1}$. Its noise is in the actions, $a_t \sim \pi(\cdot \mid s_t)$, which thus have two estimates of the same derivative:
+At each step, from the last, each rollout has an estimate $v_{t+1}$ of the derivative of its value to go with respect to
+$s_{t+1}$. Its noise is in the actions, $a_t \sim \pi(\cdot \mid s_t)$, which thus have two estimates of the same derivative,
 
-$$\text{pathwise: } \lambda_t = w_t\,r_a + B_t^\top v_{t+1},\qquad \text{score function: } \psi_t = -A_t\,\nabla_a\log\pi(a_t \mid s_t),$$
+$$\lambda_t = w_t\,r_a + B_t^\top v_{t+1} \qquad\text{and}\qquad \psi_t = -A_t\,\nabla_a\log\pi(a_t \mid s_t)$$
 
-mixed by the inverse of their variances over the rollouts, $k_t \lambda_t + (1 - k_t)\psi_t$. The mixture enters the gradient through
+(here $A_t = R_t - b_t$), mixed by the inverse of their variances over the rollouts. The mixture enters the gradient through
 $\partial a_t/\partial\theta$ and goes on to the states before through the policy's gain $K_t = \partial a_t / \partial s_t$:
 
-$$v_t = w_t\,r_s + A_t^\top v_{t+1} + K_t^\top \big(k_t \lambda_t + (1 - k_t) \psi_t\big).$$
+$$v_t = w_t\,r_s + f_s^\top v_{t+1} + K_t^\top \big(k_t \lambda_t + (1 - k_t) \psi_t\big).$$
 
-By induction from the last step, $E[v_{t+1} \mid s_{t+1}] = \nabla V_{t+1}$ makes $E[\lambda_t \mid s_t] = E[\psi_t \mid s_t]$ where the task is smooth,
-and so $E[v_t \mid s_t] = \nabla V_t$, whatever the weights: all mixtures are unbiased, of which $k = 1$ is backpropagation.
+By induction from the last step, $E[v_{t+1} \mid s_{t+1}] = \nabla V_{t+1}$ makes $E[\lambda_t \mid s_t] = E[\psi_t \mid s_t]$
+where the task is smooth, and so $E[v_t \mid s_t] = \nabla V_t$, whatever the weights: every mixture is unbiased, and with
+$k = 1$ it is backpropagation.
 
-The noise of the source is in the transition and cuts every path from $s_t$ to $s_{t+1}$. Noise in the actions cuts those through
-the policy alone: $A_t^\top v_{t+1}$ is passed on as it is. So where the free system is chaotic v grows as in backpropagation
-and the gain over weights per step (`InverseVariancePerStep`) is small; where growth comes through the policy's gain it is not.
+The noise of the source is in the transition and cuts every path from $s_t$ to $s_{t+1}$. Noise in the actions cuts those
+through the policy alone: $f_s^\top v_{t+1}$ is passed on as it is. So where the free system is chaotic v grows as in
+backpropagation, and the gain over weights per step (`InverseVariancePerStep`) is small; where growth comes through the
+policy's gain it is not.
 """
 
 from typing import Any
@@ -41,8 +43,8 @@ from diffmbrl.rollout import rollouts, weights_axis
 class TotalPropagation(eqx.Module):
     r"""Backpropagation whose adjoint is mixed, at every step, with the score function by inverse variance.
 
-    Weights are per time step, from the traces of the variances at the level of the actions (the source weighs by the variance of
-    the policy's gradient, which costs a gradient for each rollout and step). `weigh`, `folds` and `baseline` as
+    Weights are per time step, from the traces of the variances at the level of the actions (the source weighs by the variance
+    of the policy's gradient, which costs a gradient for each rollout and step). `weigh`, `folds` and `baseline` as
     `InverseVariance`, for policies with a density.
 
     Shapes: `s0` [B, ...]; B a multiple of `folds`, 2 starts or more in each.

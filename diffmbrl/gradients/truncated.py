@@ -49,7 +49,8 @@ class Truncated(eqx.Module):
 
     def __call__(self, t: Int[Array, ""], adjoint: State) -> State:
         # Not a multiplication by 0: an adjoint that has become infinite is stopped, too.
-        return jax.tree.map(lambda x: jnp.where(t % self.every == 0, jnp.zeros_like(x), x), adjoint)
+        ends = t % self.every.astype(t.dtype) == 0
+        return jax.tree.map(lambda x: jnp.where(ends, jnp.zeros_like(x), x), adjoint)
 
 
 class Clipped(eqx.Module):

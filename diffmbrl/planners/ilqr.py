@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Info, State, Task, Trajectory, count_work, parameter
-from diffmbrl.linearize import Sweep, adjoint, flat_states
+from diffmbrl.linearize import Sweep, flat_states
+from diffmbrl.parallel_riccati import choose
 from diffmbrl.planners.models import FirstOrder, Model, SecondOrder
+from diffmbrl.planners.regularization import Damping
 from diffmbrl.planners.search import Backtracking, Trial
 from diffmbrl.planners.sweeps import ActionDamped, Boxed, Room
 from diffmbrl.policies import Affine
@@ -30,7 +32,8 @@ class ILQR(eqx.Module):
     * `model`: `FirstOrder()`, or `SecondOrder()`, which is DDP: the dynamics' Hessians where the sweep is positive definite
       with them (`DDP()` makes one);
     * `sweep`: `ActionDamped()`, `StateDamped()`, or `Boxed()`, which keeps the limits of the plan it is given, an
-      `Affine.within(task)` (`ILQR.within(task)` makes one where the task has limits); the others know of no limits;
+      `Affine.within(task)` (`ILQR.within(task)` makes one where the task has limits); the others know of no limits, and run
+      parallel in time where that pays (`choose`), or as their `recursion` says;
     * `search`: `Backtracking()` or `Parallel()`.
 
     Shapes: `s0` of one start; the plan's leaves [T, ...]; `vmap` for many, or `plans`. Cost: one rollout, its linearisation, a
@@ -48,10 +51,8 @@ class ILQR(eqx.Module):
     (20, 1, 2)
     """
 
-    smallest: Float[Array, ""] = parameter(1e-8)
-    largest: Float[Array, ""] = parameter(1e8)
-    factor: Float[Array, ""] = parameter(4.0)
     armijo: Float[Array, ""] = parameter(1e-4)
+    damping: Damping = eqx.field(default_factory=Damping)
     model: Any = eqx.field(default_factory=FirstOrder)
     sweep: Any = eqx.field(default_factory=ActionDamped)
     search: Any = eqx.field(default_factory=Backtracking)
@@ -99,13 +100,13 @@ class ILQR(eqx.Module):
         trial = self._search(policy, nominal, J, sweep, task, s0, key)
 
         lin = model.lin
+        adjoint = choose(task.horizon).adjoint
         gradient = adjoint(lin.A, lin.B, jnp.zeros_like(sweep.K), lin.c_s, lin.c_a, lin.c_T)
         norm = jnp.linalg.norm(self.sweep.free(gradient, room))
         accepted = trial.accepted & jnp.isfinite(norm) & sweep.definite
         found = Affine(sweep.K, trial.a, trial.s, policy.low, policy.high)
         plan = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), found, policy)
-        lower = jnp.where(damping / self.factor < self.smallest, 0.0, damping / self.factor)
-        adapted = jnp.where(accepted, jnp.where(trial.tried <= 2, lower, damping), self._raised(damping))
+        adapted = self.damping.after(damping, accepted, trial.tried)
         # What is not finite says nothing of the damping.
         finite = jnp.isfinite(J) & jnp.isfinite(norm)
         carry = jnp.where(finite, adapted, carry).astype(carry.dtype)
@@ -123,30 +124,16 @@ class ILQR(eqx.Module):
         )
         return plan, carry, info
 
-    def _raised(self, damping: Array) -> Array:
-        raised = jnp.maximum(damping * self.factor**2, self.smallest * self.factor**4)
-        return jnp.minimum(raised, self.largest).astype(damping.dtype)
-
     def _sweep(self, model: Model, damping: Array, room: Room | None) -> tuple[Array, Sweep, Array]:
         """A sweep whose action Hessians are positive definite: with the exact ones if they are, else as damped as it takes."""
-        lin = model.lin
+        lin, exact = model
+        if exact is None:
+            return self.damping.definite(lambda damping, _: self.sweep(lin, damping, room), damping)
 
-        def again(state):
-            _, sweep, count = state
-            return ~sweep.definite & (count < 20)
+        def sweep(damping, count):
+            return self.sweep(lin._replace(H=jnp.where(count == 0, exact, lin.H)), damping, room)
 
-        # One sweep in the program, whichever it is the turn of: it is what takes long to compile.
-        def another(state):
-            damping, _, count = state
-            H, plain = lin.H, 0
-            if model.exact is not None:
-                H, plain = jnp.where(count == 0, model.exact, lin.H), 1
-            damping = jnp.where(count > plain, self._raised(damping), damping).astype(damping.dtype)
-            return damping, self.sweep(lin._replace(H=H), damping, room), count + 1
-
-        shapes = jax.eval_shape(self.sweep, lin, damping, room)
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.while_loop(again, another, (damping, nothing, jnp.zeros((), jnp.int32)))
+        return self.damping.definite(sweep, damping, plain=1)
 
     def _search(
         self, policy: Affine, nominal: Trajectory, J: Array, sweep: Sweep, task: Task, s0: State, key: Any

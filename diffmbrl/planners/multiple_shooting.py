@@ -14,6 +14,7 @@ from diffmbrl.linearize import Linearization, Sweep, linearize
 from diffmbrl.parallel_riccati import choose
 from diffmbrl.planners import augmented_lagrangian as constraint
 from diffmbrl.planners.augmented_lagrangian import Each
+from diffmbrl.planners.regularization import Damping
 from diffmbrl.planners.search import Backtracking
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout
@@ -78,13 +79,12 @@ class MultipleShooting(eqx.Module):
     (True, (20, 1, 2))
     """
 
-    smallest: Float[Array, ""] = parameter(1e-8)
-    factor: Float[Array, ""] = parameter(4.0)
     armijo: Float[Array, ""] = parameter(1e-4)
     penalty: Float[Array, ""] = parameter(10.0)
     growth: Float[Array, ""] = parameter(5.0)
     largest: Float[Array, ""] = parameter(1e3)  # of the penalty; of multipliers, its square
     tolerance: Float[Array, ""] = parameter(1e-2)
+    damping: Damping = eqx.field(default_factory=Damping)
     trials: int = eqx.field(static=True, default=10)
 
     @property
@@ -122,7 +122,7 @@ class MultipleShooting(eqx.Module):
         forces = constraint.estimates(values, carry.multipliers, carry.penalty)
         lin, first = constraint.with_constraints(linearize(task, nodes, key), task, nodes, forces, carry.penalty)
         sweeps = choose(task.horizon)
-        damping, sweep, count = self._sweep(lin, carry.damping, sweeps)
+        damping, sweep, count = self.damping.definite(lambda damping, _: sweeps.riccati(lin, damping), carry.damping)
         step = solve_with_gaps(lin, sweep, gaps, damping=damping, sweeps=sweeps)
 
         total = jnp.sum(jnp.abs(gaps))
@@ -152,9 +152,7 @@ class MultipleShooting(eqx.Module):
         gains = jnp.where((total > 0) & (trial.alpha < 1), jnp.zeros_like(sweep.K), sweep.K)
         plan = _where(accepted, Affine(gains, trial.trajectory.a, trial.s, policy.low, policy.high), policy)
 
-        # As iLQR: a full step lowers the damping, a failed search raises it; below `smallest` it is nothing.
-        lower = jnp.where(damping / self.factor < self.smallest, 0.0, damping / self.factor)
-        adapted = jnp.where(accepted, jnp.where(trial.tried <= 2, lower, damping), self._raised(damping))
+        adapted = self.damping.after(damping, accepted, trial.tried)
         reached = _where(accepted, trial.trajectory, nodes)
         progress = carry._replace(damping=adapted.astype(J.dtype), weight=weight)
         least = jnp.maximum(carry.tolerance, 10 * jnp.finfo(J.dtype).eps) * (1 + jnp.abs(merit))
@@ -176,25 +174,6 @@ class MultipleShooting(eqx.Module):
             merit=merit,
         )
         return plan, carry, info
-
-    def _raised(self, damping: Array) -> Array:
-        raised = jnp.maximum(damping * self.factor**2, self.smallest * self.factor**4)
-        return jnp.minimum(raised, 1 / jnp.finfo(damping.dtype).eps).astype(damping.dtype)
-
-    def _sweep(self, lin: Linearization, damping: Array, sweeps: Any) -> tuple[Array, Sweep, Array]:
-        """A Riccati sweep whose action Hessians are positive definite, with as much damping as that takes."""
-
-        def again(state):
-            _, sweep, count = state
-            return ~sweep.definite & (count < 20)
-
-        def raise_damping(state):
-            damping, _, count = state
-            damping = self._raised(damping)
-            return damping, sweeps.riccati(lin, damping), count + 1
-
-        start = damping, sweeps.riccati(lin, damping), jnp.ones((), jnp.int32)
-        return jax.lax.while_loop(again, raise_damping, start)
 
     def _search(
         self, policy: Affine, nodes: Trajectory, gaps: Array, sweep: Sweep, step: Step, model: Any, task: Task,

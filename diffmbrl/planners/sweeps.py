@@ -11,18 +11,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from diffmbrl.linearize import Linearization, Sweep, eliminate, matmul, matvec, riccati, transpose
+from diffmbrl.linearize import Linearization, Sweep, eliminate, matmul, matvec, transpose
+from diffmbrl.parallel_riccati import Sweeps, choose
 
 Room = tuple[Float[Array, "T m"], Float[Array, "T m"]]  # low - a and high - a of a plan's limits
 
 
 class ActionDamped(eqx.Module):
-    r"""$-(M + \mu I)^{-1} g$: changes of actions are penalised (Levenberg and Marquardt). No limits."""
+    r"""$-(M + \mu I)^{-1} g$: changes of actions are penalised (Levenberg and Marquardt). No limits.
 
+    `recursion` is `parallel_riccati.SCAN` or `PARALLEL`, by default whichever `choose` takes for the horizon and device.
+    """
+
+    recursion: Sweeps | None = eqx.field(static=True, default=None)
     limits: ClassVar[bool] = False
 
     def __call__(self, lin: Linearization, damping: Float[Array, ""], room: Room | None) -> Sweep:
-        return riccati(lin, damping)
+        return _riccati(self.recursion, lin, damping)
 
     def free(self, gradient: Float[Array, "T m"], room: Room | None) -> Float[Array, "T m"]:
         return gradient
@@ -32,17 +37,18 @@ class StateDamped(eqx.Module):
     r"""$-(M + \mu L_s^\top L_s)^{-1} g$: changes of states are penalised, so that the new trajectory stays near the old.
 
     It keeps large effects small whatever the scale of the actions. V keeps the penalty, unlike Tassa's, so that all gains
-    minimise one and the same quadratic. No limits.
+    minimise one and the same quadratic. No limits. `recursion` as of `ActionDamped`.
 
     Reference: Tassa, Erez, Todorov 2012, equation 10.
     """
 
+    recursion: Sweeps | None = eqx.field(static=True, default=None)
     limits: ClassVar[bool] = False
 
     def __call__(self, lin: Linearization, damping: Float[Array, ""], room: Room | None) -> Sweep:
         F = jnp.concatenate([lin.A, lin.B], axis=2)
         H = lin.H + damping * jax.vmap(lambda F: matmul(transpose(F), F))(F)
-        return riccati(lin._replace(H=H), jnp.zeros_like(damping))
+        return _riccati(self.recursion, lin._replace(H=H), jnp.zeros_like(damping))
 
     def free(self, gradient: Float[Array, "T m"], room: Room | None) -> Float[Array, "T m"]:
         return gradient
@@ -54,7 +60,8 @@ class Boxed(eqx.Module):
     $$k_t = \arg\min_{l_t \le k \le h_t} \tfrac12 k^\top (Q_{aa} + \mu I) k + q_a^\top k$$
 
     An action whose limit is active gets no feedback; the others get that of the problem without it. At most `iterations` of
-    projected Newton, each with up to `halvings` of its step; m steps of it mostly suffice.
+    projected Newton, each with up to `halvings` of its step; m steps of it mostly suffice. Always one time step after another:
+    which limits are active is known only once the steps after are solved.
 
     Reference: Tassa, Mansard, Todorov 2014, section III; Bertsekas 1982.
     """
@@ -137,6 +144,10 @@ class Boxed(eqx.Module):
         low, high = _given(room)
         pushing = ((low >= 0) & (gradient > 0)) | ((high <= 0) & (gradient < 0))
         return jnp.where(pushing, jnp.zeros_like(gradient), gradient)
+
+
+def _riccati(recursion: Sweeps | None, lin: Linearization, damping: Float[Array, ""]) -> Sweep:
+    return (choose(lin.A.shape[0]) if recursion is None else recursion).riccati(lin, damping)
 
 
 def _solve_free(Q: Float[Array, "m m"], R: Float[Array, "m k"], clamped: Bool[Array, " m"]) -> tuple[Array, Array]:

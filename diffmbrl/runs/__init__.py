@@ -9,7 +9,7 @@ from diffmbrl.runs import table, verdict
 from diffmbrl.runs.folder import check_out, create, running, set_status
 from diffmbrl.runs.metrics import Writer, read
 from diffmbrl.runs.progress import Progress
-from diffmbrl.runs.report import plan_text, rebuild, summarise
+from diffmbrl.runs.report import health_text, plan_text, rebuild, summarise
 from diffmbrl.runs.statistics import Estimate, estimate, interquartile_mean, interval
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_out",
     "create",
     "estimate",
+    "health_text",
     "interquartile_mean",
     "interval",
     "plan_text",

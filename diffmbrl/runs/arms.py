@@ -11,7 +11,14 @@ from diffmbrl.runs.statistics import interquartile_mean
 
 SHARED = ("update", "seconds", "lanes")  # one number an evaluation
 MODEL = ("agreement", "gap", "curvature", "lowest", "negative", "damping")  # of a second-order method's quadratic model
-PER_SEED = ("forward", "jvp", "vjp", "sequential", "train", "test", "success", "nonfinite", *MODEL)
+SPREAD = (
+    "spread_norm",
+    "spread_variance",
+    "spread_snr",
+    "spread_tail",
+    "spread_nonfinite",
+)  # of single rollouts' gradients
+PER_SEED = ("forward", "jvp", "vjp", "sequential", "train", "test", "success", "nonfinite", *MODEL, *SPREAD)
 Array = np.ndarray
 
 

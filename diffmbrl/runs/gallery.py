@@ -36,6 +36,7 @@ def draw(summary: Summary, folder: Path) -> list[Picture]:
     pictures = [
         *_returns(arms, styles),
         *_profiles(summary, styles),
+        *_spreads(arms, styles),
         *_spectra(summary, styles),
         *_models(arms, styles),
         *_sweep(summary, styles),
@@ -132,6 +133,32 @@ def _profiles(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
         for w in captions
         if lines[w]
     ]
+
+
+def _spreads(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
+    """How the gradients of single rollouts spread along the run: medians over seeds."""
+    kinds = [
+        (
+            "snr",
+            "signal-to-noise ratio of one rollout",
+            "Signal and noise",
+            "Of the BPTT gradient of the full objective, over the training starts: the size of the mean against the spread. "
+            "Its inverse is the batch at which both are of one size. It falls towards an optimum, and where starts pull apart.",
+        ),
+        (
+            "tail",
+            "share of variance in the top 1% of starts",
+            "Heavy tail",
+            "Near 1 a start or two own the gradient: clipping, trust or more starts. `diffmbrl diagnose` looks closer.",
+        ),
+    ]
+    sketches: list[Sketch] = []
+    for name, ylabel, title, caption in kinds:
+        lines = [Line(styles[arm.method], arm["update"], _middle(arm[f"spread_{name}"])) for arm in arms]
+        lines = [line for line in lines if np.any(line.y > FLOOR)]
+        if lines:
+            sketches.append((f"gradient-{name}", "Gradient", title, caption, _model_sketch(lines, [], ylabel)))
+    return sketches
 
 
 def _spectra(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-WORDS = frozenset({"kind", "method", "label", "policy_kind", "when", "reason", "text"})
+WORDS = frozenset({"kind", "method", "label", "policy_kind", "when", "reason", "text", "estimator"})
 
 
 class Writer:

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from diffmbrl.runs import arms, frame, gallery, metrics, page, plan_report, table, verdict, words
+import numpy as np
+
+from diffmbrl.runs import arms, frame, gallery, health_report, metrics, page, plan_report, table, verdict, words
 from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.page import cell, escape, prose
 from diffmbrl.runs.statistics import Estimate
@@ -20,6 +22,11 @@ def summarise(folder: Path) -> Summary:
 def plan_text(folder: Path) -> str:
     """The table of a planning run, for the terminal."""
     return plan_report.text(_json(folder / "config.json"), metrics.read(folder / "metrics.jsonl")[0])
+
+
+def health_text(folder: Path) -> str:
+    """The verdict of a diagnosis and its table, for the terminal."""
+    return health_report.text(_json(folder / "config.json"), metrics.read(folder / "metrics.jsonl")[0])
 
 
 def rebuild(folder: Path) -> Path:
@@ -44,8 +51,9 @@ def rebuild(folder: Path) -> Path:
         remarks.append("provenance.json is missing: what this ran on is not known.")
     remarks += [str(record.get("text", "")) for record in records if record["kind"] == "note"]
     path = folder / "report.html"
-    if config.get("job") == "plan":
-        write_atomic(path, plan_report.compose(config, provenance, records, remarks, folder / "figures"))
+    composers = {"plan": plan_report.compose, "diagnose": health_report.compose}
+    if compose_job := composers.get(str(config.get("job"))):
+        write_atomic(path, compose_job(config, provenance, records, remarks, folder / "figures"))
         return path
     summary = table.summarise(arms.collect(records))
     pictures = gallery.draw(summary, folder / "figures")
@@ -85,11 +93,16 @@ def _verdict(summary: Summary) -> str:
 def _cautions(summary: Summary, provenance: dict[str, Any], remarks: list[str]) -> list[str]:
     out = list(remarks)
     for row in summary.rows:
-        broken = [reason for reason in row.arm.stops if "nonfinite" in reason or "non-finite" in reason]
-        out += [f"{table.name(row.arm)} stopped: {reason}." for reason in broken]
+        ended = [reason for reason in row.arm.stops if "nonfinite" in reason or "non-finite" in reason]
+        out += [f"{table.name(row.arm)} stopped: {reason}." for reason in ended]
         if row.measured and row.nonfinite > 0:
             met = f"{words.count(row.nonfinite)} non-finite {'value' if row.nonfinite == 1 else 'values'}"
             out.append(f"{table.name(row.arm)} met {met} in returns or gradients; those updates were rejected.")
+        broken = int(np.nansum(row.arm["spread_nonfinite"])) if row.measured else 0
+        if broken:
+            out.append(
+                f"{table.name(row.arm)}: at its evaluations {broken} gradients of single training starts were not finite."
+            )
         if row.broken:
             out.append(
                 f"{table.name(row.arm)} ends with a return that is not finite on {row.broken} of {row.arm.seeds} seeds: "

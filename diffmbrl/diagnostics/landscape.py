@@ -1,0 +1,111 @@
+r"""Slices of the return through a policy's parameters: $J(\theta + \alpha d)$ and $J(\theta + \alpha d + \beta e)$.
+
+A random direction means little by itself: the same function has flat and sharp slices as the network's layers are scaled. Each
+filter of a direction (the weights into one unit) is therefore given the length of the policy's own filter, so that alpha is a
+change relative to the weights, in each unit alike.
+
+Reference: Li, Xu, Taylor, Studer and Goldstein 2018, section 4 (filter normalisation).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from diffmbrl.core import State, Task
+from diffmbrl.rollout import values
+
+CHUNK = 64  # points of a slice evaluated at once
+
+
+def filter_normalised(policy: Any, key: PRNGKeyArray) -> Any:
+    r"""A random direction like the policy, $d \leftarrow d\,|\theta|/|d|$ filter by filter.
+
+    A filter is a row of a matrix (the weights into one unit, [out, in]; the actions of one time step of a plan), or a whole
+    vector (the biases of a layer). One that is zero in the policy stays zero.
+
+    >>> import jax
+    >>> from diffmbrl import Neural, tasks
+    >>> policy = Neural.init(tasks.pendulum(), key=jax.random.key(0))
+    >>> d = filter_normalised(policy, jax.random.key(1))
+    >>> bool(jax.numpy.allclose((d.net.weights[0] ** 2).sum(1), (policy.net.weights[0] ** 2).sum(1)))
+    True
+    """
+    leaves, tree = jax.tree.flatten(policy)
+
+    def one(leaf, key):
+        d = jax.random.normal(key, leaf.shape, leaf.dtype)
+        axes = tuple(range(1, leaf.ndim)) if leaf.ndim > 1 else None
+        own, drawn = (jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) for x in (leaf, d))
+        return d * (own / drawn)
+
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [one(leaf, k) for leaf, k in zip(leaves, keys, strict=True)])
+
+
+def line(
+    policy: Any,
+    task: Task,
+    s0: State,
+    direction: Any,
+    alphas: Float[Array, " k"],
+    key: PRNGKeyArray | None = None,
+    *,
+    chunk: int = CHUNK,
+) -> Float[Array, "k B"]:
+    r"""The return from each start of `s0` [B, ...] at $\theta + \alpha d$; the mean over starts is J.
+
+    The rollouts' noise is the same at all points. `chunk` points are evaluated at once: memory grows with chunk times B.
+    Raises: `ValueError` if the direction is not like the policy, or chunk is below 1.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from diffmbrl import Linear, tasks
+    >>> task = tasks.lqr(horizon=10)
+    >>> policy = Linear(jnp.array([[-1.0, -1.0]]), jnp.zeros(1))
+    >>> d = filter_normalised(policy, jax.random.key(0))
+    >>> line(policy, task, task.starts(jax.random.key(1), 4), d, jnp.linspace(-1, 1, 21)).shape
+    (21, 4)
+    """
+    return _slice(policy, task, s0, (direction,), alphas[:, None], key, chunk)
+
+
+def plane(
+    policy: Any,
+    task: Task,
+    s0: State,
+    directions: tuple[Any, Any],
+    alphas: Float[Array, " k"],
+    betas: Float[Array, " l"],
+    key: PRNGKeyArray | None = None,
+    *,
+    chunk: int = CHUNK,
+) -> Float[Array, "k l B"]:
+    r"""The return from each start at $\theta + \alpha d + \beta e$ for all pairs; otherwise as `line`."""
+    grid = jnp.stack(jnp.meshgrid(alphas, betas, indexing="ij"), axis=-1)
+    out = _slice(policy, task, s0, directions, grid.reshape(-1, 2), key, chunk)
+    return out.reshape(*grid.shape[:2], -1)
+
+
+def _slice(
+    policy: Any, task: Task, s0: State, directions: tuple[Any, ...], points: Array, key: Any, chunk: int
+) -> Float[Array, "k B"]:
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 point, got {chunk}")
+    for direction in directions:
+        if _shapes(direction) != _shapes(policy):
+            raise ValueError(f"a direction must be like the policy, {_shapes(policy)}; got {_shapes(direction)}")
+
+    def at(point):
+        def moved(theta, *d):
+            return theta + sum(x * by.astype(theta.dtype) for x, by in zip(d, point, strict=True))
+
+        return values(jax.tree.map(moved, policy, *directions), task, s0, key)
+
+    return jax.lax.map(at, points, batch_size=min(chunk, len(points)))
+
+
+def _shapes(tree: Any) -> str:
+    leaves = ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
+    return ", ".join(f"{path} {list(np.shape(leaf))}" for path, leaf in leaves)

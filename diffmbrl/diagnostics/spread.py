@@ -1,0 +1,89 @@
+r"""How per-sample gradients spread around their mean: what a batch of rollouts can know of the gradient.
+
+With samples $g_i$ of a gradient (one rollout each), mean $\bar g$ and covariance trace $\mathrm{tr}\,S$,
+
+$$\mathrm{SNR} = \frac{|E g|^2}{\mathrm{tr}\,\mathrm{Cov}(g)},\qquad |E g|^2 \approx |\bar g|^2 - \mathrm{tr}\,S / N .$$
+
+1 / SNR is the batch size at which noise and gradient are of one size (the simple noise scale). The subtraction makes the
+estimate unbiased: N samples of pure noise have $|\bar g|^2 \approx \mathrm{tr}\,S / N$, not 0. It cannot see an SNR far below
+1 / N.
+
+Reference: McCandlish et al. 2018, An empirical model of large-batch training, section 2.2; Suh et al. 2022 (empirical
+variance).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from diffmbrl.core import State, Task
+
+CHUNK = 64  # samples differentiated at a time: their gradients stay in the caches
+TOP = 100  # the heavy tail is the share of one sample in so many
+
+
+class Spread(NamedTuple):
+    """Of the finite samples; NaN where fewer than two are finite."""
+
+    norm: Float[Array, "*batch"]  # |mean|
+    variance: Float[Array, "*batch"]  # trace of the covariance of one sample
+    snr: Float[Array, "*batch"]  # of one sample, 0 if noise explains the mean; infinite without noise, NaN if all are 0
+    tail: Float[Array, "*batch"]  # share of the variance in the top 1% of samples (one at least)
+    nonfinite: Int[Array, "*batch"]  # samples with a number that is not finite
+
+
+def spread(samples: Float[Array, "N P"]) -> Spread:
+    """Norm, variance, signal-to-noise and tail of N per-sample gradients.
+
+    Samples that are not finite are counted and left out. Nothing overflows that the samples themselves do not.
+
+    >>> found = spread(jnp.array([[1.0, 0.0], [3.0, 0.0], [2.0, 1.0], [2.0, -1.0]]))
+    >>> round(float(found.norm), 3), round(float(found.variance), 3), round(float(found.snr), 3)
+    (2.0, 1.333, 2.75)
+    """
+    fine = jnp.all(jnp.isfinite(samples), axis=1)
+    mask = fine.astype(samples.dtype)
+    count = jnp.sum(mask)
+    kept = jnp.where(fine[:, None], samples, 0.0)
+    # Squares of numbers near the largest would overflow: everything is in units of it until the end.
+    unit = jnp.max(jnp.abs(kept))
+    safe = jnp.where(unit > 0, unit, 1.0)
+    kept = kept / safe
+    mean = jnp.sum(kept, axis=0) / count
+    squares = jnp.sum((kept - mean) ** 2, axis=1) * mask
+    enough = count > 1
+    total = jnp.sum(squares)
+    variance = jnp.where(enough, total / (count - 1), jnp.nan)
+    size = jnp.sum(mean**2)
+    # Equal samples have a variance of rounding alone.
+    noise = jnp.where(variance > (jnp.finfo(samples.dtype).eps ** 2) * size, variance, 0.0 * variance)
+    snr = jnp.maximum(size - noise / count, 0.0) / noise
+    top = jax.lax.top_k(squares, -(-samples.shape[0] // TOP))[0]
+    tail = jnp.where(total > 0, jnp.sum(top) / total, jnp.nan)
+    nonfinite = jnp.sum(~fine, dtype=jnp.int32)
+    return Spread(jnp.sqrt(size) * safe, variance * safe**2, snr, tail, nonfinite)
+
+
+def in_chunks(
+    estimator: Any, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, *, size: int = CHUNK
+) -> tuple[Float[Array, " N"], Float[Array, "N P"]]:
+    """The samples of an estimator (`core.Gradient`), flat, `size` starts at a time; chunk i draws from `fold_in(key, i)`.
+
+    Starts that fill no chunk: the last one is filled up with the first starts, whose samples are dropped.
+    """
+    count = jax.tree.leaves(s0)[0].shape[0]
+    size = min(size, count)
+    chunks = -(-count // size)
+    index = (jnp.arange(chunks * size) % count).reshape(chunks, size)
+
+    def one(x):
+        i, rows = x
+        some = jax.tree.map(lambda leaf: leaf[rows], s0)
+        J, gradient = estimator.samples(policy, task, some, None if key is None else jax.random.fold_in(key, i))
+        return J, jax.vmap(lambda g: ravel_pytree(g)[0])(gradient)
+
+    J, gradients = jax.lax.map(one, (jnp.arange(chunks), index))
+    return J.reshape(-1)[:count], gradients.reshape(chunks * size, -1)[:count]

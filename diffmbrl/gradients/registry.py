@@ -1,0 +1,74 @@
+"""The table of named estimators, for `diffmbrl compare --estimator`: a new one is one row."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from diffmbrl.core import Gradient, Task
+from diffmbrl.gradients.alpha_order import AlphaOrder
+from diffmbrl.gradients.bptt import BPTT
+from diffmbrl.gradients.discontinuity import DiscontinuityTested
+from diffmbrl.gradients.evolution import CentredRanks, Evolution
+from diffmbrl.gradients.inverse_variance import InverseVariance, InverseVariancePerStep
+from diffmbrl.gradients.likelihood_ratio import Episode, Fitted, LeaveOneOut, LikelihoodRatio
+from diffmbrl.gradients.smoothed import Smoothed
+from diffmbrl.gradients.total_propagation import TotalPropagation
+from diffmbrl.gradients.truncated import Clipped, Decayed, Truncated
+from diffmbrl.tasks.registry import known
+
+NOISE = 0.1  # on the actions, as a share of half their range
+
+
+class Estimator(NamedTuple):
+    """How an estimator is made for a task, with numbers that do on most."""
+
+    make: Callable[[Task], Gradient]
+    draws: bool  # whether it needs a key: of noise on the actions or on the parameters
+    differentiates: bool  # the dynamics or the reward; one that does not can climb where their derivatives are zero
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "bptt": Estimator(lambda task: BPTT(), draws=False, differentiates=True),
+    "bptt-smoothed": Estimator(lambda task: Smoothed(BPTT(), std=NOISE), draws=True, differentiates=True),
+    "truncated": Estimator(lambda task: BPTT(Truncated(20)), draws=False, differentiates=True),
+    "clipped-adjoint": Estimator(lambda task: BPTT(Clipped(1.0)), draws=False, differentiates=True),
+    "decayed-adjoint": Estimator(lambda task: BPTT(Decayed(0.95)), draws=False, differentiates=True),
+    "likelihood-ratio": Estimator(
+        lambda task: Smoothed(LikelihoodRatio(), std=NOISE), draws=True, differentiates=False
+    ),
+    "likelihood-ratio-episode": Estimator(
+        lambda task: Smoothed(LikelihoodRatio(Episode(), LeaveOneOut()), std=NOISE), draws=True, differentiates=False
+    ),
+    "likelihood-ratio-loo": Estimator(
+        lambda task: Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=NOISE), draws=True, differentiates=False
+    ),
+    "likelihood-ratio-value": Estimator(
+        lambda task: Smoothed(LikelihoodRatio(baseline=Fitted()), std=NOISE), draws=True, differentiates=False
+    ),
+    "inverse-variance": Estimator(lambda task: Smoothed(InverseVariance(), std=NOISE), draws=True, differentiates=True),
+    "inverse-variance-per-step": Estimator(
+        lambda task: Smoothed(InverseVariancePerStep(), std=NOISE), draws=True, differentiates=True
+    ),
+    "total-propagation": Estimator(
+        lambda task: Smoothed(TotalPropagation(), std=NOISE), draws=True, differentiates=True
+    ),
+    "alpha-order": Estimator(lambda task: Smoothed(AlphaOrder(), std=NOISE), draws=True, differentiates=True),
+    "discontinuity-tested": Estimator(
+        lambda task: Smoothed(DiscontinuityTested(), std=NOISE), draws=True, differentiates=True
+    ),
+    "evolution": Estimator(lambda task: Evolution(std=0.05), draws=True, differentiates=False),
+    "evolution-rank": Estimator(
+        lambda task: Evolution(std=0.05, shaping=CentredRanks()), draws=True, differentiates=False
+    ),
+}
+
+
+def estimator(name: str) -> tuple[str, Estimator]:
+    """A row of ESTIMATORS by name; `likelihood_ratio` is `likelihood-ratio`.
+
+    Raises: `ValueError` naming the nearest for an unknown one.
+
+    >>> estimator("likelihood_ratio")[0]
+    'likelihood-ratio'
+    """
+    name = known("estimator", name.replace("_", "-"), ESTIMATORS)
+    return name, ESTIMATORS[name]
