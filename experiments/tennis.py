@@ -84,12 +84,12 @@ def _measure(*, tasks: str, std: Any, samples: int, steps: int, rates: Any, seed
     deviation = jnp.asarray(std)
     noise = partial(with_noise, task=task, std=deviation)
     zero = Linear.zeros(task)
-    score = LikelihoodRatio(baseline=LeaveOneOut(), remat=None)
-    first = _test(noise(BPTT(remat=None)), noise(score), zero, task, many)
+    score = LikelihoodRatio(baseline=LeaveOneOut())
+    first = _test(noise(BPTT()), noise(score), zero, task, many)
     estimators = {
-        PATHWISE: BPTT(remat=None),
+        PATHWISE: BPTT(),
         SCORE: score,
-        MIXED: AlphaOrder(gamma=gamma * first["score norm"], remat=None),
+        MIXED: AlphaOrder(gamma=gamma * first["score norm"]),
     }
     found: dict[str, Any] = {"bias at the start": first, "gamma": gamma * first["score norm"]}
     ends = {}
@@ -101,7 +101,7 @@ def _measure(*, tasks: str, std: Any, samples: int, steps: int, rates: Any, seed
         ends[name] = jax.tree.map(lambda x, best=best: x[best, 0], policies)
         found[name] = {"rate": rates[best], "by_rate": final, "return": returns[best].T, "success": success[best].T}
     found["step"] = np.linspace(0, steps, LOOKS + 1).round()
-    found["bias at the end"] = _test(noise(BPTT(remat=None)), noise(score), ends[SCORE], task, many)
+    found["bias at the end"] = _test(noise(BPTT()), noise(score), ends[SCORE], task, many)
     return found
 
 

@@ -342,3 +342,13 @@ def test_a_good_setting_prepares_its_task():
     task, rows = prepare(SETTING._replace(methods=("gauss_newton",)))
     assert (task.horizon, [name for name, _ in rows]) == (10, ["gauss-newton"])
     np.testing.assert_array_equal(task.dynamics.B, tasks.lqr(mass=1.5).dynamics.B)
+
+
+def test_a_task_without_a_gradient_is_for_methods_that_take_none():
+    setting = SETTING._replace(task="heaviside", parameters={}, horizon=1)
+    with pytest.raises(
+        ValueError, match=r"'heaviside' has no gradient in the action .* use a method that does not diff"
+    ):
+        prepare(setting._replace(methods=("cem", "adam")))
+    task, rows = prepare(setting._replace(methods=("cem", "mppi")))
+    assert (task.name, [name for name, _ in rows]) == ("heaviside", ["cem", "mppi"])
