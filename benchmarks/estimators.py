@@ -2,7 +2,8 @@
 
 The passes are what no implementation can do without: of BPTT in all its forms, a plain BPTT gradient of the same policy, noise
 included where it has some; of the likelihood ratio, the rollouts of the noisy policy and one reverse product of log pi at
-the states met; of evolution, the rollouts of 2B policies that are given.
+the states met; of mixtures, the noisy BPTT gradient and that product (and a second rollout where a test takes one); of
+evolution, the rollouts of 2B policies that are given.
 """
 
 import time
@@ -21,6 +22,7 @@ from diffmbrl.rollout import split
 
 MOST = 1.3
 EVOLUTION = ("evolution", "evolution-rank")
+MIXTURES = ("inverse-variance", "inverse-variance-per-step", "total-propagation", "alpha-order", "discontinuity-tested")
 
 
 def run(*, quick: bool) -> None:
@@ -80,4 +82,6 @@ def _passes(name: str) -> tuple[str, ...]:
         return ("rollouts of 2B policies",)
     if name.startswith("likelihood-ratio"):
         return ("noisy rollouts", "score")
+    if name in MIXTURES:
+        return ("noisy bptt", "score", "noisy rollouts") if name == "discontinuity-tested" else ("noisy bptt", "score")
     return ("noisy bptt",) if name == "bptt-smoothed" else ("bptt",)
