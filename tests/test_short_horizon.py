@@ -194,7 +194,7 @@ def test_windows_with_the_true_value_add_up_to_bptt(x64):
     ]
     total = jax.tree.map(lambda *xs: sum(xs), *slopes)
     same_tree(total, BPTT()(policy, task, s0, None)[1], rtol=1e-8)
-    assert np.abs(total.K).min() > 1e-2
+    assert np.abs(total.K).max() > 1e-2
 
 
 def test_environments_carried_across_windows_follow_the_rollout(x64):
