@@ -172,7 +172,7 @@ METHODS: dict[str, Method] = {
         most_parameters=1500,
         continuation="trust",
     ),
-    # Noise at a learned price: without, a policy soon holds a hanging pole still and stays there (experiments/short_horizon.py).
+    # Noise at a learned price: without, a policy soon holds a hanging pole still, and stays there.
     "short-horizon": Method(
         lambda rate, steps, task: ShortHorizon(
             Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), noise=Noise(entropy=Entropy())
