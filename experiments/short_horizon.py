@@ -99,9 +99,15 @@ def short(size: Size, steps: int, **options: Any) -> ShortHorizon:
 
 
 def measure(size: Size, parts: Any):
-    """Learning curves for each task and form, then the landscape and the windows on the first task; learnt in float32."""
+    """The landscape, learning curves for each form and task, then windows on the first task; learnt in float32."""
     numbers: dict[str, Any] = {"learning": {}}
     options: dict[str, Any] = {k: getattr(size, k) for k in ("seeds", "starts", "hidden", "looks")}
+    name, T = size.tasks[0], size.horizons[0]
+    part = {"landscape": name, "T": T} | {
+        k: getattr(size, k) for k in ("starts", "hidden", "updates", "long", "shifts")
+    }
+    numbers["landscape"] = parts(part, partial(_landscape, name, T, size))
+    yield numbers
     for label in size.forms:
         for name, T, updates in zip(size.tasks, size.horizons, size.updates, strict=True):
             arm = forms(size, updates)[label]
@@ -110,11 +116,6 @@ def measure(size: Size, parts: Any):
             numbers["learning"].setdefault(name, {})[label] = run
             yield numbers
     name, T = size.tasks[0], size.horizons[0]
-    part = {"landscape": name, "T": T} | {
-        k: getattr(size, k) for k in ("starts", "hidden", "updates", "long", "shifts")
-    }
-    numbers["landscape"] = parts(part, partial(_landscape, name, T, size))
-    yield numbers
     numbers["windows"] = {"task": name, "h": [], "test": []}
     options |= {"seeds": size.window_seeds, "looks": 2}
     for h in size.windows:

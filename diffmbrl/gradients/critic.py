@@ -17,8 +17,8 @@ from diffmbrl.nets import MLP
 class Critic(eqx.Module):
     r"""$V(x) = \mathrm{symexp}(\mu + \varsigma\,\mathrm{net}(x))$, `x` the task's features and the share of the horizon passed.
 
-    The network learns symlog of the targets, $\mathrm{sign}(G)\log(1 + |G|)$, at mean 0 and deviation 1: a few environments that
-    have left the region of interest cost a thousand times what the others do, and must not hide the differences between
+    The network learns symlog of the targets, $\mathrm{sign}(G)\log(1 + |G|)$, at mean 0 and deviation 1: a few environments
+    that have left the region of interest cost a thousand times what the others do, and must not hide the differences between
     those. `rescaled` changes $\mu$ and $\varsigma$ and no value. Least squares in symlog are biased where targets are noisy.
     Reference: van Hasselt et al. 2016, section 2 (PopArt); Hafner et al. 2023 (symlog).
 
