@@ -8,8 +8,8 @@ from diffmbrl.planners.models import Expansion, FirstOrder, SecondOrder, expansi
 from diffmbrl.planners.mpc import MPC, Predicted, Unaware, act, control
 from diffmbrl.planners.multiple_shooting import MultipleShooting
 from diffmbrl.planners.refit import CEM, MPPI, Best, EffectiveSize
-from diffmbrl.planners.sampling import Sampling
 from diffmbrl.planners.regularization import Damping
+from diffmbrl.planners.sampling import Sampling
 from diffmbrl.planners.scoring import scores
 from diffmbrl.planners.search import Backtracking, Parallel
 from diffmbrl.planners.shooting import Projection, Shooting, Tanh
