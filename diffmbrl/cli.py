@@ -92,15 +92,14 @@ class Diagnose:
     """See why backpropagation through time fails, from which horizon on, and which estimator to use instead.
 
     Measured in float64, and in float32 beside it, whatever the precision of the run that trained the policy. Ends with a
-    verdict, figures
-    and a report.
+    verdict, figures and a report.
     """
 
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """Name of a task; `diffmbrl tasks` lists them."""
     policy: str | None = None
-    """A trained policy: RUN, RUN:method or RUN:method:seed, RUN the folder of a comparison; by default a random first "
-    "policy."""
+    """A trained policy: RUN, RUN:method or RUN:method:seed, RUN the folder of a comparison; by default a random first
+    policy."""
     scale: float | None = None
     """Factor on the last layer of the random first policy."""
     horizons: list[int] = field(default_factory=lambda: [10, 50, 100, 200, 400])
