@@ -30,6 +30,13 @@ def test_plans_of_the_example_reach_their_goal(capsys: pytest.CaptureFixture[str
     assert max(map(abs, height)) < 0.5
 
 
+def test_estimators_of_the_example_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(EXAMPLES[2], capsys)
+    numbers = {line.split(":")[0]: [float(x) for x in re.findall(r"-?\d[\d.e+]*", line)] for line in lines}
+    (J, exact, _), (same_J, windows, _), (_, _, spread) = (numbers[name] for name in ("exact", "windows", "score"))
+    assert J == same_J and exact != windows and spread > 0
+
+
 def test_pictures_and_folders_named_exist() -> None:
     root = Path(__file__).parents[1]
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
