@@ -38,7 +38,7 @@ from diffmbrl.policies import Neural
 from diffmbrl.runs.figures import log_axis, name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.record import array
-from experiments.sheet import band, heading, log_limits, note, sheet, title
+from experiments.sheet import band, heading, log_limits, sheet, title
 
 EXPECTED = (
     "The pathwise variance grows exponentially with the horizon and the score function's polynomially, so that they cross; "
@@ -231,13 +231,12 @@ def _ratios(axis: Any, T: Any, found: Any) -> None:
 
 def _weights(axis: Any, found: Any) -> None:
     axis.set_xlabel("time step t")
-    axis.set_ylabel("weight of the pathwise estimate")
+    axis.set_ylabel("pathwise weight (0: score function)")
     lines = []
     for what in WEIGHED:
         y = array(found[f"weight, {what}"]).T
         lines.append(band(axis, STYLES[what], np.arange(len(y)), y))
     axis.set_ylim(-0.03, 1.03)
-    note(axis, "0: score function alone", 0.03, 0.06)
     name_ends(axis, lines)
 
 

@@ -1,7 +1,7 @@
 """The spectrum is the matrix's: dense, by Lanczos and as a density."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,11 @@ S0 = TASK.starts(KEY, 3)
 MATRICES = [gauss_newton, hessian, fisher]
 
 
-def formed(of: Callable, policy: Any = POLICY) -> np.ndarray:
+@cache
+def formed(of: Callable) -> np.ndarray:
     """The whole matrix in float64, by other means where there are any: jax.hessian of -J, the sum G'MG."""
     with jax.enable_x64(True):
-        policy, task, s0 = in_double((policy, TASK, S0))
+        policy, task, s0 = in_double((POLICY, TASK, S0))
         theta, unravel = ravel_pytree(policy)
         if of is hessian:
             return np.asarray(jax.jit(jax.hessian(lambda x: -expected(unravel(x), task, s0)))(theta))

@@ -87,7 +87,7 @@ def bias(gamma: Array, distance: Array, epsilon: Array) -> Array:
 def accuracy(gamma: Array, distance: Array, epsilon: Array) -> Array:
     r"""The largest alpha with $\alpha |P - Z| + \epsilon \le \gamma$; 0 if there is none.
 
-    >>> [accuracy(gamma, jnp.array(4.0), jnp.array(1.0)).item() for gamma in (2.0, 0.5)]
+    >>> [accuracy(gamma, jnp.array(4.0), jnp.array(1.0)).item() for gamma in jnp.array([2.0, 0.5])]
     [0.25, 0.0]
     """
     return jnp.where(epsilon > gamma, 0, (gamma - epsilon) / distance)
