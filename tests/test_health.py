@@ -13,6 +13,7 @@ from diffmbrl.diagnostics import health as measuring
 from diffmbrl.diagnostics.bias import Bias, bias
 from diffmbrl.diagnostics.differences import difference_error
 from diffmbrl.diagnostics.health import Health, gradient_health
+from diffmbrl.diagnostics.products import log_singular_values, products
 from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
 from diffmbrl.diagnostics.verdict import least_z, verdict
 from diffmbrl.tasks.prefix import Seeing, begin, prefix
@@ -335,3 +336,9 @@ def test_samples_in_chunks_are_the_samples():
     wanted, whole = BPTT().samples(policy, task, s0, None)
     np.testing.assert_allclose(J, wanted, rtol=1e-6)
     np.testing.assert_allclose(gradients, jax.vmap(lambda g: ravel_pytree(g)[0])(whole), rtol=1e-5)
+
+
+def test_products_of_numbers(x64):
+    """A system of one state variable has Jacobians of one number, which no rotation is needed for."""
+    found = log_singular_values(products(jnp.full((4, 1, 1), -2.0)))
+    np.testing.assert_allclose(found[:, 0], np.log(2.0) * np.arange(1, 5), rtol=1e-12)
