@@ -30,7 +30,7 @@ from diffmbrl.runs.figures import effort_axis, name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.arms import Arm, train
 from experiments.record import array
-from experiments.sheet import band, heading, log_limits, sheet, title
+from experiments.sheet import band, heading, log_limits, note, sheet, title
 
 EXPECTED = (
     "Windows with a critic learn both tasks on every seed and the full unroll with clipping, tuned as well, does not; the "
@@ -50,7 +50,7 @@ class Size(NamedTuple):
     starts: int
     hidden: tuple[int, ...]
     updates: tuple[int, ...]  # of windows, on each task
-    unrolls: int  # updates of the full unroll, which see more steps
+    unrolls: int  # updates of the full unroll, each through 6 to 12 times as many steps
     rate: float
     windows: tuple[int, ...]
     steps: int  # N h of the comparison of windows
@@ -238,6 +238,8 @@ def paint(numbers: Any) -> Any:
             y = (y - y.min()) / np.ptp(y)
             lines.append(band(landscape, style_of(label, index=i), found["shift"], y[:, None]))
         name_ends(landscape, lines)
+    else:
+        note(landscape, "not measured yet", 0.3, 0.5)
     landscape.set_xlabel("shift of one weight")
     landscape.set_ylabel("objective, as a share of its range")
     title(landscape, "landscape")
@@ -246,6 +248,8 @@ def paint(numbers: Any) -> Any:
         log_limits(windows, "x", [found["h"]])
         log_limits(windows, "y", [array(found["test"])])
         band(windows, style_of("h", index=0), found["h"], array(found["test"]))
+    else:
+        note(windows, "not measured yet", 0.3, 0.5)
     windows.set_xlabel("window h [steps], N h fixed")
     windows.set_ylabel("cost on held-out starts")
     title(windows, "windows")
