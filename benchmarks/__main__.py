@@ -7,7 +7,7 @@ import sys
 # JAX is imported by the benchmark, after diffmbrl has set XLA's flags.
 BENCHMARKS = {
     "primitives": "rollout, gradient, linearisation, Riccati, products and updates, as multiples of the rollout",
-    "planners": "iLQR and DDP against Crocoddyl and diffilqrax to 0.1% of the optimum, and from many starts",
+    "planners": "iLQR and DDP against Crocoddyl, CasADi and diffilqrax to 0.1% of the optimum, and from many starts",
     "rematerialisation": "gradient memory and time against the segments of the scan that are recomputed",
     "first_vs_second": "every optimiser on every task at four horizons, with the same continuation",
     "robust": "the default second-order method, L-BFGS and Adam on every task, twenty seeds, nothing tuned",
