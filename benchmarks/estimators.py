@@ -27,7 +27,7 @@ MIXTURES = ("inverse-variance", "inverse-variance-per-step", "total-propagation"
 
 def run(*, quick: bool) -> None:
     horizon, batches = (50, (8,)) if quick else (200, (32, 256))
-    rows = [row for batch in batches for row in _measure(horizon, batch, rounds=3 if quick else 9)]
+    rows = [row for batch in batches for row in _measure(horizon, batch, rounds=3 if quick else 5)]
     head = ["estimator", "B", "ms", "over its passes", "over BPTT"]
     print(f"one gradient, cart-pole, MLP 2x64, T = {horizon}, float32, CPU time\n\n{table(head, rows)}")
     above = [f"{row[0]} at B = {row[1]}: {row[3]:.2f}" for row in rows if row[3] > MOST]

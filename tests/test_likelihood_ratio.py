@@ -250,3 +250,14 @@ def test_what_it_cannot_do_is_refused():
         Fitted(folds=1)
     with pytest.raises(ValueError, match="weights must have shape"):
         LikelihoodRatio()(noisy, reweighted(task, jnp.ones((3, 3))), task.starts(KEY, 2), KEY)
+
+
+@pytest.mark.parametrize("plan", [False, True])
+def test_many_states_go_through_the_policy_a_few_steps_at_a_time(plan, x64):
+    # Of 100 starts, 3 of 8 steps at a time: the last turn has 2.
+    task = changed(bent(ends=True), noise=0.3)
+    mean = OpenLoop(0.1 * jnp.arange(8.0)[:, None]) if plan else Linear(jnp.array([[0.6, -0.8]]), jnp.array([0.2]))
+    policy, s0 = Gaussian.around(mean, task, std=0.4), task.starts(KEY, 100)
+    estimator = LikelihoodRatio(baseline=LeaveOneOut())
+    found, (J, gradients) = jax.jit(lambda *x: (estimator(*x), estimator.samples(*x)))(policy, task, s0, KEY)
+    same_tree(found, (J.mean(), jax.tree.map(lambda x: x.mean(0), gradients)))

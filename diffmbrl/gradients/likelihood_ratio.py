@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, parameter, reweighted
+from diffmbrl.curvature import map_steps
 from diffmbrl.gradients.smoothed import drawn
 from diffmbrl.rollout import returns, rollouts, weights_axis
 
@@ -151,9 +152,7 @@ class LikelihoodRatio(eqx.Module):
 
     def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
         J, trajectories, advantage = self._weigh(policy, task, s0, key)
-        s, batch = where_alive(trajectories), J.shape[0]
-        _, transpose = jax.vjp(lambda pi: jax.vmap(lambda s, a: _log_probs(pi, s, a))(s, trajectories.a), policy)
-        return jnp.mean(J), transpose(advantage / batch)[0]
+        return jnp.mean(J), _score(policy, where_alive(trajectories), trajectories.a, advantage / J.shape[0])
 
     def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
         """Return and gradient of each start. Memory: B gradients."""
@@ -186,6 +185,24 @@ def each_return(trajectories: Trajectory, task: Task) -> Float[Array, " B"]:
     """J of each trajectory, with its weights, if each has its own."""
     axis = None if task.weights.ndim == 1 else 0
     return jax.vmap(lambda tau, w: returns(tau, reweighted(task, w)), in_axes=(0, axis))(trajectories, task.weights)
+
+
+def _score(policy: Any, s: State, a: Float[Array, "B T m"], weight: Float[Array, "B T"]) -> Any:
+    """The sum over starts and steps of weight times the derivative of log pi(a | s)."""
+
+    def total(policy):
+        plan = policy if is_plan(policy) else None
+
+        def at(x):
+            s_t, a_t, weight_t, plan_t = x
+            pi = policy if plan is None else plan_t
+            return jnp.vdot(weight_t, jax.vmap(pi.log_prob)(s_t, a_t))
+
+        steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (s, a, weight))
+        # Recomputed rather than kept, so that the activations of a few steps at a time stay in the caches.
+        return jnp.sum(map_steps(jax.checkpoint(at, prevent_cse=False), (*steps, plan), a.shape[0]))
+
+    return jax.grad(total)(policy)
 
 
 def _log_probs(policy: Any, s: State, a: Float[Array, "T m"]) -> Float[Array, " T"]:
