@@ -22,8 +22,8 @@ import numpy as np
 
 from diffmbrl.gradients import AdaptiveHorizon, Entropy, Noise, ShortHorizon
 from diffmbrl.gradients.windows import begin, window
-from diffmbrl.methods import clipped_adam
 from diffmbrl.optimizers import Descend
+from diffmbrl.optimizers.clipped import clipped_adam
 from diffmbrl.policies import Neural
 from diffmbrl.rollout import expected
 from diffmbrl.runs.figures import effort_axis, name_ends, style_of

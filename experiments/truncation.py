@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from diffmbrl.gradients import BPTT, Truncated
-from diffmbrl.methods import clipped_adam
 from diffmbrl.optimizers import Descend
+from diffmbrl.optimizers.clipped import clipped_adam
 from diffmbrl.runs.figures import name_ends, style_of
 from experiments.arms import Arm, train
 from experiments.record import array

@@ -28,7 +28,7 @@ from diffmbrl import (
     SquareRoot,
 )
 from diffmbrl.curvature import gauss_newton
-from diffmbrl.methods import clipped_adam, clipped_muon
+from diffmbrl.optimizers.clipped import clipped_adam, clipped_muon
 from diffmbrl.optimizers.soap import soap
 from diffmbrl.planners import CEM, MPPI, Best, Coloured, Even, Normal, Sampling, Shooting
 from diffmbrl.preconditioners import LeafBlocks, SignedJacobi

@@ -10,7 +10,8 @@ import pytest
 from diffmbrl import Continuation, Raced, tasks
 from diffmbrl.core import Solver
 from diffmbrl.gradients.registry import ESTIMATORS
-from diffmbrl.methods import METHODS, clipped_muon, estimated, method, schedule, solver
+from diffmbrl.methods import METHODS, estimated, method, schedule, solver
+from diffmbrl.optimizers.clipped import clipped_muon
 
 every_method = pytest.mark.parametrize("name", METHODS)
 TASK = tasks.lqr(horizon=7)

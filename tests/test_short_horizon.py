@@ -29,7 +29,8 @@ from diffmbrl.gradients.exploration import Spread
 from diffmbrl.gradients.reach import stiffness
 from diffmbrl.gradients.windows import Environments, begin, window
 from diffmbrl.lanes import PolicyLanes, draw
-from diffmbrl.methods import METHODS, clipped_adam
+from diffmbrl.methods import METHODS
+from diffmbrl.optimizers.clipped import clipped_adam
 from tests.problems import bent, changed, matrices, same, same_tree
 
 KEY = jax.random.key(0)

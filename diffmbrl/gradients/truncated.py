@@ -56,7 +56,7 @@ class Truncated(eqx.Module):
 class Clipped(eqx.Module):
     r"""The adjoint is shortened to a norm of at most c: $\lambda_t \leftarrow \lambda_t \min(1, c / |\lambda_t|)$.
 
-    Clipping the gradient (`methods.clipped_adam`) keeps its direction, which one exploded adjoint may have filled; this bounds
+    Clipping the gradient (`optimizers.clipped`) keeps its direction, which one exploded adjoint may have filled; this bounds
     each step's share before it is multiplied by more Jacobians. With an infinite c this is BPTT. The norm is over the whole
     state, whose parts may have different units: choose them alike.
 
