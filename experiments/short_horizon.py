@@ -1,8 +1,9 @@
 r"""Do short windows with a critic learn what the full unroll does not, are they smoother, and how long should they be?
 
 * Learning: `ShortHorizon` from random weights, 5 seeds, in three forms: learned noise alone (SHAC), the same with an adaptive
-  reach (AHAC), and noise at a learned price of entropy (SAPO); beside full BPTT with clipped Adam at the best of its rates, at
-  the full horizon and without continuation. Costs on held-out starts against dynamics evaluations.
+  reach (AHAC), and noise at a learned price of entropy (SAPO), each the best of four first policies after half of its updates;
+  beside full BPTT with clipped Adam at the best of its rates, at the full horizon and without continuation. Costs on held-out
+  starts against dynamics evaluations.
 * Landscape: the weight of the first layer with the largest gradient is shifted, for a policy trained by the third form: J over
   a long horizon against the objective of one window from the same starts, with the critic's value (`windows.window`).
 * Windows: the third form with windows of h = 4 ... 64 steps at fixed N h.
@@ -22,7 +23,7 @@ import numpy as np
 
 from diffmbrl.gradients import AdaptiveHorizon, Entropy, Noise, ShortHorizon
 from diffmbrl.gradients.windows import begin, window
-from diffmbrl.optimizers import Descend
+from diffmbrl.optimizers import Descend, Raced
 from diffmbrl.optimizers.clipped import clipped_adam
 from diffmbrl.policies import Neural
 from diffmbrl.rollout import expected
@@ -36,7 +37,7 @@ EXPECTED = (
     "Windows with a critic learn both tasks on every seed and the full unroll with clipping, tuned as well, does not; the "
     "objective of a window is smoother in a weight than the return over a long horizon; windows of 16 to 32 steps are the best."
 )
-RATES = (1e-3, 3e-3, 1e-2)  # of the full unroll
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of the full unroll
 FORMS = ("windows, entropy", "full unroll", "windows", "windows, adaptive")
 
 
@@ -62,7 +63,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(
-    FORMS, ("cartpole-swingup", "pendulum"), (100, 200), 5, 64, (32, 32), (1600, 800), 200, 5e-3,
+    FORMS, ("cartpole-swingup", "pendulum"), (100, 200), 5, 64, (32, 32), (1200, 800), 800, 5e-3,
     windows=(4, 8, 16, 32, 64), steps=1024, window_seeds=3, window_updates=400, long=1000, shifts=81, looks=10,
 )  # fmt: skip
 QUICK = FULL._replace(
@@ -74,13 +75,13 @@ QUICK = FULL._replace(
 def forms(size: Size, updates: int) -> dict[str, Arm]:
     """The arms of the first question, the entropy-regularised form first."""
     return {
-        "windows, entropy": Arm(lambda rate, steps: short(size, steps, noise=Noise(entropy=Entropy())), updates),
+        "windows, entropy": Arm(lambda rate, steps: raced(size, steps, noise=Noise(entropy=Entropy())), updates),
         "full unroll": Arm(
             lambda rate, steps: Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), size.unrolls, RATES
         ),
-        "windows": Arm(lambda rate, steps: short(size, steps, noise=Noise()), updates),
+        "windows": Arm(lambda rate, steps: raced(size, steps, noise=Noise()), updates),
         "windows, adaptive": Arm(
-            lambda rate, steps: short(size, steps, noise=Noise(), reach=adaptive()),
+            lambda rate, steps: raced(size, steps, noise=Noise(), reach=adaptive()),
             updates,
         ),
     }
@@ -89,6 +90,11 @@ def forms(size: Size, updates: int) -> dict[str, Arm]:
 def adaptive() -> AdaptiveHorizon:
     """From half the window, up to all of it."""
     return AdaptiveHorizon(initial=jnp.asarray(8.0), high=jnp.asarray(16.0))
+
+
+def raced(size: Size, steps: int, **options: Any) -> Raced:
+    """Windows of the best of four first policies after half of the updates."""
+    return Raced(short(size, steps, **options), updates=max(1, steps // 2))
 
 
 def short(size: Size, steps: int, **options: Any) -> ShortHorizon:

@@ -42,8 +42,8 @@ def test_continued_by_default(name):
     row = METHODS[name]
     rate = row.rates[0] if row.rates else None
     continued = solver(row, TASK, rate=rate, steps=row.steps, continuation="default")
-    assert isinstance(continued, Raced) == row.raced
-    inner = continued.solver if row.raced else continued
+    assert isinstance(continued, Raced) == (row.race > 0)
+    inner = continued.solver if row.race else continued
     assert isinstance(inner, Continuation) and continued.kind == row.kind
     stages = schedule(continued)
     assert sum(updates for _, updates, _ in stages) == row.steps

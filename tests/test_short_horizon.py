@@ -29,7 +29,7 @@ from diffmbrl.gradients.exploration import Spread
 from diffmbrl.gradients.reach import stiffness
 from diffmbrl.gradients.windows import Environments, begin, window
 from diffmbrl.lanes import PolicyLanes, draw
-from diffmbrl.methods import METHODS
+from diffmbrl.methods import METHODS, solver
 from diffmbrl.optimizers.clipped import clipped_adam
 from tests.problems import bent, changed, matrices, same, same_tree
 
@@ -380,32 +380,31 @@ def test_what_is_no_rule_and_what_is_no_policy_are_refused():
 
 # What they learn, from random weights at the full horizon and with the settings of the table of methods.
 
-# T, updates, the highest cost of a seed that has learned, and how many of five have: on the cart-pole one has run away before
-# its critic knew what that costs, and does not come back.
-BANDS = {"pendulum": (200, 800, 175.0, 5), "cartpole-swingup": (100, 1600, 12.0, 4)}
+# T, updates, and the highest cost of a seed that has learned.
+BANDS = {"pendulum": (200, 800, 175.0), "cartpole-swingup": (100, 1200, 12.0)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BANDS)
 def test_it_learns(name):
-    horizon, updates, band, seeds = BANDS[name]
+    horizon, updates, band = BANDS[name]
     task = tasks.make(name, horizon=horizon)
-    solver = METHODS["short-horizon"].make(5e-3, updates, task)
-    lanes = PolicyLanes([solver], task, (32, 32), draw(task, 5, 64, 256, 0), sequential=False)
+    made = solver(METHODS["short-horizon"], task, rate=5e-3, steps=updates, continuation="none")
+    lanes = PolicyLanes([made], task, (32, 32), draw(task, 5, 64, 256, 0), sequential=False)
     for done in range(0, updates, 50):
         lanes.advance(done, 50)
     found = lanes.evaluate()
-    assert np.sum((-found["test"] < band) & (found["success"] >= 0.95)) >= seeds, found
+    assert np.all((-found["test"] < band) & (found["success"] >= 0.9)), found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BANDS)
 def test_the_full_unroll_does_not(name):
-    """Clipped, at three rates, on as many steps of the dynamics, without continuation: no rate succeeds on any seed."""
+    """Clipped, at four rates, without continuation: no rate succeeds on any seed."""
     horizon = BANDS[name][0]
     task = tasks.make(name, horizon=horizon)
-    solvers = [Descend(clipped_adam, learning_rate=rate, anneal=200.0) for rate in (1e-3, 3e-3, 1e-2)]
+    solvers = [Descend(clipped_adam, learning_rate=rate, anneal=800.0) for rate in (1e-3, 3e-3, 1e-2, 3e-2)]
     lanes = PolicyLanes(solvers, task, (32, 32), draw(task, 5, 64, 256, 0), sequential=False)
-    for done in range(0, 200, 50):
+    for done in range(0, 800, 50):
         lanes.advance(done, 50)
     assert np.all(lanes.evaluate()["success"] < 0.95)
