@@ -95,7 +95,8 @@ def test_ddp_converges_quadratically(x64):
     s0 = task.initial(KEY)
     norms = {}
     for planner in (ILQR(), DDP()):
-        _, history = solve(planner, Affine.zeros(task), task, s0, None, 100, tolerance=1e-9)
+        # Where the gradient is 1e-9, what a step gains is below the rounding of J, and a search may find nothing.
+        _, history = solve(planner, Affine.zeros(task), task, s0, None, 100, tolerance=1e-8)
         assert history.stop.startswith("converged")
         norms[type(planner.model).__name__] = history.info.gradient_norm
     assert len(norms["SecondOrder"]) < len(norms["FirstOrder"])

@@ -32,6 +32,7 @@ from diffmbrl import (
 )
 from diffmbrl.core import is_stateful
 from diffmbrl.lanes import _evaluate
+from diffmbrl.planners import Damping
 from diffmbrl.planners.mpc import planning_task, shifted
 from diffmbrl.tasks.plant import Delayed, delayed, noisy
 from tests.problems import bent, changed, optimal_actions, riccati, same, same_tree
@@ -221,7 +222,7 @@ def test_one_trace_for_all_steps_and_numbers():
 
     for mass, iterations in [(0.8, 1), (1.1, 3)]:
         task = changed(bent(), mass=mass)
-        mpc = MPC.init(Counting(ILQR(factor=3.0 + mass)), task, horizon=5, iterations=iterations)
+        mpc = MPC.init(Counting(ILQR(damping=Damping(factor=3.0 + mass))), task, horizon=5, iterations=iterations)
         memory, s = jax.jit(lambda m, t: m.start(t))(mpc, task), jnp.array([0.4, 0.1])
         for _ in range(4):
             a, memory = act(mpc, memory, s)

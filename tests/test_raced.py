@@ -37,6 +37,7 @@ def test_entrants_are_the_policy_and_its_entries_shuffled(problem):
     assert np.any(policies.net.weights[0][1] != policies.net.weights[0][2])
 
 
+@pytest.mark.slow
 def test_the_best_of_separate_runs_wins_and_goes_on_alone(problem):
     """Against the same entrants updated one by one, all of them on all starts."""
     policy, task, s0 = problem
@@ -84,6 +85,7 @@ def test_a_policy_that_was_trained_wins_its_race(problem):
     same(history.info.J[0], expected(trained, task, s0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_entrant_has_its_own_continuation(problem):
     policy, task, s0 = problem
     solver = Raced(Continuation(INNER, discounts=[0.8, 1.0], lengths=[3, 3]), entrants=2, updates=4, starts=6)

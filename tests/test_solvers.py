@@ -130,7 +130,27 @@ def test_without_jit_it_does_the_same(row, x64):
     same_tree(eager, compiled, rtol=1e-6)
 
 
-@every_solver
+# Rows with a control flow of their own: the others are made of these.
+VMAPPED = {
+    *(
+        "adam",
+        "lbfgs",
+        "gauss-newton",
+        "dense gauss-newton",
+        "newton-cg",
+        "krylov-newton",
+        "consensus",
+        "short-horizon",
+    ),
+    *("trusting gauss-newton", "ilqr", "multiple shooting", "growing ilqr", "icem", "shooting"),
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row if row.name in VMAPPED else pytest.param(row, marks=pytest.mark.slow) for row in SOLVERS],
+    ids=list(ROWS),
+)
 def test_a_vmap_over_seeds_is_a_loop(row, x64):
     cases = [case(row, double=True, seed=seed) for seed in range(2)]
     solver, task = cases[0].solver, cases[0].task
