@@ -50,6 +50,15 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder for a command, which may set the precision."""
+    monkeypatch.chdir(tmp_path)
+    x64 = jax.config.jax_enable_x64
+    yield tmp_path
+    jax.config.update("jax_enable_x64", x64)
+
+
 # Every compiled program maps memory, and a process may have 65,530 mappings (Linux's default); beyond, XLA crashes.
 MOST_MAPPINGS = 30_000
 

@@ -18,14 +18,6 @@ from diffmbrl.saved import load_policy, save_policies
 SETTING = Setting("lqr", (3, 6), None, None, (4,), {}, 64, 0.1, 0)
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    x64 = jax.config.jax_enable_x64
-    yield tmp_path
-    jax.config.update("jax_enable_x64", x64)
-
-
 def test_end_to_end(folder, capsys):
     words = "diagnose lqr --horizons 3 6 --starts 64 --hidden 4 --scale 2 --param mass=2 --key 3"
     assert cli.main(words.split()) == 0

@@ -26,6 +26,7 @@ from diffmbrl.gradients import (
 )
 from diffmbrl.gradients.alpha_order import accuracy, bernstein, bias, chebyshev, normal
 from diffmbrl.gradients.inverse_variance import exchange, inverse_variance, minimum_variance, mix, moments
+from experiments.mixing import Bounded, Follows, Map
 from tests.problems import bent, changed
 
 KEY = jax.random.key(0)
@@ -301,27 +302,6 @@ def test_tests_are_right_about_smooth_systems():
         smooth = jax.jit(jax.vmap(lambda k, e=estimator: e.smooth(policy, task, s0, k).all()))
         alarms = 1 - float(smooth(jax.random.split(KEY, 400)).mean())
         assert alarms <= 0.03, (test, alarms)
-
-
-class Follows(eqx.Module):
-    """s' = a: the noise in the action is noise in the transition."""
-
-    def __call__(self, s, a, *, key=None):
-        return a
-
-
-class Bounded(eqx.Module):
-    def __call__(self, s, a):
-        return jnp.cos(s[0])
-
-
-class Map(eqx.Module):
-    """a = 1.5 sin(2 s), whose iterates are chaotic."""
-
-    theta: jax.Array
-
-    def __call__(self, s, *, key=None):
-        return self.theta[0] * jnp.sin(self.theta[1] * s)
 
 
 class Walk(eqx.Module):

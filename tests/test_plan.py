@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,14 +14,6 @@ from diffmbrl.tasks.drawing import Circle, Line
 from tests.problems import riccati
 
 SETTING = Setting("lqr", "ilqr", False, 6, None, 3, {}, {}, 0.0, 0, 2, 0, False)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    x64 = jax.config.jax_enable_x64
-    yield tmp_path
-    jax.config.update("jax_enable_x64", x64)
 
 
 def test_plans_are_riccatis_and_the_report_is_rebuilt(folder, capsys):

@@ -13,7 +13,7 @@ from diffmbrl.core import Info, State, Task, Work, as_float, count_work, is_plan
 from diffmbrl.gradients.critic import Critic, fit, moments, td_lambda
 from diffmbrl.gradients.exploration import Noise, Spread
 from diffmbrl.gradients.reach import AdaptiveHorizon, StiffCut
-from diffmbrl.gradients.windows import Environments, begin, first_starts, window
+from diffmbrl.gradients.windows import Environments, begin, first_starts, where, window
 from diffmbrl.rollout import expected
 
 
@@ -164,7 +164,7 @@ class ShortHorizon(eqx.Module):
         self, policy: Any, carry: ShortHorizonCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, ShortHorizonCarry, Info]:
         fresh = begin(s0, self.environments, task)
-        environments = _choose(carry.updates == 0, fresh, carry.environments)
+        environments = where(carry.updates == 0, fresh, carry.environments)
         key_noise, key_fit = jax.random.split(jax.random.fold_in(self.key, carry.updates + 1))
         (_, (environments, steps)), gradient = jax.value_and_grad(self._objective, has_aux=True)(
             (policy, carry.spread), carry, task, s0, environments, key, key_noise
@@ -179,7 +179,7 @@ class ShortHorizon(eqx.Module):
         info = info._replace(
             accepted=info.accepted & finite, nonfinite=(~finite).astype(jnp.int32), work=self._work(task, s0)
         )
-        return *_choose(finite, (moved, now), (policy, carry)), info
+        return *where(finite, (moved, now), (policy, carry)), info
 
     def _objective(self, learned, carry, task, s0, environments, key, key_noise):
         """The window's, of the policy and the spread of its noise."""
@@ -258,10 +258,6 @@ class _Given(eqx.Module):
 
 def _is_line_search(part: Any) -> bool:
     return isinstance(part, optax.ScaleByZoomLinesearchState | optax.ScaleByBacktrackingLinesearchState)
-
-
-def _choose(condition: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
 
 
 def _finite(tree: Any) -> Array:

@@ -105,11 +105,11 @@ def window(
                 done = ~alive | task.done(s_next)
             # phi is not evaluated where it does not count: its gradient there, times 0, may be NaN.
             last = timeout & ~done
-            phi = w[-1] * task.terminal(_where(last, s_next, first))
+            phi = w[-1] * task.terminal(where(last, s_next, first))
             r = r + discount * jnp.where(last, phi, jnp.zeros_like(phi))
             ended = timeout | done
             after = Environments(
-                _where(ended, again, s_next),
+                where(ended, again, s_next),
                 jnp.where(ended, 0, t + 1),
                 jnp.where(ended, following, env.start),
             )
@@ -117,7 +117,7 @@ def window(
             stiff = None if reach is None else stiffness(task, s, a)
             cut = jnp.zeros((), bool) if reach is None else reach.cuts(reach_state, stiff, since)
             cut = (cut | (l == length - 1)) & ~ended
-            carried = after._replace(s=_where(cut, jax.lax.stop_gradient(after.s), after.s))
+            carried = after._replace(s=where(cut, jax.lax.stop_gradient(after.s), after.s))
             fresh = cut | ended
             g_next = jnp.where(fresh, jnp.ones_like(g), g * discount)
             out = (s, t, r, ended, after.s, after.t, g, cut, excess, stiff)
@@ -145,5 +145,5 @@ def first_starts(task: Task, s0: State, count: int) -> tuple[Task, State]:
     return task, jax.tree.map(lambda x: x[:count], s0)
 
 
-def _where(condition: Array, x: State, y: State) -> State:
+def where(condition: Array, x: State, y: State) -> State:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
