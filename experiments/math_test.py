@@ -222,6 +222,7 @@ def paint(numbers: Any) -> Any:
     bars.barh(place - 0.2, list(values.values()), color=colours, height=0.36)
     bars.axvline(0, color=INK, linewidth=0.8)
     bars.set_xlim(-1200, 2300)
+    bars.set_xticks([-1000, 0, 1000, 2000])
     bars.set_yticks([])
     bars.set_xlabel("return")
     for y, (name, x) in zip(place, values.items(), strict=True):
