@@ -25,7 +25,7 @@ KEY = jax.random.key(0)
 close = partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 every_task = pytest.mark.parametrize("name", TASKS)
 differentiable = pytest.mark.parametrize("name", [name for name, row in TASKS.items() if row.differentiable_reward])
-DECISIONS = ("heaviside", "ball-and-wall")  # of one step
+DECISIONS = ("heaviside", "ball-and-wall", "math-test")  # of one step or two
 # Steps and a start with which bodies meet, if nobody pushes them apart.
 MEETING = {
     "pushing": (20, [0.05, 1, 0, 0]),
@@ -81,8 +81,8 @@ def test_rollouts_over_the_whole_horizon_are_finite(name):
     policy = Neural.init(task, hidden=[8], key=KEY, output_scale=1.0)
     trajectory, phi = jax.jit(follow)(policy, task, task.starts(KEY, 4))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((trajectory, phi)))
-    assert np.all(np.asarray(trajectory.r) <= 0)
-    assert np.all(np.asarray(trajectory.r) > -1e3)
+    assert np.all(np.asarray(trajectory.r) <= 0) or name == "math-test"
+    assert np.all(np.asarray(trajectory.r) >= -1e3)
     assert np.all(np.asarray(phi) <= 0)
     assert np.ptp(trajectory.a) > 0
 
@@ -99,6 +99,9 @@ def test_starts(name):
     one, other = draw(KEY), draw(jax.random.key(1))
     np.testing.assert_array_equal(one, draw(KEY))
     moving = np.asarray(task.initial.high > task.initial.low)
+    if name == "math-test":  # it always begins at the door
+        np.testing.assert_array_equal(one, other)
+        return
     assert moving.any()
     assert not np.any((one == other)[:, moving])
     assert np.unique(one[:, moving], axis=0).shape[0] == 64
@@ -411,6 +414,8 @@ def goal_of(task):
         s = task.reward.goal
     if task.name.startswith("bouncing"):
         s = s.at[0].set(1.0)
+    if task.name == "math-test":
+        s = s.at[0].set(2.0)
     if task.name == "tennis":
         s = s.at[:2].set(jnp.asarray([0.8, 0.4]))
     return s, hold
@@ -418,7 +423,7 @@ def goal_of(task):
 
 # Tasks of places and speeds alone; the number of the state that its success looks at.
 PLACES = {"lqr": 0, "heaviside": 0, "ball-and-wall": 1, "pushing": 1, "friction": 1, "tennis": 0}
-PLACES |= {"bouncing": 0, "bouncing-on-the-grid": 0}
+PLACES |= {"bouncing": 0, "bouncing-on-the-grid": 0, "math-test": 0}
 
 
 @every_task
