@@ -1,0 +1,164 @@
+"""Acting on a system: the steps of a policy on environments that go on from call to call."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from diffmbrl.buffer import Transition
+from diffmbrl.core import State, Task, is_plan, is_stateful
+from diffmbrl.policies import centre_and_half
+
+
+class Unknown(eqx.Module):
+    """The dynamics as an agent is given them."""
+
+    def __call__(self, s: State, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> State:
+        raise TypeError("the true dynamics are not known to an agent: learn a model, and put it in their place")
+
+
+class Exact(eqx.Module):
+    """A sensor that shows the state as it is."""
+
+    def __call__(self, s: State, key: PRNGKeyArray) -> State:
+        return s
+
+
+class System(eqx.Module):
+    """What an agent meets: the plant, the task as the agent knows it, and a sensor from the plant's states to the agent's.
+
+    The `view` is a task of what the sensor shows, whose dynamics nobody may call; what the buffer keeps is what is seen. The
+    rewards come from the plant's true states.
+    """
+
+    plant: Task
+    view: Task
+    sensor: Any
+
+    def __init__(self, plant: Task, *, view: Task | None = None, sensor: Any = None):
+        seen = plant if view is None else view
+        self.plant = plant
+        self.view = eqx.tree_at(lambda t: t.dynamics, seen, Unknown())
+        self.sensor = Exact() if sensor is None else sensor
+        shown = jax.eval_shape(self.sensor, plant.state_shape, jax.random.key(0))
+        if shown != self.view.state_shape:
+            raise ValueError(f"the sensor shows {shown}; the agent's task '{seen.name}' has states {seen.state_shape}")
+
+
+class RandomActions(eqx.Module):
+    """Actions drawn evenly within the limits; standard normal where there are none.
+
+    >>> import jax
+    >>> from diffmbrl import tasks
+    >>> policy = RandomActions(tasks.pendulum())
+    >>> policy(jax.numpy.zeros(2), key=jax.random.key(0)).shape
+    (1,)
+    """
+
+    low: Float[Array, " m"]
+    high: Float[Array, " m"]
+
+    def __init__(self, task: Task):
+        self.low, self.high = task.a_low, task.a_high
+
+    def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
+        centre, half = centre_and_half(self.low, self.high)
+        if key is None:
+            return centre
+        limited = jnp.isfinite(self.low) & jnp.isfinite(self.high)
+        key_even, key_normal = jax.random.split(key)
+        even = jax.random.uniform(key_even, centre.shape, centre.dtype, -1, 1)
+        return centre + half * jnp.where(limited, even, jax.random.normal(key_normal, centre.shape, centre.dtype))
+
+
+class Place(NamedTuple):
+    """Where an environment is between two steps."""
+
+    s: State  # the plant's
+    seen: State  # what the sensor shows of it
+    memory: Any  # the policy's, if it has one
+    t: Int[Array, ""]  # step of the episode
+    episode: Int[Array, ""]
+    J: Float[Array, ""]  # return of the episode so far
+
+
+class Collected(NamedTuple):
+    """Steps of N environments, [N, k] each."""
+
+    steps: Transition  # as seen
+    episode: Int[Array, "N k"]
+    t: Int[Array, "N k"]
+    keep: Bool[Array, "N k"]  # False where something is not finite, or the episode was over before its first step
+    J: Float[
+        Array, "N k"
+    ]  # return of the episode that ends with this step (`steps.last`); NaN where something was not finite
+
+
+def begin(policy: Any, system: System, key: PRNGKeyArray, count: int, first: Int[Array, ""] | int = 0) -> Place:
+    """`count` environments at the start of their episodes, which are numbered from `first` on.
+
+    Raises: `TypeError` for a plan, which has no action for a second episode.
+    """
+    if is_plan(policy):
+        raise TypeError(f"a plan acts in one episode alone; got {type(policy).__name__}: put it into an MPC")
+    number = jnp.asarray(first, jnp.int32) + jnp.arange(count, dtype=jnp.int32)
+    return jax.vmap(lambda k, e: _fresh(policy, system, k, e))(jax.random.split(key, count), number)
+
+
+def collect(policy: Any, system: System, places: Place, key: PRNGKeyArray, *, steps: int) -> tuple[Place, Collected]:
+    r"""`steps` steps of each of N environments: $a \sim \pi(o)$, $s' = f(s, a)$, $o'$ what the sensor shows of $s'$.
+
+    An episode ends at the plant's horizon, when it is `done`, or where an action, a reward or a state is not finite; the next
+    begins at once. A return is weighted as the task says, the terminal reward included.
+    """
+    count = places.t.shape[0]
+
+    def one(place: Place, key: PRNGKeyArray):
+        def step(place, i):
+            return _step(policy, system, place, jax.random.fold_in(key, i), count)
+
+        return jax.lax.scan(step, place, jnp.arange(steps, dtype=jnp.int32))
+
+    return jax.vmap(one)(places, jax.random.split(key, count))
+
+
+def _step(policy: Any, system: System, place: Place, key: PRNGKeyArray, count: int):
+    plant = system.plant
+    key_a, key_s, key_seen, key_next = jax.random.split(key, 4)
+    memory = place.memory
+    if is_stateful(policy):
+        a, memory = policy.step(memory, place.seen, key=key_a)
+    else:
+        a = policy(place.seen, key=key_a)
+    with jax.default_matmul_precision("highest"):
+        r = plant.reward(place.s, a)
+        s_next = plant.dynamics(place.s, a, key=key_s)
+    seen_next = system.sensor(s_next, key_seen)
+    over = jnp.zeros((), bool) if plant.done is None else plant.done(place.s)  # before the first step
+    done = jnp.zeros((), bool) if plant.done is None else plant.done(s_next)
+    finite = _finite((a, r, s_next, seen_next))
+    timeout = place.t + 1 >= plant.horizon
+    phi = jnp.where(timeout & ~done, plant.terminal(s_next), 0)
+    J = place.J + plant.weights[place.t] * r + plant.weights[-1] * phi
+    J = jnp.where(over, place.J, jnp.where(finite, J, jnp.nan))
+    last = timeout | done | over | ~finite
+    row = Transition(place.seen, a, r, seen_next, done, last)
+    on = Place(s_next, seen_next, memory, place.t + 1, place.episode, J)
+    again = _fresh(policy, system, key_next, place.episode + count)
+    after = jax.tree.map(lambda x, y: jnp.where(last, x, y), again, on)
+    return after, Collected(row, place.episode, place.t, finite & ~over, J)
+
+
+def _fresh(policy: Any, system: System, key: PRNGKeyArray, episode: Int[Array, ""]) -> Place:
+    key_s, key_seen = jax.random.split(key)
+    s = system.plant.initial(key_s)
+    memory = policy.start(system.plant) if is_stateful(policy) else None
+    zero = jnp.zeros((), jnp.int32)
+    return Place(s, system.sensor(s, key_seen), memory, zero, episode, jnp.zeros((), system.plant.weights.dtype))
+
+
+def _finite(tree: Any) -> Bool[Array, ""]:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))

@@ -1,0 +1,40 @@
+"""An agent that learns nothing: random actions, the baseline below all."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from diffmbrl.agents.collect import RandomActions
+from diffmbrl.buffer import Buffer, Transition
+from diffmbrl.core import Task
+
+
+class Idle(eqx.Module):
+    """Random actions within the limits, `every` real steps at a time.
+
+    >>> Idle(every=20).warmup
+    100
+    """
+
+    warmup: int = eqx.field(static=True, default=100)
+    every: int = eqx.field(static=True, default=100)
+    environments: int = eqx.field(static=True, default=1)
+
+    def init(self, task: Task, key: PRNGKeyArray) -> Any:
+        return ()
+
+    def first(self, carry: Any, task: Task) -> RandomActions:
+        return RandomActions(task)
+
+    def policy(self, carry: Any, task: Task) -> RandomActions:
+        return RandomActions(task)
+
+    def best(self, carry: Any, task: Task) -> RandomActions:
+        return RandomActions(task)
+
+    def update(
+        self, carry: Any, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
+    ) -> tuple[Any, dict[str, Array]]:
+        return carry, {"size": jnp.asarray(buffer.size, jnp.int32)}

@@ -1,0 +1,248 @@
+"""The loop of model-based (and model-free) reinforcement learning: collect, update, collect again.
+
+    first: `warmup` steps of the agent's first policy, mostly random actions
+    then:  the agent updates itself from the buffer (fits a model, plans, improves a policy), and acts for `every` steps
+
+One iteration is one compiled call for all seeds; only stopping, recording and evaluating are left to Python.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PRNGKeyArray
+
+from diffmbrl.agents.collect import Collected, Place, System, begin, collect
+from diffmbrl.buffer import Buffer, Transition
+from diffmbrl.core import Task
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """A module whose leaves are hyperparameters; what it learns is in the carry, a pytree of arrays.
+
+    `task` has dynamics that raise when called: reward, end, features, limits and starts are given, the dynamics are not.
+    """
+
+    @property
+    def warmup(self) -> int:
+        """Real steps before the first update, at least `every`."""
+        ...
+
+    @property
+    def every(self) -> int:
+        """Real steps between two updates."""
+        ...
+
+    @property
+    def environments(self) -> int:
+        """Real systems side by side; both numbers of steps are shared among them."""
+        ...
+
+    def init(self, task: Task, key: PRNGKeyArray) -> Any: ...
+
+    def first(self, carry: Any, task: Task) -> Any:
+        """What acts during the warm-up: `RandomActions(task)`, or the policy itself where only its own steps are of use."""
+        ...
+
+    def policy(self, carry: Any, task: Task) -> Any:
+        """What collects data: a policy, or one with a memory, whose noise is drawn from the key of the step."""
+        ...
+
+    def best(self, carry: Any, task: Task) -> Any:
+        """What is evaluated: the same without exploration."""
+        ...
+
+    def update(
+        self, carry: Any, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
+    ) -> tuple[Any, dict[str, Array]]:
+        """Learn from the buffer, or from the latest `every` steps [N, every / N]; numbers worth a record beside the carry."""
+        ...
+
+
+class Lane(NamedTuple):
+    """One seed between two iterations."""
+
+    carry: Any
+    buffer: Buffer
+    places: Place
+    fresh: Collected
+
+
+class Learned(NamedTuple):
+    """What `learn` returns; every leaf has a leading axis of seeds."""
+
+    carry: Any
+    buffer: Buffer
+    records: list[dict[str, Any]]
+
+
+def learn(
+    agent: Agent,
+    system: System | Task,
+    keys: Key[Array, "..."],
+    *,
+    real_steps: int,
+    seconds: float = float("inf"),
+    evaluations: int = 0,
+    evaluate_every: int = 1,
+    capacity: int | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+) -> Learned:
+    r"""Let an agent learn on a real system for so many real steps, or until `seconds` of iterations are spent.
+
+    `keys` [S] are the seeds, side by side. Every iteration makes a record, each of its arrays with an axis of seeds:
+    `real_steps`; `seconds` so far (updates and collection, compile time and evaluation apart); `returns` [S, N k] of the
+    episodes that ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not finite or of an episode that
+    was over before it began; `refused` updates, in which something that was finite came out not finite (the carry of before is
+    kept); what the agent says; and every `evaluate_every` iterations `evaluation` [S, `evaluations`], the returns of
+    `agent.best`, each from another start. `on_record` is given them as they come.
+
+    Shapes: every leaf of the carry and the buffer gets a leading axis of S. Raises: `ValueError` for sizes that do not fit, and
+    if the warm-up leaves nothing in the buffer; `TypeError` if the policy is a plan.
+
+    >>> import jax
+    >>> from diffmbrl import tasks
+    >>> from diffmbrl.agents import Idle
+    >>> learned = learn(Idle(every=50), tasks.pendulum(horizon=50), jax.random.split(jax.random.key(0), 2), real_steps=200)
+    >>> [int(x) for x in learned.buffer.size], len(learned.records)
+    ([200, 200], 3)
+    """
+    system = system if isinstance(system, System) else System(system)
+    _check(agent, keys, real_steps, evaluations, evaluate_every)
+    capacity = max(real_steps, agent.warmup + agent.every) if capacity is None else capacity
+    lanes, fresh = _warm(agent, system, keys, capacity)
+    kept = np.asarray(lanes.buffer.size)
+    if kept.min() < 1:
+        raise ValueError(
+            f"of {agent.warmup} first steps of '{system.plant.name}' none could be kept (seeds {np.flatnonzero(kept < 1)}): "
+            "they were not finite, or every episode was over before its first step"
+        )
+    records: list[dict[str, Any]] = []
+    record = _record(fresh, agent.warmup, 0.0)
+    run, evaluate = None, None
+    spent, done, iteration = 0.0, agent.warmup, 0
+    while True:
+        if evaluations and iteration % evaluate_every == 0:
+            evaluate = evaluate or _compiled(_evaluate, agent, system, lanes.carry, keys, count=evaluations)
+            record["evaluation"] = np.asarray(evaluate(agent, system, lanes.carry, keys))
+        records.append(record)
+        if on_record is not None:
+            on_record(record)
+        if done >= real_steps or spent >= seconds:
+            return Learned(lanes.carry, lanes.buffer, records)
+        number = jnp.int32(iteration)
+        run = run or _compiled(_iterate, agent, system, lanes, keys, number)
+        begun = time.perf_counter()
+        lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
+        spent += time.perf_counter() - begun
+        done, iteration = done + agent.every, iteration + 1
+        record = _record(lanes.fresh, done, spent) | {name: np.asarray(x) for name, x in said.items()}
+
+
+def _compiled(function: Callable, *arguments: Any, **static: Any) -> Callable:
+    """Compiled before the clock starts."""
+    return jax.jit(partial(function, **static)).lower(*arguments).compile()
+
+
+@partial(jax.jit, static_argnames="capacity")
+def _warm(agent: Agent, system: System, keys: Key[Array, " S"], capacity: int) -> tuple[Lane, Collected]:
+    """Each seed's carry and its first steps; the episodes then begin anew, so that a memory begins with its episode."""
+
+    def one(key):
+        key_agent, key_begin, key_collect, key_again = jax.random.split(jax.random.fold_in(key, 0), 4)
+        carry = agent.init(system.view, key_agent)
+        policy, count = agent.first(carry, system.view), agent.environments
+        places = begin(policy, system, key_begin, count)
+        places, fresh = collect(policy, system, places, key_collect, steps=agent.warmup // count)
+        buffer = _added(Buffer.empty(system.view, capacity), fresh)
+        places = begin(agent.policy(carry, system.view), system, key_again, count, jnp.max(places.episode) + 1)
+        latest = jax.tree.map(lambda x: x[:, -(agent.every // count) :], fresh)
+        return Lane(carry, buffer, places, latest), fresh
+
+    return jax.vmap(one)(keys)
+
+
+def _iterate(agent: Agent, system: System, lanes: Lane, keys: Key[Array, " S"], number: Array) -> tuple[Lane, dict]:
+    """An update, and `every` steps with what came of it."""
+
+    def one(lane: Lane, key):
+        key_update, key_collect = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), number))
+        learned, said = agent.update(lane.carry, system.view, lane.buffer, lane.fresh.steps, key_update)
+        refused = _spoilt(lane.carry, learned)
+        carry = jax.tree.map(lambda x, y: jnp.where(refused, x, y), lane.carry, learned)
+        policy = agent.policy(carry, system.view)
+        steps = agent.every // agent.environments
+        places, fresh = collect(policy, system, lane.places, key_collect, steps=steps)
+        said = said | {"refused": refused.astype(jnp.int32)}
+        return Lane(carry, _added(lane.buffer, fresh), places, fresh), said
+
+    return jax.vmap(one)(lanes, keys)
+
+
+def _evaluate(
+    agent: Agent, system: System, carries: Any, keys: Key[Array, " S"], count: int
+) -> Float[Array, "S count"]:
+    """The return of the first episode from each of `count` starts: the same starts and noise at each evaluation."""
+
+    def one(carry, key):
+        key_begin, key_collect = jax.random.split(jax.random.fold_in(key, 2))
+        policy = agent.best(carry, system.view)
+        places = begin(policy, system, key_begin, count)
+        _, found = collect(policy, system, places, key_collect, steps=system.plant.horizon)
+        return jnp.take_along_axis(found.J, jnp.argmax(found.steps.last, axis=1)[:, None], axis=1)[:, 0]
+
+    return jax.vmap(one)(carries, keys)
+
+
+def _added(buffer: Buffer, fresh: Collected) -> Buffer:
+    """The buffer with the steps of one environment after another."""
+
+    def flat(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    steps, episode, t, keep = (jax.tree.map(flat, x) for x in fresh[:4])
+    return buffer.add(steps, episode, t, keep)
+
+
+def _spoilt(before: Any, after: Any) -> Array:
+    """Whether something that was finite is not any more."""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    floats = [(x, y) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.floating)]
+    spoilt = [jnp.any(jnp.isfinite(x) & ~jnp.isfinite(y)) for x, y in floats]
+    return jnp.any(jnp.stack(spoilt)) if spoilt else jnp.zeros((), bool)
+
+
+def _record(fresh: Collected, real_steps: int, seconds: float) -> dict[str, Any]:
+    ended, J = (np.asarray(x).reshape(x.shape[0], -1) for x in (fresh.steps.last, fresh.J))
+    return {
+        "real_steps": real_steps,
+        "seconds": seconds,
+        "ended": ended,
+        "returns": np.where(ended, J, np.nan),
+        "rejected": np.asarray(jnp.sum(~fresh.keep, axis=(1, 2))),
+    }
+
+
+def _check(agent: Agent, keys: Key[Array, "..."], real_steps: int, evaluations: int, evaluate_every: int) -> None:
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1 or keys.shape[0] < 1:
+        raise ValueError(
+            f"keys must be an array [S] of random keys, jax.random.split(key, S); got {keys.dtype} {list(keys.shape)}"
+        )
+    sizes = {"warmup": agent.warmup, "every": agent.every, "environments": agent.environments, "real_steps": real_steps}
+    for name, size in {**sizes, "evaluate_every": evaluate_every}.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
+    for name in ("warmup", "every"):
+        if sizes[name] % agent.environments:
+            raise ValueError(f"{name} ({sizes[name]} steps) must be a multiple of environments ({agent.environments})")
+    if agent.warmup < agent.every:
+        raise ValueError(f"warmup ({agent.warmup} steps) must be at least every ({agent.every} steps)")
+    if real_steps < agent.warmup:
+        raise ValueError(f"real_steps ({real_steps}) must be at least the warm-up's {agent.warmup} steps")
+    if not isinstance(evaluations, int) or evaluations < 0:
+        raise ValueError(f"evaluations must be a whole number of starts, 0 for none; got {evaluations!r}")
