@@ -1,6 +1,7 @@
 """Systems with analytic dynamics, in SI units, their parameters leaves."""
 
 from diffmbrl.tasks.acrobot import acrobot
+from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
 from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid, bouncing_penalty
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
@@ -28,11 +29,13 @@ __all__ = [
     "bouncing_penalty",
     "car",
     "cartpole_balance",
+    "cartpole_continuous",
     "cartpole_swingup",
     "delayed",
     "double_pendulum",
     "friction",
     "heaviside",
+    "inverted_pendulum",
     "linear_quadratic",
     "lqr",
     "make",

@@ -88,6 +88,15 @@ def cartpole(task: Task, s: Array) -> list[Shape]:
     return [_level(-1.5, 1.5), cart, Line(np.stack([pivot, tip])), Circle(tip, 0.06, ACCENT), Circle(pivot, 0.02)]
 
 
+def rod_on_cart(task: Task, s: Array) -> list[Shape]:
+    """A cart on its rail and the whole of the rod."""
+    length, end = 2 * _leaf(task, "l", 0.5), float(getattr(task.dynamics, "end", 1.5))
+    pivot = np.array([s[0], 0.0])
+    rod = np.stack([pivot, pivot + length * _from_top(s[1] + _leaf(task, "lean", 0.0))])
+    cart = Line(_box(s[0], -0.06, 0.3, 0.12))
+    return [_level(-end, end), cart, Line(rod, ACCENT), Circle(pivot, 0.02)]
+
+
 def two_links(task: Task, s: Array) -> list[Shape]:
     """Two links from a pivot, with their joints."""
     elbow = _leaf(task, "l_1", 1.0) * _from_top(s[0])

@@ -10,6 +10,7 @@ import numpy as np
 from diffmbrl.core import Task
 from diffmbrl.tasks import drawing
 from diffmbrl.tasks.acrobot import acrobot
+from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
 from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
@@ -62,6 +63,10 @@ TASKS: dict[str, Row] = {
     "pendulum-swingup": Row(pendulum_swingup, True, True, 400, (32, 32), PENDULUM, ("logit",), drawing.pendulum),
     "cartpole-balance": Row(cartpole_balance, True, True, 50, (16, 16), CART, ("force [N]",), drawing.cartpole),
     "cartpole-swingup": Row(cartpole_swingup, True, True, 800, (32, 32), CART, ("force [N]",), drawing.cartpole),
+    "cartpole-continuous": Row(
+        cartpole_continuous, True, False, 0, (16, 16), CART, ("force [N]",), drawing.rod_on_cart
+    ),
+    "inverted-pendulum": Row(inverted_pendulum, False, False, 0, (16, 16), CART, ("force [N]",), drawing.rod_on_cart),
     "quadrotor2d": Row(
         quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]"), drawing.quadrotor2d
     ),
