@@ -8,6 +8,7 @@ from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
 from diffmbrl.tasks.landscapes import heaviside, sinusoid, soft_heaviside
 from diffmbrl.tasks.linear import linear_quadratic, lqr, random_lqr
+from diffmbrl.tasks.math_test import math_test
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
 from diffmbrl.tasks.plant import delayed, noisy
 from diffmbrl.tasks.pushing import friction, pushing
@@ -38,6 +39,7 @@ __all__ = [
     "linear_quadratic",
     "lqr",
     "make",
+    "math_test",
     "noisy",
     "pendulum",
     "pendulum_swingup",

@@ -192,6 +192,39 @@ def tennis(task: Task, s: Array) -> list[Shape]:
     return [Circle(np.array([0.8, 0.4]), 0.2, TARGET), Line(racket), Circle(s[:2], 0.03, ACCENT)]
 
 
+def math_test(task: Task, s: Array) -> list[Shape]:
+    """Home on the left, the desk with the sheet on the right, and who stands where; on the sheet both digits, once seen."""
+    house = np.array([[-1.25, 0.0], [-1.25, 0.4], [-1.0, 0.6], [-0.75, 0.4], [-0.75, 0.0]])
+    desk = np.array([[0.75, 0.0], [0.75, 0.3], [1.25, 0.3], [1.25, 0.0]])
+    sheet = Line(_box(1.0, 0.7, 0.7, 0.5), GROUND)
+    seen = 0.5 < s[0] < 1.5
+    digits = [part for x, digit in [(0.85, s[1]), (1.15, s[2])] for part in _digit(x, 0.7, digit if seen else math.nan)]
+    return [
+        _level(-1.5, 2.5),
+        Line(house, TARGET),
+        Line(desk),
+        sheet,
+        *digits,
+        Circle(np.array([s[0], 0.1]), 0.1, ACCENT),
+    ]
+
+
+# Which of the seven strokes make each digit: top, upper left and right, middle, lower left and right, bottom.
+STROKES = ("1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011")
+
+
+def _digit(x: float, y: float, digit: float) -> list[Line]:
+    """A digit in strokes, those that are not lit shrunk to their middles; NaN shows none."""
+    lit = "0000000" if not 0 <= digit + 0.5 < 10 else STROKES[int(digit + 0.5)]
+    w, h = 0.08, 0.15
+    top, middle, bottom = ([(-w, level), (w, level)] for level in (h, 0.0, -h))
+    left, right = ([[(side, 0.0), (side, level)] for level in (h, -h)] for side in (-w, w))
+    ends = np.array([top, left[0], right[0], middle, left[1], right[1], bottom])
+    centres = ends.mean(axis=1, keepdims=True)
+    lengths = np.array([float(stroke) for stroke in lit])[:, None, None]
+    return [Line(np.array([x, y]) + stroke, ACCENT) for stroke in centres + lengths * (ends - centres)]
+
+
 def _dot(x: float, y: float) -> Circle:
     return Circle(np.array([x, y]), 0.05, ACCENT)
 

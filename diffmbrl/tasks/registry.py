@@ -17,6 +17,7 @@ from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
 from diffmbrl.tasks.landscapes import heaviside
 from diffmbrl.tasks.linear import lqr
+from diffmbrl.tasks.math_test import math_test
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
 from diffmbrl.tasks.pushing import friction, pushing
 from diffmbrl.tasks.quadrotor import quadrotor, quadrotor_waypoint
@@ -88,6 +89,16 @@ TASKS: dict[str, Row] = {
         bouncing_on_the_grid, False, True, 800, (16, 16), BALL, ("force [N]",), drawing.bouncing
     ),
     "tennis": Row(tennis, False, True, 800, (16, 16), COURT, ("racket speed [m/s]", "turn [rad/s]"), drawing.tennis),
+    "math-test": Row(
+        math_test,
+        False,
+        False,
+        0,
+        (16,),
+        ("place [m]", "first digit [1]", "second digit [1]"),
+        ("choice [1]",),
+        drawing.math_test,
+    ),
 }
 
 

@@ -1,0 +1,62 @@
+"""The table of agents: a new one is one file and one row here (and one in tests/agents.py)."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from diffmbrl.agents.idle import Idle
+from diffmbrl.agents.learn import Agent
+from diffmbrl.core import Task
+from diffmbrl.tasks.registry import known
+
+
+class Row(NamedTuple):
+    """How an agent is made, and how it is run where nothing else is asked for."""
+
+    make: Callable[..., Agent]  # of a task and of options, which are keywords with defaults
+    words: str  # what it is, in a line
+    real_steps: int  # by default
+    evaluations: int = 8  # starts of each evaluation; 0 where its episodes show it as it is, and acting is expensive
+    default: bool = True  # whether `compare --learned` runs it unasked
+
+
+def _random(task: Task, *, warmup: int = 100, every: int = 100) -> Idle:
+    return Idle(warmup=warmup, every=every)
+
+
+AGENTS: dict[str, Row] = {
+    "random": Row(_random, "random actions within the limits: the baseline below all", 2000),
+}
+
+
+def make(name: str, task: Task, options: Mapping[str, Any] | None = None) -> Agent:
+    """An agent by name, with its defaults but for the options given; those that are text are read as the default's kind.
+
+    Raises: `ValueError` for an unknown name or option, naming the nearest one, or a value that is not of its kind; whatever the
+    agent itself refuses.
+
+    >>> from diffmbrl import tasks
+    >>> make("random", tasks.pendulum(), {"every": "50"}).every
+    50
+    """
+    row = AGENTS[known("agent", name, AGENTS)]
+    return row.make(task, **_read(name, row, options or {}))
+
+
+def options(name: str) -> dict[str, Any]:
+    """What an agent's options are, with their defaults."""
+    parameters = list(inspect.signature(AGENTS[name].make).parameters.values())[1:]
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def _read(name: str, row: Row, given: Mapping[str, Any]) -> dict[str, Any]:
+    takes, read = options(name), {}
+    for option, value in given.items():
+        known(f"option of agent '{name}'", option, takes)
+        kind = type(takes[option])
+        try:
+            read[option] = kind(value) if isinstance(value, str) else value
+        except ValueError:
+            words = {int: "a whole number", float: "a number"}[kind]
+            raise ValueError(f"option {option} of agent '{name}' must be {words}, got '{value}'") from None
+    return read
