@@ -20,7 +20,8 @@ from diffmbrl.core import reweighted
 from diffmbrl.gradients.likelihood_ratio import Critic as Baseline
 from diffmbrl.rollout import rollouts, split
 from tests.problems import same, same_tree
-from tests.test_sac import brax_layers, learned as learned_by_sac
+from tests.test_sac import brax_layers
+from tests.test_sac import learned as learned_by_sac
 
 KEY = jax.random.key(0)
 N, H = 3, 7
@@ -40,8 +41,9 @@ def streams(task, key=KEY, ends=True):
     return Transition(s, a, r, s_next, done, done | cut)
 
 
-def learned(task, learner, key=jax.random.key(1)):
+def learned(task, learner):
     """A state whose networks matter."""
+    key = jax.random.key(1)
     state = learner.init(task, key)
     actor = eqx.tree_at(lambda net: net.weights[-1], state.actor, 30 * state.actor.weights[-1])
     last = jax.random.normal(key, state.critic.net.weights[-1].shape, task.a_low.dtype)
@@ -105,7 +107,9 @@ def test_returns_and_loss_are_braxs_on_the_same_batch():
     task = tasks.cartpole_continuous()
     learner = PPO(hidden=(16, 16), trace=1.0, discount=0.9, activation=jax.nn.silu, entropy=0.01, clip=0.2)
     steps, state = streams(task), learned(task, learner)
-    steps = steps._replace(done=steps.last)  # Brax leaves steps that were cut off out of its loss, where the critic values them
+    steps = steps._replace(
+        done=steps.last
+    )  # Brax leaves steps that were cut off out of its loss, where the critic values them
     # V(x_next) of a step is V of the next step: what Brax takes it for.
     s_next = jnp.concatenate([steps.s[:, 1:], steps.s_next[:, -1:]], axis=1)
     steps = steps._replace(s_next=s_next)
@@ -187,7 +191,9 @@ def test_reinforce_is_the_likelihood_ratio_gradient_with_the_critic_for_a_baseli
     assert split(KEY, s0).shape == (4,)
     s_next = jnp.concatenate([tau.s[:, 1:], tau.s_T[:, None]], axis=1)
     last = jnp.broadcast_to(jnp.arange(H) == H - 1, (4, H))
-    steps = Transition(tau.s, tau.a, tau.r, s_next, last, last)  # the end of the horizon is the end: nothing comes after
+    steps = Transition(
+        tau.s, tau.a, tau.r, s_next, last, last
+    )  # the end of the horizon is the end: nothing comes after
     x, x_next = features(task, steps)
     G, V = learner.returns(state.critic, x, x_next, steps, jnp.ones((4, H), bool))
     z, bounded = logit(tau.a, task.a_low, task.a_high).reshape(4 * H, -1), limited(task.a_low, task.a_high)
@@ -235,6 +241,7 @@ def test_an_update_raises_the_surrogate_and_fits_the_critic():
     once, said = update(learner, state, KEY)
     assert float(said["actor_loss"]) < -0.05  # at the start it is 0: the advantages have mean 0
     after = once
+    later = said
     for i in range(5):
         after, later = update(learner, after, jax.random.fold_in(KEY, i))
     assert later["critic_loss"] < said["critic_loss"]

@@ -31,9 +31,9 @@ def steps(task, count, key=KEY, spread=1.0):
     return Transition(s, jnp.where(jnp.isfinite(task.a_high), u * task.a_high, u), r, s_next, done, done)
 
 
-def learned(task, learner=LEARNER, key=jax.random.key(1)):
+def learned(task, learner=LEARNER):
     """A state whose networks, targets among them, are all different and large enough to matter."""
-    one, other = (learner.init(task, k) for k in jax.random.split(key))
+    one, other = (learner.init(task, k) for k in jax.random.split(jax.random.key(1)))
     actor = eqx.tree_at(lambda net: net.weights[-1], one.actor, 50 * one.actor.weights[-1])
     return one._replace(actor=actor, targets=other.critics, log_alpha=jnp.full_like(one.log_alpha, -0.7))
 

@@ -16,11 +16,11 @@ LOWEST_STD = 1e-3  # Brax's
 
 
 class SquashedGaussian(eqx.Module):
-    r"""A network's mean and deviation, squashed: $u = \tanh(\mu(x) + \sigma(x)\,\epsilon)$, $a = c + h u$, x the task's features.
+    r"""A network's mean and deviation, squashed: $u = \tanh(\mu(x) + \sigma(x)\,\epsilon)$ and $a = c + h u$.
 
-    c and h are centre and half width of the limits; an action without limits is not squashed, c = 0 and h = 1. Densities are
-    those of u, so that an entropy means the same whatever the units of the action. Without a key it acts at the mode of z.
-    $\sigma = \mathrm{softplus}(\cdot) + 10^{-3}$, as in Brax.
+    x are the task's features; c and h are centre and half width of the limits; an action without limits is not squashed, and
+    has c = 0 and h = 1. Densities are those of u, so that an entropy means the same whatever the units of the action. Without a
+    key it acts at the mode of z. $\sigma = \mathrm{softplus}(\cdot) + 10^{-3}$, as in Brax.
 
     What is learned is `net` alone: learners make the policy of it and the task (`around`).
     Reference: Haarnoja et al. 2018, Soft actor-critic algorithms and applications, appendix C.

@@ -14,8 +14,8 @@ from diffmbrl.agents.model_free import at_least_one
 from diffmbrl.agents.ppo import PPO
 from diffmbrl.agents.sac import SAC
 from diffmbrl.buffer import Buffer, Transition
-from diffmbrl.core import Task, parameter
-from diffmbrl.models import GaussianDynamics, Training, train
+from diffmbrl.core import Task, as_float, parameter
+from diffmbrl.models import Ensemble, GaussianDynamics, Training, TSInfinity, train
 
 
 class Simulation(NamedTuple):
@@ -27,7 +27,7 @@ class Simulation(NamedTuple):
 
 
 class Growing(eqx.Module):
-    r"""A length that grows with the number k of fits: $\mathrm{low} + (\mathrm{high} - \mathrm{low})(k - b)/(e - b)$, between its ends.
+    """A length that grows from `low` after `begin` fits of the model to `high` after `end`, evenly, and then stays.
 
     >>> int(Growing(low=1.0, high=15.0, begin=2.0, end=6.0)(jnp.asarray(4)))
     8
@@ -96,10 +96,10 @@ def disagreement(members: Any, rows: Transition) -> Float[Array, ""]:
 class MBPO(eqx.Module):
     r"""Model-based policy optimisation: SAC on branches of the model.
 
-    For every `every` real steps: the ensemble is fitted to all of them; then, `rounds` times, the policy as it is takes `steps`
-    steps in the model from each of `branches` states of the buffer, in branches of the scheduled `length`, and the learner makes
-    `updates / rounds` updates. A row of a batch is real with probability `real`, else one of the latest imagined. All that is one
-    compiled call.
+    After each `every` real steps the ensemble is fitted to all of them. Then, `rounds` times, the policy as it is takes `steps`
+    steps in the model on each of `branches` lanes, in branches of the scheduled `length` from states of the buffer, and the
+    learner makes `updates / rounds` updates. A row of a batch is real with probability `real`, else one of the latest
+    imagined. All that is one compiled call.
 
     A row that the model made non-finite is not used (a real one takes its place) and counted in `imagined_rejected`.
     Cost per real step: `updates / every` updates and `branches steps rounds / every` rows of the model, and the fit.
@@ -124,7 +124,9 @@ class MBPO(eqx.Module):
     environments: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        at_least_one(updates=self.updates, batch=self.batch, rounds=self.rounds, branches=self.branches, steps=self.steps)
+        at_least_one(
+            updates=self.updates, batch=self.batch, rounds=self.rounds, branches=self.branches, steps=self.steps
+        )
         if self.updates % self.rounds:
             raise ValueError(f"updates ({self.updates}) must be a multiple of rounds ({self.rounds})")
 
@@ -139,6 +141,9 @@ class MBPO(eqx.Module):
 
     def best(self, carry: Simulation, task: Task) -> Any:
         return self.learner.best(carry.learner, task)
+
+    def model(self, carry: Simulation, task: Task) -> Ensemble:
+        return Ensemble(carry.members, TSInfinity())
 
     def update(
         self, carry: Simulation, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
@@ -179,10 +184,10 @@ class MBPO(eqx.Module):
 
 
 class ModelPPO(eqx.Module):
-    r"""PPO in the model: for every `every` real steps a fit, and `updates` updates of the learner on streams of `steps` steps from
-    each of `branches` states of the buffer.
+    """PPO in the model: after each `every` real steps a fit, and `updates` updates on imagined streams [`branches`, `steps`].
 
-    The branches are of the scheduled `length`, at whose end the critic says what is to come; the next one starts. With
+    They are made of branches of the scheduled `length` from states of the buffer, at whose ends the critic says what is to
+    come. With
     `learner=PPO.reinforce()` it is the policy gradient in the model. A row that the model made non-finite does not count in the
     update, and is counted in `imagined_rejected`.
     Cost per real step: `branches steps updates / every` rows of the model, and the updates on them.
@@ -194,7 +199,7 @@ class ModelPPO(eqx.Module):
 
     learner: PPO = eqx.field(default_factory=PPO)
     world: World = eqx.field(default_factory=World)
-    length: Growing = eqx.field(default_factory=lambda: Growing(low=25.0, high=25.0))
+    length: Growing = eqx.field(default_factory=lambda: Growing(as_float(25.0), as_float(25.0)))
     updates: int = eqx.field(static=True, default=10)
     branches: int = eqx.field(static=True, default=100)
     steps: int = eqx.field(static=True, default=25)
@@ -216,6 +221,9 @@ class ModelPPO(eqx.Module):
 
     def best(self, carry: Simulation, task: Task) -> Any:
         return self.learner.best(carry.learner, task)
+
+    def model(self, carry: Simulation, task: Task) -> Ensemble:
+        return Ensemble(carry.members, TSInfinity())
 
     def update(
         self, carry: Simulation, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray

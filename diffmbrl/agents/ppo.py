@@ -3,9 +3,9 @@ r"""Proximal policy optimisation as a learner: pure updates on streams of the po
 $$L_\pi = -E\big[\min(\varrho A,\ \mathrm{clip}(\varrho, 1 - \epsilon, 1 + \epsilon) A)\big] - \eta\,H,\qquad
 \varrho = \pi_\theta(u|x) / \pi_{old}(u|x),\qquad A_t = G^\lambda_t - V(x_t)$$
 
-Returns $G^\lambda$ and critic are those of the short-horizon gradients (`gradients/critic.py`). The losses are our own, for the
-reasons given in `sac.py`; on the same batch the policy's equals Brax's (`tests/test_ppo.py`) where $\lambda = 1$. Elsewhere Brax
-takes $r + \gamma G^\lambda_{t+1} - V$ for the advantage, which looks one step further than generalised advantage estimation.
+Returns $G^\lambda$ and critic are those of the short-horizon gradients (`gradients/critic.py`). The losses are our own, for
+the reasons given in `sac.py`; on the same batch the policy's equals Brax's (`tests/test_ppo.py`) where $\lambda = 1$. Elsewhere
+Brax takes $r + \gamma G^\lambda_{t+1} - V$ for the advantage, which looks one step further than generalised advantages.
 """
 
 from collections.abc import Callable
@@ -49,15 +49,15 @@ class PPO(eqx.Module):
     r"""Clipped surrogate and fitted critic: `init`, `update` on streams of steps [N, h], `policy`, `best`.
 
     An update goes `epochs` times through the steps in `batches` shuffled mini-batches, for the critic and for the actor. The
-    streams must be the policy's own: what it took is judged by the densities of the policy given. An episode cut off by the clock
-    is valued by the critic; only `done` ends it. Advantages are normalised over the whole of the steps. Weights over time and the
+    streams must be the policy's own: what it took is judged by the densities of the policy given. An episode cut off by the
+    clock is valued by the critic; only `done` ends it. Advantages are normalised over all steps. Weights over time and the
     terminal reward are not seen: it maximises the sum of rewards discounted by `discount`.
 
     With `epochs=1, batches=1, trace=1.0` the ratio is 1 and the update one step of Adam on the likelihood-ratio gradient with
     the critic for a baseline: REINFORCE (`PPO.reinforce`).
 
-    Shapes: steps `[N, h]`, which need not begin or end with episodes. A row that is not finite, or that starts past the end of an
-    episode, does not count. Cost: per epoch a gradient of both networks at N h rows.
+    Shapes: steps `[N, h]`, which need not begin or end with episodes. A row that is not finite, or that starts past the end of
+    an episode, does not count. Cost: per epoch a gradient of both networks at N h rows.
     Raises: `ValueError` if there are fewer rows than mini-batches.
     Reference: Schulman et al. 2017, Proximal policy optimization algorithms, equations 7 and 11; Williams 1992.
 
@@ -91,9 +91,9 @@ class PPO(eqx.Module):
     def init(self, task: Task, key: PRNGKeyArray) -> PPOState:
         """Draw the networks; the critic's last layer is 0."""
         key_actor, key_critic = jax.random.split(key)
-        actor = network(task, hidden=self.hidden, activation=self.activation, key=key_actor)
+        actor: Any = network(task, hidden=self.hidden, activation=self.activation, key=key_actor)
         inputs, dtype = actor.weights[0].shape[1], task.weights.dtype
-        net = MLP.init(inputs, self.hidden, 1, key=key_critic, activation=self.activation, output_scale=0.0)
+        net: Any = MLP.init(inputs, self.hidden, 1, key=key_critic, activation=self.activation, output_scale=0.0)
         critic = Critic(net, jnp.zeros((), dtype), jnp.ones((), dtype))
         return PPOState(actor, critic, optax.adam(self.rate).init(actor), optax.adam(self.critic_rate).init(net))
 
@@ -120,7 +120,9 @@ class PPO(eqx.Module):
         log_prob = log_density(*moments(state.actor.many(flat)), z, bounded)
         rows = Rows(flat, z, log_prob, A, keep.ravel().astype(A.dtype))
         if flat.shape[0] < self.batches:
-            raise ValueError(f"{flat.shape[0]} steps cannot make {self.batches} mini-batches: collect more, or make fewer")
+            raise ValueError(
+                f"{flat.shape[0]} steps cannot make {self.batches} mini-batches: collect more, or make fewer"
+            )
 
         rate = jnp.full((), 0.1, G.dtype)
         critic = state.critic.rescaled(*return_moments(state.critic, jnp.where(keep, G, V), rate))

@@ -37,8 +37,8 @@ class SACState(NamedTuple):
 class SAC(eqx.Module):
     r"""Soft actor-critic with two critics and a learned temperature $\alpha$: `init`, `update` on a batch, `policy`, `best`.
 
-    One Adam of rate `rate` moves actor, critics and $\log\alpha$ at once, all from their values of before, as in Brax; the targets
-    follow the critics by `follow`. The temperature keeps the entropy of u (the action in [-1, 1]) near $\bar H$ =
+    One Adam of rate `rate` moves actor, critics and $\log\alpha$ at once, all from their values of before, as in Brax; the
+    targets follow the critics by `follow`. The temperature keeps the entropy of u (the action in [-1, 1]) near $\bar H$ =
     `entropy` times m. An episode cut off by the clock goes on in the target: only `done` ends it. Weights over time and the
     terminal reward are not seen: it maximises the sum of rewards discounted by `discount`.
 
@@ -74,7 +74,8 @@ class SAC(eqx.Module):
             jax.random.split(key_critics)
         )
         log_alpha = jnp.log(self.temperature)
-        return SACState(actor, critics, critics, log_alpha, self._rule().init((actor, critics, log_alpha)))
+        parameters: Any = (actor, critics, log_alpha)
+        return SACState(actor, critics, critics, log_alpha, self._rule().init(parameters))
 
     def policy(self, state: SACState, task: Task) -> SquashedGaussian:
         """The policy, which is stochastic given a key."""
