@@ -8,7 +8,7 @@ chaotic system, with their own dynamics and with a network fitted to them. Along
 * the Lyapunov exponents by QR, with their standard error.
 
 A seed is a policy and a start. The network is fitted to steps along noisy rollouts of the same policies, by Adam on the
-standardised change of the state, where no number of it exceeds 6; its closed loop runs in the network alone.
+scaled change of the state, where no number of it exceeds 6; its closed loop runs in the network alone.
 """
 
 from functools import partial
@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from diffmbrl.buffer import Transition
 from diffmbrl.core import Task
 from diffmbrl.diagnostics.jacobians import jacobians, spectral_radius
 from diffmbrl.diagnostics.lyapunov import averaged
 from diffmbrl.diagnostics.products import log_singular_values, log_spectral_radius, products
-from diffmbrl.models import NetworkDynamics, Scales
+from diffmbrl.models import NetworkDynamics, Training, train
+from diffmbrl.models.fit import split
 from diffmbrl.policies import Gaussian, Neural
 from diffmbrl.rollout import rollouts
 from diffmbrl.runs.figures import INK, MUTED, key, name_ends, style_of
@@ -131,38 +133,28 @@ def _fit(task: Task, policies: dict[float, Any], size: Size) -> tuple[NetworkDyn
     kept = np.isfinite(s).all(1) & (np.abs(s) < FASTEST).all(1)
     s, a = jnp.asarray(s[kept]), jnp.asarray(a[kept])
     step = jax.vmap(lambda f, s, a: f(s, a), in_axes=(None, 0, 0))
-    delta = step(task.dynamics, s, a) - s
-    z = jnp.concatenate([s, a], axis=1)
-    scales = Scales(z.mean(0), z.std(0) + 1e-6, delta.std(0) + 1e-6)
-    order = np.random.default_rng(0).permutation(len(s))
-    held, train = order[: len(s) // 10], jnp.asarray(order[len(s) // 10 :])
+    s_next, no = step(task.dynamics, s, a), jnp.zeros(len(s), bool)
+    rows = Transition(s, a, jnp.zeros(len(s), s.dtype), s_next, no, no)
     f = NetworkDynamics.init(task, key=jax.random.key(4), hidden=size.network, activation=jnp.tanh, output_scale=1.0)
-    f = eqx.tree_at(lambda f: f.scales, f, scales)
-    rule = optax.adam(optax.cosine_decay_schedule(size.rate, size.steps))
-
-    def loss(net, at):
-        model = eqx.tree_at(lambda f: f.net, f, net)
-        return jnp.mean(((step(model, s[at], a[at]) - s[at] - delta[at]) / scales.delta) ** 2)
-
-    @jax.jit
-    def fit(net):
-        def update(carry, k):
-            net, state = carry
-            g = jax.grad(loss)(net, train[jax.random.randint(k, (BATCH,), 0, len(train))])
-            change, state = rule.update(g, state)
-            return (optax.apply_updates(net, change), state), None
-
-        return jax.lax.scan(update, (net, rule.init(net)), jax.random.split(jax.random.key(5), size.steps))[0][0]
-
-    f = eqx.tree_at(lambda f: f.net, f, fit(f.net))
+    epochs = -(-size.steps * BATCH // len(s))
+    training = Training(
+        _annealed, rate=size.rate, steps=size.steps, epochs=epochs, patience=epochs, batch=BATCH, bootstrap=False
+    )
+    one, _ = train(jax.tree.map(lambda x: x[None], f), rows, len(s), jax.random.key(5), training)
+    f = jax.tree.map(lambda x: x[0], one)
+    order, count = split(len(s), jnp.asarray(len(s), jnp.int32), training.holdout)
+    held = order[: int(count)][:1000]
     A = jax.jit(jax.vmap(lambda f, s, a: jax.jacfwd(f)(s, a), in_axes=(None, 0, 0)))
-    held = held[:1000]
     true, mine = (np.asarray(A(g, s[held], a[held])) for g in (task.dynamics, f))
     return f, {
-        "steps of data": len(train),
-        "change": float(jnp.sqrt(jnp.mean(((step(f, s[held], a[held]) - s[held] - delta[held]) / scales.delta) ** 2))),
+        "steps of data": len(s) - int(count),
+        "change": float(jnp.sqrt(jnp.mean(jax.vmap(f.loss)(s[held], a[held], s_next[held])))),
         "Jacobian": float(np.linalg.norm(mine - true) / np.linalg.norm(true - np.eye(task.n))),
     }
+
+
+def _annealed(rate: Any, steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(rate, steps))
 
 
 def _end(found: Any, what: str) -> np.ndarray:

@@ -33,16 +33,6 @@ hypothesis.settings.register_profile("diffmbrl", deadline=None, max_examples=25,
 hypothesis.settings.load_profile("diffmbrl")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker for all tests of a file, or of a row of its table: what one has compiled, the others use."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            row = getattr(getattr(item, "callspec", None), "params", {}).get("row")
-            group = item.path.name if row is None else f"{item.path.name}, {row.name}"
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Double precision for the length of one test."""

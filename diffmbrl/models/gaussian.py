@@ -1,14 +1,17 @@
 r"""A network with two heads as dynamics: $s' = s + \sigma_\Delta \circ (\mu(z) + e^{\ell(z)} \epsilon)$, with normal noise."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from diffmbrl.buffer import Transition
 from diffmbrl.core import Task
-from diffmbrl.models.mlp import Scales, network
+from diffmbrl.models.mlp import rolled
+from diffmbrl.models.normalizer import Normalizer
 from diffmbrl.nets import MLP
 
 
@@ -30,8 +33,8 @@ class GaussianDynamics(eqx.Module):
     True
     """
 
-    net: MLP
-    scales: Scales
+    net: Any
+    normalizer: Any
     log_std_low: Float[Array, " n"]
     log_std_high: Float[Array, " n"]
 
@@ -45,26 +48,47 @@ class GaussianDynamics(eqx.Module):
         activation: Callable = jax.nn.silu,
         output_scale: float = 0.1,
         log_std: tuple[float, float] = (-10.0, 0.5),
+        draw: Callable = MLP.init,
     ) -> "GaussianDynamics":
         """Draw the weights; `log_std` bounds the logarithm of the noise, relative to the scale of the change.
+
+        `draw` is `MLP.init`, or another network's function of the same arguments.
 
         Raises: `ValueError` if the bounds are crossed.
         """
         low, high = log_std
         if not low < high:
             raise ValueError(f"log_std must be a lower and a higher bound, got {low:g} and {high:g}")
-        net = network(task, hidden, 2, key, activation, output_scale)
-        return cls(net, Scales.ones(task), jnp.full(task.n, low, float), jnp.full(task.n, high, float))
+        normalizer = Normalizer.init(task)
+        net = draw(normalizer.size, hidden, 2 * task.n, key=key, activation=activation, output_scale=output_scale)
+        return cls(net, normalizer, jnp.full(task.n, low, float), jnp.full(task.n, high, float))
+
+    def heads(self, s: Float[Array, " n"], a: Float[Array, " m"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """Mean and log standard deviation of the scaled change."""
+        mean, raw = jnp.split(self.net(self.normalizer.inputs(s, a)), 2)
+        raw = self.log_std_high - jax.nn.softplus(self.log_std_high - raw)
+        return mean, self.log_std_low + jax.nn.softplus(raw - self.log_std_low)
 
     def moments(self, s: Float[Array, " n"], a: Float[Array, " m"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """Mean and standard deviation of the next state."""
-        mean, raw = jnp.split(self.net(self.scales.inputs(s, a)), 2)
-        raw = self.log_std_high - jax.nn.softplus(self.log_std_high - raw)
-        log_std = self.log_std_low + jax.nn.softplus(raw - self.log_std_low)
-        return s + self.scales.delta * mean, self.scales.delta * jnp.exp(log_std)
+        mean, log_std = self.heads(s, a)
+        return self.normalizer.step(s, mean), self.normalizer.scale * jnp.exp(log_std)
 
     def __call__(
         self, s: Float[Array, " n"], a: Float[Array, " m"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, " n"]:
         mean, std = self.moments(s, a)
         return mean if key is None else mean + std * jax.random.normal(key, mean.shape, mean.dtype)
+
+    def loss(self, s: Float[Array, " n"], a: Float[Array, " m"], s_next: Float[Array, " n"]) -> Float[Array, ""]:
+        r"""$\ell + \tfrac12 (y - \mu)^2 e^{-2\ell}$, averaged over the state variables.
+
+        The negative log-likelihood of the scaled change, without its constant.
+        """
+        mean, log_std = self.heads(s, a)
+        error = (self.normalizer.target(s, s_next) - mean) * jnp.exp(-log_std)
+        return self.normalizer.average(log_std + error**2 / 2)
+
+    def row_loss(self, row: Transition) -> Float[Array, ""]:
+        """The loss of one transition, or of a window of them through its own rollout at its mean."""
+        return rolled(self, row)

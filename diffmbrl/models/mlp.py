@@ -1,37 +1,24 @@
-r"""A network as dynamics: $s' = s + \sigma_\Delta \circ \mathrm{net}((z - \mu_z) / \sigma_z)$ with $z = (s, a)$."""
+r"""A network as dynamics: $s' = s + \sigma_\Delta \circ \mathrm{net}(z)$, z the normalised features and action."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from diffmbrl.buffer import Transition
 from diffmbrl.core import Task
+from diffmbrl.models.normalizer import Normalizer
 from diffmbrl.nets import MLP
-
-
-class Scales(eqx.Module):
-    """What the network sees and says in units of one: mean and deviation of (s, a), deviation of the change of s."""
-
-    mean: Float[Array, " d"]
-    std: Float[Array, " d"]
-    delta: Float[Array, " n"]
-
-    @classmethod
-    def ones(cls, task: Task) -> "Scales":
-        """The units of the task as they are."""
-        n, m = task.n, task.m
-        return cls(*(jnp.full(size, value, float) for size, value in [(n + m, 0.0), (n + m, 1.0), (n, 1.0)]))
-
-    def inputs(self, s: Float[Array, " n"], a: Float[Array, " m"]) -> Float[Array, " d"]:
-        return (jnp.concatenate([s, a]) - self.mean) / self.std
 
 
 class NetworkDynamics(eqx.Module):
     r"""A deterministic network that predicts the change of the state.
 
-    A leading axis on every leaf makes it an ensemble: `NetworkDynamics.init` under `vmap`, in `models.Ensemble`.
+    A leading axis on every leaf makes it an ensemble: `NetworkDynamics.init` under `vmap`, in `models.Ensemble`. `fit.train`
+    fits it. `normalizer` says what goes in and out; any module with its methods takes its place.
 
     Shapes: s [n], a [m] -> [n]. States must be flat.
     Raises: `ValueError` if the task's states are not one flat array.
@@ -44,8 +31,8 @@ class NetworkDynamics(eqx.Module):
     (4,)
     """
 
-    net: MLP
-    scales: Scales
+    net: Any
+    normalizer: Any
 
     @classmethod
     def init(
@@ -56,26 +43,38 @@ class NetworkDynamics(eqx.Module):
         hidden: Sequence[int] = (200, 200, 200, 200),
         activation: Callable = jax.nn.silu,
         output_scale: float = 0.1,
+        draw: Callable = MLP.init,
     ) -> "NetworkDynamics":
-        """Draw the weights."""
-        return cls(network(task, hidden, 1, key, activation, output_scale), Scales.ones(task))
+        """Draw the weights; `draw` is `MLP.init`, or another network's function of the same arguments."""
+        normalizer = Normalizer.init(task)
+        net = draw(normalizer.size, hidden, task.n, key=key, activation=activation, output_scale=output_scale)
+        return cls(net, normalizer)
 
     def __call__(
         self, s: Float[Array, " n"], a: Float[Array, " m"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, " n"]:
-        return s + self.scales.delta * self.net(self.scales.inputs(s, a))
+        return self.normalizer.step(s, self.net(self.normalizer.inputs(s, a)))
+
+    def loss(self, s: Float[Array, " n"], a: Float[Array, " m"], s_next: Float[Array, " n"]) -> Float[Array, ""]:
+        """The squared error of the scaled change, averaged over the state variables."""
+        y = self.net(self.normalizer.inputs(s, a))
+        return self.normalizer.average((self.normalizer.target(s, s_next) - y) ** 2)
+
+    def row_loss(self, row: Transition) -> Float[Array, ""]:
+        """The loss of one transition, or of a window of them through its own rollout."""
+        return rolled(self, row)
 
 
-def network(
-    task: Task, hidden: Sequence[int], heads: int, key: PRNGKeyArray, activation: Callable, output_scale: float
-) -> MLP:
-    """A network from (s, a) to so many vectors like s.
+def rolled(f: Any, row: Transition) -> Float[Array, ""]:
+    r"""The loss of a transition; of a window of k in a row, $\frac1k \sum_j \ell(\hat s_j, a_j, s_{j+1})$.
 
-    Raises: `ValueError` if the task's states are not one flat array.
+    $\hat s_0 = s_0$ and $\hat s_{j+1} = f(\hat s_j, a_j)$: what the model makes of its own predictions.
     """
-    shapes = [leaf.shape for leaf in jax.tree.leaves(task.state_shape)]
-    if [len(shape) for shape in shapes] != [1]:
-        found = ", ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"a network takes flat states [n]; task '{task.name}' has {found}")
-    n, m = task.n, task.m
-    return MLP.init(n + m, hidden, heads * n, key=key, activation=activation, output_scale=output_scale)
+    if row.a.ndim == 1:
+        return f.loss(row.s, row.a, row.s_next)
+
+    def step(s, x):
+        a, s_next = x
+        return f(s, a), f.loss(s, a, s_next)
+
+    return jnp.mean(jax.lax.scan(step, row.s[0], (row.a, row.s_next))[1])
