@@ -139,7 +139,8 @@ def restore(folder: Path, name: str | None = None) -> Restored:
         raise ValueError(
             f"the agents of '{folder}' are in {'float64' if config['x64'] else 'float32'}: set jax_enable_x64"
         )
-    name = known("agent of the run", kept[0] if name is None else name, kept)
+    first = next(name for name in (*config["agents"], *kept) if name in kept)
+    name = known("agent of the run", first if name is None else name, kept)
     starts = config.pop("evaluations")[name]
     setting = Setting(
         **{field: config[field] for field in Setting._fields if field != "evaluations"}, evaluations=starts

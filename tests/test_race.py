@@ -173,7 +173,7 @@ def test_what_was_learned_comes_back(run, records):
     assert manifest["seeds"] == 2 and leaves[".rows.s"].shape == (2, 60, 2) and leaves[".added"].tolist() == [60, 60]
     for path in (*(folder / "agents").iterdir(), *(folder / "buffers").iterdir()):
         assert b"pickle" not in path.read_bytes()
-    assert restore(folder).agent.warmup == 20  # the first by name
+    assert restore(folder).carry == ()  # without a name the run's first
 
 
 def test_what_is_not_as_it_was_written_is_refused(run, tmp_path):
