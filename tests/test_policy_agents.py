@@ -13,10 +13,10 @@ import pytest
 from diffmbrl import (
     BPTT,
     CEM,
+    ILQR,
     Descend,
     Gaussian,
     GaussNewton,
-    ILQR,
     LikelihoodRatio,
     Linear,
     Neural,

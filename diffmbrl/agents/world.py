@@ -6,11 +6,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from diffmbrl.buffer import Buffer, Transition
+from diffmbrl.buffer import Buffer
 from diffmbrl.core import Task
-from diffmbrl.models import GaussianDynamics, Training, train
+from diffmbrl.models import Ensemble, GaussianDynamics, Training, disagreement, elites, train
 
 
 class World(eqx.Module):
@@ -43,23 +43,13 @@ class World(eqx.Module):
     def fit(self, members: Any, buffer: Buffer, key: PRNGKeyArray) -> tuple[Any, Any, dict[str, Array]]:
         """All members trained on, the elites among them, and what is worth a record."""
         members, curves = train(members, buffer.rows, buffer.size, key, self.training)
-        best = jnp.argsort(curves.holdout)[: self.elites]
-        elites = jax.tree.map(lambda x: x[best], members)
+        best = elites(members, curves.holdout, self.elites)
+        rows, ensemble = buffer.sample(key, 256), Ensemble(best)
+        apart = jax.vmap(lambda s, a: disagreement(ensemble, s, a))(rows.s, rows.a)
         said = {
-            "model_error": jnp.mean(curves.holdout[best]),
-            "disagreement": disagreement(elites, buffer.sample(key, 256)),
+            "model_error": jnp.mean(jnp.sort(curves.holdout)[: self.elites]),
+            "disagreement": jnp.sqrt(jnp.mean(jnp.square(apart))),
             "model_epochs": jnp.mean(curves.epochs.astype(curves.holdout.dtype)),
             "model_rejected": jnp.sum(curves.rejected),
         }
-        return members, elites, said
-
-
-def disagreement(members: Any, rows: Transition) -> Float[Array, ""]:
-    """The members' deviation from their mean, relative to the change of the state: root of the mean over rows and states."""
-    predicted = jax.vmap(lambda f: jax.vmap(lambda s, a: f(s, a))(rows.s, rows.a))(members)
-
-    def relative(x, s, s_next):
-        return jnp.mean(jnp.var(x, axis=0) / (jnp.var(s_next - s, axis=0) + jnp.finfo(x.dtype).eps))
-
-    parts = jax.tree.leaves(jax.tree.map(relative, predicted, rows.s, rows.s_next))
-    return jnp.sqrt(jnp.mean(jnp.stack(parts)))
+        return members, best, said
