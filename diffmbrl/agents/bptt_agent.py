@@ -145,8 +145,9 @@ class PolicyAgent(eqx.Module):
         imagined, s0 = self.imagined(task, elites), self._starts(task, buffer, key_starts)
 
         def step(state, _):
-            *state, info = self.solver.update(*state, imagined, s0, key=key_solver)
-            return tuple(state), info
+            policy, solver = state
+            policy, solver, info = self.solver.update(policy, solver, imagined, s0, key=key_solver)
+            return (policy, solver), info
 
         (policy, solver), info = jax.lax.scan(step, (carry.policy, carry.solver), None, length=self.updates)
         said |= {
