@@ -139,7 +139,8 @@ def restore(folder: Path, name: str | None = None) -> Restored:
         raise ValueError(
             f"the agents of '{folder}' are in {'float64' if config['x64'] else 'float32'}: set jax_enable_x64"
         )
-    name = known("agent of the run", kept[0] if name is None else name, kept)
+    first = next(name for name in (*config["agents"], *kept) if name in kept)
+    name = known("agent of the run", first if name is None else name, kept)
     starts = config.pop("evaluations")[name]
     setting = Setting(
         **{field: config[field] for field in Setting._fields if field != "evaluations"}, evaluations=starts
@@ -179,7 +180,7 @@ def _run_agent(
         progress.update(record["real_steps"], ", ".join([*said, f"{record['seconds']:.1f} s"]))
 
     def done() -> str:
-        return "" if latest is None else f" after {latest.records[-1]['real_steps']} of {real_steps} real steps"
+        return "" if latest is None else f" after {latest.records[-1]['real_steps']:,} of {real_steps:,} real steps"
 
     every = max(1, -(-(real_steps - agent.warmup) // (agent.every * LOOKS)))
     stop = None
@@ -195,7 +196,7 @@ def _run_agent(
             on_record=on_record,
         )
         reached = learned.records[-1]["real_steps"]
-        stop = f"{reached} real steps" if reached >= real_steps else f"budget of {budget:g} s{done()}"
+        stop = f"{reached:,} real steps" if reached >= real_steps else f"budget of {budget:g} s{done()}"
     except BaseException as error:
         stop = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
         stop += done()
@@ -223,8 +224,6 @@ def _shown(line: dict[str, Any]) -> dict[str, str]:
     if "evaluation" in line:
         values["return"] = np.mean(line["evaluation"], axis=1)
     values |= {name: line["said"][name] for name in SHOWN if name in line["said"]}
-    means = {
-        name.replace("_", " "): float(interquartile_mean(np.atleast_1d(np.asarray(x, float))))
-        for name, x in values.items()
-    }
+    columns = {name.replace("_", " "): np.atleast_1d(np.asarray(x, float)) for name, x in values.items()}
+    means = {name: float(interquartile_mean(column)) for name, column in columns.items()}
     return {name: words.number(x) for name, x in means.items() if np.isfinite(x)}

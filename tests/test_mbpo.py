@@ -125,15 +125,6 @@ def test_the_elites_are_the_best_on_rows_held_out():
     assert said["disagreement"] > 0 and said["model_rejected"] == 0
 
 
-def test_members_that_agree_do_not_disagree():
-    from diffmbrl.agents.mbpo import disagreement
-
-    rows = filled(TASK).sample(KEY, 20)
-    rows = rows._replace(s_next=rows.s + jax.random.normal(KEY, rows.s.shape))
-    same(disagreement(carts(1.0, 1.0), rows), 0, atol=1e-6)
-    assert disagreement(carts(1.0, 5.0), rows._replace(a=10 + rows.a)) > 0
-
-
 @pytest.mark.parametrize("agent", [SMALL, ModelPPO(
     learner=PPO(hidden=(8,), epochs=1, batches=2), world=WORLD, updates=2, branches=4, steps=5, warmup=40, every=20
 )], ids=["mbpo", "model-ppo"])  # fmt: skip

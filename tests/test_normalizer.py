@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffmbrl import tasks
+from diffmbrl.buffer import Transition
 from diffmbrl.models import GaussianDynamics, NetworkDynamics, Normalizer, particles
 from diffmbrl.tasks.registry import TASKS
 from tests.problems import same
@@ -33,6 +34,11 @@ def rows(task, count=50, key=KEY):
     return s, a, jax.vmap(task.dynamics)(s, a)
 
 
+def fitted(normalizer, s, a, s_next, data):
+    none = jnp.zeros(len(s), bool)
+    return normalizer.fitted(Transition(s, a, jnp.zeros(len(s)), s_next, none, none), data)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_angles_are_what_the_features_see_as_angles(name):
     turn = jax.jit(lambda task: Normalizer.init(task).turn)(tasks.make(name))  # parameters of the features are traced
@@ -45,12 +51,12 @@ def test_statistics_are_those_of_the_rows_that_are_data():
     s, a, s_next = rows(task)
     data = jnp.arange(50) < 30
     spoiled = jnp.where(data[:, None], s, jnp.nan)
-    fitted = Normalizer.init(task).fitted(spoiled, a, s_next, data)
+    units = fitted(Normalizer.init(task), spoiled, a, s_next, data)
     z = jnp.concatenate([jax.vmap(task.features)(s), a], axis=1)[:30]
-    np.testing.assert_allclose(fitted.mean, np.mean(z, axis=0), atol=1e-5)
-    np.testing.assert_allclose(fitted.std, np.std(z, axis=0), rtol=1e-4)
-    np.testing.assert_allclose(fitted.scale, np.sqrt(np.mean((s_next - s)[:30] ** 2, axis=0)), rtol=1e-5)
-    inputs = jax.vmap(fitted.inputs)(s[:30], a[:30])
+    np.testing.assert_allclose(units.mean, np.mean(z, axis=0), atol=1e-5)
+    np.testing.assert_allclose(units.std, np.std(z, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(units.scale, np.sqrt(np.mean((s_next - s)[:30] ** 2, axis=0)), rtol=1e-5)
+    inputs = jax.vmap(units.inputs)(s[:30], a[:30])
     np.testing.assert_allclose(np.mean(inputs, axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(np.std(inputs, axis=0), 1, rtol=1e-4)
 
@@ -58,10 +64,10 @@ def test_statistics_are_those_of_the_rows_that_are_data():
 def test_a_step_by_the_target_is_the_next_state():
     task = tasks.cartpole_balance()
     s, a, s_next = rows(task)
-    fitted = Normalizer.init(task).fitted(s, a, s_next, jnp.ones(50, bool))
-    again = jax.vmap(lambda s, s_next: fitted.step(s, fitted.target(s, s_next)))(s, s_next)
+    units = fitted(Normalizer.init(task), s, a, s_next, jnp.ones(50, bool))
+    again = jax.vmap(lambda s, s_next: units.step(s, units.target(s, s_next)))(s, s_next)
     np.testing.assert_allclose(again, s_next, atol=1e-5)
-    y = jax.vmap(fitted.target)(s, s_next)
+    y = jax.vmap(units.target)(s, s_next)
     np.testing.assert_allclose(np.mean(y**2, axis=0), 1, rtol=1e-4)
 
 
@@ -85,7 +91,7 @@ def test_what_never_changed_is_kept(kind):
     task = tasks.reacher()
     s, a, s_next = rows(task)
     f = kind.init(task, hidden=[5], output_scale=1.0, key=KEY)
-    normalizer = f.normalizer.fitted(s, a, s_next, jnp.ones(50, bool))
+    normalizer = fitted(f.normalizer, s, a, s_next, jnp.ones(50, bool))
     assert list(np.asarray(normalizer.varies)) == [True] * 4 + [False] * 2
     f = eqx.tree_at(lambda f: f.normalizer, f, normalizer)
     same(f(s[0], a[0], key=KEY)[4:], s[0, 4:])
@@ -99,10 +105,10 @@ def test_what_never_changed_is_kept(kind):
 def test_an_input_that_never_varied_is_divided_by_one():
     task = tasks.lqr()
     s = jnp.full((1000, 2), 0.1)
-    fitted = Normalizer.init(task).fitted(s, jnp.zeros((1000, 1)), s, jnp.ones(1000, bool))
-    same(fitted.std, np.ones(3))
-    same(fitted.target(s[0], s[0]), np.zeros(2))
-    np.testing.assert_allclose(fitted.inputs(s[0] + 1, jnp.zeros(1)), [1, 1, 0], rtol=1e-4)
+    units = fitted(Normalizer.init(task), s, jnp.zeros((1000, 1)), s, jnp.ones(1000, bool))
+    same(units.std, np.ones(3))
+    same(units.target(s[0], s[0]), np.zeros(2))
+    np.testing.assert_allclose(units.inputs(s[0] + 1, jnp.zeros(1)), [1, 1, 0], rtol=1e-4)
 
 
 def test_one_step_back_is_the_short_way_and_differentiable():
@@ -124,3 +130,9 @@ def test_states_and_features_must_be_flat():
 class Square(eqx.Module):
     def __call__(self, s):
         return jnp.outer(s, s)
+
+
+def test_no_leaf_is_weakly_typed():
+    """One that is would be strong after training, and all that takes the model compiled anew."""
+    model = GaussianDynamics.init(tasks.pendulum(), hidden=[4], key=KEY)
+    assert not any(x.weak_type for x in jax.tree.leaves(model))

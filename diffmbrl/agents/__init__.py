@@ -5,10 +5,11 @@ from diffmbrl.agents.collect import Exact, RandomActions, System, Unknown
 from diffmbrl.agents.idle import Idle
 from diffmbrl.agents.imagine import imagine
 from diffmbrl.agents.learn import Agent, Learned, learn
-from diffmbrl.agents.mbpo import MBPO, Growing, ModelPPO, World
+from diffmbrl.agents.mbpo import MBPO, Growing, ModelPPO
 from diffmbrl.agents.model_free import OffPolicy, OnPolicy
 from diffmbrl.agents.ppo import PPO
 from diffmbrl.agents.sac import SAC
+from diffmbrl.agents.world import World
 
 __all__ = [
     "MBPO",

@@ -73,7 +73,8 @@ def _rollouts(agent: Agent, system: System, carries: Any, keys: Key[Array, " S"]
 
         foreseen = jax.vmap(ahead)(steps.s, steps.a, jax.random.split(key_model, EPISODES))
         true = jnp.concatenate([_flat(steps.s, 2)[:, :1], _flat(steps.s_next, 2)], axis=1)
-        going = (jnp.cumsum(steps.last, axis=1) - steps.last == 0) & found.keep
+        ended = steps.last.astype(jnp.int32)
+        going = (jnp.cumsum(ended, axis=1) - ended == 0) & found.keep
         return true, foreseen, going
 
     return jax.vmap(one)(carries, keys)

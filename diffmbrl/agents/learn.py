@@ -132,7 +132,7 @@ def learn(
     while True:
         over = done >= real_steps or spent >= seconds
         if evaluations and (over or iteration % evaluate_every == 0):
-            evaluate = evaluate or _compiled(_evaluate, agent, system, lanes.carry, keys, count=evaluations)
+            evaluate = evaluate or _evaluate.lower(agent, system, lanes.carry, keys, count=evaluations).compile()
             record["evaluation"] = np.asarray(evaluate(agent, system, lanes.carry, keys))
         records.append(record)
         if on_record is not None:
@@ -140,17 +140,12 @@ def learn(
         if over:
             return Learned(lanes.carry, lanes.buffer, records)
         number = jnp.int32(iteration)
-        run = run or _compiled(_iterate, agent, system, lanes, keys, number)
+        run = run or _iterate.lower(agent, system, lanes, keys, number).compile()  # before the clock starts
         begun = time.perf_counter()
         lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
         spent += time.perf_counter() - begun
         done, iteration = done + agent.every, iteration + 1
         record = _record(lanes.fresh, done, spent) | {name: np.asarray(x) for name, x in said.items()}
-
-
-def _compiled(function: Callable, *arguments: Any, **static: Any) -> Callable:
-    """Compiled before the clock starts."""
-    return jax.jit(partial(function, **static)).lower(*arguments).compile()
 
 
 @partial(jax.jit, static_argnames="capacity")
@@ -171,6 +166,7 @@ def _warm(agent: Agent, system: System, keys: Key[Array, " S"], capacity: int) -
     return jax.vmap(one)(keys)
 
 
+@jax.jit
 def _iterate(agent: Agent, system: System, lanes: Lane, keys: Key[Array, " S"], number: Array) -> tuple[Lane, dict]:
     """An update, and `every` steps with what came of it."""
 
@@ -188,6 +184,7 @@ def _iterate(agent: Agent, system: System, lanes: Lane, keys: Key[Array, " S"], 
     return jax.vmap(one)(lanes, keys)
 
 
+@partial(jax.jit, static_argnames="count")
 def _evaluate(
     agent: Agent, system: System, carries: Any, keys: Key[Array, " S"], count: int
 ) -> Float[Array, "S count"]:

@@ -1,6 +1,5 @@
 r"""The model as a simulator: a model-free learner on short imagined branches that start at real states."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -13,9 +12,10 @@ from diffmbrl.agents.imagine import imagine
 from diffmbrl.agents.model_free import at_least_one
 from diffmbrl.agents.ppo import PPO
 from diffmbrl.agents.sac import SAC
+from diffmbrl.agents.world import World
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task, as_float, parameter
-from diffmbrl.models import Ensemble, GaussianDynamics, Training, TSInfinity, train
+from diffmbrl.models import Ensemble, TSInfinity
 
 
 class Simulation(NamedTuple):
@@ -41,56 +41,6 @@ class Growing(eqx.Module):
     def __call__(self, fits: Int[Array, ""]) -> Int[Array, ""]:
         share = jnp.clip((fits.astype(self.low.dtype) - self.begin) / (self.end - self.begin), 0, 1)
         return jnp.round(self.low + (self.high - self.low) * share).astype(jnp.int32)
-
-
-class World(eqx.Module):
-    """An ensemble that is fitted to a buffer: how it is made and trained, and how many of its members are used.
-
-    `model` is a constructor, `model(task, hidden=, key=)`. Every fit goes on from the weights of the last. The `elites` best
-    members on the rows held out are those that are simulated.
-
-    >>> World(members=7, elites=5).hidden
-    (200, 200, 200)
-    """
-
-    training: Training = eqx.field(default_factory=Training)
-    members: int = eqx.field(static=True, default=5)
-    elites: int = eqx.field(static=True, default=5)
-    hidden: tuple[int, ...] = eqx.field(static=True, default=(200, 200, 200))
-    model: Callable = eqx.field(static=True, default=GaussianDynamics.init)
-
-    def __check_init__(self):
-        at_least_one(members=self.members, elites=self.elites)
-        if self.elites > self.members:
-            raise ValueError(f"elites must be at most the number of members, {self.members}; got {self.elites}")
-
-    def init(self, task: Task, key: PRNGKeyArray) -> Any:
-        """Draw the members."""
-        return jax.vmap(lambda k: self.model(task, hidden=self.hidden, key=k))(jax.random.split(key, self.members))
-
-    def fit(self, members: Any, buffer: Buffer, key: PRNGKeyArray) -> tuple[Any, Any, dict[str, Array]]:
-        """All members trained on, the elites among them, and what is worth a record."""
-        members, curves = train(members, buffer.rows, buffer.size, key, self.training)
-        best = jnp.argsort(curves.holdout)[: self.elites]
-        elites = jax.tree.map(lambda x: x[best], members)
-        said = {
-            "model_error": jnp.mean(curves.holdout[best]),
-            "disagreement": disagreement(elites, buffer.sample(key, 256)),
-            "model_epochs": jnp.mean(curves.epochs.astype(curves.holdout.dtype)),
-            "model_rejected": jnp.sum(curves.rejected),
-        }
-        return members, elites, said
-
-
-def disagreement(members: Any, rows: Transition) -> Float[Array, ""]:
-    """The members' deviation from their mean, relative to the change of the state: root of the mean over rows and states."""
-    predicted = jax.vmap(lambda f: jax.vmap(lambda s, a: f(s, a))(rows.s, rows.a))(members)
-
-    def relative(x, s, s_next):
-        return jnp.mean(jnp.var(x, axis=0) / (jnp.var(s_next - s, axis=0) + jnp.finfo(x.dtype).eps))
-
-    parts = jax.tree.leaves(jax.tree.map(relative, predicted, rows.s, rows.s_next))
-    return jnp.sqrt(jnp.mean(jnp.stack(parts)))
 
 
 class MBPO(eqx.Module):

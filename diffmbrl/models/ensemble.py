@@ -136,6 +136,31 @@ def member(members: Any, e: int | Int[Array, ""]) -> Any:
     return jax.tree.map(lambda x: x[e], members)
 
 
+def elites(members: Any, holdout: Float[Array, " E"], number: int) -> Any:
+    """The `number` members of the lowest hold-out error (`Curves.holdout`), the best first; one that is NaN comes last.
+
+    Raises: `ValueError` if there are not so many.
+    """
+    if not 1 <= number <= holdout.shape[0]:
+        raise ValueError(f"elites are 1 to {holdout.shape[0]} of {holdout.shape[0]} members, got {number}")
+    best = jnp.argsort(holdout)[:number]
+    return jax.tree.map(lambda x: x[best], members)
+
+
+def disagreement(ensemble: Ensemble, s: State, a: Float[Array, " m"]) -> Float[Array, ""]:
+    r"""How far learned members differ at (s, a), as a share of the scale of the changes in their data.
+
+    $$\Big[\tfrac1n \sum_i \mathrm{Var}_e\big(f_e(s, a)_i\big) / \sigma_{\Delta,i}^2\Big]^{1/2}$$
+
+    over the state variables that changed at all; 1 is as much as a typical step. Noise of the members is left out.
+    """
+    s_next = jax.vmap(lambda f: f(s, a))(ensemble.members)
+    normalizer = member(ensemble.members, 0).normalizer
+    spread = normalizer.average(jnp.var(s_next, axis=0) / jnp.where(normalizer.varies, normalizer.scale, 1) ** 2)
+    # The root has no derivative where members agree; 0 is taken for it.
+    return jnp.where(spread > 0, jnp.sqrt(jnp.where(spread > 0, spread, 1)), 0)
+
+
 def count(s: State) -> int:
     """The number of particles."""
     return jax.tree.leaves(s)[0].shape[0]

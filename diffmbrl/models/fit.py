@@ -181,8 +181,8 @@ def _normalizer(model: Any, transitions: Transition, size: Array) -> Any:
     """The normaliser with the statistics of the rows below `size`, windows or not."""
     lead = transitions.a.shape[:-1]
     data = jnp.broadcast_to(jnp.arange(lead[0], dtype=jnp.int32).reshape(-1, *[1] * (len(lead) - 1)) < size, lead)
-    flat = [x.reshape(-1, *x.shape[len(lead) :]) for x in (transitions.s, transitions.a, transitions.s_next)]
-    return model.normalizer.fitted(*flat, data.ravel())
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), transitions)
+    return model.normalizer.fitted(rows, data.ravel())
 
 
 class _State(NamedTuple):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from diffmbrl.buffer import Transition
 from diffmbrl.core import Task
 
 TURN = 2 * jnp.pi
@@ -90,26 +91,25 @@ class Normalizer(eqx.Module):
         number = jnp.maximum(jnp.sum(self.varies), 1).astype(x.dtype)
         return jnp.sum(jnp.where(self.varies, x, 0)) / number
 
-    def fitted(
-        self,
-        s: Float[Array, "N n"],
-        a: Float[Array, "N m"],
-        s_next: Float[Array, "N n"],
-        data: Bool[Array, " N"],
-    ) -> "Normalizer":
-        """With the statistics of those rows that are `data`. They stay until the next fit."""
-        count = jnp.maximum(jnp.sum(data), 1).astype(s.dtype)
+    def fitted(self, rows: Transition, data: Bool[Array, " N"]) -> "Normalizer":
+        """With the statistics of those of N rows that are `data`. They stay until the next fit."""
+        z = jnp.concatenate([jax.vmap(self.features)(rows.s), rows.a], axis=1)
+        mean, std = standard(z, data)
+        changes = jax.vmap(self.difference)(rows.s, rows.s_next)
+        return Normalizer(self.features, mean, std, jnp.sqrt(averaged(changes**2, data)), self.turn)
 
-        def average(x):
-            return jnp.sum(jnp.where(data[:, None], x, 0), axis=0) / count
 
-        z = jnp.concatenate([jax.vmap(self.features)(s), a], axis=1)
-        mean = average(z)
-        std = jnp.sqrt(average((z - mean) ** 2))
-        # A constant's deviation is what rounding left of its mean.
-        std = jnp.where(std > 8 * jnp.finfo(std.dtype).eps * jnp.abs(mean), std, 1)
-        scale = jnp.sqrt(average(jax.vmap(self.difference)(s, s_next) ** 2))
-        return Normalizer(self.features, mean, std, scale, self.turn)
+def averaged(x: Float[Array, "N k"], data: Bool[Array, " N"]) -> Float[Array, " k"]:
+    """The mean of those rows that are data."""
+    return jnp.sum(jnp.where(data[:, None], x, 0), axis=0) / jnp.maximum(jnp.sum(data), 1).astype(x.dtype)
+
+
+def standard(x: Float[Array, "N k"], data: Bool[Array, " N"]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
+    """Mean and standard deviation of those rows that are data; 1 for the deviation of a constant."""
+    mean = averaged(x, data)
+    std = jnp.sqrt(averaged((x - mean) ** 2, data))
+    # What is below is what rounding left of a constant's mean; NaN stays.
+    return mean, jnp.where(std <= 8 * jnp.finfo(std.dtype).eps * jnp.abs(mean), 1, std)
 
 
 def turns(task: Task) -> Float[Array, " n"]:
@@ -124,6 +124,7 @@ def turns(task: Task) -> Float[Array, " n"]:
         return jnp.max(jnp.abs(jax.vmap(task.features)(probes + by) - jax.vmap(task.features)(probes)))
 
     def turn(unit):
-        return jnp.where((moved(TURN * unit) < 1e-4) & (moved(unit) > 1e-3), TURN, 0.0)
+        is_angle = (moved(TURN * unit) < 1e-4) & (moved(unit) > 1e-3)
+        return TURN * is_angle.astype(unit.dtype)
 
     return jax.vmap(turn)(jnp.eye(task.n))

@@ -13,8 +13,8 @@ from diffmbrl.runs.table import UNKNOWN, aligned
 
 Array = np.ndarray
 WAY = 0.9  # of the best agent's improvement, at which agents are said to have got there
-HEAD = ("agent", "return", "best", "real steps", "episodes", "got there in", "after", "model error", "disagreement")
-COUNTS = ("rejected", "refused", "learning", "in all")
+EARNED = ("return", "best", "real steps", "episodes", "got there in", "after")
+ELSE = ("model error", "disagreement", "rejected", "refused", "learning", "in all")
 
 
 @dataclass
@@ -126,11 +126,13 @@ def target(courses: list[Course]) -> float:
 
 
 def text(rows: list[Row]) -> str:
-    """The table for the terminal, with the notes that it needs."""
+    """Two tables for the terminal, what was earned and what else there is to know, with the notes that they need."""
     if not any(row.course.measured for row in rows):
         return "No return was measured."
-    lines = [[*HEAD, *COUNTS], *([row.course.label, *cells(row)] for row in rows)]
-    return f"{aligned(lines)}\n\n{note(rows)}"
+    lines = [["agent", *EARNED, *ELSE], *([row.course.label, *cells(row)] for row in rows)]
+    split = 1 + len(EARNED)
+    tables = aligned([line[:split] for line in lines]), aligned([[line[0], *line[split:]] for line in lines])
+    return "\n\n".join([*tables, note(rows)])
 
 
 def cells(row: Row) -> list[str]:

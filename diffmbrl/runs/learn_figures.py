@@ -27,6 +27,7 @@ NAMED = {  # what an agent may say: title, name of the axis, what it is
     ),
 }
 SAID = 12  # numbers that an agent says drawn at most
+POINTS = 300  # of a curve, at most
 
 
 class Band(NamedTuple):
@@ -74,15 +75,16 @@ def _returns(courses: list[Course], looks: dict[str, Style], folder: Path) -> li
 def _return_bands(
     axis: Any, courses: list[Course], looks: dict[str, Style], along: dict[str, Array], xlabel: str, also: bool
 ) -> None:
-    sign = figures.return_axis(axis, [course.means for course in courses])
+    earned = {c.method: c.trained for c in courses if also and c.evaluated.any() and c.trained[0].size > 1}
+    thin = {m: (x[_few(x)], interquartile_mean(y[_few(x)])) for m, (x, y) in earned.items()}
+    sign = figures.return_axis(axis, [*(course.means for course in courses), *(y for _, y in thin.values())])
     lines = []
     for course in courses:
         y, style = course.curve[1], looks[course.method]
         low, high = interval(y, resamples=gallery.BAND)
         lines.append(_band(axis, Band(style, along[course.method], *(sign * z for z in (course.means, low, high)))))
-        if also and course.evaluated.any() and course.trained[0].size > 1:
-            x, earned = course.trained
-            axis.plot(x, _shown(sign * interquartile_mean(earned)), color=style.colour, linewidth=0.9, alpha=0.85)
+    for method, (x, y) in thin.items():
+        axis.plot(x, _shown(sign * y), color=looks[method].colour, linewidth=0.9, alpha=0.85)
     axis.set_xlabel(xlabel)
     axis.set_xlim(left=0)
     axis.xaxis.set_major_formatter(lambda x, _: figures.compact(x))
@@ -99,7 +101,8 @@ def _said(name: str, courses: list[Course], looks: dict[str, Style], folder: Pat
     def paint(axis: Any) -> None:
         bands = []
         for course, values in saying:
-            spoken = ~np.isnan(values).all(axis=1)
+            spoken = np.flatnonzero(~np.isnan(values).all(axis=1))
+            spoken = spoken[_few(spoken)]
             low, high = interval(values[spoken], resamples=gallery.BAND)
             middle = interquartile_mean(values[spoken])
             bands.append(Band(looks[course.method], course.steps[spoken], middle, low, high))
@@ -193,9 +196,8 @@ def _rest(course: Course, style: Style, folder: Path) -> list[Picture]:
         figure, axes = panels(min(len(said), SAID), xlabel="real steps")
         for axis, (name, values) in zip(axes, said.items(), strict=False):
             axis.set_title(name.replace("_", " "), loc="left", fontsize=8.5, pad=4, parse_math=False)
-            axis.plot(
-                course.steps, _shown(values), color=style.colour, linewidth=1.1, alpha=max(0.3, values.shape[1] ** -0.5)
-            )
+            few, looks = _few(values), {"color": style.colour, "linewidth": 1.1, "alpha": max(0.3, course.seeds**-0.5)}
+            axis.plot(course.steps[few], _shown(values[few]), **looks)
             axis.xaxis.set_major_formatter(lambda x, _: figures.compact(x))
             axis.yaxis.set_major_formatter(lambda x, _: figures.compact(round(x, 12)))
         return figure
@@ -224,6 +226,11 @@ def _positive(axis: Any, values: list[Array]) -> None:
 def _at(course: Course, steps: Array) -> Array:
     """Seconds of learning at so many real steps."""
     return course.seconds[np.searchsorted(course.steps, steps)]
+
+
+def _few(values: Array) -> Array:
+    """Which of the values are drawn: all, or some at even distances with the first and the last."""
+    return np.unique(np.linspace(0, len(values) - 1, min(POINTS, len(values))).astype(int))
 
 
 def _shown(y: Array) -> Array:

@@ -137,7 +137,7 @@ def _broken(course: Course) -> int:
 
 
 def _table(rows: list[Row]) -> str:
-    names = (*courses.HEAD, *courses.COUNTS, "ended by")
+    names = ("agent", *courses.EARNED, *courses.ELSE, "ended by")
     head = "".join(f"<th{page.attribute('left' if n == names[-1] else '')}>{escape(n)}</th>" for n in names)
     lines = []
     best = courses.leader([row.course for row in rows])

@@ -67,7 +67,7 @@ def plan_figure(
 
 def panels(count: int, *, xlabel: str = "time [s]") -> tuple[Any, list[Any]]:
     """A figure of so many small panels side by side, in rows, the lowest with a name below."""
-    columns = min(count, 3 if count > 4 else 2)
+    columns = 3 if count > 4 else 2
     rows = math.ceil(count / columns)
     figure = blank((columns * PANEL[0], rows * PANEL[1] + 0.35))
     lowest = [xlabel if i + columns >= count else None for i in range(count)]
