@@ -20,8 +20,10 @@ from diffmbrl.core import is_plan
 from tests.agents import AGENTS, Row
 
 KEYS = jax.random.split(jax.random.key(0), 2)
-EVERY = [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for row in AGENTS]
-each = pytest.mark.parametrize("row", EVERY)
+each = pytest.mark.parametrize("row", AGENTS, ids=[row.name for row in AGENTS])
+ran = pytest.mark.parametrize(
+    "row", [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for row in AGENTS]
+)
 
 
 class Spiked(eqx.Module):
@@ -55,13 +57,16 @@ def learned(row: Row, *, alone: bool = False, most: float = np.inf) -> Learned:
 
 
 def lane(row: Row, system: System, key: Any) -> tuple[Any, ...]:
-    """What an update is given, as shapes: agent, carry, task, buffer, the latest steps, a key."""
-    agent = row.make(system.view)
+    """What an update is given, as shapes: agent, carry, task, buffer, the latest steps, a key; in the task's precision."""
+    dtype = system.view.weights.dtype
+    agent = jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, row.make(system.view)
+    )
 
     def draw(agent, system, key):
         carry = agent.init(system.view, key)
-        places = begin(agent.first(carry, system.view), system, key, agent.environments)
         policy = agent.policy(carry, system.view)
+        places = begin(policy, system, key, agent.environments)
         steps = collect(policy, system, places, key, steps=agent.every // agent.environments)[1].steps
         return carry, steps
 
@@ -86,6 +91,7 @@ def test_it_is_an_agent_of_arrays(row):
 def test_another_value_of_a_hyperparameter_traces_nothing(row):
     """All leaves at once: a sweep is a vmap, and a new value does not compile."""
     agent, *rest = lane(row, System(task()), jax.random.key(0))
+    chex.clear_trace_counter()
     traced = jax.jit(chex.assert_max_traces(lambda agent, *rest: agent.update(*rest), n=1))
     traced.eval_shape(agent, *rest)
     other = jax.tree.map(lambda x: x + jnp.ones((), x.dtype) if jnp.issubdtype(x.dtype, jnp.number) else x, agent)
@@ -122,7 +128,7 @@ def test_its_policies_act_again_and_again(row):
         assert step == s
 
 
-@each
+@ran
 def test_equal_seeds_are_equal_and_others_are_not(row):
     one = learned(row)
     two = learn(row.make(task()), task(), KEYS, real_steps=row.real_steps, evaluations=2)
@@ -132,7 +138,7 @@ def test_equal_seeds_are_equal_and_others_are_not(row):
     assert not np.array_equal(a[0], a[1])
 
 
-@each
+@ran
 def test_beside_other_seeds_as_alone(row):
     both, one = learned(row), learned(row, alone=True)
     for x, y in zip(leaves((both.carry, both.buffer)), leaves((one.carry, one.buffer)), strict=True):
@@ -141,7 +147,7 @@ def test_beside_other_seeds_as_alone(row):
     np.testing.assert_allclose(final[0][1], final[1][0], rtol=row.tolerance, atol=row.tolerance)
 
 
-@each
+@ran
 def test_a_reward_that_is_not_finite_is_rejected_and_counted(row):
     """The pendulum of the first steps turns at 2.5 rad/s now and then; what was kept and learned is finite all the same."""
     run = learned(row, most=2.5)
@@ -153,7 +159,7 @@ def test_a_reward_that_is_not_finite_is_rejected_and_counted(row):
         assert np.isfinite(x).all()
 
 
-@each
+@ran
 def test_episodes_that_are_over_at_once_are_refused(row):
     over = eqx.tree_at(lambda t: t.done, task(), Over(), is_leaf=lambda x: x is None)
     with pytest.raises(ValueError, match="none could be kept"):

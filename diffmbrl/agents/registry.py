@@ -55,6 +55,15 @@ def options(name: str) -> dict[str, Any]:
     return {parameter.name: parameter.default for parameter in parameters}
 
 
+def listing() -> str:
+    """A screen of all agents, each with its options and their defaults."""
+    lines = []
+    for name, row in AGENTS.items():
+        said = " ".join(f"{option}={value}" for option, value in options(name).items())
+        lines.append(f"{name}: {row.words}; {row.real_steps:,} real steps\n    {said}")
+    return "\n".join(lines)
+
+
 def _read(name: str, row: Row, given: Mapping[str, Any]) -> dict[str, Any]:
     takes, read = options(name), {}
     for option, value in given.items():
