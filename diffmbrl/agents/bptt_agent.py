@@ -30,6 +30,7 @@ class PolicyCarry(NamedTuple):
     policy: Any
     solver: Any  # the solver's carry
     members: Any  # a leading axis of members on every leaf
+    elites: Any  # those of them that are used
     updates: Int[Array, "*batch"]  # of the agent, made so far
 
 
@@ -118,8 +119,9 @@ class PolicyAgent(eqx.Module):
         key_policy, key_members = jax.random.split(key)
         members = self.world.init(task, key_members)
         policy = redrawn(self.given, key_policy)
-        imagined = self.imagined(task, jax.tree.map(lambda x: x[: self.world.elites], members))
-        return PolicyCarry(policy, self.solver.init(policy, imagined), members, jnp.zeros((), jnp.int32))
+        elites = jax.tree.map(lambda x: x[: self.world.elites], members)
+        solver = self.solver.init(policy, self.imagined(task, elites))
+        return PolicyCarry(policy, solver, members, elites, jnp.zeros((), jnp.int32))
 
     def first(self, carry: PolicyCarry, task: Task) -> RandomActions:
         return RandomActions(task)
@@ -155,7 +157,7 @@ class PolicyAgent(eqx.Module):
         }
         if info.gradient_norm is not None:
             said["gradient_norm"] = jnp.max(info.gradient_norm)
-        return PolicyCarry(policy, solver, members, carry.updates + 1), said
+        return PolicyCarry(policy, solver, members, elites, carry.updates + 1), said
 
     def _starts(self, task: Task, buffer: Buffer, key: PRNGKeyArray) -> State:
         key_real, key_fresh, key_which = jax.random.split(key, 3)
