@@ -91,7 +91,7 @@ def test_an_empty_buffer_is_an_error_and_one_smaller_than_a_batch_is_not():
         imagine(RandomActions(TASK), TASK, carts(1.0), empty, KEY, branches=2, steps=2, length=1)
     carry = SMALL.init(TASK, KEY)
     few = filled(TASK, count=3, capacity=8)
-    after, said = jax.jit(lambda *x: SMALL.update(*x))(carry, TASK, few, None, KEY)
+    after, said = jax.jit(lambda *x: SMALL.update(*x))(carry, TASK, few, few.sample(KEY, 4), KEY)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((after, said)))
 
 
@@ -99,8 +99,7 @@ def test_rows_are_real_with_the_probability_given():
     buffer = filled(TASK, r=7.0)
     rows, keep = (jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x) for x in imagined(carts(1.0)))
     for share in (0.0, 0.3, 1.0):
-        agent = eqx.tree_at(lambda x: (x.real, x.batch), MBPO(batch=5000), (jnp.asarray(share), 5000))
-        real = np.asarray(agent._mixed(rows, keep, buffer, KEY).r) == 7
+        real = np.asarray(MBPO(batch=5000, real=share)._mixed(rows, keep, buffer, KEY).r) == 7
         assert abs(real.mean() - share) < (0.03 if 0 < share < 1 else 1e-9)
     # A row that is not kept has a real one in its place.
     agent = MBPO(batch=100, real=0.0)
@@ -121,9 +120,8 @@ def test_the_elites_are_the_best_on_rows_held_out():
     # What becomes of a member with an output that is far off, in few epochs, is far off as well.
     worst = eqx.tree_at(lambda f: f.net.biases[-1], members, members.net.biases[-1].at[jnp.asarray([0, 2])].set(50.0))
     trained, elites, said = world.fit(worst, buffer, KEY)
-    same_tree(elites.net, jax.tree.map(lambda x: x[jnp.asarray([1, 3])], trained.net)) if np.array_equal(
-        elites.net.weights[0][0], trained.net.weights[0][1]
-    ) else same_tree(elites.net, jax.tree.map(lambda x: x[jnp.asarray([3, 1])], trained.net))
+    first = np.asarray(trained.net.weights[0])
+    assert {x.tobytes() for x in np.asarray(elites.net.weights[0])} == {first[1].tobytes(), first[3].tobytes()}
     assert said["disagreement"] > 0 and said["model_rejected"] == 0
 
 
@@ -175,7 +173,7 @@ def test_a_model_that_explodes_is_counted_and_the_learner_learns_from_real_rows(
         return members, Explodes(members), {}
 
     monkeypatch.setattr(World, "fit", fit)
-    after, said = jax.jit(lambda *x: SMALL.update(*x))(carry, TASK, filled(TASK), None, KEY)
+    after, said = jax.jit(lambda *x: SMALL.update(*x))(carry, TASK, filled(TASK), filled(TASK).sample(KEY, 4), KEY)
     assert said["imagined_rejected"] == 2 * 4 * 3
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after))
     assert not np.array_equal(after.learner.actor.weights[0], carry.learner.actor.weights[0])

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from diffmbrl.agents.bptt_agent import bptt, second_order, short_horizon
+from diffmbrl.agents.hybrid import hybrid
 from diffmbrl.agents.idle import Idle
 from diffmbrl.agents.learn import Agent
 from diffmbrl.core import Task
@@ -26,6 +28,10 @@ def _random(task: Task, *, warmup: int = 100, every: int = 100) -> Idle:
 
 AGENTS: dict[str, Row] = {
     "random": Row(_random, "random actions within the limits: the baseline below all", 2000),
+    "bptt": Row(bptt, "2.0: Adam through an ensemble's whole horizon", 2000),
+    "second-order": Row(second_order, "2.0 with Krylov-Newton, its discount rising", 2000),
+    "short-horizon": Row(short_horizon, "2.0 with short windows and a critic", 2000),
+    "hybrid": Row(hybrid, "a policy that proposes, CEM that improves, a critic at the end of its plans", 2000, 4),
 }
 
 
