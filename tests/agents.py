@@ -3,6 +3,9 @@
 from typing import Any, NamedTuple
 
 from diffmbrl.agents import Idle
+from diffmbrl.agents.registry import make
+
+STEPS = {"warmup": 20, "every": 20}
 
 
 class Row(NamedTuple):
@@ -18,4 +21,23 @@ class Row(NamedTuple):
 
 AGENTS = [
     Row("random", lambda task: Idle(warmup=20, every=20)),
+    Row("bptt", lambda task: make("bptt", task, STEPS | {"updates": 2}), tolerance=1e-3),
+    Row(
+        "second-order",
+        lambda task: make("second-order", task, STEPS | {"updates": 1, "continued": 0}),
+        tolerance=1e-2,
+        slow=True,
+    ),
+    Row(
+        "short-horizon",
+        lambda task: make("short-horizon", task, STEPS | {"updates": 2, "window": 4}),
+        tolerance=1e-3,
+        slow=True,
+    ),
+    Row(
+        "hybrid",
+        lambda task: make("hybrid", task, STEPS | {"updates": 2, "horizon": 3, "iterations": 1}),
+        tolerance=1e-3,
+        slow=True,
+    ),
 ]
