@@ -15,7 +15,7 @@ from diffmbrl.agents.sac import SAC
 from diffmbrl.agents.world import World
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task, as_float, parameter
-from diffmbrl.models import Ensemble, TSInfinity
+from diffmbrl.models import TS1, Ensemble
 
 
 class Simulation(NamedTuple):
@@ -41,6 +41,11 @@ class Growing(eqx.Module):
     def __call__(self, fits: Int[Array, ""]) -> Int[Array, ""]:
         share = jnp.clip((fits.astype(self.low.dtype) - self.begin) / (self.end - self.begin), 0, 1)
         return jnp.round(self.low + (self.high - self.low) * share).astype(jnp.int32)
+
+
+def branches_of(length: Any) -> Growing:
+    """Branches of one length, whatever the number of fits."""
+    return Growing(as_float(length), as_float(length))
 
 
 class MBPO(eqx.Module):
@@ -93,7 +98,7 @@ class MBPO(eqx.Module):
         return self.learner.best(carry.learner, task)
 
     def model(self, carry: Simulation, task: Task) -> Ensemble:
-        return Ensemble(carry.members, TSInfinity())
+        return Ensemble(carry.members, TS1())
 
     def update(
         self, carry: Simulation, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
@@ -149,7 +154,7 @@ class ModelPPO(eqx.Module):
 
     learner: PPO = eqx.field(default_factory=PPO)
     world: World = eqx.field(default_factory=World)
-    length: Growing = eqx.field(default_factory=lambda: Growing(as_float(25.0), as_float(25.0)))
+    length: Growing = eqx.field(default_factory=lambda: branches_of(25))
     updates: int = eqx.field(static=True, default=10)
     branches: int = eqx.field(static=True, default=100)
     steps: int = eqx.field(static=True, default=25)
@@ -173,7 +178,7 @@ class ModelPPO(eqx.Module):
         return self.learner.best(carry.learner, task)
 
     def model(self, carry: Simulation, task: Task) -> Ensemble:
-        return Ensemble(carry.members, TSInfinity())
+        return Ensemble(carry.members, TS1())
 
     def update(
         self, carry: Simulation, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
