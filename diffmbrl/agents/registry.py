@@ -31,7 +31,7 @@ def _random(task: Task, *, warmup: int = 100, every: int = 100) -> Idle:
 
 
 def _mbpo(
-    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 500, rounds: int = 5, length: int = 60,
+    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 1000, rounds: int = 5, length: int = 60,
     discount: float = 0.99, rate: float = 1e-3, real: float = 0.05, units: int = 64,
 ) -> MBPO:  # fmt: skip
     learner = SAC(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), follow=as_float(0.01))
@@ -87,7 +87,7 @@ def _ppo(
 
 AGENTS: dict[str, Row] = {
     "random": Row(_random, "random actions within the limits: the baseline below all", 2000),
-    "mbpo": Row(_mbpo, "SAC on short branches of an ensemble, which start at real states", 700),
+    "mbpo": Row(_mbpo, "SAC on short branches of an ensemble, which start at real states", 1000),
     "model-ppo": Row(_model_ppo, "PPO on branches of an ensemble", 1000),
     "model-reinforce": Row(_model_reinforce, "the policy gradient on branches of an ensemble", 1000, default=False),
     "sac": Row(_sac, "soft actor-critic on the real system alone", 10_000),
