@@ -1,4 +1,4 @@
-"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `learn`, `report`, `tasks`, `doctor`."""
+"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `learn`, `report`, `agents`, `tasks`, `doctor`."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from diffmbrl.commands import Command, Compare, Diagnose, Doctor, Learn, Plan, Report, Tasks
+from diffmbrl.commands import Agents, Command, Compare, Diagnose, Doctor, Learn, Plan, Report, Tasks
 
 DEFAULT_CACHE = Path("~/.cache/diffmbrl/xla")
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Learn | Report | Tasks | Doctor:
+def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Learn | Report | Agents | Tasks | Doctor:
     """The command given. Raises: `ValueError` in one line where tyro draws a box."""
     names = [kind.__name__.lower() for kind in RUN]
     if not arguments:
@@ -225,6 +225,13 @@ def _report(command: Report) -> int:
     return 0
 
 
+def _agents(command: Agents) -> int:
+    from diffmbrl.agents.registry import listing
+
+    print(listing())
+    return 0
+
+
 def _tasks(command: Tasks) -> int:
     from diffmbrl.tasks.listing import listing
 
@@ -281,6 +288,7 @@ RUN = {
     Diagnose: _diagnose,
     Learn: _learn,
     Report: _report,
+    Agents: _agents,
     Tasks: _tasks,
     Doctor: _doctor,
 }

@@ -121,7 +121,7 @@ class Learn:
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """Name of a task; `diffmbrl tasks` lists them."""
     agent: str = "random"
-    """The agent; an unknown name is answered with the list."""
+    """The agent; `diffmbrl agents` lists them."""
     real_steps: int | None = None
     """Steps of the real system, of each seed; by default the agent's own number."""
     budget: float = 300.0
@@ -131,7 +131,7 @@ class Learn:
     evaluations: int | None = None
     """Starts of each evaluation without exploration, 0 for none; by default the agent's own number."""
     option: list[str] = field(default_factory=list)
-    """Options of the agent, as name=value; an unknown one is answered with the list."""
+    """Options of the agent, as name=value; `diffmbrl agents` lists them."""
     horizon: int | None = None
     """Time steps of an episode; by default the task's own."""
     param: list[str] = field(default_factory=list)
@@ -155,6 +155,11 @@ class Report:
 
 
 @dataclass
+class Agents:
+    """List the agents that learn, with their options."""
+
+
+@dataclass
 class Tasks:
     """List the tasks: dimensions, horizon, gradient contract."""
 
@@ -173,6 +178,7 @@ Command = (
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Learn, tyro.conf.subcommand("learn")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Agents, tyro.conf.subcommand("agents")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )

@@ -5,6 +5,7 @@ import sys
 
 # JAX is imported by the experiment, after diffmbrl has set XLA's flags.
 EXPERIMENTS = {
+    "verdict": "to plan with a learned model, to differentiate it or to simulate with it: return per real step and second",
     "math_test": "what an open loop, planning anew and a policy are worth where the question is seen only later",
     "conditioning": "how badly conditioned plans and policies are against the horizon, and what whitening does to it",
     "second_order": "when M stays bounded, how much of the planner's step a policy follows, which schedule helps",
@@ -15,6 +16,7 @@ EXPERIMENTS = {
     "double_pendulum": "how the variance of pathwise and score-function gradients grows with time in chaos",
     "landscapes": "what the loss and the gradient's variance look like as the unroll grows",
     "metz_spectrum": "what the scale of a first policy does to the Jacobians along its rollout",
+    "given_dynamics": "what becomes of gradients and policies when a model's Jacobians are tamed by construction",
     "mixing": "the variance of pathwise, score-function and mixed gradients against the horizon",
     "heaviside": "gradient estimators on a step, hard and soft: bias and variance against closed forms",
     "ball_and_wall": "gradient estimators on a throw over a wall: bias, variance, the mixture, and where ascents end",

@@ -338,6 +338,9 @@ def test_compare_learned_and_learn_from_the_command_line(folder, capsys):
     assert (config["x64"], config["parameters"], config["real_steps"]) == (True, {"mass": 2.0}, 200)
     assert read_arrays(run / "buffers", "random")[1][".rows.s"].dtype == np.float64
     assert "One seed" in out
+    assert cli.main(["agents"]) == 0
+    out = capsys.readouterr().out
+    assert "random: random actions within the limits" in out and "    warmup=100 every=100\n" in out
 
 
 @pytest.mark.parametrize(
@@ -345,7 +348,7 @@ def test_compare_learned_and_learn_from_the_command_line(folder, capsys):
     [
         ("compare lqr --learned --lr 0.1", "--lr is of methods that know the dynamics: --learned does not take it"),
         ("compare lqr --learned --steps 3", "--steps is of methods that know the dynamics"),
-        ("compare lqr --learned --methods adam", "unknown agent 'adam'; did you mean 'random'?"),
+        ("compare lqr --learned --methods adam", "unknown agent 'adam'; did you mean '"),
         ("compare lqr --real-steps 100", "--real-steps is for agents that learn: give --learned too"),
         ("learn lqr --option every", "--option takes name=value, such as warmup=500; got 'every'"),
         ("learn lqr --option every=3 every=4", "--option every is given more than once: every=3 every=4"),

@@ -6,17 +6,22 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.world import World
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Policy, Solver, State, Task, as_float
-from diffmbrl.models import Ensemble, Mean
+from diffmbrl.gradients.short_horizon import ShortHorizon
+from diffmbrl.models import Ensemble, Mean, NetworkDynamics, Training
 from diffmbrl.models.ensemble import Propagation
 from diffmbrl.nets import MLP
+from diffmbrl.optimizers.continuation import Continuation
+from diffmbrl.optimizers.descend import Descend
+from diffmbrl.optimizers.newton import KrylovNewton
 from diffmbrl.planners.windows import Receding
-from diffmbrl.policies import centre_and_half
+from diffmbrl.policies import Neural, centre_and_half
 
 
 class PolicyCarry(NamedTuple):
@@ -25,6 +30,7 @@ class PolicyCarry(NamedTuple):
     policy: Any
     solver: Any  # the solver's carry
     members: Any  # a leading axis of members on every leaf
+    elites: Any  # those of them that are used
     updates: Int[Array, "*batch"]  # of the agent, made so far
 
 
@@ -35,27 +41,27 @@ class PolicyAgent(eqx.Module):
     s_0 = s^{(i)},\; s_{t+1} = \hat f(s_t, \pi_\theta(s_t), \epsilon_t)$$
 
     `solver` is any `Solver` of kind "policy", and decides what this is:
-    * `Descend(optax.adam, gradient=BPTT())`: the lecture's; `BPTT(Truncated(k))`, `LikelihoodRatio(...)`, `Smoothed(...)` or any
-      other estimator of `gradients/` for its gradient;
-    * `GaussNewton()`, `KrylovNewton()`, `NewtonCG()` ...: second order through the model;
+    * `Descend(optax.adam, gradient=BPTT())`: the lecture's; `BPTT(Truncated(k))`, `LikelihoodRatio(...)`, `Smoothed(...)` or
+      any other estimator of `gradients/` for its gradient;
+    * `GaussNewton()`, `KrylovNewton()`, `NewtonCG()` ...: second order through the model, within a `Continuation` or without;
     * `ShortHorizon(...)`: windows with a critic behind them.
 
-    Each time `updates` = k of them are made on one draw of `starts` = B states: a share `fresh` of them starts of the task, the
-    others states of the buffer. `horizon` = H steps are imagined; None is the task's own, and fewer end with the task's terminal
-    reward and nothing beyond. The ensemble is one dynamics, by `propagation`: `Mean()` of the members, or `TS1()`, which draws a
-    member at each step; the noise of members that have any is reparameterised, and the same in all k updates. What the solver has
-    learned (moments, damping, a critic) is kept from one model to the next.
+    Each time `updates` = k of them are made on one draw of `starts` = B states: a share `fresh` of them starts of the task,
+    the others states of the buffer. `horizon` = H steps are imagined; None is the task's own, and fewer end with the task's
+    terminal reward and nothing beyond. The ensemble is one dynamics, by `propagation`: `Mean()` of the members, or `TS1()`,
+    which draws a member at each step; the noise of members that have any is reparameterised, and the same in all k updates.
+    What the solver has learned (moments, damping, a critic, the stage of a continuation) is kept from model to model.
 
-    `policy` is the first one, whose networks each seed draws anew (`redrawn`). It acts with normal noise of `noise` half widths
-    of the limits, clipped to them. Updates that the solver rejects, as of a model that gives what is not finite, are counted: `nonfinite`.
+    `policy` is the first one, whose networks each seed draws anew (`redrawn`). It acts with normal noise of `noise` half
+    widths of the limits, clipped to them. Updates that the solver rejects, as of a model that gives what is not finite, are
+    counted: `nonfinite`.
 
     Cost of an update: a fit, and k updates of the solver on B rollouts of H steps of the ensemble.
     Raises: `TypeError` for a solver of another kind; `ValueError` for sizes below 1, a share outside [0, 1], negative noise;
     what `buffer.sample` raises for an empty buffer.
     Reference: the lecture's model-based RL 2.0; Deisenroth and Rasmussen 2011 (PILCO); Heess et al. 2015, SVG(infinity).
 
-    >>> import optax
-    >>> from diffmbrl import Descend, Neural, tasks
+    >>> from diffmbrl import tasks
     >>> policy = Neural.init(tasks.pendulum(), key=jax.random.key(0))
     >>> PolicyAgent(Descend(optax.adam, learning_rate=1e-2), policy, horizon=30).starts
     64
@@ -113,8 +119,9 @@ class PolicyAgent(eqx.Module):
         key_policy, key_members = jax.random.split(key)
         members = self.world.init(task, key_members)
         policy = redrawn(self.given, key_policy)
-        imagined = self.imagined(task, jax.tree.map(lambda x: x[: self.world.elites], members))
-        return PolicyCarry(policy, self.solver.init(policy, imagined), members, jnp.zeros((), jnp.int32))
+        elites = jax.tree.map(lambda x: x[: self.world.elites], members)
+        solver = self.solver.init(policy, self.imagined(task, elites))
+        return PolicyCarry(policy, solver, members, elites, jnp.zeros((), jnp.int32))
 
     def first(self, carry: PolicyCarry, task: Task) -> RandomActions:
         return RandomActions(task)
@@ -138,8 +145,9 @@ class PolicyAgent(eqx.Module):
         imagined, s0 = self.imagined(task, elites), self._starts(task, buffer, key_starts)
 
         def step(state, _):
-            *state, info = self.solver.update(*state, imagined, s0, key=key_solver)
-            return tuple(state), info
+            policy, solver = state
+            policy, solver, info = self.solver.update(policy, solver, imagined, s0, key=key_solver)
+            return (policy, solver), info
 
         (policy, solver), info = jax.lax.scan(step, (carry.policy, carry.solver), None, length=self.updates)
         said |= {
@@ -150,7 +158,7 @@ class PolicyAgent(eqx.Module):
         }
         if info.gradient_norm is not None:
             said["gradient_norm"] = jnp.max(info.gradient_norm)
-        return PolicyCarry(policy, solver, members, carry.updates + 1), said
+        return PolicyCarry(policy, solver, members, elites, carry.updates + 1), said
 
     def _starts(self, task: Task, buffer: Buffer, key: PRNGKeyArray) -> State:
         key_real, key_fresh, key_which = jax.random.split(key, 3)
@@ -180,6 +188,41 @@ def _redrawn(net: MLP, key: PRNGKeyArray) -> MLP:
         for k, W in zip(keys, net.weights, strict=True)
     ]
     return eqx.tree_at(lambda net: net.weights, net, tuple(drawn))
+
+
+def bptt(
+    task: Task, *, rate: float = 3e-3, updates: int = 30, continued: int = 0, warmup: int = 200, every: int = 200
+) -> PolicyAgent:
+    """The lecture's model-based RL 2.0: Adam through the whole horizon; with `continued` > 0 its discount rises over so many
+    updates."""
+    adam = Descend(optax.adam, learning_rate=rate)
+    solver = Continuation.discounted(adam, continued) if continued else adam
+    return _small(task, solver, updates, warmup, every)
+
+
+def second_order(
+    task: Task, *, updates: int = 4, continued: int = 36, warmup: int = 200, every: int = 200
+) -> PolicyAgent:
+    """Krylov-Newton through the whole horizon; with `continued` > 0 its discount rises over so many updates."""
+    newton = KrylovNewton()
+    solver = Continuation.discounted(newton, continued) if continued else newton
+    return _small(task, solver, updates, warmup, every)
+
+
+def short_horizon(
+    task: Task, *, rate: float = 3e-3, updates: int = 150, window: int = 12, warmup: int = 200, every: int = 200
+) -> PolicyAgent:
+    """Windows of the model's rollouts with a critic behind them, from 32 environments at once."""
+    solver = ShortHorizon(Descend(optax.adam, learning_rate=rate), window=window, environments=32, discount=0.99)
+    return _small(task, solver, updates, warmup, every)
+
+
+def _small(task: Task, solver: Any, updates: int, warmup: int, every: int) -> PolicyAgent:
+    """With networks that suffice for a handful of state variables."""
+    training = Training(optax.adam, learning_rate=2e-3, epochs=20, batch=64, patience=3)
+    world = World(training, members=3, elites=3, hidden=(32, 32), model=NetworkDynamics.init)
+    policy = Neural.init(task, key=jax.random.key(0))
+    return PolicyAgent(solver, policy, world=world, starts=32, updates=updates, warmup=warmup, every=every)
 
 
 class Explored(eqx.Module):

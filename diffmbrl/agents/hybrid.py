@@ -1,4 +1,4 @@
-r"""Planning and a policy together: the policy proposes, a planner improves, and a learned value says what comes after the plan."""
+r"""Planning and a policy together: the policy proposes, a planner improves, a learned value says what comes after the plan."""
 
 from typing import Any, ClassVar
 
@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.agents.bptt_agent import PolicyAgent, PolicyCarry
+from diffmbrl.agents.bptt_agent import PolicyAgent, PolicyCarry, short_horizon
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.buffer import Buffer, Transition
-from diffmbrl.core import Info, Policy, State, Task, as_float, count_work, keeps_limits, reweighted
+from diffmbrl.core import Info, Policy, State, Task, as_float, count_work, is_concrete, keeps_limits, reweighted
 from diffmbrl.gradients.critic import Critic, inputs
 from diffmbrl.gradients.short_horizon import ShortHorizon
 from diffmbrl.models import Ensemble
@@ -28,23 +28,23 @@ class Hybrid(eqx.Module):
     $$a_t = \arg\max_{a_{t:t+H}} \sum_{j<H} w_{t+j}\, r(\hat s_j, a_{t+j}) + V(\hat s_H, t + H),\qquad
     \text{searched from } \hat s_{j+1} = \hat f(\hat s_j, \pi_\theta(\hat s_j)) \text{ and from the plan of before}$$
 
-    `learner` is a `PolicyAgent` whose solver is `ShortHorizon`: policy and critic V are learned in the model by its windows. To act,
-    `planner` makes `iterations` updates at each real step on H = `horizon` steps of the mean of the ensemble, each beginning from
-    the better of the plan of before and what the policy would do (`Proposed`). So what the policy has learned of the whole task is
-    where the search begins, and what it has got wrong nearby is put right by planning. Planning sees rewards undiscounted; V is the
-    solver's, discounted as that is.
+    `learner` is a `PolicyAgent` whose solver is `ShortHorizon`: policy and critic V are learned in the model by its windows. To
+    act, `planner` makes `iterations` updates at each real step on H = `horizon` steps of the ensemble, each beginning from the
+    better of the plan of before and what the policy would do (`Proposed`). So what the policy has learned of the whole task is
+    where the search begins, and what it has got wrong nearby is put right by planning. Planning sees rewards undiscounted; V is
+    the solver's, discounted as that is.
 
     The planner must keep the task's limits and take `OpenLoop` plans, as `Sampling` (CEM, MPPI) does.
 
     Cost of a real step: `iterations` of the planner's updates and of rollouts of the policy.
-    Raises: `TypeError` if the learner's solver is not `ShortHorizon`, or the planner is not of kind "plan" or moves the limits into
-    the plant; `ValueError` for a horizon or iterations below 1, or negative noise.
+    Raises: `TypeError` if the learner's solver is not `ShortHorizon`, or the planner is not of kind "plan" or does not keep the
+    limits; `ValueError` for a horizon or iterations below 1, negative noise, or a learner that imagines less than the task;
+    what the planner raises for the actions of `task`.
     Reference: Lowrey et al. 2019 (POLO); Hansen, Wang and Su 2022 (TD-MPC), whose policy proposes, too.
 
-    >>> import optax
-    >>> from diffmbrl import Descend, Neural, tasks
-    >>> policy = Neural.init(tasks.pendulum(), key=jax.random.key(0))
-    >>> Hybrid(PolicyAgent(ShortHorizon(Descend(optax.adam, learning_rate=3e-3)), policy), horizon=10).horizon
+    >>> from diffmbrl import tasks
+    >>> task = tasks.pendulum()
+    >>> Hybrid(task, short_horizon(task), horizon=10).horizon
     10
     """
 
@@ -56,6 +56,7 @@ class Hybrid(eqx.Module):
 
     def __init__(
         self,
+        task: Task,
         learner: PolicyAgent,
         planner: Any = None,
         *,
@@ -79,6 +80,8 @@ class Hybrid(eqx.Module):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
         if not bool(jnp.all(jnp.asarray(noise) >= 0)):
             raise ValueError(f"noise must not be negative, got {noise}")
+        if is_concrete(task):
+            planner.init(OpenLoop.zeros(task), task)  # which says what is wrong, as it could not in a compiled run
         self.learner, self.planner, self.noise = learner, planner, as_float(noise)
         self.horizon, self.iterations = horizon, iterations
 
@@ -104,8 +107,7 @@ class Hybrid(eqx.Module):
         return ExploredMPC(self.best(carry, task), self.noise)
 
     def best(self, carry: PolicyCarry, task: Task) -> MPC:
-        elites = jax.tree.map(lambda x: x[: self.learner.world.elites], carry.members)
-        model = eqx.tree_at(lambda t: t.dynamics, task, Ensemble(elites, self.learner.propagation))
+        model = eqx.tree_at(lambda t: t.dynamics, task, Ensemble(carry.elites, self.learner.propagation))
         return MPC.init(
             Proposed(self.planner, carry.policy),
             model,
@@ -120,6 +122,15 @@ class Hybrid(eqx.Module):
         self, carry: PolicyCarry, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
     ) -> tuple[PolicyCarry, dict[str, Array]]:
         return self.learner.update(carry, task, buffer, fresh, key)
+
+
+def hybrid(
+    task: Task, *, updates: int = 150, horizon: int = 15, iterations: int = 2, warmup: int = 200, every: int = 200
+) -> Hybrid:
+    """`short_horizon`'s policy and critic, with CEM in front of them."""
+    return Hybrid(
+        task, short_horizon(task, updates=updates, warmup=warmup, every=every), horizon=horizon, iterations=iterations
+    )
 
 
 class Proposed(eqx.Module):
@@ -173,7 +184,7 @@ class _OnClock(eqx.Module):
 
 
 class ToCritic(eqx.Module):
-    """Windows as `Ending` has them, at whose end, where the episode goes on, is the critic's value of the state and the time."""
+    """Windows as `Ending` has them, at whose end, if the episode goes on, is the critic's value of the state and the time."""
 
     critic: Critic
 
@@ -183,7 +194,7 @@ class ToCritic(eqx.Module):
         return eqx.tree_at(lambda t: t.terminal, made, _Ahead(task, self.critic))
 
     def at(self, task: Task, weights: Float[Array, " T1"], t: Int[Array, ""]) -> Task:
-        """The planning task with the weights of the window that begins at t; those of what is ahead are in the critic's value."""
+        """The planning task with the weights of the window that begins at t; the critic's value has those of what is ahead."""
         made = Ending().at(task, weights, t)
         ahead = t + task.horizon < weights.shape[0] - 1
         return reweighted(made, made.weights.at[-1].set(jnp.where(ahead, 1, made.weights[-1])))
@@ -200,7 +211,7 @@ class _Ahead(eqx.Module):
     critic: Critic
 
     def __call__(self, state: Clocked) -> Float[Array, ""]:
-        t = jnp.asarray(self.task.horizon, state.left.dtype) - state.left
+        t = self.task.horizon - jnp.round(state.left).astype(jnp.int32)
         ahead = self.critic(inputs(self.task, state.s, t))
         return jnp.where(state.left > 0, ahead, self.task.terminal(state.s))
 

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from diffmbrl.agents.bptt_agent import bptt, second_order, short_horizon
+from diffmbrl.agents.hybrid import hybrid
 from diffmbrl.agents.idle import Idle
 from diffmbrl.agents.learn import Agent
 from diffmbrl.agents.mbpo import MBPO, ModelPPO, branches_of
@@ -87,7 +89,11 @@ def _ppo(
 
 AGENTS: dict[str, Row] = {
     "random": Row(_random, "random actions within the limits: the baseline below all", 2000),
-    "mbpo": Row(_mbpo, "SAC on short branches of an ensemble, which start at real states", 1000),
+    "bptt": Row(bptt, "2.0: Adam through an ensemble's whole horizon", 2000),
+    "second-order": Row(second_order, "2.0 with Krylov-Newton, its discount rising", 2000),
+    "short-horizon": Row(short_horizon, "2.0 with short windows and a critic", 2000),
+    "hybrid": Row(hybrid, "a policy that proposes, CEM that improves, a critic at the end of its plans", 2000, 4),
+    "mbpo": Row(_mbpo, "SAC on branches of an ensemble, which start at real states", 1000),
     "model-ppo": Row(_model_ppo, "PPO on branches of an ensemble", 1000),
     "model-reinforce": Row(_model_reinforce, "the policy gradient on branches of an ensemble", 1000, default=False),
     "sac": Row(_sac, "soft actor-critic on the real system alone", 10_000),
@@ -113,6 +119,15 @@ def options(name: str) -> dict[str, Any]:
     """What an agent's options are, with their defaults."""
     parameters = list(inspect.signature(AGENTS[name].make).parameters.values())[1:]
     return {parameter.name: parameter.default for parameter in parameters}
+
+
+def listing() -> str:
+    """A screen of all agents, each with its options and their defaults."""
+    lines = []
+    for name, row in AGENTS.items():
+        said = " ".join(f"{option}={value}" for option, value in options(name).items())
+        lines.append(f"{name}: {row.words}; {row.real_steps:,} real steps\n    {said}")
+    return "\n".join(lines)
 
 
 def _read(name: str, row: Row, given: Mapping[str, Any]) -> dict[str, Any]:
