@@ -15,8 +15,9 @@ compare: $(VENV)/installed  ## compare first- and second-order methods on one ta
 
 test: lint types tests  ## lint, types and tests
 
+# One worker for all tests of a file: what one test has compiled, the others use.
 tests: $(VENV)/installed-dev  ## the tests alone; ARGS goes to pytest
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
 Times are CPU seconds of the process, medians of interleaved rounds, and are given as multiples of a rollout compiled by XLA
 (`value` of an open-loop plan, on the device, no call from Python). "To .1%" is up to the iteration whose cost is within .1% of
-the lowest that the same solver found; the column of costs says whether it is the others' optimum. Compile time is that of the
-first call, tracing included and without a cache. A peer that is not installed is skipped with a line.
+the lowest that the same solver found; the column of costs says whether it is the others' optimum. Compile time is tracing,
+lowering and XLA's, without a cache. A peer that is not installed is skipped with a line.
 """
 
 import os
@@ -32,8 +32,11 @@ def run(*, quick: bool) -> None:
     # One core for all: before the first computation, so that XLA has one thread too.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with jax.enable_x64(True):
-        tables = [_one_start(quick=quick), _many_starts((1, 64) if quick else (1, 64, 1024, 8192))]
-    save("planners", dict(zip(("one_start", "many_starts"), tables, strict=True)), quick=quick)
+        parts = {
+            "one_start": _one_start(quick=quick),
+            "many_starts": _many_starts((1, 64) if quick else (1, 64, 1024, 8192)),
+        }
+    save("planners", parts, quick=quick)
 
 
 def _one_start(*, quick: bool) -> dict[str, Any]:
@@ -42,10 +45,7 @@ def _one_start(*, quick: bool) -> dict[str, Any]:
         task = problem(name, HORIZON)
         solvers, compiling = {}, {}
         for label, make in PLANNERS.items():
-            begun = time.process_time()
-            solvers[label] = _ours(make(), task)
-            solvers[label](1)
-            compiling[label] = time.process_time() - begun
+            solvers[label], compiling[label] = _ours(make(), task)
         for label, peer in PEERS.items():
             try:
                 solve = peer(name, task)
@@ -61,8 +61,8 @@ def _one_start(*, quick: bool) -> dict[str, Any]:
     return {"columns": head, "rows": rows}
 
 
-def _ours(planner: Any, task: Task) -> Any:
-    """As `solve` runs it but for the rows of its history: all iterations in one program, their number traced.
+def _ours(planner: Any, task: Task) -> tuple[Any, float]:
+    """As `solve` runs it but for the rows of its history: all iterations in one program, their number traced; its compile time.
 
     SOLVES of them, one after another in that program, as the rollouts are: the call from Python is no part of either.
     """
@@ -81,12 +81,16 @@ def _ours(planner: Any, task: Task) -> Any:
 
         return jax.lax.fori_loop(0, SOLVES, one, jnp.zeros(()))
 
+    begun = time.process_time()
+    compiled = iterate.lower(planner, plan, task, s0, jnp.int32(1)).compile()
+    compiling = time.process_time() - begun
+
     def solve(iterations: int, *, record: bool = False) -> Any:
         if record:
             return -d.solve(planner, plan, task, s0, None, iterations, relative=1e-12)[1].info.J
-        return jax.block_until_ready(iterate(planner, plan, task, s0, jnp.int32(iterations)))
+        return jax.block_until_ready(compiled(planner, plan, task, s0, jnp.int32(iterations)))
 
-    return solve
+    return solve, compiling
 
 
 def _to_optimum(name: str, task: Task, solvers: dict, compiling: dict, *, rounds: int) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `report`, `tasks`, `doctor`."""
+"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `learn`, `report`, `agents`, `tasks`, `doctor`."""
 
 import contextlib
 import io
@@ -6,147 +6,15 @@ import itertools
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import tyro
 
+from diffmbrl.commands import Agents, Command, Compare, Diagnose, Doctor, Learn, Plan, Report, Tasks
+
 DEFAULT_CACHE = Path("~/.cache/diffmbrl/xla")
-
-
-@dataclass
-class Compare:
-    """Compare methods on one task: same starts, seeds and cost axes. Ends with a table, figures and a report."""
-
-    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
-    """Name of a task; `diffmbrl tasks` lists them."""
-    methods: list[str] = field(default_factory=list)
-    """Methods to run; by default all that fit the task."""
-    estimator: list[str] = field(default_factory=list)
-    """Estimators of the gradient, each in every first-order method: `bptt` (the default), `truncated`, `clipped-adjoint`,
-    `likelihood-ratio` ...; an unknown name is answered with the list."""
-    horizon: int | None = None
-    """Time steps T; by default the task's own."""
-    seeds: int = 3
-    """Seeds, run side by side."""
-    starts: int = 128
-    """Training starts of each seed; of 32 every method learns the starts rather than the task."""
-    steps: int | None = None
-    """Updates of each method; by default each method's own number."""
-    budget: float = 90.0
-    """Seconds of updates for each method, compile time and evaluation apart."""
-    lr: list[float] = field(default_factory=list)
-    """Learning rates swept by methods that have one; by default each method's own list."""
-    continuation: str = "default"
-    """`default`: each method's own; `discounts` (.8 .9 .95 .98 1), `trust` (in the measured sensitivity of each start) or
-    `measured` (discounts as the closed loop's growth allows) for all; `none` to see why."""
-    hidden: list[int] = field(default_factory=list)
-    """Hidden layers of the policy network; by default the task's own."""
-    param: list[str] = field(default_factory=list)
-    """Physical parameters of the task, as name=value."""
-    key: int = 0
-    """Number from which every random draw follows."""
-    x64: bool = False
-    """Compute in float64."""
-    out: Path | None = None
-    """Run folder; by default runs/<task>-compare-<hash>."""
-
-
-@dataclass
-class Plan:
-    """Plan from a few starts, or control with the planner in the loop. Ends with a table, an animation and a report."""
-
-    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
-    """Name of a task; `diffmbrl tasks` lists them."""
-    planner: str = "ilqr"
-    """The planner: a method of `compare` that plans."""
-    mpc: bool = False
-    """Plan anew at each step, from the state at hand, and apply the first action."""
-    horizon: int | None = None
-    """Time steps of the plan; by default the task's own, or a controller's window of 50."""
-    steps: int | None = None
-    """Time steps of a controller's episode; by default the task's own."""
-    iterations: int | None = None
-    """Updates of the plan, by default the planner's own number; or of a controller in each step, by default 1."""
-    param: list[str] = field(default_factory=list)
-    """Physical parameters of the task, as name=value."""
-    model_mismatch: list[str] = field(default_factory=list)
-    """The plant's parameters in multiples of the planner's model's, as name=factor."""
-    noise: float = 0.0
-    """Standard deviation of noise added to every state of the plant at each step."""
-    delay: int = 0
-    """Steps by which a controller's actions arrive late; it predicts through them with its model."""
-    starts: int = 1
-    """Start states, drawn from the task's."""
-    key: int = 0
-    """Number from which every random draw follows, the starts' first."""
-    x64: bool = False
-    """Compute in float64."""
-    out: Path | None = None
-    """Run folder; by default runs/<task>-plan-<hash>."""
-
-
-@dataclass
-class Diagnose:
-    """See why backpropagation through time fails, from which horizon on, and which estimator to use instead.
-
-    Measured in float64, and in float32 beside it, whatever the precision of the run that trained the policy. Ends with a
-    verdict, figures and a report.
-    """
-
-    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
-    """Name of a task; `diffmbrl tasks` lists them."""
-    policy: str | None = None
-    """A trained policy: RUN, RUN:method or RUN:method:seed, RUN the folder of a comparison; by default a random first
-    policy."""
-    scale: float | None = None
-    """Factor on the last layer of the random first policy."""
-    horizons: list[int] = field(default_factory=lambda: [10, 50, 100, 200, 400])
-    """Time steps T at which the gradient is examined, increasing."""
-    starts: int = 512
-    """Start states, one sample of the gradient each."""
-    std: float = 0.1
-    """Noise of the smoothed estimators, in half widths of the action limits."""
-    hidden: list[int] = field(default_factory=list)
-    """Hidden layers of the random first policy; by default the task's own."""
-    param: list[str] = field(default_factory=list)
-    """Physical parameters of the task, as name=value."""
-    key: int = 0
-    """Number from which every random draw follows."""
-    out: Path | None = None
-    """Run folder; by default runs/<task>-diagnose-<hash>."""
-
-
-@dataclass
-class Report:
-    """Rebuild the figures and the report of a run from its data alone."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Run folder."""
-
-
-@dataclass
-class Tasks:
-    """List the tasks: dimensions, horizon, gradient contract."""
-
-
-@dataclass
-class Doctor:
-    """Print versions, devices, precision and cache state, and test a gradient."""
-
-    x64: bool = False
-    """Test in float64."""
-
-
-Command = (
-    Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Tasks, tyro.conf.subcommand("tasks")]
-    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -162,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Report | Tasks | Doctor:
+def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Learn | Report | Agents | Tasks | Doctor:
     """The command given. Raises: `ValueError` in one line where tyro draws a box."""
     names = [kind.__name__.lower() for kind in RUN]
     if not arguments:
@@ -197,6 +65,10 @@ def _one_line(box: str) -> str:
 
 
 def _compare(command: Compare) -> int:
+    if command.learned:
+        return _race(command)
+    if command.real_steps is not None:
+        raise ValueError("--real-steps is for agents that learn: give --learned too")
     _configure(command.x64)
     from diffmbrl.compare import Setting, compare
     from diffmbrl.methods import METHODS
@@ -286,10 +158,77 @@ def _diagnose(command: Diagnose) -> int:
     return 0
 
 
+def _learn(command: Learn) -> int:
+    _configure(command.x64)
+    from diffmbrl.race import Setting
+
+    setting = Setting(
+        task=command.task,
+        agents=(command.agent,),
+        options=_pairs(command.option, "--option", "name=value, such as warmup=500"),
+        real_steps=command.real_steps,
+        budget=command.budget,
+        seeds=command.seeds,
+        evaluations=command.evaluations,
+        horizon=command.horizon,
+        parameters=_parameters(command.param),
+        noise=command.noise,
+        key=command.key,
+        x64=command.x64,
+    )
+    return _learned(setting, command.out)
+
+
+def _race(command: Compare) -> int:
+    """Agents side by side; what is of methods alone is refused."""
+    takes = {"task", "methods", "learned", "real_steps", "horizon", "seeds", "budget", "param", "key", "x64", "out"}
+    asked = command.__dict__ | {"task": ""}
+    blank = Compare("").__dict__
+    for option in fields(Compare):
+        if option.name not in takes and asked[option.name] != blank[option.name]:
+            raise ValueError(f"--{option.name} is of methods that know the dynamics: --learned does not take it")
+    _configure(command.x64)
+    from diffmbrl.agents.registry import AGENTS
+    from diffmbrl.race import Setting
+
+    setting = Setting(
+        task=command.task,
+        agents=tuple(command.methods or [name for name, row in AGENTS.items() if row.default]),
+        options={},
+        real_steps=command.real_steps,
+        budget=command.budget,
+        seeds=command.seeds,
+        evaluations=None,
+        horizon=command.horizon,
+        parameters=_parameters(command.param),
+        noise=0.0,
+        key=command.key,
+        x64=command.x64,
+    )
+    return _learned(setting, command.out)
+
+
+def _learned(setting: Any, out: Path | None) -> int:
+    from diffmbrl.race import race
+    from diffmbrl.runs import learn_text
+
+    folder = race(setting, out=out)
+    print(f"\n{learn_text(folder)}")
+    print(f"\nreport: {(folder / 'report.html').resolve()}")
+    return 0
+
+
 def _report(command: Report) -> int:
     from diffmbrl.runs import rebuild
 
     print(f"report: {rebuild(command.run).resolve()}")
+    return 0
+
+
+def _agents(command: Agents) -> int:
+    from diffmbrl.agents.registry import listing
+
+    print(listing())
     return 0
 
 
@@ -310,19 +249,27 @@ def _doctor(command: Doctor) -> int:
 
 
 def _parameters(pairs: list[str], option: str = "--param", example: str = "m_p=0.2") -> dict[str, float]:
-    """name=value pairs. Raises: `ValueError` for one that is not."""
-    parameters = {}
-    for pair in pairs:
-        name, equals, number = pair.partition("=")
+    """name=value pairs of numbers. Raises: `ValueError` for one that is not."""
+    parameters, form = {}, f"name=value with a number, such as {example}"
+    for name, number in _pairs(pairs, option, form).items():
         try:
             parameters[name] = float(number)
         except ValueError:
-            equals = ""
-        if not equals:
-            raise ValueError(f"{option} takes name=value with a number, such as {example}; got '{pair}'")
-        if [given.partition("=")[0] for given in pairs].count(name) > 1:
-            raise ValueError(f"{option} {name} is given more than once: {' '.join(pairs)}")
+            raise ValueError(f"{option} takes {form}; got '{name}={number}'") from None
     return parameters
+
+
+def _pairs(pairs: list[str], option: str, form: str) -> dict[str, str]:
+    """name=value pairs. Raises: `ValueError` for one that is not, and for one that is given twice."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"{option} takes {form}; got '{pair}'")
+        if name in found:
+            raise ValueError(f"{option} {name} is given more than once: {' '.join(pairs)}")
+        found[name] = value
+    return found
 
 
 def _configure(x64: bool) -> None:
@@ -335,7 +282,16 @@ def _configure(x64: bool) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-RUN = {Compare: _compare, Plan: _plan, Diagnose: _diagnose, Report: _report, Tasks: _tasks, Doctor: _doctor}
+RUN = {
+    Compare: _compare,
+    Plan: _plan,
+    Diagnose: _diagnose,
+    Learn: _learn,
+    Report: _report,
+    Agents: _agents,
+    Tasks: _tasks,
+    Doctor: _doctor,
+}
 
 
 if __name__ == "__main__":

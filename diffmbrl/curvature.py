@@ -265,15 +265,18 @@ def actions(policy: Any, s: State, keys: Key[Array, " B"] | None, chunk: int | N
         return jax.vmap(lambda s, k: _act(pi, s, k, t), out_axes=-1)(s_t, keys)
 
     xs = (jnp.arange(T), s, plan)
-    return map_steps(at, xs, jax.tree.leaves(s)[0].shape[1], chunk)
+    return map_chunks(at, xs, jax.tree.leaves(s)[0].shape[1], chunk)
 
 
-def map_steps(at: Any, xs: Any, batch: int, chunk: int | None = None) -> Any:
-    """`at` of each time step's B states, `chunk` steps at a time: by default ROWS states on a CPU, elsewhere all T steps."""
-    T = jax.tree.leaves(xs)[0].shape[0]
+def map_chunks(at: Any, xs: Any, states: int, chunk: int | None = None) -> Any:
+    """`at` of each slice of xs, a time step or a start of so many `states` (or numbers); `chunk` slices at a time.
+
+    By default they have ROWS together on a CPU, and elsewhere all slices are one batch.
+    """
+    count = jax.tree.leaves(xs)[0].shape[0]
     if chunk is None:
-        chunk = -(-ROWS // batch) if jax.default_backend() == "cpu" else T
-    return jax.vmap(at)(xs) if chunk >= T else jax.lax.map(at, xs, batch_size=chunk)
+        chunk = -(-ROWS // states) if jax.default_backend() == "cpu" else count
+    return jax.vmap(at)(xs) if chunk >= count else jax.lax.map(at, xs, batch_size=chunk)
 
 
 def _act(policy: Any, s: State, key: PRNGKeyArray | None, t: Array) -> Array:

@@ -5,6 +5,8 @@ import sys
 
 # JAX is imported by the experiment, after diffmbrl has set XLA's flags.
 EXPERIMENTS = {
+    "verdict": "to plan with a learned model, to differentiate it or to simulate with it: return per real step and second",
+    "math_test": "what an open loop, planning anew and a policy are worth where the question is seen only later",
     "conditioning": "how badly conditioned plans and policies are against the horizon, and what whitening does to it",
     "second_order": "when M stays bounded, how much of the planner's step a policy follows, which schedule helps",
     "imitation": "steps in the actions followed by regression of the policy, beside Gauss-Newton on the policy itself",

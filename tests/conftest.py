@@ -14,6 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("MPLBACKEND", "agg")
+# Most of the tests' time is XLA's, which compiles in a third of it without optimisation and with its older emitters.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+EMITTERS = "--xla_cpu_use_fusion_emitters"
+if EMITTERS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EMITTERS}=false".strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -25,22 +30,13 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
 )
+jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 # A float32 that meets a float64, or an integer a float, is a mistake.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # No deadline: the first example compiles. The same examples each time: a test that fails, fails again.
 hypothesis.settings.register_profile("diffmbrl", deadline=None, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.load_profile("diffmbrl")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker for all tests of a file, or of a row of its table: what one has compiled, the others use."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            row = getattr(getattr(item, "callspec", None), "params", {}).get("row")
-            group = item.path.name if row is None else f"{item.path.name}, {row.name}"
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD = {
-    "no command": ("", "expected a command: compare, plan, diagnose, report, tasks, doctor; see diffmbrl --help"),
+    "no command": ("", "expected a command: compare, plan, diagnose, learn, report, agents, tasks, doctor; see"),
     "unknown command": ("comapre lqr", "unknown command 'comapre'; did you mean 'compare'?"),
     "no task": ("compare", "TASK"),
     "unknown task": ("compare lqrr", "unknown task 'lqrr'; did you mean 'lqr'?"),
@@ -138,13 +138,17 @@ def test_tasks(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--help"], ["compare", "plan", "diagnose", "report", "tasks", "doctor"]),
+        (["--help"], ["compare", "plan", "diagnose", "learn", "report", "agents", "tasks", "doctor"]),
         (
             ["compare", "--help"],
             ["TASK", "--methods", "--horizon", "--seeds", "--starts", "--budget", "--lr", "--continuation", "--out"],
         ),
         (["plan", "--help"], ["TASK", "--planner", "--mpc", "--model-mismatch", "--noise", "--delay", "--starts"]),
         (["diagnose", "--help"], ["TASK", "--policy", "--scale", "--horizons", "--starts", "--std", "--key", "--out"]),
+        (
+            ["learn", "--help"],
+            ["TASK", "--agent", "--real-steps", "--budget", "--seeds", "--evaluations", "--option", "--noise", "--out"],
+        ),
         (["report", "--help"], ["RUN"]),
     ],
 )

@@ -21,9 +21,6 @@ from diffmbrl.rollout import values
 from diffmbrl.runs import read, rebuild, summarise, table
 from diffmbrl.saved import load_policy
 
-# One run serves all of these tests: one worker makes it.
-pytestmark = pytest.mark.xdist_group("compare")
-
 # Swept over rates, sequential in its seeds, with a path of dampings, with two, with a trust region, and a planner.
 ROWS = {name: METHODS[name] for name in ("adam", "lbfgs", "gauss-newton", "krylov-newton", "newton-cg", "ilqr")}
 SETTING = Setting(

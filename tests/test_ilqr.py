@@ -13,7 +13,7 @@ from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.linearize import linearize, riccati
 from diffmbrl.parallel_riccati import PARALLEL, SCAN, choose
 from diffmbrl.planners import ActionDamped, Backtracking, Boxed, Parallel, StateDamped
-from diffmbrl.planners.models import hamiltonian
+from diffmbrl.planners.models import costates, hamiltonian
 from tests.problems import bent, matrices, same, same_tree
 from tests.problems import riccati as textbook
 
@@ -110,7 +110,9 @@ def test_the_hessian_of_the_hamiltonian_is_newtons(x64):
     s0, a = jnp.asarray([0.9, -0.3]), jnp.linspace(-1.0, 1.0, 4)[:, None]
     trajectory = rollout(OpenLoop(a), task, s0)
     lin = linearize(task, trajectory)
-    exact = lin._replace(H=hamiltonian(task, trajectory, lin), H_T=-jax.hessian(task.terminal)(trajectory.s_T))
+    exact = lin._replace(
+        H=hamiltonian(task, trajectory, costates(lin)), H_T=-jax.hessian(task.terminal)(trajectory.s_T)
+    )
     flat = jax.hessian(lambda a: -value(OpenLoop(a[:, None]), task, s0))(a[:, 0])
     # Riccati's feedforward is the first step of the closed loop: with the damping that makes it definite, solve densely.
     mu = jnp.asarray(50.0)

@@ -25,7 +25,8 @@ KEY = jax.random.key(0)
 close = partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 every_task = pytest.mark.parametrize("name", TASKS)
 differentiable = pytest.mark.parametrize("name", [name for name, row in TASKS.items() if row.differentiable_reward])
-DECISIONS = ("heaviside", "ball-and-wall")  # of one step
+DECISIONS = ("heaviside", "ball-and-wall", "math-test")  # of one step or two
+SURVIVAL = ("cartpole-continuous", "inverted-pendulum")  # 1 a step while the rod stands
 # Steps and a start with which bodies meet, if nobody pushes them apart.
 MEETING = {
     "pushing": (20, [0.05, 1, 0, 0]),
@@ -81,8 +82,11 @@ def test_rollouts_over_the_whole_horizon_are_finite(name):
     policy = Neural.init(task, hidden=[8], key=KEY, output_scale=1.0)
     trajectory, phi = jax.jit(follow)(policy, task, task.starts(KEY, 4))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((trajectory, phi)))
-    assert np.all(np.asarray(trajectory.r) <= 0)
-    assert np.all(np.asarray(trajectory.r) > -1e3)
+    if name in SURVIVAL:
+        np.testing.assert_array_equal(trajectory.r, np.asarray(trajectory.alive[:, :-1], float))
+    else:
+        assert np.all(np.asarray(trajectory.r) <= 0) or name == "math-test"
+    assert np.all(np.asarray(trajectory.r) >= -1e3)
     assert np.all(np.asarray(phi) <= 0)
     assert np.ptp(trajectory.a) > 0
 
@@ -99,6 +103,9 @@ def test_starts(name):
     one, other = draw(KEY), draw(jax.random.key(1))
     np.testing.assert_array_equal(one, draw(KEY))
     moving = np.asarray(task.initial.high > task.initial.low)
+    if name == "math-test":  # it always begins at the door
+        np.testing.assert_array_equal(one, other)
+        return
     assert moving.any()
     assert not np.any((one == other)[:, moving])
     assert np.unique(one[:, moving], axis=0).shape[0] == 64
@@ -186,7 +193,12 @@ PHYSICS = [("lqr", "mass"), ("pendulum", "g"), ("pendulum-swingup", "strength")]
 PHYSICS += [("cartpole-balance", "m_p"), ("cartpole-swingup", "l"), ("quadrotor2d", "inertia")]
 PHYSICS += [("acrobot", "inertia"), ("double-pendulum", "l_2"), ("reacher", "m_1"), ("car", "radius")]
 PHYSICS += [("ball-and-wall", "height"), ("pushing", "k"), ("friction", "v_s"), ("bouncing", "e"), ("tennis", "w")]
-PHYSICS += [("quadrotor", "mass"), ("quadrotor-waypoint", "g")]
+PHYSICS += [
+    ("quadrotor", "mass"),
+    ("quadrotor-waypoint", "g"),
+    ("cartpole-continuous", "l"),
+    ("inverted-pendulum", "c_x"),
+]
 
 
 @pytest.mark.parametrize("name, parameter", PHYSICS)
@@ -411,6 +423,10 @@ def goal_of(task):
         s = task.reward.goal
     if task.name.startswith("bouncing"):
         s = s.at[0].set(1.0)
+    if task.name == "math-test":
+        s = s.at[0].set(2.0)
+    if task.name == "inverted-pendulum":
+        s = s.at[1].set(-task.dynamics.inner.lean)
     if task.name == "tennis":
         s = s.at[:2].set(jnp.asarray([0.8, 0.4]))
     return s, hold
@@ -418,7 +434,7 @@ def goal_of(task):
 
 # Tasks of places and speeds alone; the number of the state that its success looks at.
 PLACES = {"lqr": 0, "heaviside": 0, "ball-and-wall": 1, "pushing": 1, "friction": 1, "tennis": 0}
-PLACES |= {"bouncing": 0, "bouncing-on-the-grid": 0}
+PLACES |= {"bouncing": 0, "bouncing-on-the-grid": 0, "math-test": 0, "cartpole-continuous": 1, "inverted-pendulum": 1}
 
 
 @every_task
@@ -427,7 +443,7 @@ def test_the_goal_is_an_equilibrium_of_no_cost_and_a_success(name):
     goal, hold = goal_of(task)
     if name != "tennis":  # a ball in the air does not rest
         np.testing.assert_allclose(task.dynamics(goal, hold), goal, atol=1e-6)
-    assert task.reward(goal, hold) == 0
+    assert float(task.reward(goal, hold)) == (name in SURVIVAL)
     assert task.terminal(goal) == 0
     assert task.success(goal)
     assert not task.success(goal.at[PLACES.get(name, 0)].add(-1.0))

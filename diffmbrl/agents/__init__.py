@@ -1,7 +1,33 @@
 """Agents: loops that learn from a real system, with a model of it or without."""
 
+from diffmbrl.agents.actor import SquashedGaussian
 from diffmbrl.agents.collect import Exact, RandomActions, System, Unknown
 from diffmbrl.agents.idle import Idle
+from diffmbrl.agents.imagine import imagine
 from diffmbrl.agents.learn import Agent, Learned, learn
+from diffmbrl.agents.mbpo import MBPO, Growing, ModelPPO
+from diffmbrl.agents.model_free import OffPolicy, OnPolicy
+from diffmbrl.agents.ppo import PPO
+from diffmbrl.agents.sac import SAC
+from diffmbrl.agents.world import World
 
-__all__ = ["Agent", "Exact", "Idle", "Learned", "RandomActions", "System", "Unknown", "learn"]
+__all__ = [
+    "MBPO",
+    "PPO",
+    "SAC",
+    "Agent",
+    "Exact",
+    "Growing",
+    "Idle",
+    "Learned",
+    "ModelPPO",
+    "OffPolicy",
+    "OnPolicy",
+    "RandomActions",
+    "SquashedGaussian",
+    "System",
+    "Unknown",
+    "World",
+    "imagine",
+    "learn",
+]

@@ -26,6 +26,9 @@ class Agent(Protocol):
     """A module whose leaves are hyperparameters; what it learns is in the carry, a pytree of arrays.
 
     `task` has dynamics that raise when called: reward, end, features, limits and starts are given, the dynamics are not.
+
+    An agent that learns a model may show it by one method more, `model(carry, task) -> Dynamics | None`: reports then follow it
+    beside the truth (`foresight.py`). An agent without a model leaves the method out.
     """
 
     @property
@@ -91,7 +94,7 @@ def learn(
     evaluations: int = 0,
     evaluate_every: int = 1,
     capacity: int | None = None,
-    on_record: Callable[[dict[str, Any]], None] | None = None,
+    on_record: Callable[[dict[str, Any], "Learned"], None] | None = None,
 ) -> Learned:
     r"""Let an agent learn on a real system for so many real steps, or until `seconds` of iterations are spent.
 
@@ -113,7 +116,7 @@ def learn(
     ([200, 200], 3)
     """
     system = system if isinstance(system, System) else System(system)
-    _check(agent, keys, real_steps, evaluations, evaluate_every)
+    check(agent, keys, real_steps, evaluations, evaluate_every)
     capacity = max(real_steps, agent.warmup + agent.every) if capacity is None else capacity
     lanes, fresh = _warm(agent, system, keys, capacity)
     kept = np.asarray(lanes.buffer.size)
@@ -127,26 +130,22 @@ def learn(
     run, evaluate = None, None
     spent, done, iteration = 0.0, agent.warmup, 0
     while True:
-        if evaluations and iteration % evaluate_every == 0:
-            evaluate = evaluate or _compiled(_evaluate, agent, system, lanes.carry, keys, count=evaluations)
+        over = done >= real_steps or spent >= seconds
+        if evaluations and (over or iteration % evaluate_every == 0):
+            evaluate = evaluate or _evaluate.lower(agent, system, lanes.carry, keys, count=evaluations).compile()
             record["evaluation"] = np.asarray(evaluate(agent, system, lanes.carry, keys))
         records.append(record)
         if on_record is not None:
-            on_record(record)
-        if done >= real_steps or spent >= seconds:
+            on_record(record, Learned(lanes.carry, lanes.buffer, records))
+        if over:
             return Learned(lanes.carry, lanes.buffer, records)
         number = jnp.int32(iteration)
-        run = run or _compiled(_iterate, agent, system, lanes, keys, number)
+        run = run or _iterate.lower(agent, system, lanes, keys, number).compile()  # before the clock starts
         begun = time.perf_counter()
         lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
         spent += time.perf_counter() - begun
         done, iteration = done + agent.every, iteration + 1
         record = _record(lanes.fresh, done, spent) | {name: np.asarray(x) for name, x in said.items()}
-
-
-def _compiled(function: Callable, *arguments: Any, **static: Any) -> Callable:
-    """Compiled before the clock starts."""
-    return jax.jit(partial(function, **static)).lower(*arguments).compile()
 
 
 @partial(jax.jit, static_argnames="capacity")
@@ -167,6 +166,7 @@ def _warm(agent: Agent, system: System, keys: Key[Array, " S"], capacity: int) -
     return jax.vmap(one)(keys)
 
 
+@jax.jit
 def _iterate(agent: Agent, system: System, lanes: Lane, keys: Key[Array, " S"], number: Array) -> tuple[Lane, dict]:
     """An update, and `every` steps with what came of it."""
 
@@ -184,6 +184,7 @@ def _iterate(agent: Agent, system: System, lanes: Lane, keys: Key[Array, " S"], 
     return jax.vmap(one)(lanes, keys)
 
 
+@partial(jax.jit, static_argnames="count")
 def _evaluate(
     agent: Agent, system: System, carries: Any, keys: Key[Array, " S"], count: int
 ) -> Float[Array, "S count"]:
@@ -228,7 +229,8 @@ def _record(fresh: Collected, real_steps: int, seconds: float) -> dict[str, Any]
     }
 
 
-def _check(agent: Agent, keys: Key[Array, "..."], real_steps: int, evaluations: int, evaluate_every: int) -> None:
+def check(agent: Agent, keys: Key[Array, "..."], real_steps: int, evaluations: int, evaluate_every: int) -> None:
+    """What `learn` asks of its sizes. Raises: `ValueError` naming the one that is wrong."""
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1 or keys.shape[0] < 1:
         raise ValueError(
             f"keys must be an array [S] of random keys, jax.random.split(key, S); got {keys.dtype} {list(keys.shape)}"

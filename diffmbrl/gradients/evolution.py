@@ -5,10 +5,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Work, as_float, count_work, is_concrete, reweighted
+from diffmbrl.curvature import map_chunks
 from diffmbrl.gradients.smoothed import drawn
 from diffmbrl.rollout import split, value, weights_axis
 
@@ -72,36 +73,40 @@ class Evolution(eqx.Module):
 
     def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
         J, directions, slopes = self._pairs(policy, task, s0, key)
-        batch = slopes.shape[0]
-
-        def weighted(e: Array) -> Array:
-            return jnp.tensordot(slopes.astype(e.dtype), e, axes=1, precision="highest") / batch
-
-        return jnp.mean(J), jax.tree.map(weighted, directions)
+        g = jnp.tensordot(slopes.astype(directions.dtype), directions, axes=1, precision="highest") / slopes.shape[0]
+        return jnp.mean(J), ravel_pytree(policy)[1](g)
 
     def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
         """Mean return and gradient of each pair."""
         J, directions, slopes = self._pairs(policy, task, s0, key)
-        scaled = jax.vmap(lambda c, epsilon: jax.tree.map(lambda e: c.astype(e.dtype) * e, epsilon))
-        return jnp.mean(J, axis=0), scaled(slopes, directions)
+        return jnp.mean(J, axis=0), jax.vmap(ravel_pytree(policy)[1])(
+            slopes.astype(directions.dtype)[:, None] * directions
+        )
 
     def work(self, task: Task, batch: int) -> Work:
         """Two rollouts a start, side by side."""
         return count_work(forward=2 * task.horizon * batch, sequential=1)
 
-    def _pairs(self, policy, task, s0, key) -> tuple[Float[Array, "2 B"], Any, Float[Array, " B"]]:
+    def _pairs(self, policy, task, s0, key) -> tuple[Float[Array, "2 B"], Float[Array, "B P"], Float[Array, " B"]]:
         """Returns of each pair, its direction epsilon, and the shaped difference over 2 sigma."""
+        theta, unravel = ravel_pytree(policy)
+        keys = split(drawn(key), s0)
 
-        def one(s, k, w):
-            epsilon = optax.tree.random_like(jax.random.fold_in(k, DIRECTION), policy, jax.random.normal)
+        def draw(k):
+            return jax.random.normal(jax.random.fold_in(k, DIRECTION), theta.shape, theta.dtype)
+
+        def one(s, k, w, epsilon):
+            epsilon = unravel(epsilon)
 
             def perturbed(sign):
                 pi = jax.tree.map(lambda x, e: x + (sign * self.std).astype(x.dtype) * e, policy, epsilon)
                 return value(pi, reweighted(task, w), s, k, remat=None)
 
-            return jax.vmap(perturbed)(jnp.array([1, -1], self.std.dtype)), epsilon
+            return jax.vmap(perturbed)(jnp.array([1, -1], self.std.dtype))
 
-        axes = (0, 0, weights_axis(task, s0))
-        J, directions = jax.vmap(one, in_axes=axes, out_axes=(1, 0))(s0, split(drawn(key), s0), task.weights)
+        # In a loop, whose result is stored: XLA would compute the normals again at each of their uses.
+        directions = map_chunks(draw, keys, theta.size)
+        axes = (0, 0, weights_axis(task, s0), 0)
+        J = jax.vmap(one, in_axes=axes, out_axes=1)(s0, keys, task.weights, directions)
         shaped = self.shaping(J)
         return J, directions, (shaped[0] - shaped[1]) / (2 * self.std.astype(J.dtype))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, parameter, reweighted
-from diffmbrl.curvature import map_steps
+from diffmbrl.curvature import map_chunks
 from diffmbrl.gradients.smoothed import drawn
 from diffmbrl.rollout import returns, rollouts, weights_axis
 
@@ -200,7 +200,7 @@ def _score(policy: Any, s: State, a: Float[Array, "B T m"], weight: Float[Array,
 
         steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (s, a, weight))
         # Recomputed rather than kept, so that the activations of a few steps at a time stay in the caches.
-        return jnp.sum(map_steps(jax.checkpoint(at, prevent_cse=False), (*steps, plan), a.shape[0]))
+        return jnp.sum(map_chunks(jax.checkpoint(at, prevent_cse=False), (*steps, plan), a.shape[0]))
 
     return jax.grad(total)(policy)
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, Work, count_work, is_plan, reweighted
+from diffmbrl.curvature import map_chunks
 from diffmbrl.gradients.likelihood_ratio import LeaveOneOut, RewardToGo, each_return, where_alive
 from diffmbrl.gradients.smoothed import drawn
 from diffmbrl.policies import Gaussian, OpenLoop
@@ -118,29 +119,38 @@ def scores(policy: Any, s: State, a: Float[Array, "B T m"], A: Float[Array, "B T
 def pull_each(policy: Any, x: Pair, to_a: Float[Array, "B T m"], to_log: Float[Array, "B T"]) -> Any:
     r"""$\sum_t (\partial a_t/\partial\theta)^\top u_t + v_t\,\partial\log\pi_t/\partial\theta$ for each start: B gradients."""
 
-    def one(s, a, k, u, v):
+    def one(y):
+        s, a, k, u, v = y
         return jax.vjp(lambda pi: heads(pi, s, a, k), policy)[1]((u, v))[0]
 
-    return jax.vmap(one)(x.s, x.a, x.keys, to_a, to_log)
+    return map_chunks(one, (x.s, x.a, x.keys, to_a, to_log), to_log.shape[1])
 
 
 def pull_mean(policy: Any, x: Pair, to_a: Float[Array, "B T m"], to_log: Float[Array, "B T"]) -> Any:
     """The mean of `pull_each`, of which one gradient is held in memory."""
-    batch = x.J.shape[0]
-    _, pull_back = jax.vjp(lambda pi: jax.vmap(lambda *y: heads(pi, *y))(x.s, x.a, x.keys), policy)
-    return pull_back((to_a / batch, to_log / batch))[0]
+
+    def total(policy):
+        def one(y):
+            s, a, k, u, v = y
+            action, log_density = heads(policy, s, a, k)
+            return jnp.vdot(u, action) + jnp.vdot(v, log_density)
+
+        # Recomputed rather than kept, so that the activations of a few starts at a time stay in the caches.
+        each = (x.s, x.a, x.keys, to_a, to_log)
+        return jnp.sum(map_chunks(jax.checkpoint(one, prevent_cse=False), each, to_log.shape[1]))
+
+    return jax.tree.map(lambda g: g / x.J.shape[0], jax.grad(total)(policy))
 
 
 def both(policy: Any, x: Pair) -> tuple[Any, Any]:
     """The pathwise and the score-function gradient of each start."""
 
-    def pathwise(s, k, u):
-        return jax.vjp(lambda pi: over_time(lambda pi, s, t: act(pi, s, k, t), pi, s, _steps(u)), policy)[1](u)[0]
+    def one(y):
+        s, a, k, u, v = y
+        _, pull_back = jax.vjp(lambda pi: heads(pi, s, a, k), policy)
+        return pull_back((u, jnp.zeros_like(v)))[0], pull_back((jnp.zeros_like(u), v))[0]
 
-    def score(s, a, v):
-        return jax.vjp(lambda pi: over_time(lambda pi, s, a: pi.log_prob(s, a), pi, s, a), policy)[1](v)[0]
-
-    return jax.vmap(pathwise)(x.s, x.keys, x.pathwise), jax.vmap(score)(x.s, x.a, x.advantage)
+    return map_chunks(one, (x.s, x.a, x.keys, x.pathwise, x.advantage), x.advantage.shape[1])
 
 
 def heads(

@@ -23,6 +23,7 @@ from diffmbrl.core import Solver, State, Task, Trajectory
 from diffmbrl.kkt import solve_with_gaps
 from diffmbrl.linearize import Linearization, flat_states, linearize
 from diffmbrl.parallel_riccati import choose
+from diffmbrl.planners.models import hamiltonian
 from diffmbrl.policies import Affine, first_plan
 from diffmbrl.rollout import returns, rollout
 
@@ -207,7 +208,7 @@ def _point(task: Task, s0: State, plan: Affine, key: Any) -> _Point:
     ended = jnp.broadcast_to(~alive[:-1, None], a.shape)
     at_low, at_high = near_low & (g > 0) & ~ended, near_high & (g < 0) & ~ended
     free = (~(at_low | at_high | ended)).astype(a.dtype)
-    H, H_T = _hessians(task, trajectory, costates, key)
+    H, H_T = hamiltonian(task, trajectory, costates, key), _last_hessian(task, trajectory)
     mask = jnp.concatenate([jnp.ones((task.horizon, n), a.dtype), free], axis=1)
     H = H * mask[:, :, None] * mask[:, None, :] + jnp.eye(n + m, dtype=a.dtype) * (1 - mask)[:, None]
     lin = Linearization(lin.A, lin.B * free[:, None], lin.c_s, g * free, H, lin.c_T, H_T)
@@ -249,22 +250,14 @@ def _first_order(trajectory: Trajectory, costates: Array, key: Any) -> Any:
     return first_order
 
 
-def _hessians(task: Task, trajectory: Trajectory, costates: Array, key: Any) -> tuple[Array, Array]:
-    """Hessians of the Hamiltonian [T, n+m, n+m] and of the last cost, as they are: not projected."""
+def _last_hessian(task: Task, trajectory: Trajectory) -> Array:
+    """Of the last cost, as it is."""
     x, unravel = flat_states(trajectory.s)
     x_T = ravel_pytree(trajectory.s_T)[0]
-    alive = trajectory.alive
-
-    def step(s, a, w, costate, alive, t):
-        z = jnp.concatenate([jnp.where(alive, s, x[0]), a])
-        H = jax.hessian(_hamiltonian)(z, task, w, costate, unravel, key, t)
-        return jnp.where(alive, H, jnp.zeros_like(H))
-
+    alive = trajectory.alive[-1]
     with jax.default_matmul_precision("highest"):
-        times = jnp.arange(task.horizon)
-        H = jax.vmap(step)(x, trajectory.a, task.weights[:-1], costates, alive[:-1], times)
-        H_T = jax.hessian(_last)(jnp.where(alive[-1], x_T, x[0]), task, unravel)
-    return H, jnp.where(alive[-1], H_T, jnp.zeros_like(H_T))
+        H = jax.hessian(_last)(jnp.where(alive, x_T, x[0]), task, unravel)
+    return jnp.where(alive, H, jnp.zeros_like(H))
 
 
 def _hamiltonian(z: Array, task: Task, w: Array, costate: Array, unravel: Any, key: Any, t: Array) -> Array:

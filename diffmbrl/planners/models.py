@@ -47,7 +47,7 @@ class SecondOrder(eqx.Module):
 
     def __call__(self, task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Model:
         lin = linearize(task, trajectory, key)
-        return Model(lin, hamiltonian(task, trajectory, lin, key))
+        return Model(lin, hamiltonian(task, trajectory, costates(lin), key))
 
 
 def costates(lin: Linearization) -> Float[Array, "T n"]:
@@ -61,28 +61,29 @@ def costates(lin: Linearization) -> Float[Array, "T n"]:
 
 
 def hamiltonian(
-    task: Task, trajectory: Trajectory, lin: Linearization, key: PRNGKeyArray | None = None
+    task: Task, trajectory: Trajectory, costates: Float[Array, "T n"], key: PRNGKeyArray | None = None
 ) -> Float[Array, "T d d"]:
     """The Hessians of the Hamiltonian in (s, a), not projected; zero after the end of an episode."""
     x, unravel = flat_states(trajectory.s)
-    n = x.shape[1]
-    rest = jnp.concatenate([x[0], trajectory.a[0]])
+    n, alive = x.shape[1], trajectory.alive[:-1]
 
-    def hessian(s, a, costate, w, alive, t):
+    def value(z, costate, w, t):
         key_s = None if key is None else jax.random.split(jax.random.fold_in(key, t))[1]
+        s, a = unravel(z[:n]), z[n:]
+        return jnp.vdot(costate, ravel_pytree(task.dynamics(s, a, key=key_s))[0]) - w * task.reward(s, a)
 
-        def value(z):
-            s, a = unravel(z[:n]), z[n:]
-            return jnp.vdot(costate, ravel_pytree(task.dynamics(s, a, key=key_s))[0]) - w * task.reward(s, a)
-
-        # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
-        H = jax.hessian(value)(jnp.where(alive, jnp.concatenate([s, a]), rest))
-        return jnp.where(alive, (H + H.T) / 2, jnp.zeros_like(H))
-
+    # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
+    z = jnp.concatenate([x, trajectory.a], axis=1)
+    z = z if task.done is None else jnp.where(alive[:, None], z, z[0])
+    times = jnp.arange(task.horizon)
     with jax.default_matmul_precision("highest"):
-        return jax.vmap(hessian)(
-            x, trajectory.a, costates(lin), task.weights[:-1], trajectory.alive[:-1], jnp.arange(task.horizon)
-        )
+        slopes = jax.vmap(jax.grad(value))
+        _, push = jax.linearize(lambda z: slopes(z, costates, task.weights[:-1], times), z)
+        # One tangent after another: see linearize.py.
+        columns = jax.lax.map(lambda e: push(jnp.broadcast_to(e, z.shape)), jnp.eye(z.shape[1], dtype=z.dtype))
+    H = jnp.moveaxis(columns, 0, -1)
+    H = (H + jnp.swapaxes(H, 1, 2)) / 2
+    return H if task.done is None else jnp.where(alive[:, None, None], H, jnp.zeros_like(H))
 
 
 class Expansion(NamedTuple):

@@ -9,7 +9,7 @@ from diffmbrl.runs import table, verdict
 from diffmbrl.runs.folder import check_out, create, running, set_status
 from diffmbrl.runs.metrics import Writer, read
 from diffmbrl.runs.progress import Progress
-from diffmbrl.runs.report import health_text, plan_text, rebuild, summarise
+from diffmbrl.runs.report import health_text, learn_text, plan_text, rebuild, summarise
 from diffmbrl.runs.statistics import Estimate, estimate, interquartile_mean, interval
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "health_text",
     "interquartile_mean",
     "interval",
+    "learn_text",
     "plan_text",
     "read",
     "rebuild",

@@ -3,7 +3,7 @@
     config.json      the resolved configuration        metrics.jsonl    one line per measurement (metrics.py)
     provenance.json  what ran, on what (provenance.py) figures/         PNG and SVG
     status.json      running, finished, failed, ...    report.html      one file to send (report.py)
-    policies/        what a comparison ended with, as plain arrays (saved.py)
+    policies/, agents/, buffers/   what it ended with, as plain arrays (saved.py)
 
 Nothing is pickled. A file is written beside its name and renamed, so a reader never meets half of one.
 """

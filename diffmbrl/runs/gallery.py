@@ -42,7 +42,7 @@ def draw(summary: Summary, folder: Path) -> list[Picture]:
         *_sweep(summary, styles),
     ]
     folder.mkdir(exist_ok=True)
-    return [_save(folder, *picture) for picture in pictures]
+    return [plot(folder, *picture) for picture in pictures]
 
 
 def styles_of(summary: Summary) -> dict[str, Style]:
@@ -289,7 +289,9 @@ def _limits(values: list[np.ndarray]) -> tuple[float, float] | None:
     return float(finite[finite >= FLOOR * high].min()), high
 
 
-def _save(folder: Path, name: str, group: str, title: str, caption: str, paint: Callable[[Any], None]) -> Picture:
+def plot(folder: Path, name: str, group: str, title: str, caption: str, paint: Callable[[Any], None]) -> Picture:
+    """A figure of one axis, painted and saved."""
+
     def make() -> Any:
         figure, axis = figures.canvas()
         paint(axis)

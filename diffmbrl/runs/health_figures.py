@@ -63,16 +63,7 @@ def draw(rows: list[Record], verdict: Record, folder: Path) -> list[gallery.Pict
             lambda axis: _contributions(axis, rows),
         ),
     ]
-    return [_save(folder, name, title, caption, paint) for name, title, caption, paint in kinds]
-
-
-def _save(folder: Path, name: str, title: str, caption: str, paint: Callable[[Any], None]) -> gallery.Picture:
-    def make() -> Any:
-        figure, axis = figures.canvas()
-        paint(axis)
-        return figure
-
-    return gallery.save(folder, name, "Figures", title, caption, make)
+    return [gallery.plot(folder, name, "Figures", title, caption, paint) for name, title, caption, paint in kinds]
 
 
 def _norms(axis: Any, T: Array, rows: list[Record]) -> None:

@@ -40,11 +40,7 @@ def plan_figure(
     T, n, m = a.shape[-2], s.shape[-1], a.shape[-1]
     s, a = s.reshape(-1, T + 1, n), a.reshape(-1, T, m)
     time = dt * np.arange(T + 1)
-    count = n + m + (K is not None)
-    columns = min(count, 3 if count > 4 else 2)
-    rows = math.ceil(count / columns)
-    figure = blank((columns * PANEL[0], rows * PANEL[1] + 0.35))
-    axes = [_panel(figure, i, rows, columns, last=i + columns >= count) for i in range(count)]
+    figure, axes = panels(n + m + (K is not None))
     looks = {"alpha": max(0.25, 1 / math.sqrt(len(s))), "linewidth": 1.5 if len(s) < 4 else 1.0}
     for axis, name, values in zip(axes, state_names, np.moveaxis(s, -1, 0), strict=False):
         _title(axis, name, values)
@@ -69,15 +65,24 @@ def plan_figure(
     return figure
 
 
-def _panel(figure: Any, i: int, rows: int, columns: int, *, last: bool) -> Any:
+def panels(count: int, *, xlabel: str = "time [s]") -> tuple[Any, list[Any]]:
+    """A figure of so many small panels side by side, in rows, the lowest with a name below."""
+    columns = 3 if count > 4 else 2
+    rows = math.ceil(count / columns)
+    figure = blank((columns * PANEL[0], rows * PANEL[1] + 0.35))
+    lowest = [xlabel if i + columns >= count else None for i in range(count)]
+    return figure, [_panel(figure, i, rows, columns, name) for i, name in enumerate(lowest)]
+
+
+def _panel(figure: Any, i: int, rows: int, columns: int, xlabel: str | None) -> Any:
     width, height = figure.get_size_inches()
     row, column = divmod(i, columns)
     left, bottom = column * PANEL[0] + 0.55, height - (row + 1) * PANEL[1] + 0.05
     axis = figure.add_axes((left / width, bottom / height, (PANEL[0] - 0.75) / width, (PANEL[1] - 0.4) / height))
     dress(axis)
-    axis.tick_params(labelsize=8, labelbottom=last)
-    if last:
-        axis.set_xlabel("time [s]", fontsize=8.5)
+    axis.tick_params(labelsize=8, labelbottom=xlabel is not None)
+    if xlabel is not None:
+        axis.set_xlabel(xlabel, fontsize=8.5)
     return axis
 
 

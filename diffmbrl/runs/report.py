@@ -7,7 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from diffmbrl.runs import arms, frame, gallery, health_report, metrics, page, plan_report, table, verdict, words
+from diffmbrl.runs import (
+    arms,
+    frame,
+    gallery,
+    health_report,
+    learn_report,
+    metrics,
+    page,
+    plan_report,
+    table,
+    verdict,
+    words,
+)
 from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.page import cell, escape, prose
 from diffmbrl.runs.statistics import Estimate
@@ -27,6 +39,11 @@ def plan_text(folder: Path) -> str:
 def health_text(folder: Path) -> str:
     """The verdict of a diagnosis and its table, for the terminal."""
     return health_report.text(_json(folder / "config.json"), metrics.read(folder / "metrics.jsonl")[0])
+
+
+def learn_text(folder: Path) -> str:
+    """The table of agents that learned, and what it says, for the terminal."""
+    return learn_report.text(metrics.read(folder / "metrics.jsonl")[0])
 
 
 def rebuild(folder: Path) -> Path:
@@ -51,7 +68,7 @@ def rebuild(folder: Path) -> Path:
         remarks.append("provenance.json is missing: what this ran on is not known.")
     remarks += [str(record.get("text", "")) for record in records if record["kind"] == "note"]
     path = folder / "report.html"
-    composers = {"plan": plan_report.compose, "diagnose": health_report.compose}
+    composers = {"plan": plan_report.compose, "diagnose": health_report.compose, "learn": learn_report.compose}
     if compose_job := composers.get(str(config.get("job"))):
         write_atomic(path, compose_job(config, provenance, records, remarks, folder / "figures"))
         return path

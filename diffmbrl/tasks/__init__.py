@@ -1,12 +1,14 @@
 """Systems with analytic dynamics, in SI units, their parameters leaves."""
 
 from diffmbrl.tasks.acrobot import acrobot
+from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
 from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid, bouncing_penalty
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
 from diffmbrl.tasks.landscapes import heaviside, sinusoid, soft_heaviside
 from diffmbrl.tasks.linear import linear_quadratic, lqr, random_lqr
+from diffmbrl.tasks.math_test import math_test
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
 from diffmbrl.tasks.plant import delayed, noisy
 from diffmbrl.tasks.pushing import friction, pushing
@@ -27,14 +29,17 @@ __all__ = [
     "bouncing_penalty",
     "car",
     "cartpole_balance",
+    "cartpole_continuous",
     "cartpole_swingup",
     "delayed",
     "double_pendulum",
     "friction",
     "heaviside",
+    "inverted_pendulum",
     "linear_quadratic",
     "lqr",
     "make",
+    "math_test",
     "noisy",
     "pendulum",
     "pendulum_swingup",

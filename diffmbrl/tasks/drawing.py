@@ -88,6 +88,15 @@ def cartpole(task: Task, s: Array) -> list[Shape]:
     return [_level(-1.5, 1.5), cart, Line(np.stack([pivot, tip])), Circle(tip, 0.06, ACCENT), Circle(pivot, 0.02)]
 
 
+def rod_on_cart(task: Task, s: Array) -> list[Shape]:
+    """A cart on its rail and the whole of the rod."""
+    length, end = 2 * _leaf(task, "l", 0.5), float(getattr(task.dynamics, "end", 1.5))
+    pivot = np.array([s[0], 0.0])
+    rod = np.stack([pivot, pivot + length * _from_top(s[1] + _leaf(task, "lean", 0.0))])
+    cart = Line(_box(s[0], -0.06, 0.3, 0.12))
+    return [_level(-end, end), cart, Line(rod, ACCENT), Circle(pivot, 0.02)]
+
+
 def two_links(task: Task, s: Array) -> list[Shape]:
     """Two links from a pivot, with their joints."""
     elbow = _leaf(task, "l_1", 1.0) * _from_top(s[0])
@@ -181,6 +190,39 @@ def tennis(task: Task, s: Array) -> list[Shape]:
     half = _leaf(task, "w", 0.15) * _direction(s[5])
     racket = np.array([s[4], 0.0]) + np.stack([-half, half])
     return [Circle(np.array([0.8, 0.4]), 0.2, TARGET), Line(racket), Circle(s[:2], 0.03, ACCENT)]
+
+
+def math_test(task: Task, s: Array) -> list[Shape]:
+    """Home on the left, the desk with the sheet on the right, and who stands where; on the sheet both digits, once seen."""
+    house = np.array([[-1.25, 0.0], [-1.25, 0.4], [-1.0, 0.6], [-0.75, 0.4], [-0.75, 0.0]])
+    desk = np.array([[0.75, 0.0], [0.75, 0.3], [1.25, 0.3], [1.25, 0.0]])
+    sheet = Line(_box(1.0, 0.7, 0.7, 0.5), GROUND)
+    seen = 0.5 < s[0] < 1.5
+    digits = [part for x, digit in [(0.85, s[1]), (1.15, s[2])] for part in _digit(x, 0.7, digit if seen else math.nan)]
+    return [
+        _level(-1.5, 2.5),
+        Line(house, TARGET),
+        Line(desk),
+        sheet,
+        *digits,
+        Circle(np.array([s[0], 0.1]), 0.1, ACCENT),
+    ]
+
+
+# Which of the seven strokes make each digit: top, upper left and right, middle, lower left and right, bottom.
+STROKES = ("1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011")
+
+
+def _digit(x: float, y: float, digit: float) -> list[Line]:
+    """A digit in strokes, those that are not lit shrunk to their middles; NaN shows none."""
+    lit = "0000000" if not 0 <= digit + 0.5 < 10 else STROKES[int(digit + 0.5)]
+    w, h = 0.08, 0.15
+    top, middle, bottom = ([(-w, level), (w, level)] for level in (h, 0.0, -h))
+    left, right = ([[(side, 0.0), (side, level)] for level in (h, -h)] for side in (-w, w))
+    ends = np.array([top, left[0], right[0], middle, left[1], right[1], bottom])
+    centres = ends.mean(axis=1, keepdims=True)
+    lengths = np.array([float(stroke) for stroke in lit])[:, None, None]
+    return [Line(np.array([x, y]) + stroke, ACCENT) for stroke in centres + lengths * (ends - centres)]
 
 
 def _dot(x: float, y: float) -> Circle:

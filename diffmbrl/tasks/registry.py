@@ -10,12 +10,14 @@ import numpy as np
 from diffmbrl.core import Task
 from diffmbrl.tasks import drawing
 from diffmbrl.tasks.acrobot import acrobot
+from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
 from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
 from diffmbrl.tasks.landscapes import heaviside
 from diffmbrl.tasks.linear import lqr
+from diffmbrl.tasks.math_test import math_test
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
 from diffmbrl.tasks.pushing import friction, pushing
 from diffmbrl.tasks.quadrotor import quadrotor, quadrotor_waypoint
@@ -61,6 +63,10 @@ TASKS: dict[str, Row] = {
     "pendulum-swingup": Row(pendulum_swingup, True, True, 400, (32, 32), PENDULUM, ("logit",), drawing.pendulum),
     "cartpole-balance": Row(cartpole_balance, True, True, 50, (16, 16), CART, ("force [N]",), drawing.cartpole),
     "cartpole-swingup": Row(cartpole_swingup, True, True, 800, (32, 32), CART, ("force [N]",), drawing.cartpole),
+    "cartpole-continuous": Row(
+        cartpole_continuous, True, False, 0, (16, 16), CART, ("force [N]",), drawing.rod_on_cart
+    ),
+    "inverted-pendulum": Row(inverted_pendulum, False, False, 0, (16, 16), CART, ("force [N]",), drawing.rod_on_cart),
     "quadrotor2d": Row(
         quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]"), drawing.quadrotor2d
     ),
@@ -83,6 +89,16 @@ TASKS: dict[str, Row] = {
         bouncing_on_the_grid, False, True, 800, (16, 16), BALL, ("force [N]",), drawing.bouncing
     ),
     "tennis": Row(tennis, False, True, 800, (16, 16), COURT, ("racket speed [m/s]", "turn [rad/s]"), drawing.tennis),
+    "math-test": Row(
+        math_test,
+        False,
+        False,
+        0,
+        (16,),
+        ("place [m]", "first digit [1]", "second digit [1]"),
+        ("choice [1]",),
+        drawing.math_test,
+    ),
 }
 
 

@@ -1,0 +1,243 @@
+r"""A policy improved by derivatives through a learned model: model-based RL 2.0 of the lecture, and what becomes of it with
+other estimators, shorter horizons and second order."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from diffmbrl.agents.collect import RandomActions
+from diffmbrl.agents.world import World
+from diffmbrl.buffer import Buffer, Transition
+from diffmbrl.core import Policy, Solver, State, Task, as_float
+from diffmbrl.gradients.short_horizon import ShortHorizon
+from diffmbrl.models import Ensemble, Mean, NetworkDynamics, Training
+from diffmbrl.models.ensemble import Propagation
+from diffmbrl.nets import MLP
+from diffmbrl.optimizers.continuation import Continuation
+from diffmbrl.optimizers.descend import Descend
+from diffmbrl.optimizers.newton import KrylovNewton
+from diffmbrl.planners.windows import Receding
+from diffmbrl.policies import Neural, centre_and_half
+
+
+class PolicyCarry(NamedTuple):
+    """What a `PolicyAgent` has learned."""
+
+    policy: Any
+    solver: Any  # the solver's carry
+    members: Any  # a leading axis of members on every leaf
+    elites: Any  # those of them that are used
+    updates: Int[Array, "*batch"]  # of the agent, made so far
+
+
+class PolicyAgent(eqx.Module):
+    r"""Fit an ensemble to all real steps, improve the policy through it, act, and again: model-based RL 2.0.
+
+    $$\theta \leftarrow \mathrm{update}^k\Big(\theta;\; \tfrac1B \sum_i E \sum_{t<H} w_t\, r(s_t, \pi_\theta(s_t))\Big),\qquad
+    s_0 = s^{(i)},\; s_{t+1} = \hat f(s_t, \pi_\theta(s_t), \epsilon_t)$$
+
+    `solver` is any `Solver` of kind "policy", and decides what this is:
+    * `Descend(optax.adam, gradient=BPTT())`: the lecture's; `BPTT(Truncated(k))`, `LikelihoodRatio(...)`, `Smoothed(...)` or
+      any other estimator of `gradients/` for its gradient;
+    * `GaussNewton()`, `KrylovNewton()`, `NewtonCG()` ...: second order through the model, within a `Continuation` or without;
+    * `ShortHorizon(...)`: windows with a critic behind them.
+
+    Each time `updates` = k of them are made on one draw of `starts` = B states: a share `fresh` of them starts of the task,
+    the others states of the buffer. `horizon` = H steps are imagined; None is the task's own, and fewer end with the task's
+    terminal reward and nothing beyond. The ensemble is one dynamics, by `propagation`: `Mean()` of the members, or `TS1()`,
+    which draws a member at each step; the noise of members that have any is reparameterised, and the same in all k updates.
+    What the solver has learned (moments, damping, a critic, the stage of a continuation) is kept from model to model.
+
+    `policy` is the first one, whose networks each seed draws anew (`redrawn`). It acts with normal noise of `noise` half
+    widths of the limits, clipped to them. Updates that the solver rejects, as of a model that gives what is not finite, are
+    counted: `nonfinite`.
+
+    Cost of an update: a fit, and k updates of the solver on B rollouts of H steps of the ensemble.
+    Raises: `TypeError` for a solver of another kind; `ValueError` for sizes below 1, a share outside [0, 1], negative noise;
+    what `buffer.sample` raises for an empty buffer.
+    Reference: the lecture's model-based RL 2.0; Deisenroth and Rasmussen 2011 (PILCO); Heess et al. 2015, SVG(infinity).
+
+    >>> from diffmbrl import tasks
+    >>> policy = Neural.init(tasks.pendulum(), key=jax.random.key(0))
+    >>> PolicyAgent(Descend(optax.adam, learning_rate=1e-2), policy, horizon=30).starts
+    64
+    """
+
+    solver: Solver
+    given: Any
+    world: World
+    propagation: Propagation
+    noise: Float[Array, ""]
+    fresh: Float[Array, ""]
+    horizon: int | None = eqx.field(static=True)
+    starts: int = eqx.field(static=True)
+    updates: int = eqx.field(static=True)
+    warmup: int = eqx.field(static=True)
+    every: int = eqx.field(static=True)
+    environments: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        solver: Any,
+        policy: Any,
+        *,
+        world: World | None = None,
+        propagation: Propagation | None = None,
+        noise: Any = 0.1,
+        fresh: Any = 0.25,
+        horizon: int | None = None,
+        starts: int = 64,
+        updates: int = 20,
+        warmup: int = 200,
+        every: int = 100,
+        environments: int = 1,
+    ):
+        if getattr(solver, "kind", None) != "policy":
+            raise TypeError(
+                f"solver must be one of kind 'policy', such as Descend(optax.adam, learning_rate=1e-2); "
+                f"got {type(solver).__name__}"
+            )
+        sizes = {"starts": starts, "updates": updates} | ({} if horizon is None else {"horizon": horizon})
+        for name, number in sizes.items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+        if not bool(jnp.all((jnp.asarray(fresh) >= 0) & (jnp.asarray(fresh) <= 1))):
+            raise ValueError(f"fresh must be a share of the starts, in [0, 1], got {fresh}")
+        if not bool(jnp.all(jnp.asarray(noise) >= 0)):
+            raise ValueError(f"noise must not be negative, got {noise}")
+        self.solver, self.world = solver, World() if world is None else world
+        self.propagation = Mean() if propagation is None else propagation
+        self.noise, self.fresh, self.given = as_float(noise), as_float(fresh), policy
+        self.horizon, self.starts, self.updates = horizon, starts, updates
+        self.warmup, self.every, self.environments = warmup, every, environments
+
+    def init(self, task: Task, key: PRNGKeyArray) -> PolicyCarry:
+        key_policy, key_members = jax.random.split(key)
+        members = self.world.init(task, key_members)
+        policy = redrawn(self.given, key_policy)
+        elites = jax.tree.map(lambda x: x[: self.world.elites], members)
+        solver = self.solver.init(policy, self.imagined(task, elites))
+        return PolicyCarry(policy, solver, members, elites, jnp.zeros((), jnp.int32))
+
+    def first(self, carry: PolicyCarry, task: Task) -> RandomActions:
+        return RandomActions(task)
+
+    def policy(self, carry: PolicyCarry, task: Task) -> "Explored":
+        return Explored(carry.policy, self.noise, task.a_low, task.a_high)
+
+    def best(self, carry: PolicyCarry, task: Task) -> Any:
+        return carry.policy
+
+    def imagined(self, task: Task, members: Any) -> Task:
+        """The task as it is imagined: the members for its dynamics, and H steps."""
+        model = eqx.tree_at(lambda t: t.dynamics, task, Ensemble(members, self.propagation))
+        return model if self.horizon is None else Receding().task(model, self.horizon)
+
+    def update(
+        self, carry: PolicyCarry, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
+    ) -> tuple[PolicyCarry, dict[str, Array]]:
+        key_fit, key_starts, key_solver = jax.random.split(key, 3)
+        members, elites, said = self.world.fit(carry.members, buffer, key_fit)
+        imagined, s0 = self.imagined(task, elites), self._starts(task, buffer, key_starts)
+
+        def step(state, _):
+            policy, solver = state
+            policy, solver, info = self.solver.update(policy, solver, imagined, s0, key=key_solver)
+            return (policy, solver), info
+
+        (policy, solver), info = jax.lax.scan(step, (carry.policy, carry.solver), None, length=self.updates)
+        said |= {
+            "J_model_before": info.J[0],
+            "J_model": info.J[-1],
+            "accepted": jnp.mean(info.accepted.astype(info.J.dtype)),
+            "nonfinite": jnp.sum(info.nonfinite, dtype=jnp.int32),
+        }
+        if info.gradient_norm is not None:
+            said["gradient_norm"] = jnp.max(info.gradient_norm)
+        return PolicyCarry(policy, solver, members, elites, carry.updates + 1), said
+
+    def _starts(self, task: Task, buffer: Buffer, key: PRNGKeyArray) -> State:
+        key_real, key_fresh, key_which = jax.random.split(key, 3)
+        real, fresh = buffer.sample(key_real, self.starts).s, task.starts(key_fresh, self.starts)
+        which = jax.random.uniform(key_which, (self.starts,), self.fresh.dtype) < self.fresh
+
+        def pick(x, y):
+            return jnp.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+        return jax.tree.map(pick, fresh, real)
+
+
+def redrawn(policy: Any, key: PRNGKeyArray) -> Any:
+    """The policy with other weights in all its networks: normal, each layer with the root mean square that it has."""
+
+    def is_net(x: Any) -> bool:
+        return isinstance(x, MLP)
+
+    nets, tree = jax.tree.flatten(policy, is_leaf=is_net)
+    return tree.unflatten(_redrawn(x, jax.random.fold_in(key, i)) if is_net(x) else x for i, x in enumerate(nets))
+
+
+def _redrawn(net: MLP, key: PRNGKeyArray) -> MLP:
+    keys = jax.random.split(key, len(net.weights))
+    drawn = [
+        jnp.sqrt(jnp.mean(W**2)) * jax.random.normal(k, W.shape, W.dtype)
+        for k, W in zip(keys, net.weights, strict=True)
+    ]
+    return eqx.tree_at(lambda net: net.weights, net, tuple(drawn))
+
+
+def bptt(
+    task: Task, *, rate: float = 3e-3, updates: int = 30, continued: int = 0, warmup: int = 200, every: int = 200
+) -> PolicyAgent:
+    """The lecture's model-based RL 2.0: Adam through the whole horizon; with `continued` > 0 its discount rises over so many
+    updates."""
+    adam = Descend(optax.adam, learning_rate=rate)
+    solver = Continuation.discounted(adam, continued) if continued else adam
+    return _small(task, solver, updates, warmup, every)
+
+
+def second_order(
+    task: Task, *, updates: int = 4, continued: int = 36, warmup: int = 200, every: int = 200
+) -> PolicyAgent:
+    """Krylov-Newton through the whole horizon; with `continued` > 0 its discount rises over so many updates."""
+    newton = KrylovNewton()
+    solver = Continuation.discounted(newton, continued) if continued else newton
+    return _small(task, solver, updates, warmup, every)
+
+
+def short_horizon(
+    task: Task, *, rate: float = 3e-3, updates: int = 150, window: int = 12, warmup: int = 200, every: int = 200
+) -> PolicyAgent:
+    """Windows of the model's rollouts with a critic behind them, from 32 environments at once."""
+    solver = ShortHorizon(Descend(optax.adam, learning_rate=rate), window=window, environments=32, discount=0.99)
+    return _small(task, solver, updates, warmup, every)
+
+
+def _small(task: Task, solver: Any, updates: int, warmup: int, every: int) -> PolicyAgent:
+    """With networks that suffice for a handful of state variables."""
+    training = Training(optax.adam, learning_rate=2e-3, epochs=20, batch=64, patience=3)
+    world = World(training, members=3, elites=3, hidden=(32, 32), model=NetworkDynamics.init)
+    policy = Neural.init(task, key=jax.random.key(0))
+    return PolicyAgent(solver, policy, world=world, starts=32, updates=updates, warmup=warmup, every=every)
+
+
+class Explored(eqx.Module):
+    """A policy with normal noise of `std` half widths of the limits (or of 1 where there are none), clipped to them."""
+
+    inner: Policy
+    std: Float[Array, ""]
+    low: Float[Array, " m"]
+    high: Float[Array, " m"]
+
+    def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
+        if key is None:
+            return self.inner(s)
+        key_inner, key_noise = jax.random.split(key)
+        a = self.inner(s, key=key_inner)
+        _, half = centre_and_half(self.low, self.high)
+        noise = self.std.astype(a.dtype) * half * jax.random.normal(key_noise, a.shape, a.dtype)
+        return jnp.clip(a + noise, self.low, self.high)

@@ -1,0 +1,103 @@
+"""What an agent's model foresees, beside what came true: states k steps ahead of a start, under the same actions."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PRNGKeyArray
+
+from diffmbrl.agents.collect import System, begin, collect
+from diffmbrl.agents.learn import Agent, Learned
+from diffmbrl.core import State
+from diffmbrl.models.particles import ParticleDynamics
+
+STEPS = 50  # ahead, at most
+EPISODES = 4  # of each seed
+PARTICLES = 20
+
+
+def foresight(agent: Agent, system: System, learned: Learned, keys: Key[Array, " S"]) -> dict[str, Any] | None:
+    r"""How far the model's rollouts are from the true ones of `agent.best`; None for an agent that shows no model.
+
+    `error` [S, H] is that of the particles' mean, $\sqrt{\tfrac1n \sum_i ((\hat s_i - s_i) / \sigma_i)^2}$, the median over
+    a few episodes, $\sigma$ the standard deviations of the states in the buffer; `spread` is the particles' own, in the same
+    units. Both are NaN from where no episode goes on. `s` [H+1, n] is one true trajectory of the first seed, and `low`,
+    `middle`, `high` are the 5%, 50% and 95% quantiles of 20 particles.
+
+    Cost: 4 episodes of at most 50 steps of each seed, and 20 rollouts of the model for each.
+    """
+    if getattr(agent, "model", None) is None:
+        return None
+    found = _rollouts(agent, system, learned.carry, keys)
+    if found is None:
+        return None
+    true, ahead, going = (np.asarray(x, np.float64) for x in found)  # [S, E, H+1, n], [S, E, H, P, n], [S, E, H]
+    scale = _scales(learned)[:, None, None, :]
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = (ahead.mean(axis=3) - true[:, :, 1:]) / scale
+        error = np.sqrt(np.mean(apart**2, axis=-1))
+        spread = np.sqrt(np.mean((ahead.std(axis=3) / scale) ** 2, axis=-1))
+        length = max(1, int(going[0, 0].sum()))
+        drawn = np.quantile(ahead[0, 0, :length], [0.05, 0.5, 0.95], axis=1)
+    start = true[0, 0, :1]
+    low, middle, high = (np.concatenate([start, x]) for x in drawn)
+    shown = {"s": true[0, 0, : length + 1], "low": low, "middle": middle, "high": high}
+    return {"error": _median(error, going), "spread": _median(spread, going)} | shown
+
+
+@jax.jit
+def _rollouts(agent: Agent, system: System, carries: Any, keys: Key[Array, " S"]) -> tuple[Array, Array, Array] | None:
+    """True states, the particles', and whether the first episode still goes on before each step."""
+    H = min(STEPS, system.plant.horizon)
+
+    def one(carry: Any, key: PRNGKeyArray):
+        model = agent.model(carry, system.view)  # type: ignore[attr-defined]
+        if model is None:
+            return None
+        key_begin, key_act, key_model = jax.random.split(jax.random.fold_in(key, 3), 3)
+        policy = agent.best(carry, system.view)
+        places = begin(policy, system, key_begin, EPISODES)
+        _, found = collect(policy, system, places, key_act, steps=H)
+        steps, cloud = found.steps, ParticleDynamics(model, None)
+
+        def ahead(s: State, a: Array, key: PRNGKeyArray) -> Array:
+            s0 = jax.tree.map(lambda x: jnp.broadcast_to(x[0], (PARTICLES, *x.shape[1:])), s)
+
+            def step(s, inputs):
+                t, a = inputs
+                s = cloud(s, a, key=jax.random.fold_in(key, t))
+                return s, _flat(s, 1)
+
+            return jax.lax.scan(step, s0, (jnp.arange(H, dtype=jnp.int32), a))[1]
+
+        foreseen = jax.vmap(ahead)(steps.s, steps.a, jax.random.split(key_model, EPISODES))
+        true = jnp.concatenate([_flat(steps.s, 2)[:, :1], _flat(steps.s_next, 2)], axis=1)
+        ended = steps.last.astype(jnp.int32)
+        going = (jnp.cumsum(ended, axis=1) - ended == 0) & found.keep
+        return true, foreseen, going
+
+    return jax.vmap(one)(carries, keys)
+
+
+def _flat(states: State, axes: int) -> Array:
+    """States with so many leading axes, as vectors [..., n]."""
+    return jnp.concatenate([x.reshape(*x.shape[:axes], -1) for x in jax.tree.leaves(states)], axis=-1)
+
+
+def _scales(learned: Learned) -> np.ndarray:
+    """Standard deviation of each state variable in each seed's buffer [S, n]; 1 for one that does not change."""
+    states = np.asarray(_flat(learned.buffer.rows.s, 2), np.float64)
+    sizes = np.asarray(learned.buffer.size)
+    std = np.stack([x[:size].std(axis=0) for x, size in zip(states, sizes, strict=True)])
+    return np.where(std > 0, std, 1.0)
+
+
+def _median(values: np.ndarray, going: np.ndarray) -> np.ndarray:
+    """Over the episodes that go on [S, E, H] -> [S, H]; what is not finite is infinitely far."""
+    out = np.full((values.shape[0], values.shape[2]), np.nan)
+    for i, t in np.ndindex(*out.shape):
+        seen = values[i, going[i, :, t] > 0, t]
+        if seen.size:
+            out[i, t] = np.median(np.where(np.isfinite(seen), seen, np.inf))
+    return out

@@ -1,0 +1,143 @@
+"""The table of agents: a new one is one file and one row here (and one in tests/agents.py)."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from diffmbrl.agents.bptt_agent import bptt, second_order, short_horizon
+from diffmbrl.agents.hybrid import hybrid
+from diffmbrl.agents.idle import Idle
+from diffmbrl.agents.learn import Agent
+from diffmbrl.agents.mbpo import MBPO, ModelPPO, branches_of
+from diffmbrl.agents.model_free import OffPolicy, OnPolicy
+from diffmbrl.agents.ppo import PPO
+from diffmbrl.agents.sac import SAC
+from diffmbrl.agents.world import World
+from diffmbrl.core import Task, as_float
+from diffmbrl.models import Training
+from diffmbrl.tasks.registry import known
+
+
+class Row(NamedTuple):
+    """How an agent is made, and how it is run where nothing else is asked for."""
+
+    make: Callable[..., Agent]  # of a task and of options, which are keywords with defaults
+    words: str  # what it is, in a line
+    real_steps: int  # by default
+    evaluations: int = 8  # starts of each evaluation; 0 where its episodes show it as it is, and acting is expensive
+    default: bool = True  # whether `compare --learned` runs it unasked
+
+
+def _random(task: Task, *, warmup: int = 100, every: int = 100) -> Idle:
+    return Idle(warmup=warmup, every=every)
+
+
+def _mbpo(
+    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 1000, rounds: int = 5, length: int = 60,
+    discount: float = 0.99, rate: float = 1e-3, real: float = 0.05, units: int = 64,
+) -> MBPO:  # fmt: skip
+    learner = SAC(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), follow=as_float(0.01))
+    sizes = {"updates": updates, "rounds": rounds, "batch": 128, "branches": 60, "steps": 60}
+    return MBPO(learner, _small_world(units), branches_of(length), as_float(real), warmup=warmup, every=every, **sizes)
+
+
+def _model_ppo(
+    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 10, length: int = 60, discount: float = 0.99,
+    rate: float = 1e-3, units: int = 64,
+) -> ModelPPO:  # fmt: skip
+    learner = PPO(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), epochs=5, batches=16)
+    sizes = {"updates": updates, "branches": 60, "steps": 60}
+    return ModelPPO(learner, _small_world(units), branches_of(length), warmup=warmup, every=every, **sizes)
+
+
+def _model_reinforce(
+    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 50, length: int = 60, discount: float = 0.99,
+    rate: float = 1e-2, units: int = 64,
+) -> ModelPPO:  # fmt: skip
+    learner = PPO.reinforce(hidden=(units, units), rate=as_float(rate), discount=as_float(discount))
+    sizes = {"updates": updates, "branches": 60, "steps": 60}
+    return ModelPPO(learner, _small_world(units), branches_of(length), warmup=warmup, every=every, **sizes)
+
+
+def _small_world(units: int) -> World:
+    return World(Training(epochs=60, batch=64), members=5, elites=3, hidden=(units, units))
+
+
+def _sac(
+    task: Task, *, warmup: int = 500, every: int = 100, updates: int = 100, discount: float = 0.99, rate: float = 1e-3,
+    units: int = 128,
+) -> OffPolicy:  # fmt: skip
+    learner = SAC(hidden=(units, units), rate=as_float(rate), discount=as_float(discount))
+    return OffPolicy(learner, updates=updates, batch=128, warmup=warmup, every=every)
+
+
+def _ppo(
+    task: Task,
+    *,
+    every: int = 2048,
+    environments: int = 16,
+    discount: float = 0.99,
+    rate: float = 3e-4,
+    units: int = 64,
+) -> OnPolicy:
+    return OnPolicy(
+        PPO(hidden=(units, units), rate=as_float(rate), discount=as_float(discount)),
+        every=every,
+        environments=environments,
+    )
+
+
+AGENTS: dict[str, Row] = {
+    "random": Row(_random, "random actions within the limits: the baseline below all", 2000),
+    "bptt": Row(bptt, "2.0: Adam through an ensemble's whole horizon", 2000),
+    "second-order": Row(second_order, "2.0 with Krylov-Newton, its discount rising", 2000),
+    "short-horizon": Row(short_horizon, "2.0 with short windows and a critic", 2000),
+    "hybrid": Row(hybrid, "a policy that proposes, CEM that improves, a critic at the end of its plans", 2000, 4),
+    "mbpo": Row(_mbpo, "SAC on branches of an ensemble, which start at real states", 1000),
+    "model-ppo": Row(_model_ppo, "PPO on branches of an ensemble", 1000),
+    "model-reinforce": Row(_model_reinforce, "the policy gradient on branches of an ensemble", 1000, default=False),
+    "sac": Row(_sac, "soft actor-critic on the real system alone", 10_000),
+    "ppo": Row(_ppo, "proximal policy optimisation on the real system alone", 50_000),
+}
+
+
+def make(name: str, task: Task, options: Mapping[str, Any] | None = None) -> Agent:
+    """An agent by name, with its defaults but for the options given; those that are text are read as the default's kind.
+
+    Raises: `ValueError` for an unknown name or option, naming the nearest one, or a value that is not of its kind; whatever the
+    agent itself refuses.
+
+    >>> from diffmbrl import tasks
+    >>> make("random", tasks.pendulum(), {"every": "50"}).every
+    50
+    """
+    row = AGENTS[known("agent", name, AGENTS)]
+    return row.make(task, **_read(name, row, options or {}))
+
+
+def options(name: str) -> dict[str, Any]:
+    """What an agent's options are, with their defaults."""
+    parameters = list(inspect.signature(AGENTS[name].make).parameters.values())[1:]
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def listing() -> str:
+    """A screen of all agents, each with its options and their defaults."""
+    lines = []
+    for name, row in AGENTS.items():
+        said = " ".join(f"{option}={value}" for option, value in options(name).items())
+        lines.append(f"{name}: {row.words}; {row.real_steps:,} real steps\n    {said}")
+    return "\n".join(lines)
+
+
+def _read(name: str, row: Row, given: Mapping[str, Any]) -> dict[str, Any]:
+    takes, read = options(name), {}
+    for option, value in given.items():
+        known(f"option of agent '{name}'", option, takes)
+        kind = type(takes[option])
+        try:
+            read[option] = kind(value) if isinstance(value, str) else value
+        except ValueError:
+            words = {int: "a whole number", float: "a number"}[kind]
+            raise ValueError(f"option {option} of agent '{name}' must be {words}, got '{value}'") from None
+    return read

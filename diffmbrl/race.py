@@ -1,0 +1,230 @@
+"""Agents that learn from a real system, side by side on one task: what `diffmbrl learn` and `compare --learned` run."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from diffmbrl.agents.collect import System
+from diffmbrl.agents.foresight import foresight
+from diffmbrl.agents.learn import Agent, Learned, check, learn
+from diffmbrl.agents.registry import AGENTS
+from diffmbrl.agents.registry import make as make_agent
+from diffmbrl.runs import Progress, Writer, check_out, create, interquartile_mean, rebuild, running, words
+from diffmbrl.saved import filled, read_arrays, save_arrays
+from diffmbrl.tasks import TASKS, make, noisy
+from diffmbrl.tasks.registry import known
+
+LOOKS = 20  # evaluations along a run
+RACE = 3000  # real steps of several agents, by default
+SHOWN = ("model_error", "disagreement")  # of what an agent says, shown live
+
+
+class Setting(NamedTuple):
+    """Everything that a run depends on: its config."""
+
+    task: str
+    agents: tuple[str, ...]
+    options: dict[str, Any]  # of the agents, other than their defaults
+    real_steps: int | None
+    budget: float  # seconds of each agent's updates and steps
+    seeds: int
+    evaluations: int | None
+    horizon: int | None
+    parameters: dict[str, float]
+    noise: float
+    key: int
+    x64: bool
+
+
+class Prepared(NamedTuple):
+    """What a setting means."""
+
+    system: System
+    agents: dict[str, Agent]
+    keys: Key[Array, " S"]
+    real_steps: int
+    evaluations: dict[str, int]
+
+
+class Restored(NamedTuple):
+    """An agent as a run left it."""
+
+    agent: Agent
+    carry: Any  # leaves [S, ...]
+    system: System
+    keys: Key[Array, " S"]
+
+
+def race(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
+    """Let the agents learn, one after another, and return the run folder, with figures and report.
+
+    Seed k of each begins with the same key, so evaluations have the same starts, and warm-ups by random actions are the same.
+    What an agent has learned is kept when the run is interrupted, and the report shows what there is.
+    Raises: `ValueError` for anything wrong in the setting or the folder, before anything is compiled or written.
+    """
+    prepared = prepare(setting)
+    check_out(out)
+    resolved = {"horizon": prepared.system.plant.horizon, "real_steps": prepared.real_steps}
+    config = setting._asdict() | resolved | {"evaluations": prepared.evaluations}
+    folder = create(out, setting.task, "learn", config)
+    try:
+        with (
+            running(folder),
+            Writer(folder / "metrics.jsonl") as writer,
+            Progress(len(prepared.agents), stream=stream) as progress,
+        ):
+            row = TASKS[setting.task]
+            writer.write({"kind": "scene", "dt": prepared.system.plant.dt, "state_names": row.states})
+            for name in prepared.agents:
+                _run_agent(name, prepared, setting.budget, folder, writer.write, progress)
+    finally:
+        rebuild(folder)
+    return folder
+
+
+def prepare(setting: Setting) -> Prepared:
+    """System and agents, everything checked.
+
+    Raises: `ValueError` naming the value that is wrong.
+    """
+    known("task", setting.task, TASKS)
+    names = [known("agent", name.replace("_", "-"), AGENTS) for name in setting.agents]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"agents must be named, each once; got {' '.join(setting.agents) or 'none'}")
+    if setting.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {setting.seeds}")
+    if setting.real_steps is not None and setting.real_steps < 1:
+        raise ValueError(f"real-steps must be at least 1, got {setting.real_steps}")
+    if setting.evaluations is not None and setting.evaluations < 0:
+        raise ValueError(f"evaluations must be at least 0 starts, got {setting.evaluations}")
+    if not setting.budget > 0:
+        raise ValueError(f"budget must be a positive number of seconds, got {setting.budget:g}")
+    if not 0 <= setting.key < 2**32:
+        raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
+    task = make(setting.task, horizon=setting.horizon, **setting.parameters)
+    system = System(noisy(task, std=setting.noise), view=task)
+    agents = {name: make_agent(name, system.view, setting.options) for name in names}
+    steps = setting.real_steps or (AGENTS[names[0]].real_steps if len(names) == 1 else RACE)
+    starts = {name: AGENTS[name].evaluations if setting.evaluations is None else setting.evaluations for name in names}
+    keys = jax.random.split(jax.random.key(setting.key), setting.seeds)
+    for name, agent in agents.items():
+        try:
+            check(agent, keys, steps, starts[name], 1)
+        except ValueError as error:
+            raise ValueError(f"agent '{name}': {error}") from None
+    return Prepared(system, agents, keys, steps, starts)
+
+
+def restore(folder: Path, name: str | None = None) -> Restored:
+    """An agent that a run has left, by default the run's first, with the system it learned on.
+
+    `agent.best(carry of one seed, system.view)` is its policy. Raises: `ValueError` if there is none, if its files are not what
+    was written, or if the run's precision is another than the one in force.
+    """
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"'{folder}' is not a run: it has no config.json that can be read") from None
+    kept = sorted(path.stem for path in (Path(folder) / "agents").glob("*.json"))
+    if not kept:
+        raise ValueError(f"'{folder}' has no agents: only `learn` and `compare --learned` leave them")
+    x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+    if config["x64"] != x64:
+        raise ValueError(
+            f"the agents of '{folder}' are in {'float64' if config['x64'] else 'float32'}: set jax_enable_x64"
+        )
+    first = next(name for name in (*config["agents"], *kept) if name in kept)
+    name = known("agent of the run", first if name is None else name, kept)
+    starts = config.pop("evaluations")[name]
+    setting = Setting(
+        **{field: config[field] for field in Setting._fields if field != "evaluations"}, evaluations=starts
+    )
+    prepared = prepare(setting)
+    agent, view = prepared.agents[name], prepared.system.view
+    blank = jax.eval_shape(jax.vmap(lambda key: agent.init(view, key)), prepared.keys)
+    leaves = read_arrays(Path(folder) / "agents", name)[1]
+    return Restored(agent, filled(blank, leaves, f"agent '{name}' of '{folder}'"), prepared.system, prepared.keys)
+
+
+def _run_agent(
+    name: str,
+    prepared: Prepared,
+    budget: float,
+    folder: Path,
+    write: Callable[[dict], None],
+    progress: Progress,
+) -> None:
+    """One agent, all its seeds: a record of each iteration, why it ended, what it foresees; what it learned and saw."""
+    agent, system, keys, real_steps = prepared.agents[name], prepared.system, prepared.keys, prepared.real_steps
+    sizes = {"warmup": agent.warmup, "every": agent.every, "environments": agent.environments}
+    write({"kind": "agent", "method": name, "label": name, "text": AGENTS[name].words} | sizes)
+    progress.arm(name, real_steps)
+    progress.update(0, "compiling")
+    begun = time.perf_counter()
+    latest: Learned | None = None
+    shown: dict[str, str] = {}
+
+    def on_record(record: dict[str, Any], learned: Learned) -> None:
+        nonlocal latest
+        latest = learned
+        line = _line(record)
+        write({"kind": "iteration", "method": name, "wall": time.perf_counter() - begun} | line)
+        shown.update(_shown(line))
+        said = [f"{what} {number}" for what, number in shown.items()]
+        spent = f"{record['seconds']:.1f} s" if record["seconds"] else "compiling the update"
+        progress.update(record["real_steps"], ", ".join([*said, spent]))
+
+    def done() -> str:
+        return "" if latest is None else f" after {latest.records[-1]['real_steps']:,} of {real_steps:,} real steps"
+
+    every = max(1, -(-(real_steps - agent.warmup) // (agent.every * LOOKS)))
+    stop = None
+    try:
+        learned = learn(
+            agent,
+            system,
+            keys,
+            real_steps=real_steps,
+            seconds=budget,
+            evaluations=prepared.evaluations[name],
+            evaluate_every=every,
+            on_record=on_record,
+        )
+        reached = learned.records[-1]["real_steps"]
+        stop = f"{reached:,} real steps" if reached >= real_steps else f"budget of {budget:g} s{done()}"
+    except BaseException as error:
+        stop = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
+        stop += done()
+        raise
+    finally:
+        if latest is not None:
+            save_arrays(folder / "agents", name, latest.carry, seeds=len(keys))
+            save_arrays(folder / "buffers", name, latest.buffer, seeds=len(keys))
+        write({"kind": "stop", "method": name, "reason": stop})
+    if (found := foresight(agent, system, learned, keys)) is not None:
+        write({"kind": "foresight", "method": name} | found)
+
+
+def _line(record: dict[str, Any]) -> dict[str, Any]:
+    """An iteration's record as it is written: only returns of episodes that ended, what the agent says under one name."""
+    own = ("real_steps", "seconds", "ended", "returns", "rejected", "refused", "evaluation")
+    line = {name: record[name] for name in own if name in record and name not in ("ended", "returns")}
+    episodes = [J[ended].tolist() for J, ended in zip(record["returns"], record["ended"], strict=True)]
+    return line | {"episodes": episodes, "said": {name: x for name, x in record.items() if name not in own}}
+
+
+def _shown(line: dict[str, Any]) -> dict[str, str]:
+    """What is shown live, of what the record has: interquartile means over seeds."""
+    values: dict[str, Any] = {"episode": [np.mean(J) for J in line["episodes"] if J] or np.nan}
+    if "evaluation" in line:
+        values["return"] = np.mean(line["evaluation"], axis=1)
+    values |= {name: line["said"][name] for name in SHOWN if name in line["said"]}
+    columns = {name.replace("_", " "): np.atleast_1d(np.asarray(x, float)) for name, x in values.items()}
+    means = {name: float(interquartile_mean(column)) for name, column in columns.items()}
+    return {name: words.number(x) for name, x in means.items() if np.isfinite(x)}

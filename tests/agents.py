@@ -1,0 +1,69 @@
+"""The table that a new agent joins by one row; test_agents.py holds every row to the contract of `agents.Agent`."""
+
+from typing import Any, NamedTuple
+
+from diffmbrl.agents import MBPO, PPO, SAC, Idle, ModelPPO, OffPolicy, OnPolicy, World
+from diffmbrl.agents.registry import make
+from diffmbrl.models import NetworkDynamics, Training
+
+STEPS = {"warmup": 20, "every": 20}
+WORLD = World(Training(epochs=2, batch=16), members=2, elites=1, hidden=(8,), model=NetworkDynamics.init)
+SMALL_PPO = {"hidden": (8,), "batches": 2, "epochs": 2}
+
+
+class Row(NamedTuple):
+    """A small agent, for `tasks.pendulum(horizon=10)` and others of one limited action, and what it promises."""
+
+    name: str  # of its row in diffmbrl/agents/registry.py
+    make: Any  # of a task
+    real_steps: int = 60
+    model: bool = False  # whether it shows its model
+    tolerance: float = 1e-4  # of what it learns, beside other seeds and alone
+    slow: bool = False  # its parts stand in other rows: not repeated in continuous integration
+
+
+AGENTS = [
+    Row("random", lambda task: Idle(warmup=20, every=20)),
+    Row(
+        "mbpo",
+        lambda task: MBPO(
+            SAC(hidden=(8,)), WORLD, updates=4, rounds=2, batch=16, branches=4, steps=3, warmup=20, every=20
+        ),
+        model=True,
+        tolerance=1e-3,
+    ),
+    Row(
+        "model-ppo",
+        lambda task: ModelPPO(PPO(**SMALL_PPO), WORLD, updates=2, branches=4, steps=5, warmup=20, every=20),
+        model=True,
+        tolerance=1e-3,
+    ),
+    Row(
+        "model-reinforce",
+        lambda task: ModelPPO(PPO.reinforce(hidden=(8,)), WORLD, updates=2, branches=4, steps=5, warmup=20, every=20),
+        model=True,
+        tolerance=1e-3,
+        slow=True,
+    ),
+    Row("sac", lambda task: OffPolicy(SAC(hidden=(8,)), updates=3, batch=16, warmup=20, every=20), tolerance=1e-3),
+    Row("ppo", lambda task: OnPolicy(PPO(**SMALL_PPO), every=20, environments=2), tolerance=1e-3),
+    Row("bptt", lambda task: make("bptt", task, STEPS | {"updates": 2}), tolerance=1e-3),
+    Row(
+        "second-order",
+        lambda task: make("second-order", task, STEPS | {"updates": 1, "continued": 0}),
+        tolerance=1e-2,
+        slow=True,
+    ),
+    Row(
+        "short-horizon",
+        lambda task: make("short-horizon", task, STEPS | {"updates": 2, "window": 4}),
+        tolerance=1e-3,
+        slow=True,
+    ),
+    Row(
+        "hybrid",
+        lambda task: make("hybrid", task, STEPS | {"updates": 2, "horizon": 3, "iterations": 1}),
+        tolerance=1e-3,
+        slow=True,
+    ),
+]
