@@ -10,7 +10,7 @@ import pytest
 
 from diffmbrl import tasks
 from diffmbrl.buffer import Transition
-from diffmbrl.models import GaussianDynamics, NetworkDynamics, Training, train
+from diffmbrl.models import EndModel, GaussianDynamics, NetworkDynamics, RewardModel, Training, train
 from diffmbrl.models.fit import split
 from tests.problems import same
 
@@ -33,8 +33,7 @@ def data(count, capacity=None, noise=0.0, key=KEY):
     s, a = jax.random.normal(keys[0], (count, task.n)), jax.random.normal(keys[1], (count, task.m))
     s_next = jax.vmap(task.dynamics)(s, a)
     s_next = s_next + noise * jax.random.normal(keys[2], s.shape)
-    no = jnp.zeros(count, bool)
-    rows = Transition(s, a, jax.vmap(task.reward)(s, a), s_next, no, no)
+    rows = Transition(s, a, jax.vmap(task.reward)(s, a), s_next, s_next[:, 0] > 0.5, jnp.zeros(count, bool))
     more = (capacity or count) - count
 
     def fill(x):
@@ -46,6 +45,23 @@ def data(count, capacity=None, noise=0.0, key=KEY):
 
 def draw(kind=NetworkDynamics, count=3, hidden=(8,), key=KEY, **options):
     return jax.vmap(lambda k: kind.init(plant(), hidden=hidden, key=k, **options))(jax.random.split(key, count))
+
+
+# Whatever can be trained: a new model is one row.
+MODELS = {"network": NetworkDynamics, "gaussian": GaussianDynamics, "reward": RewardModel, "end": EndModel}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_trained(name):
+    """The loss falls, the leaves keep their types, and a window's loss is a number."""
+    members, rows = draw(MODELS[name], count=2), data(ROWS)
+    trained, curves = train(members, rows, ROWS, KEY, Training(**STANDARD))
+    assert np.all(curves.train[:, -1] < 0.95 * curves.train[:, 0]) and not np.any(curves.rejected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(trained, members)
+    assert not any(x.weak_type for x in jax.tree.leaves((members, trained)))
+    window = jax.tree.map(lambda x: x[:3], rows)
+    loss = jax.tree.map(lambda x: x[0], trained).row_loss(window)
+    assert loss.shape == () and np.isfinite(loss)
 
 
 @pytest.mark.parametrize("holdout", [0.0, 0.25])
