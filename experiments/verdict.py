@@ -70,7 +70,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(("pendulum", "cartpole-swingup", "cartpole-balance", "reacher"), tuple(ROWS), 2000, 5, 8, 5)
-QUICK = Size(("pendulum",), (RANDOM, "2.0: Adam", "2.0: short horizon"), 600, 2, 4, 2)
+QUICK = Size(("pendulum",), (RANDOM, "2.0: Adam"), 600, 2, 4, 2)
 
 
 def measure(size: Size, parts: Any):
