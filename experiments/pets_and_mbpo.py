@@ -25,7 +25,7 @@ from diffmbrl.agents.registry import make as make_agent
 from diffmbrl.agents.world import World
 from diffmbrl.core import Task
 from diffmbrl.models import Training, TSInfinity
-from diffmbrl.planners import CEM, Sampling
+from diffmbrl.planners import CEM, Receding, Sampling
 from diffmbrl.runs.figures import MUTED, name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.record import array
@@ -58,7 +58,7 @@ class Size(NamedTuple):
     evaluations: int
 
 
-FULL = Size(5, 8, 25, 100, 10, 3, 64, 60, 1000, 700, 5000, 500, 8)
+FULL = Size(5, 8, 25, 100, 5, 3, 64, 60, 1000, 700, 5000, 500, 8)
 QUICK = Size(1, 2, 5, 8, 5, 1, 8, 2, 40, 250, 600, 5, 2)
 
 
@@ -74,12 +74,12 @@ def arms(size: Size) -> dict[str, dict[str, tuple[Callable[[Task], Agent], int]]
             CEM(elites=max(2, size.samples // 10)), samples=size.samples, particles=size.particles, keep=1
         )
         return MPCAgent(
-            task, planner, world=world(), propagation=TSInfinity(), horizon=size.horizon, iterations=size.iterations,
-            first=size.iterations, warmup=task.horizon, every=task.horizon,
+            task, planner, world=world(), propagation=TSInfinity(), window=Receding(), horizon=size.horizon,
+            iterations=size.iterations, first=size.iterations, warmup=task.horizon, every=task.horizon,
         )  # fmt: skip
 
     def ilqr(task: Task) -> Agent:
-        return MPCAgent(task, horizon=size.horizon, warmup=task.horizon, every=task.horizon)
+        return MPCAgent(task, window=Receding(), horizon=size.horizon, warmup=task.horizon, every=task.horizon)
 
     swing = 200 * size.trials
     return {
