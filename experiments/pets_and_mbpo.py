@@ -43,6 +43,7 @@ SHOWN = {"pets-cartpole": "PETS's swing-up", "inverted-pendulum": "inverted pend
 class Size(NamedTuple):
     """How much is measured."""
 
+    agents: tuple[str, ...]
     seeds: int
     trials: int  # episodes of the swing-up, the random one included
     horizon: int  # steps of a plan
@@ -58,8 +59,8 @@ class Size(NamedTuple):
     evaluations: int
 
 
-FULL = Size(5, 8, 25, 100, 5, 3, 64, 60, 1000, 700, 5000, 500, 8)
-QUICK = Size(1, 2, 5, 8, 5, 1, 8, 2, 40, 250, 600, 5, 2)
+FULL = Size(("PETS", "iLQR", "MBPO", "SAC"), 5, 8, 25, 100, 5, 3, 64, 60, 1000, 700, 5000, 500, 8)
+QUICK = Size(("iLQR", "MBPO"), 1, 2, 5, 8, 5, 1, 8, 2, 40, 250, 600, 5, 2)
 
 
 def arms(size: Size) -> dict[str, dict[str, tuple[Callable[[Task], Agent], int]]]:
@@ -97,7 +98,10 @@ def measure(size: Size, parts: Any):
     for name, agents in arms(size).items():
         numbers[name] = {}
         for label, (agent, steps) in agents.items():
-            part = {"task": name, "agent": label} | {k: v for k, v in size._asdict().items() if k != "seeds"}
+            if label not in size.agents:
+                continue
+            sizes = {k: v for k, v in size._asdict().items() if k not in ("agents", "seeds")}
+            part = {"task": name, "agent": label} | sizes
             each = [parts(part | {"seed": k}, partial(_one, name, agent, steps, size, k)) for k in range(size.seeds)]
             seeds = {what: np.stack([array(run[what]) for run in each], axis=1) for what in ("return", "cpu")}
             numbers[name][label] = seeds | {"steps": each[0]["steps"]}
