@@ -32,8 +32,8 @@ from experiments.record import array
 from experiments.sheet import band, heading, sheet, title
 
 EXPECTED = (
-    "MPC through an ensemble earns above 170 of 200 within 1500 real steps on every seed, with iLQR in a fraction of the time that "
-    "CEM takes; MBPO reaches the best return of the inverted pendulum in fewer real steps than SAC."
+    "MPC through an ensemble earns above 170 of 200 within 1500 real steps on every seed, with iLQR in a fraction of the time "
+    "that CEM takes; MBPO reaches the best return of the inverted pendulum in fewer real steps than SAC."
 )
 LEVELS = {"pets-cartpole": 170.0, "inverted-pendulum": 950.0}  # counted as solved
 BEST = {"pets-cartpole": 200.0, "inverted-pendulum": 1000.0}
