@@ -162,7 +162,7 @@ def paint(numbers: Any) -> Any:
                 lines.append(band(axis, styles[label], x, array(run["return"])))
             axis.axhline(BEST[name], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
             axis.set_xlim(left=0)
-            axis.set_ylim(0, 1.05 * BEST[name])
+            axis.set_ylim(top=1.05 * BEST[name])
             axis.set_xlabel(what)
             axis.set_ylabel("return")
             name_ends(axis, lines)
