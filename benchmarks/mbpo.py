@@ -25,6 +25,7 @@ STEPS = {"cartpole-continuous": 600, "inverted-pendulum": 1200}
 
 def run(*, quick: bool) -> None:
     rows, result = [], {}
+    head = ["task", "seeds at T", "real steps", "CPU s a seed", "kept", "alone, compilation too"]
     for name, steps in STEPS.items():
         task = d.tasks.make(name)
         made = make("mbpo", task, {"updates": 20, "units": 8} if quick else {})
@@ -38,9 +39,8 @@ def run(*, quick: bool) -> None:
         rows.append([name, *summary(task, together), alone["cpu"][-1]])
         if name in MBRL_LIB:
             rows.append(["  mbrl-lib (quoted)", "-", *map(float, MBRL_LIB[name]), "-", "-"])
-    head = ["task", "seeds at T", "real steps", "CPU s a seed", "kept", "alone, compilation too"]
+        save("mbpo", {"columns": head, "rows": rows, "runs": result}, quick=quick)  # a long run keeps what it has
     print(table(head, rows))
-    save("mbpo", {"columns": head, "rows": rows, "runs": result}, quick=quick)
 
 
 def measured(made: Agent, task: d.Task, keys: Any, steps: int) -> dict[str, Any]:
