@@ -120,7 +120,7 @@ class Learn:
 
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """Name of a task; `diffmbrl tasks` lists them."""
-    agent: str = "random"
+    agent: str
     """The agent; `diffmbrl agents` lists them."""
     real_steps: int | None = None
     """Steps of the real system, of each seed; by default the agent's own number."""

@@ -307,6 +307,21 @@ def is_concrete(*arrays: Any) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
 
 
+def where(condition: Bool[Array, "..."], x: Any, y: Any) -> Any:
+    """x where the condition holds and y elsewhere, leaf by leaf; the axes of the condition are the first of x's."""
+
+    def pick(a: Array, b: Array) -> Array:
+        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
+
+    return jax.tree.map(pick, x, y)
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether all numbers of all float leaves are finite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
 def as_float(x: Any) -> Array:
     """A float array of the default precision; arrays that are float already keep theirs. Never weakly typed."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating):

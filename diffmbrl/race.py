@@ -213,7 +213,7 @@ def _run_agent(
 
 def _line(record: dict[str, Any]) -> dict[str, Any]:
     """An iteration's record as it is written: only returns of episodes that ended, what the agent says under one name."""
-    own = ("real_steps", "seconds", "ended", "returns", "rejected", "refused", "evaluation")
+    own = ("real_steps", "seconds", "cpu_seconds", "ended", "returns", "rejected", "refused", "evaluation")
     line = {name: record[name] for name in own if name in record and name not in ("ended", "returns")}
     episodes = [J[ended].tolist() for J, ended in zip(record["returns"], record["ended"], strict=True)]
     return line | {"episodes": episodes, "said": {name: x for name, x in record.items() if name not in own}}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
-from diffmbrl.core import State, Task, Trajectory, is_plan, is_stateful, reweighted
+from diffmbrl.core import State, Task, Trajectory, is_plan, is_stateful, reweighted, where
 
 # (t, dJ/ds_t) -> the adjoint that the reverse pass hands on to step t - 1; a module, as `gradients.truncated` has them.
 AdjointRule = Callable[[Int[Array, ""], State], State]
@@ -154,7 +154,7 @@ def _terminal(task: Task, s0: State, s_T: State, alive_T: Array) -> Array:
     if task.done is None:
         return task.weights[-1] * task.terminal(s_T)
     # A terminated state may be where phi is undefined, so phi is not evaluated on it: the start stands in.
-    phi = task.terminal(_where(alive_T, s_T, jax.lax.stop_gradient(s0)))
+    phi = task.terminal(where(alive_T, s_T, jax.lax.stop_gradient(s0)))
     return task.weights[-1] * jnp.where(alive_T, phi, jnp.zeros_like(phi))
 
 
@@ -195,7 +195,7 @@ def _scan(
         key_a, key_s = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, t))
         held = s
         if task.done is not None:
-            s = _where(alive, s, s0)
+            s = where(alive, s, s0)
         if stateful:
             a, memory = pi.step(memory, s, key=key_a)
             _check_action(a, task)
@@ -208,7 +208,7 @@ def _scan(
             s_next = task.dynamics(s, a, key=key_s)
         if task.done is None:
             return (s_next, alive, memory), record(s, a, r, alive, memory)
-        s_next = _where(alive, s_next, held)
+        s_next = where(alive, s_next, held)
         out = record(held, a, jnp.where(alive, r, jnp.zeros_like(r)), alive, memory)
         return (s_next, alive & ~task.done(s_next), memory), out
 
@@ -235,10 +235,6 @@ def _scan_remat(step: Any, carry: Any, xs: Any, remat: int | None) -> Any:
     out = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), out)
     carry, rest = jax.lax.scan(step, carry, jax.tree.map(lambda x: x[whole:], xs))
     return carry, jax.tree.map(lambda y, z: jnp.concatenate([y, z]), out, rest)
-
-
-def _where(condition: Array, x: State, y: State) -> State:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
 
 
 def _check(policy: Any, task: Task, s0: State, remat: int | None) -> None:

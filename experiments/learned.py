@@ -15,12 +15,12 @@ HELD = 5  # steps for which a random action stays
 
 @partial(jax.jit, static_argnames=("episodes", "length"))
 def random_windows(task: Task, key: Any, *, episodes: int, length: int) -> Transition:
-    """[episodes, length] from the task's starts. Actions lie evenly within the limits, or within +-1.5 where there are none."""
+    """[episodes, length] from the task's starts. Actions lie evenly within the limits, or within +-4 where there are none."""
     key_s, key_a = jax.random.split(key)
     s0 = task.starts(key_s, episodes)
     u = jax.random.uniform(key_a, (episodes, -(-length // HELD), task.m), minval=-1, maxval=1)
     bounded = jnp.isfinite(task.a_high)
-    a = jnp.where(bounded, u * jnp.where(bounded, task.a_high, 1), 1.5 * u).repeat(HELD, axis=1)[:, :length]
+    a = jnp.where(bounded, u * jnp.where(bounded, task.a_high, 1), 4 * u).repeat(HELD, axis=1)[:, :length]
 
     def follow(s, a):
         def step(s, a):

@@ -163,6 +163,13 @@ def changed(task: Task, **leaves: Any) -> Task:
     return task
 
 
+def replaced(task: Task, **parts: Any) -> Task:
+    """Any task with other parts: `dynamics`, `reward`, `done` ..."""
+    return eqx.tree_at(
+        lambda t: [getattr(t, name) for name in parts], task, list(parts.values()), is_leaf=lambda x: x is None
+    )
+
+
 def lagrangian_acceleration(L, q, v, force):
     """q'' from Lagrange's equations, d/dt dL/dv - dL/dq = force, by automatic differentiation."""
     mass = jax.hessian(L, 1)(q, v)

@@ -91,7 +91,7 @@ def test_it_is_an_agent_of_arrays(row):
 def test_another_value_of_a_hyperparameter_traces_nothing(row):
     """All leaves at once: a sweep is a vmap, and a new value does not compile."""
     agent, *rest = lane(row, System(task()), jax.random.key(0))
-    chex.clear_trace_counter()
+    chex.clear_trace_counter()  # which counts all rows' functions as one
     traced = jax.jit(chex.assert_max_traces(lambda agent, *rest: agent.update(*rest), n=1))
     traced.eval_shape(agent, *rest)
     other = jax.tree.map(lambda x: x + jnp.ones((), x.dtype) if jnp.issubdtype(x.dtype, jnp.number) else x, agent)

@@ -1,7 +1,5 @@
 """Training of ensembles: known answers, an end of each member's own, what is no data, what is not finite."""
 
-from functools import partial
-
 import chex
 import equinox as eqx
 import jax
@@ -12,11 +10,16 @@ import pytest
 
 from diffmbrl import tasks
 from diffmbrl.buffer import Transition
-from diffmbrl.models import GaussianDynamics, NetworkDynamics, Training, train
+from diffmbrl.models import EndModel, GaussianDynamics, NetworkDynamics, RewardModel, Training, train
 from diffmbrl.models.fit import split
 from tests.problems import same
 
 KEY = jax.random.key(0)
+
+
+# One set of sizes for most tests: what one compiles, the others use.
+ROWS = 60
+STANDARD = {"learning_rate": 1e-2, "epochs": 12, "patience": 12, "batch": 64}
 
 
 def plant():
@@ -30,8 +33,7 @@ def data(count, capacity=None, noise=0.0, key=KEY):
     s, a = jax.random.normal(keys[0], (count, task.n)), jax.random.normal(keys[1], (count, task.m))
     s_next = jax.vmap(task.dynamics)(s, a)
     s_next = s_next + noise * jax.random.normal(keys[2], s.shape)
-    no = jnp.zeros(count, bool)
-    rows = Transition(s, a, jax.vmap(task.reward)(s, a), s_next, no, no)
+    rows = Transition(s, a, jax.vmap(task.reward)(s, a), s_next, s_next[:, 0] > 0.5, jnp.zeros(count, bool))
     more = (capacity or count) - count
 
     def fill(x):
@@ -43,6 +45,23 @@ def data(count, capacity=None, noise=0.0, key=KEY):
 
 def draw(kind=NetworkDynamics, count=3, hidden=(8,), key=KEY, **options):
     return jax.vmap(lambda k: kind.init(plant(), hidden=hidden, key=k, **options))(jax.random.split(key, count))
+
+
+# Whatever can be trained: a new model is one row.
+MODELS = {"network": NetworkDynamics, "gaussian": GaussianDynamics, "reward": RewardModel, "end": EndModel}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_trained(name):
+    """The loss falls, the leaves keep their types, and a window's loss is a number."""
+    members, rows = draw(MODELS[name], count=2), data(ROWS)
+    trained, curves = train(members, rows, ROWS, KEY, Training(**STANDARD))
+    assert np.all(curves.train[:, -1] < 0.95 * curves.train[:, 0]) and not np.any(curves.rejected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(trained, members)
+    assert not any(x.weak_type for x in jax.tree.leaves((members, trained)))
+    window = jax.tree.map(lambda x: x[:3], rows)
+    loss = jax.tree.map(lambda x: x[0], trained).row_loss(window)
+    assert loss.shape == () and np.isfinite(loss)
 
 
 @pytest.mark.parametrize("holdout", [0.0, 0.25])
@@ -75,7 +94,8 @@ def test_a_linear_model_is_least_squares(x64, holdout):
 
 def test_a_noise_free_linear_plant_is_found(x64):
     members = draw(hidden=(), count=2)
-    trained, curves = train(members, data(60), 60, KEY, Training(optax.lbfgs, epochs=80, patience=80, improvement=0.0))
+    training = Training(optax.lbfgs, epochs=60, patience=60, batch=48, improvement=0.0, bootstrap=False)
+    trained, curves = train(members, data(40, 48), 40, KEY, training)
     assert np.all(curves.holdout < 1e-12)
     s, a = jnp.asarray([0.7, -0.4]), jnp.asarray([0.3])
     for e in range(2):
@@ -101,13 +121,14 @@ def test_noise_is_learned_with_its_size(x64):
 
 
 def test_each_member_ends_by_itself_with_its_own_best_weights():
-    """In one ensemble: a member that learns, one whose steps diverge, and one that has nothing left to learn."""
+    """In one ensemble: a member that learns, one whose steps diverge, and one that has nothing that it could learn by."""
     rows = data(200)
     training = Training(optax.sgd, learning_rate=0.1, epochs=30, patience=4, batch=32, improvement=0.03)
     one = draw(count=1)
-    done, _ = train(one, rows, 200, KEY, Training(learning_rate=1e-2, epochs=150, patience=150, batch=32))
     wild = jax.tree.map(lambda x: 1e3 * x if x.ndim == 3 else x, one)
-    members = jax.tree.map(lambda *x: jnp.concatenate(x), one, wild, done)
+    # Of a network of zeros only the last biases have a gradient, and the changes a mean of nearly 0.
+    idle = eqx.tree_at(lambda f: f.net, one, jax.tree.map(jnp.zeros_like, one.net))
+    members = jax.tree.map(lambda *x: jnp.concatenate(x), one, wild, idle)
     trained, curves = train(members, rows, 200, KEY, training)
     assert list(curves.rejected) == [0, 1, 0]
     assert curves.epochs[1] == 1 and 4 <= curves.epochs[2] < 15 < curves.epochs[0], curves
@@ -136,12 +157,12 @@ def test_the_best_weights_are_kept_while_training_goes_on_to_worse_ones():
 
 
 def test_rows_beyond_the_size_are_no_data_and_nothing_compiles_while_a_buffer_grows():
-    members, full = draw(), data(60)
+    members, full = draw(), data(ROWS)
     run = jax.jit(chex.assert_max_traces(lambda *arguments: train(*arguments), n=1))
     for bootstrap in (False, True):
-        training = Training(epochs=4, learning_rate=1e-2, bootstrap=bootstrap)
-        for size in (2, 30, 60):
-            trained, curves = run(members, data(size, 60), jnp.int32(size), KEY, training)
+        training = Training(**STANDARD, bootstrap=bootstrap)
+        for size in (2, 30, ROWS):
+            trained, curves = run(members, data(size, ROWS), jnp.int32(size), KEY, training)
             other = jax.tree.map(lambda x, y: jnp.concatenate([y, x[len(y) :]]), full, data(size))
             again, _ = run(members, other, jnp.int32(size), KEY, training)
             chex.assert_trees_all_equal(trained, again)
@@ -149,36 +170,34 @@ def test_rows_beyond_the_size_are_no_data_and_nothing_compiles_while_a_buffer_gr
 
 
 def test_equal_keys_are_equal_bit_for_bit_and_others_differ():
-    members, rows = draw(), data(60)
-    training = Training(epochs=4, learning_rate=1e-2)
-    one, again = (train(members, rows, 60, KEY, training)[0] for _ in range(2))
+    members, rows, training = draw(), data(ROWS), Training(**STANDARD)
+    one, again = (train(members, rows, ROWS, KEY, training)[0] for _ in range(2))
     chex.assert_trees_all_equal(one, again)
-    other = train(members, rows, 60, jax.random.key(1), training)[0]
+    other = train(members, rows, ROWS, jax.random.key(1), training)[0]
     assert all(np.any(x != y) for x, y in zip(jax.tree.leaves(one.net), jax.tree.leaves(other.net), strict=True))
 
 
 def test_members_are_trained_as_if_alone_and_together_alike():
     """Side by side, one after another, and vmapped over seeds."""
-    members, rows = draw(), data(60)
-    training = partial(Training, epochs=4, learning_rate=1e-2, batch=32)
-    alone, curves = train(members, rows, 60, KEY, training())
-    together, also = train(members, rows, 60, KEY, training(together=3))
+    members, rows, training = draw(), data(ROWS), Training(**STANDARD)
+    alone, curves = train(members, rows, ROWS, KEY, training)
+    together, also = train(members, rows, ROWS, KEY, Training(**STANDARD, together=3))
     for x, y in zip(jax.tree.leaves((alone, curves)), jax.tree.leaves((together, also)), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+        np.testing.assert_allclose(x, y, atol=1e-4)
     keys = jnp.stack([KEY, jax.random.key(1)])
-    seeds = jax.jit(jax.vmap(lambda key: train(members, rows, 60, key, training())[0]))(keys)
+    seeds = jax.jit(jax.vmap(lambda key: train(members, rows, ROWS, key, training)[0]))(keys)
     for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(seeds), strict=True):
-        np.testing.assert_allclose(x, y[0], atol=1e-5)
+        np.testing.assert_allclose(x, y[0], atol=1e-4)
 
 
 def test_bootstrap_gives_members_rows_of_their_own():
     """Equal members, full batches: with the same rows they stay equal."""
     members = jax.tree.map(lambda x: jnp.concatenate([x] * 3), draw(count=1))
-    rows = data(40, noise=0.5)
+    rows = data(ROWS, noise=0.5)
     for bootstrap in (False, True):
-        trained, _ = train(members, rows, 40, KEY, Training(epochs=3, batch=64, bootstrap=bootstrap))
+        trained, _ = train(members, rows, ROWS, KEY, Training(**STANDARD, bootstrap=bootstrap))
         W = trained.net.weights[0]
-        assert np.allclose(W, W[:1], atol=1e-6) is not bootstrap
+        assert np.allclose(W, W[:1], atol=1e-4) is not bootstrap
 
 
 def test_a_share_is_held_out_and_stays_so_as_the_rows_grow():
@@ -192,10 +211,9 @@ def test_a_share_is_held_out_and_stays_so_as_the_rows_grow():
 
 
 def test_training_goes_on_from_trained_members():
-    rows = data(100)
-    training = Training(epochs=15, learning_rate=1e-2)
-    first, curves = train(draw(), rows, 100, KEY, training)
-    _, more = train(first, rows, 100, jax.random.key(1), training)
+    rows, training = data(ROWS), Training(**STANDARD)
+    first, curves = train(draw(), rows, ROWS, KEY, training)
+    _, more = train(first, rows, ROWS, jax.random.key(1), training)
     np.testing.assert_allclose(more.heldout[:, 0], curves.holdout, rtol=1e-4)
     assert np.all(more.holdout <= curves.holdout * (1 + 1e-4))
 
@@ -232,7 +250,7 @@ def test_windows_are_trained_on_by_the_models_own_rollouts(x64):
 def test_a_member_that_was_not_finite_stays_as_it_was_and_is_counted():
     members = draw()
     spoiled = eqx.tree_at(lambda f: f.net.biases[0], members, members.net.biases[0].at[1].set(jnp.nan))
-    trained, curves = train(spoiled, data(40), 40, KEY, Training(epochs=3))
+    trained, curves = train(spoiled, data(ROWS), ROWS, KEY, Training(**STANDARD))
     assert list(curves.rejected) == [0, 1, 0]
     assert np.isinf(curves.holdout[1]) and np.all(np.isfinite(curves.holdout[jnp.array([0, 2])]))
     kept, given = (jax.tree.leaves(jax.tree.map(lambda x: x[1], f)) for f in (trained, spoiled))
@@ -240,23 +258,24 @@ def test_a_member_that_was_not_finite_stays_as_it_was_and_is_counted():
 
 
 def test_rows_of_nan_reject_every_member():
-    rows = data(40)
+    rows, members = data(ROWS), draw()
     rows = rows._replace(s_next=rows.s_next.at[3].set(jnp.nan))
-    members = draw()
-    trained, curves = train(members, rows, 40, KEY, Training(epochs=3))
+    trained, curves = train(members, rows, ROWS, KEY, Training(**STANDARD))
     assert np.all(curves.rejected == 1) and np.all(np.isinf(curves.holdout)) and np.all(curves.epochs == 0)
     chex.assert_trees_all_equal(trained, members)
 
 
-@pytest.mark.parametrize(("size", "holdout"), [(0, 0.1), (1, 0.1), (0, 0.0)])
-def test_too_few_rows_are_an_error_or_counted(size, holdout):
-    members, rows = draw(), data(10)
-    training = Training(epochs=2, holdout=holdout)
-    with pytest.raises(ValueError, match=rf"takes {2 if holdout else 1} to 10 of the 10 rows .*, got {size}"):
-        train(members, rows, size, KEY, training)
-    trained, curves = jax.jit(lambda size: train(members, rows, size, KEY, training))(size)
-    assert np.all(curves.rejected == 1) and np.all(np.isinf(curves.holdout))
-    chex.assert_trees_all_equal(trained, members)
+def test_too_few_rows_are_an_error_or_counted():
+    members, rows = draw(), data(ROWS)
+    traced = jax.jit(lambda size, training: train(members, rows, size, KEY, training))
+    for size, holdout in ((0, 0.1), (1, 0.1), (0, 0.0)):
+        training = Training(**STANDARD, holdout=holdout)
+        least = 2 if holdout else 1
+        with pytest.raises(ValueError, match=rf"takes {least} to 60 of the 60 rows .*, got {size}"):
+            train(members, rows, size, KEY, training)
+        trained, curves = traced(size, training)
+        assert np.all(curves.rejected == 1) and np.all(np.isinf(curves.holdout))
+        chex.assert_trees_all_equal(trained, members)
 
 
 def test_wrong_arguments():

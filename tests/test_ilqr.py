@@ -12,7 +12,7 @@ from diffmbrl.core import Box
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.linearize import linearize, riccati
 from diffmbrl.parallel_riccati import PARALLEL, SCAN, choose
-from diffmbrl.planners import ActionDamped, Backtracking, Boxed, Parallel, StateDamped
+from diffmbrl.planners import MPC, ActionDamped, Backtracking, Boxed, Parallel, Receding, StateDamped, act
 from diffmbrl.planners.models import costates, hamiltonian
 from tests.problems import bent, matrices, same, same_tree
 from tests.problems import riccati as textbook
@@ -269,14 +269,38 @@ def test_parallel_in_time_it_takes_the_same_steps(sweep, x64):
         plan = scanned
 
 
-def test_the_damping_is_bounded(x64):
-    """At an optimum no step helps; the plan stays as it is, and the damping where it ends."""
+def test_at_an_optimum_neither_the_plan_nor_the_damping_changes(x64):
+    """What a step gains there is below the rounding of J: that it fails says nothing of the damping."""
     task = bent(horizon=5)
     s0, planner = jnp.asarray([0.9, -0.3]), in_double(ILQR())
     plan, history = solve(planner, Affine.zeros(task), task, s0, None, 150)
-    assert history.info.damping[-1] == planner.damping.largest
+    assert not history.info.accepted[-1]
+    assert history.info.damping[-1] == 0
     assert np.all(np.diff(history.info.J) >= 0)
     assert value(plan, task, s0) == history.info.J[-1]
+
+
+def test_the_damping_is_bounded_and_falls_along_a_receding_horizon():
+    planner, task = ILQR(), bent(horizon=5)
+    damping = planner.init(Affine.zeros(task), task)
+    for _ in range(30):
+        damping = planner.damping.raised(damping)
+    assert damping == planner.damping.largest
+    for _ in range(40):
+        assert planner.shift(damping) <= damping / 2
+        damping = planner.shift(damping)
+    assert damping == 0
+
+
+def test_a_controller_at_rest_is_still_awake_when_something_happens():
+    """Balanced for a hundred steps, and then pushed: no damping has piled up meanwhile that keeps the plan as it is."""
+    task = tasks.pets_cartpole(horizon=160)
+    mpc = MPC.init(ILQR.within(task), task, horizon=25, first=10, window=Receding())
+    memory, s = mpc.start(task), jnp.asarray([0.1, 0.1, 0.0, 0.0])
+    for t in range(160):
+        a, memory = act(mpc, memory, s)
+        s = task.dynamics(s, a) if t != 100 else jnp.asarray([0.5, 0.2, 0.0, 0.0])
+    assert task.reward(s, a) > 0.99
 
 
 # The expansion of the return to go.

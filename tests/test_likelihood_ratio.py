@@ -18,9 +18,9 @@ from diffmbrl import Gaussian, Linear, OpenLoop, tasks
 from diffmbrl.core import Box, Identity, Task, reweighted
 from diffmbrl.gradients import (
     BPTT,
-    Critic,
     Episode,
     Fitted,
+    LearnedValue,
     LeaveOneOut,
     LikelihoodRatio,
     Mean,
@@ -50,7 +50,7 @@ UNBIASED = {
     "reward to go": LikelihoodRatio(RewardToGo()),
     "reward to go, leave-one-out": LikelihoodRatio(RewardToGo(), LeaveOneOut()),
     "reward to go, fitted": LikelihoodRatio(RewardToGo(), Fitted()),
-    "reward to go, critic": LikelihoodRatio(RewardToGo(), Critic(Minus())),
+    "reward to go, critic": LikelihoodRatio(RewardToGo(), LearnedValue(Minus())),
 }
 SHRUNK = {
     "episode, mean": LikelihoodRatio(Episode(), Mean()),

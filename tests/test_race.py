@@ -350,11 +350,15 @@ def test_compare_learned_and_learn_from_the_command_line(folder, capsys):
         ("compare lqr --learned --steps 3", "--steps is of methods that know the dynamics"),
         ("compare lqr --learned --methods adam", "unknown agent 'adam'; did you mean '"),
         ("compare lqr --real-steps 100", "--real-steps is for agents that learn: give --learned too"),
-        ("learn lqr --option every", "--option takes name=value, such as warmup=500; got 'every'"),
-        ("learn lqr --option every=3 every=4", "--option every is given more than once: every=3 every=4"),
-        ("learn lqr --agnet random", "Unrecognized options: --agnet, random; did you mean '--agent'?"),
-        ("learn lqrr", "unknown task 'lqrr'; did you mean 'lqr'?"),
-        ("learn lqr --real-steps 1.5", "1.5"),
+        ("learn lqr", "--agent"),
+        ("learn lqr --agent random --option every", "--option takes name=value, such as warmup=500; got 'every'"),
+        (
+            "learn lqr --agent random --option every=3 every=4",
+            "--option every is given more than once: every=3 every=4",
+        ),
+        ("learn lqr --agent random --sedes 3", "Unrecognized options: --sedes, 3; did you mean '--seeds'?"),
+        ("learn lqrr --agent random", "unknown task 'lqrr'; did you mean 'lqr'?"),
+        ("learn lqr --agent random --real-steps 1.5", "1.5"),
     ],
 )
 def test_bad_words(words, message, folder, capsys):

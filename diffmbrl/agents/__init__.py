@@ -1,12 +1,13 @@
 """Agents: loops that learn from a real system, with a model of it or without."""
 
 from diffmbrl.agents.actor import SquashedGaussian
-from diffmbrl.agents.collect import Exact, RandomActions, System, Unknown
+from diffmbrl.agents.collect import Exact, NoisySensor, RandomActions, System, Unknown
 from diffmbrl.agents.idle import Idle
 from diffmbrl.agents.imagine import imagine
 from diffmbrl.agents.learn import Agent, Learned, learn
 from diffmbrl.agents.mbpo import MBPO, Growing, ModelPPO
 from diffmbrl.agents.model_free import OffPolicy, OnPolicy
+from diffmbrl.agents.mpc_agent import MPCAgent
 from diffmbrl.agents.ppo import PPO
 from diffmbrl.agents.sac import SAC
 from diffmbrl.agents.world import World
@@ -20,7 +21,9 @@ __all__ = [
     "Growing",
     "Idle",
     "Learned",
+    "MPCAgent",
     "ModelPPO",
+    "NoisySensor",
     "OffPolicy",
     "OnPolicy",
     "RandomActions",

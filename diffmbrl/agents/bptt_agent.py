@@ -132,6 +132,10 @@ class PolicyAgent(eqx.Module):
     def best(self, carry: PolicyCarry, task: Task) -> Any:
         return carry.policy
 
+    def model(self, carry: PolicyCarry, task: Task) -> Ensemble:
+        """What it imagines with."""
+        return Ensemble(carry.elites, self.propagation)
+
     def imagined(self, task: Task, members: Any) -> Task:
         """The task as it is imagined: the members for its dynamics, and H steps."""
         model = eqx.tree_at(lambda t: t.dynamics, task, Ensemble(members, self.propagation))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from diffmbrl.buffer import Transition
 from diffmbrl.core import State, Task, is_plan, is_stateful
 from diffmbrl.policies import centre_and_half
+from diffmbrl.tasks.plant import accept_std, perturbed
 
 
 class Unknown(eqx.Module):
@@ -24,6 +25,19 @@ class Exact(eqx.Module):
 
     def __call__(self, s: State, key: PRNGKeyArray) -> State:
         return s
+
+
+class NoisySensor(eqx.Module):
+    r"""A sensor that shows $s + \sigma \epsilon$, $\epsilon \sim N(0, I)$: `System(plant, sensor=NoisySensor(0.01))`.
+
+    `std` is one number or one for each state variable (a pytree like the state). Raises: `ValueError` if it is negative or not
+    finite. (Noise of the process is the plant's: `tasks.noisy`.)
+    """
+
+    std: Any = eqx.field(converter=accept_std)
+
+    def __call__(self, s: State, key: PRNGKeyArray) -> State:
+        return perturbed(s, self.std, key)
 
 
 class System(eqx.Module):

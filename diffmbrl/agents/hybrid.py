@@ -118,6 +118,10 @@ class Hybrid(eqx.Module):
             key=jax.random.key(0),
         )
 
+    def model(self, carry: PolicyCarry, task: Task) -> Ensemble:
+        """What it plans on."""
+        return self.learner.model(carry, task)
+
     def update(
         self, carry: PolicyCarry, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
     ) -> tuple[PolicyCarry, dict[str, Array]]:

@@ -99,11 +99,11 @@ def learn(
     r"""Let an agent learn on a real system for so many real steps, or until `seconds` of iterations are spent.
 
     `keys` [S] are the seeds, side by side. Every iteration makes a record, each of its arrays with an axis of seeds:
-    `real_steps`; `seconds` so far (updates and collection, compile time and evaluation apart); `returns` [S, N k] of the
-    episodes that ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not finite or of an episode that
-    was over before it began; `refused` updates, in which something that was finite came out not finite (the carry of before is
-    kept); what the agent says; and every `evaluate_every` iterations `evaluation` [S, `evaluations`], the returns of
-    `agent.best`, each from another start. `on_record` is given them as they come.
+    `real_steps`; `seconds` and the process's `cpu_seconds` so far (updates and collection, compile time and evaluation apart);
+    `returns` [S, N k] of the episodes that ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not
+    finite or of an episode that was over before it began; `refused` updates, in which something that was finite came out not
+    finite (the carry of before is kept); what the agent says; and every `evaluate_every` iterations, and at the end,
+    `evaluation` [S, `evaluations`], the returns of `agent.best`, each from another start. `on_record` is given them all.
 
     Shapes: every leaf of the carry and the buffer gets a leading axis of S. Raises: `ValueError` for sizes that do not fit, and
     if the warm-up leaves nothing in the buffer; `TypeError` if the policy is a plan.
@@ -126,9 +126,9 @@ def learn(
             "they were not finite, or every episode was over before its first step"
         )
     records: list[dict[str, Any]] = []
-    record = _record(fresh, agent.warmup, 0.0)
+    record = _record(fresh, agent.warmup, 0.0, 0.0)
     run, evaluate = None, None
-    spent, done, iteration = 0.0, agent.warmup, 0
+    spent, worked, done, iteration = 0.0, 0.0, agent.warmup, 0
     while True:
         over = done >= real_steps or spent >= seconds
         if evaluations and (over or iteration % evaluate_every == 0):
@@ -141,11 +141,11 @@ def learn(
             return Learned(lanes.carry, lanes.buffer, records)
         number = jnp.int32(iteration)
         run = run or _iterate.lower(agent, system, lanes, keys, number).compile()  # before the clock starts
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), time.process_time()
         lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
-        spent += time.perf_counter() - begun
+        spent, worked = spent + time.perf_counter() - begun, worked + time.process_time() - before
         done, iteration = done + agent.every, iteration + 1
-        record = _record(lanes.fresh, done, spent) | {name: np.asarray(x) for name, x in said.items()}
+        record = _record(lanes.fresh, done, spent, worked) | {name: np.asarray(x) for name, x in said.items()}
 
 
 @partial(jax.jit, static_argnames="capacity")
@@ -218,11 +218,12 @@ def _spoilt(before: Any, after: Any) -> Array:
     return jnp.any(jnp.stack(spoilt)) if spoilt else jnp.zeros((), bool)
 
 
-def _record(fresh: Collected, real_steps: int, seconds: float) -> dict[str, Any]:
+def _record(fresh: Collected, real_steps: int, seconds: float, cpu_seconds: float) -> dict[str, Any]:
     ended, J = (np.asarray(x).reshape(x.shape[0], -1) for x in (fresh.steps.last, fresh.J))
     return {
         "real_steps": real_steps,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "ended": ended,
         "returns": np.where(ended, J, np.nan),
         "rejected": np.asarray(jnp.sum(~fresh.keep, axis=(1, 2))),

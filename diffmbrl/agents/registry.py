@@ -33,7 +33,7 @@ def _random(task: Task, *, warmup: int = 100, every: int = 100) -> Idle:
 
 
 def _mbpo(
-    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 500, rounds: int = 5, length: int = 60,
+    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 1000, rounds: int = 5, length: int = 60,
     discount: float = 0.99, rate: float = 1e-3, real: float = 0.05, units: int = 64,
 ) -> MBPO:  # fmt: skip
     learner = SAC(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), follow=as_float(0.01))
@@ -93,7 +93,7 @@ AGENTS: dict[str, Row] = {
     "second-order": Row(second_order, "2.0 with Krylov-Newton, its discount rising", 2000),
     "short-horizon": Row(short_horizon, "2.0 with short windows and a critic", 2000),
     "hybrid": Row(hybrid, "a policy that proposes, CEM that improves, a critic at the end of its plans", 2000, 4),
-    "mbpo": Row(_mbpo, "SAC on short branches of an ensemble, which start at real states", 700),
+    "mbpo": Row(_mbpo, "SAC on branches of an ensemble, which start at real states", 1000),
     "model-ppo": Row(_model_ppo, "PPO on branches of an ensemble", 1000),
     "model-reinforce": Row(_model_reinforce, "the policy gradient on branches of an ensemble", 1000, default=False),
     "sac": Row(_sac, "soft actor-critic on the real system alone", 10_000),

@@ -9,9 +9,9 @@ from diffmbrl.gradients.evolution import CentredRanks, Evolution, Returns
 from diffmbrl.gradients.exploration import Entropy, Noise
 from diffmbrl.gradients.inverse_variance import InverseVariance, InverseVariancePerStep
 from diffmbrl.gradients.likelihood_ratio import (
-    Critic,
     Episode,
     Fitted,
+    LearnedValue,
     LeaveOneOut,
     LikelihoodRatio,
     Mean,
@@ -31,7 +31,6 @@ __all__ = [
     "AlphaOrder",
     "CentredRanks",
     "Clipped",
-    "Critic",
     "Decayed",
     "Decoupled",
     "DiscontinuityTested",
@@ -42,6 +41,7 @@ __all__ = [
     "Fitted",
     "InverseVariance",
     "InverseVariancePerStep",
+    "LearnedValue",
     "LeaveOneOut",
     "LikelihoodRatio",
     "Mean",

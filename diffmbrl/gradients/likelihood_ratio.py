@@ -3,7 +3,7 @@ r"""The score-function gradient of a stochastic policy, which differentiates nei
 $$\nabla_\theta J = E\Big[\sum_{t<T} (R_t - b_t)\, \nabla_\theta \log\pi_\theta(a_t \mid s_t)\Big]$$
 
 An estimator is a choice of R_t, its credit (`Episode`, `RewardToGo`), and of a baseline b_t (none, `Mean`, `LeaveOneOut`,
-`Fitted`, `Critic`). The credit makes returns [B, T] of a batch of rollouts, the baseline predicts them, [B, T] as well.
+`Fitted`, `LearnedValue`). The credit makes returns [B, T] of a batch of rollouts, the baseline predicts them, [B, T] as well.
 """
 
 from typing import Any
@@ -111,7 +111,7 @@ class Fitted(eqx.Module):
         return unit * jax.scipy.linalg.solve(scaled, unit * Xty, assume_a="pos")
 
 
-class Critic(eqx.Module):
+class LearnedValue(eqx.Module):
     """A value known beforehand: `value` (s -> [], a module), such as a critic. Unbiased, if not fitted to the same batch."""
 
     value: Any

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, Work, as_float, count_work, is_plan, is_stateful
+from diffmbrl.core import Info, State, Task, Work, all_finite, as_float, count_work, is_plan, is_stateful, where
 from diffmbrl.gradients.critic import Critic, fit, moments, td_lambda
 from diffmbrl.gradients.exploration import Noise, Spread
 from diffmbrl.gradients.reach import AdaptiveHorizon, StiffCut
-from diffmbrl.gradients.windows import Environments, begin, first_starts, where, window
+from diffmbrl.gradients.windows import Environments, begin, first_starts, window
 from diffmbrl.rollout import expected
 
 
@@ -137,7 +137,7 @@ class ShortHorizon(eqx.Module):
     def init(self, policy: Any, task: Task) -> ShortHorizonCarry:
         if is_plan(policy) or is_stateful(policy):
             raise TypeError(f"windows need a policy that depends on the state alone; got {type(policy).__name__}")
-        if any(map(_is_line_search, jax.tree.leaves(self.descend.init(policy, task), is_leaf=_is_line_search))):
+        if self.descend.searches(policy):
             raise ValueError("a line search would search another objective, that of whole episodes: take another rule")
         key_critic, key_spread = jax.random.split(self.key)
         dtype, N = task.weights.dtype, self.environments
@@ -175,7 +175,7 @@ class ShortHorizon(eqx.Module):
 
         learned = self._learn(carry, steps, self.descend.annealed(carry.updates), key_fit)
         now = learned._replace(environments=environments, descend=inner, spread=spread, updates=carry.updates + 1)
-        finite = (info.nonfinite == 0) & _finite((learned.critic, learned.loss, learned.reach, environments.s))
+        finite = (info.nonfinite == 0) & all_finite((learned.critic, learned.loss, learned.reach, environments.s))
         info = info._replace(
             accepted=info.accepted & finite, nonfinite=(~finite).astype(jnp.int32), work=self._work(task, s0)
         )
@@ -254,12 +254,3 @@ class _Given(eqx.Module):
     def work(self, task: Task, batch: int) -> Work:
         """None of its own."""
         return count_work()
-
-
-def _is_line_search(part: Any) -> bool:
-    return isinstance(part, optax.ScaleByZoomLinesearchState | optax.ScaleByBacktrackingLinesearchState)
-
-
-def _finite(tree: Any) -> Array:
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))

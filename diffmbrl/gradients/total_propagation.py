@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Work, count_work, is_plan
+from diffmbrl.core import State, Task, Work, count_work, is_plan, where
 from diffmbrl.gradients.inverse_variance import (
     Weigh,
     at_steps,
@@ -117,7 +117,7 @@ def sweep(
         return jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.zeros_like(leaf)), v)
 
     def last(s, s_seen, alive, w):
-        safe = jax.tree.map(lambda a, b: jnp.where(alive, a, b), s, s_seen)
+        safe = where(alive, s, s_seen)
         return masked(alive, jax.grad(lambda z: w[-1] * task.terminal(z))(safe))
 
     def pathwise(t, s, a, key, v, w, alive):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import State, Task, reweighted
+from diffmbrl.core import State, Task, reweighted, where
 from diffmbrl.gradients.critic import inputs
 from diffmbrl.gradients.exploration import Entropy, Spread, acted
 from diffmbrl.gradients.reach import stiffness
@@ -143,7 +143,3 @@ def first_starts(task: Task, s0: State, count: int) -> tuple[Task, State]:
     if weights_axis(task, s0) is not None:
         task = reweighted(task, task.weights[:count])
     return task, jax.tree.map(lambda x: x[:count], s0)
-
-
-def where(condition: Array, x: State, y: State) -> State:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -144,8 +145,10 @@ def train(
         raise ValueError("every leaf of the members needs the same leading axis: draw them under vmap")
     capacity = transitions.a.shape[0]
     if is_concrete(size, training.holdout):
-        least = 2 if float(jnp.max(training.holdout)) > 0 else 1
-        if not least <= int(jnp.min(jnp.asarray(size))) or int(jnp.max(jnp.asarray(size))) > capacity:
+        # By numpy: inside a trace even what is known would be traced by jnp.
+        rows, share = np.asarray(size), np.asarray(training.holdout)
+        least = 2 if share.max() > 0 else 1
+        if not least <= rows.min() or rows.max() > capacity:
             raise ValueError(
                 f"training takes {least} to {capacity} of the {capacity} rows (holdout {training.holdout:.3g}), got {size}"
             )

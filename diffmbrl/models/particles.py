@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Dynamics, Identity, State, Task
+from diffmbrl.core import Dynamics, Identity, State, Task, where
 
 
 class Cloud(NamedTuple):
@@ -33,7 +33,7 @@ class ParticleDynamics(eqx.Module):
     def __call__(self, s: State, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> State:
         if self.done is None:
             return self._step(s, a, key)
-        moved = _where(s.alive, self._step(_where(s.alive, s.s, s.s0), a, key), s.s)
+        moved = where(s.alive > 0, self._step(where(s.alive > 0, s.s, s.s0), a, key), s.s)
         return Cloud(moved, s.alive * _going(self.done, moved), s.s0)
 
     def _step(self, s: State, a: Array, key: PRNGKeyArray | None) -> State:
@@ -52,7 +52,7 @@ class ParticleReward(eqx.Module):
     def __call__(self, s: State, *a: Float[Array, " m"]) -> Float[Array, ""]:
         if not isinstance(s, Cloud):
             return jnp.mean(jax.vmap(lambda s: self.inner(s, *a))(s))
-        r = jax.vmap(lambda s: self.inner(s, *a))(_where(s.alive, s.s, s.s0))
+        r = jax.vmap(lambda s: self.inner(s, *a))(where(s.alive > 0, s.s, s.s0))
         return jnp.mean(jnp.where(s.alive > 0, r, jnp.zeros_like(r)))
 
 
@@ -122,10 +122,3 @@ def _spread(s0: State, count: int, done: Any) -> State:
 def _going(done: Any, s: State) -> Array:
     dtype = next(x.dtype for x in jax.tree.leaves(s) if jnp.issubdtype(x.dtype, jnp.floating))
     return 1 - jax.vmap(done)(s).astype(dtype)
-
-
-def _where(alive: Array, x: State, y: State) -> State:
-    def pick(a, b):
-        return jnp.where((alive > 0).reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(pick, x, y)

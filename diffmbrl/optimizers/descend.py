@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Gradient, Info, State, Task, as_float
+from diffmbrl.core import Gradient, Info, State, Task, all_finite, as_float
 from diffmbrl.gradients.bptt import BPTT
 from diffmbrl.rollout import expected
 
@@ -82,10 +82,15 @@ class Descend(eqx.Module):
 
     def init(self, policy: Any, task: Task) -> DescendCarry:
         state = _strong(self._rule().init(policy))
-        if self.anneal is not None and any(map(_is_line_search, jax.tree.leaves(state, is_leaf=_is_line_search))):
+        if self.anneal is not None and self.searches(policy):
             raise ValueError("a line search chooses the length of its steps: anneal must be None")
         # nan is equal to nothing: the first update evaluates its own gradient.
         return DescendCarry(state, jnp.full((), jnp.nan, task.weights.dtype), jnp.zeros((), jnp.int32))
+
+    def searches(self, policy: Any) -> bool:
+        """Whether the rule has a line search."""
+        state = jax.eval_shape(lambda pi: self._rule().init(pi), policy)
+        return any(map(_is_line_search, jax.tree.leaves(state, is_leaf=_is_line_search)))
 
     def annealed(self, updates: Int[Array, ""]) -> Float[Array, ""]:
         """What the step is multiplied by after so many updates: 1 for a constant rate."""
@@ -118,7 +123,7 @@ class Descend(eqx.Module):
             factor = self.annealed(carry.updates)
             updates = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
         moved = jax.tree.map(lambda x, u: (x + u).astype(x.dtype), policy, updates)
-        finite = jnp.isfinite(cost) & _finite(gradient) & _finite(moved)
+        finite = jnp.isfinite(cost) & all_finite(gradient) & all_finite(moved)
         differs = jnp.stack([jnp.any(x != y) for x, y in zip(*map(jax.tree.leaves, (moved, policy)), strict=True)])
 
         def keep(new: Any, old: Any) -> Any:
@@ -183,10 +188,6 @@ def _is_line_search(part: Any) -> bool:
 def _strong(tree: Any) -> Any:
     """Without weak types, which the first update would drop: the second would then be compiled anew."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(jnp.asarray(x), jnp.asarray(x).dtype), tree)
-
-
-def _finite(tree: Any) -> Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _fingerprint(task: Task, s0: State, key: PRNGKeyArray | None) -> Float[Array, ""]:

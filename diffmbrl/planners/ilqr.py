@@ -17,6 +17,8 @@ from diffmbrl.planners.sweeps import ActionDamped, Boxed, Room
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout
 
+ROUNDING = 8  # of J, in units of its last place
+
 
 class ILQR(eqx.Module):
     r"""Iterative LQR: a Riccati sweep along the trajectory, then a line search through the closed loop.
@@ -89,6 +91,10 @@ class ILQR(eqx.Module):
             )
         return jnp.zeros((), policy.a.dtype)
 
+    def shift(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        """The damping for the next step of a receding horizon: lower, since it is of another state."""
+        return self.damping.lowered(carry)
+
     def update(
         self, policy: Affine, carry: Float[Array, ""], task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Affine, Array, Info]:
@@ -107,9 +113,10 @@ class ILQR(eqx.Module):
         found = Affine(sweep.K, trial.a, trial.s, policy.low, policy.high)
         plan = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), found, policy)
         adapted = self.damping.after(damping, accepted, trial.tried)
-        # What is not finite says nothing of the damping.
+        # What is not finite says nothing of the damping, nor does a step that fails to gain what J's rounding would hide.
         finite = jnp.isfinite(J) & jnp.isfinite(norm)
-        carry = jnp.where(finite, adapted, carry).astype(carry.dtype)
+        hidden = ~accepted & sweep.definite & (-sweep.slope / 2 <= ROUNDING * jnp.finfo(J.dtype).eps * jnp.abs(J))
+        carry = jnp.where(finite & ~hidden, adapted, carry).astype(carry.dtype)
         T = task.horizon
         info = Info(
             J=J,

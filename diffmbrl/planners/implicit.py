@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, Trajectory
+from diffmbrl.core import Solver, State, Task, Trajectory, where
 from diffmbrl.kkt import solve_with_gaps
 from diffmbrl.linearize import Linearization, flat_states, linearize
 from diffmbrl.parallel_riccati import choose
@@ -123,7 +123,7 @@ def implicit(plan: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, 
     states, last = jax.vmap(unravel)(s), unravel(s_T)
     alive = held.alive > 0
     with jax.default_matmul_precision("highest"):
-        r = jax.vmap(task.reward)(_where(alive[:-1], states, s0), a)
+        r = jax.vmap(task.reward)(where(alive[:-1], states, s0), a)
     trajectory = Trajectory(states, a, jnp.where(alive[:-1], r, jnp.zeros_like(r)), alive, last)
     near = held.distance <= tolerance * (1 + jnp.max(jnp.abs(a)))
     return Optimum(
@@ -272,12 +272,3 @@ def _next(z: Array, task: Task, n: int, unravel: Any, key: Any, t: Array) -> Arr
 
 def _last(s: Array, task: Task, unravel: Any) -> Array:
     return -task.weights[-1] * task.terminal(unravel(s))
-
-
-def _where(condition: Array, x: State, s0: State) -> State:
-    """States where the condition holds at their time, the start elsewhere."""
-
-    def one(x, y):
-        return jnp.where(condition.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
-
-    return jax.tree.map(one, x, s0)

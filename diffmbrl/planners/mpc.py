@@ -39,14 +39,15 @@ class MPC(eqx.Module):
     The plan is shifted by one step, its last slice repeated; the planner's carry goes through the planner's own
     `shift(carry)` if it has one and is kept otherwise (damping, temperature: what was learned of the problem). The first step
     of an episode makes `first` updates. An update that the planner rejects leaves the plan of before, whose feedback, if it
-    has any, still acts on the state. `window` (`planners/windows.py`) says what the plan makes of the end of the episode.
+    has any, still acts on the state. `window` (`planners/windows.py`) says what the plan makes of the end of the episode. With
+    `hold` = k > 1 a plan is improved at every k-th step alone and followed in between: at k = H nothing is ever planned anew.
 
     A planner that draws needs `key`; it gets a fresh one at each update, which differs by the rollout's too. Without `key` the
     planner gets none, and so plans without the model's noise.
     Action limits are the model's: the planner keeps them, or they are moved into the model by `squashed` (`planning_task`).
 
     Shapes: as its task's. Cost of a step: k updates of the planner. Raises: `TypeError` if `planner` is not of kind "plan",
-    `ValueError` if `horizon`, `iterations` or `first` is below 1.
+    `ValueError` if `horizon`, `iterations` or `first` is below 1, or `hold` not from 1 to H.
     Reference: Mayne, Rawlings, Rao, Scokaert 2000; Diehl, Bock, Schloeder 2005 (one iteration a step).
 
     >>> import jax
@@ -62,6 +63,7 @@ class MPC(eqx.Module):
     plan: Any  # that an episode begins with
     iterations: Int[Array, ""]
     first: Int[Array, ""]
+    hold: Int[Array, ""]
     a_low: Float[Array, " m"]
     a_high: Float[Array, " m"]
     window: Any
@@ -78,6 +80,7 @@ class MPC(eqx.Module):
         horizon: int,
         iterations: int = 1,
         first: int | None = None,
+        hold: int = 1,
         plan: Any = None,
         window: Any = None,
         seen: Any = None,
@@ -86,9 +89,9 @@ class MPC(eqx.Module):
     ) -> "MPC":
         """A controller that plans `horizon` steps of `model`, with `iterations` updates a step (`first` in the first one).
 
-        `plan` is what it begins with, for the planning task (`first_plan` by default; `planning_task` gives the task);
-        `window` is `Ending()` unless given; `seen`, what it makes of the plant's state, is `Exact()`; `logit_cost` is that of
-        `planning_task`.
+        A plan is followed for `hold` steps. `plan` is what it begins with, for the planning task (`first_plan` by default;
+        `planning_task` gives the task); `window` is `Ending()` unless given; `seen`, what it makes of the plant's state, is
+        `Exact()`; `logit_cost` is that of `planning_task`.
         """
         if getattr(planner, "kind", None) != "plan":
             raise TypeError(f"MPC plans with a solver of kind 'plan', such as ILQR(); got {type(planner).__name__}")
@@ -96,6 +99,8 @@ class MPC(eqx.Module):
         for name, number in [("iterations", iterations), ("first", first)]:
             if is_concrete(number) and int(number) < 1:
                 raise ValueError(f"{name} must be at least 1 update, got {number}")
+        if is_concrete(hold) and not 1 <= int(hold) <= horizon:
+            raise ValueError(f"hold must be from 1 to the {horizon} steps of a plan, got {hold}")
         window, seen = Ending() if window is None else window, Exact() if seen is None else seen
         task = planning_task(planner, model, horizon, window=window, logit_cost=logit_cost)
         plan = first_plan(planner, task) if plan is None else plan
@@ -104,7 +109,7 @@ class MPC(eqx.Module):
                 f"plan must be a plan of {horizon} steps for `planning_task`; got {type(plan).__name__} with leaves "
                 f"{[list(x.shape) for x in jax.tree.leaves(plan)]}"
             )
-        counts = (jnp.asarray(iterations, jnp.int32), jnp.asarray(first, jnp.int32))
+        counts = (jnp.asarray(number, jnp.int32) for number in (iterations, first, hold))
         return cls(planner, task, plan, *counts, model.a_low, model.a_high, window, seen, key)
 
     def start(self, task: Task) -> Memory:
@@ -132,7 +137,7 @@ class MPC(eqx.Module):
             plan, carry, info = _update(self.planner, plan, carry, window, s0, None if own is None else _fold(own, i))
             return plan, carry, _summed(before, info)
 
-        count = jnp.where(t == 0, self.first, self.iterations)
+        count = jnp.where(t == 0, self.first, jnp.where(t % self.hold == 0, self.iterations, 0))
         start = (plan, carry, jax.tree.map(jnp.zeros_like, blank))
         plan, carry, info = jax.lax.fori_loop(jnp.zeros_like(count), count, update, start)
         a = self._within_limits(jax.tree.map(lambda x: x[0], plan)(s0))

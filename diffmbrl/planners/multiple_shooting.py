@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, Trajectory, count_work, parameter
+from diffmbrl.core import Info, State, Task, Trajectory, count_work, parameter, where
 from diffmbrl.kkt import Step, solve_with_gaps
 from diffmbrl.linearize import Linearization, Sweep, linearize
 from diffmbrl.parallel_riccati import choose
@@ -150,15 +150,15 @@ class MultipleShooting(eqx.Module):
         accepted = trial.accepted & finite & sweep.definite
         # Gains belong to states near the plan's. While gaps are open it does not visit them, and feedback may blow up.
         gains = jnp.where((total > 0) & (trial.alpha < 1), jnp.zeros_like(sweep.K), sweep.K)
-        plan = _where(accepted, Affine(gains, trial.trajectory.a, trial.s, policy.low, policy.high), policy)
+        plan = where(accepted, Affine(gains, trial.trajectory.a, trial.s, policy.low, policy.high), policy)
 
         adapted = self.damping.after(damping, accepted, trial.tried)
-        reached = _where(accepted, trial.trajectory, nodes)
+        reached = where(accepted, trial.trajectory, nodes)
         progress = carry._replace(damping=adapted.astype(J.dtype), weight=weight)
         least = jnp.maximum(carry.tolerance, 10 * jnp.finfo(J.dtype).eps) * (1 + jnp.abs(merit))
         slight = (-descent / 2 <= least) | (accepted & (trial.merit - merit <= least))
-        progress = _where(slight, self._renewed(progress, constraint.along(task, reached)), progress)
-        carry = _where(finite, progress, carry)  # what is not finite says nothing
+        progress = where(slight, self._renewed(progress, constraint.along(task, reached)), progress)
+        carry = where(finite, progress, carry)  # what is not finite says nothing
         T = task.horizon
         info = Info(
             J=J,
@@ -208,7 +208,7 @@ class MultipleShooting(eqx.Module):
             multipliers=constraint.bounded(forces, largest**2),
         )
         # Met to rounding: to go on would raise the penalty for ever and let the multipliers drift with the noise.
-        return _where(unmet > jnp.finfo(unmet.dtype).eps ** 0.75, renewed, carry)
+        return where(unmet > jnp.finfo(unmet.dtype).eps ** 0.75, renewed, carry)
 
 
 def _nodes(policy: Affine, task: Task, s0: State, key: Any) -> tuple[Trajectory, Float[Array, "T1 n"]]:
@@ -256,7 +256,3 @@ def _model(lin: Linearization, step: Step) -> tuple[Array, Array]:
     Hz = jnp.einsum("tij,tj->ti", lin.H, z, precision="highest")
     slope = jnp.sum(c * z) + jnp.sum(lin.c_T * step.s_T)
     return slope, jnp.sum(z * Hz) + jnp.einsum("i,ij,j->", step.s_T, lin.H_T, step.s_T, precision="highest")
-
-
-def _where(condition: Array, x: Any, y: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)

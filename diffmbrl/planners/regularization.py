@@ -30,10 +30,12 @@ class Damping(eqx.Module):
         raised = jnp.maximum(damping * self.factor**2, self.smallest * self.factor**4)
         return jnp.minimum(raised, self.largest).astype(damping.dtype)
 
+    def lowered(self, damping: Float[Array, ""]) -> Float[Array, ""]:
+        return jnp.where(damping / self.factor < self.smallest, 0.0, damping / self.factor).astype(damping.dtype)
+
     def after(self, damping: Float[Array, ""], accepted: Bool[Array, ""], tried: Int[Array, ""]) -> Float[Array, ""]:
         """What the next update begins with, after a search that took `tried` step lengths."""
-        lower = jnp.where(damping / self.factor < self.smallest, 0.0, damping / self.factor)
-        kept = jnp.where(tried <= 2, lower, damping)
+        kept = jnp.where(tried <= 2, self.lowered(damping), damping)
         return jnp.where(accepted, kept, self.raised(damping)).astype(damping.dtype)
 
     def definite(

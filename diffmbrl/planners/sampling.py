@@ -109,6 +109,10 @@ class Sampling(eqx.Module):
         """It takes one start."""
         return "plan"
 
+    def start(self, task: Task) -> OpenLoop:
+        """The plan of resting actions: it has no use for feedback."""
+        return OpenLoop.zeros(task)
+
     def init(self, policy: Any, task: Task) -> SamplingCarry:
         check_plan(policy, task, type(self).__name__)
         limited = jnp.isfinite(task.a_low) & jnp.isfinite(task.a_high)

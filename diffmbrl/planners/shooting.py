@@ -119,6 +119,10 @@ class Shooting(eqx.Module):
         """It takes one start."""
         return "plan"
 
+    def start(self, task: Task) -> OpenLoop:
+        """The plan of resting actions: it has no use for feedback."""
+        return OpenLoop.zeros(task)
+
     def init(self, policy: Any, task: Task) -> ShootingCarry:
         check_plan(policy, task, type(self).__name__)
         z = self.limits.variables(policy.a, task.a_low, task.a_high)

@@ -8,8 +8,10 @@ from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
 from diffmbrl.tasks.landscapes import heaviside, sinusoid, soft_heaviside
 from diffmbrl.tasks.linear import linear_quadratic, lqr, random_lqr
+from diffmbrl.tasks.margin import soft_margin
 from diffmbrl.tasks.math_test import math_test
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
+from diffmbrl.tasks.pets_cartpole import pets_cartpole
 from diffmbrl.tasks.plant import delayed, noisy
 from diffmbrl.tasks.pushing import friction, pushing
 from diffmbrl.tasks.quadrotor import quadrotor, quadrotor_waypoint
@@ -43,6 +45,7 @@ __all__ = [
     "noisy",
     "pendulum",
     "pendulum_swingup",
+    "pets_cartpole",
     "pushing",
     "quadrotor",
     "quadrotor2d",
@@ -51,6 +54,7 @@ __all__ = [
     "reacher",
     "sinusoid",
     "soft_heaviside",
+    "soft_margin",
     "squashed",
     "tennis",
 ]

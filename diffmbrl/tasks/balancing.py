@@ -149,15 +149,19 @@ def inverted_pendulum(
     Source: Gymnasium's InvertedPendulum (v4: the step of the fall earns 1, too), after the Brax and OpenAI Gym tasks.
     """
     m_c, m_p, g, c_x, c_angle = accept("inverted-pendulum", m_c=m_c, m_p=m_p, g=g, c_x=c_x, c_angle=c_angle)
-    # A capsule .6 m long between the centres of its caps, leaning by .001 m.
-    length, radius = jnp.hypot(jnp.asarray(0.6, float), 0.001), 0.049
+    length = jnp.hypot(jnp.asarray(0.6, float), 0.001)  # leaning by .001 m
+    inertia, lean = capsule_inertia(m_p, length), jnp.arctan(jnp.asarray(0.001 / 0.6, float))
+    rod = RodOnCart(m_c, m_p, length / 2, inertia, g, c_x, c_angle, lean)
+    return _standing("inverted-pendulum", RailWithEnds(rod), Fallen(), 0.01, 300.0, (1.0, 0.2, 2.0, 2.0), horizon, 0.04)
+
+
+def capsule_inertia(m_p: Array, length: Array, radius: float = 0.049) -> Float[Array, ""]:
+    """About the centre of one cap, of a solid capsule of mass m_p, `length` between the centres of its caps."""
     tube, caps = length, 4 / 3 * radius  # volumes over pi radius^2
     about_centre = (tube * (3 * radius**2 + length**2) / 12) + caps * (
         2 / 5 * radius**2 + length**2 / 4 + 3 / 8 * radius * length
     )
-    inertia = m_p * (about_centre / (tube + caps) + length**2 / 4)
-    rod = RodOnCart(m_c, m_p, length / 2, inertia, g, c_x, c_angle, jnp.arctan(jnp.asarray(0.001 / 0.6, float)))
-    return _standing("inverted-pendulum", RailWithEnds(rod), Fallen(), 0.01, 300.0, (1.0, 0.2, 2.0, 2.0), horizon, 0.04)
+    return m_p * (about_centre / (tube + caps) + length**2 / 4)
 
 
 def _standing(

@@ -61,10 +61,24 @@ def noisy(task: Task, *, std: Any) -> Task:
     >>> float(noisy(tasks.lqr(), std=0.1).dynamics.std)
     0.10000000149011612
     """
+    std = accept_std(std)
+    return eqx.tree_at(lambda t: t.dynamics, task, Noisy(task.dynamics, std))
+
+
+def accept_std(std: Any) -> Any:
+    """Standard deviations as arrays. Raises: `ValueError` if one is negative or not finite."""
     std = jax.tree.map(as_float, std)
     if not all(bool(jnp.all(jnp.isfinite(x) & (x >= 0))) for x in jax.tree.leaves(std)):
         raise ValueError(f"std of the noise must be finite and not negative, got {std}")
-    return eqx.tree_at(lambda t: t.dynamics, task, Noisy(task.dynamics, std))
+    return std
+
+
+def perturbed(s: State, std: Any, key: PRNGKeyArray) -> State:
+    r"""$s + \sigma \epsilon$; `std` is one number or one for each state variable."""
+    x, unravel = ravel_pytree(s)
+    each = jax.tree.leaves(std)
+    flat = ravel_pytree(std)[0] if len(each) > 1 or each[0].ndim else each[0]
+    return unravel(x + flat.astype(x.dtype) * jax.random.normal(key, x.shape, x.dtype))
 
 
 def remade(
@@ -119,10 +133,7 @@ class Noisy(eqx.Module):
         if key is None:
             return self.inner(s, a)
         key_inner, key_noise = jax.random.split(key)
-        x, unravel = ravel_pytree(self.inner(s, a, key=key_inner))
-        std = jax.tree.leaves(self.std)
-        each = ravel_pytree(self.std)[0] if len(std) > 1 or std[0].ndim else std[0]
-        return unravel(x + each.astype(x.dtype) * jax.random.normal(key_noise, x.shape, x.dtype))
+        return perturbed(self.inner(s, a, key=key_inner), self.std, key_noise)
 
 
 class _Late(eqx.Module):

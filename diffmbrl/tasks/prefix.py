@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import State, Task, is_plan, is_stateful
+from diffmbrl.core import State, Task, is_plan, is_stateful, where
 from diffmbrl.tasks.plant import OfState, remade
 
 
@@ -95,8 +95,8 @@ class _Going(eqx.Module):
 
     def __call__(self, state: Counted, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> Counted:
         going = state.left > 0
-        moved = self.inner(_choose(going, state.s, self.elsewhere), a, key=key)
-        return Counted(_choose(going, moved, state.s), state.left - 1)
+        moved = self.inner(where(going, state.s, self.elsewhere), a, key=key)
+        return Counted(where(going, moved, state.s), state.left - 1)
 
 
 class _Paid(eqx.Module):
@@ -108,8 +108,8 @@ class _Paid(eqx.Module):
 
     def __call__(self, state: Counted, a: Float[Array, " m"]) -> Float[Array, ""]:
         going = state.left > 0
-        r = self.reward(_choose(going, state.s, self.elsewhere), a)
-        return jnp.where(going, r, self.terminal(_choose(going, self.elsewhere, state.s)))
+        r = self.reward(where(going, state.s, self.elsewhere), a)
+        return jnp.where(going, r, self.terminal(where(going, self.elsewhere, state.s)))
 
 
 class _Over(eqx.Module):
@@ -133,7 +133,3 @@ class _Begun(eqx.Module):
 class _Nothing(eqx.Module):
     def __call__(self, state: Counted) -> Float[Array, ""]:
         return jnp.zeros_like(state.left)
-
-
-def _choose(condition: Bool[Array, ""], x: State, y: State) -> State:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)

@@ -19,6 +19,7 @@ from diffmbrl.tasks.landscapes import heaviside
 from diffmbrl.tasks.linear import lqr
 from diffmbrl.tasks.math_test import math_test
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
+from diffmbrl.tasks.pets_cartpole import pets_cartpole
 from diffmbrl.tasks.pushing import friction, pushing
 from diffmbrl.tasks.quadrotor import quadrotor, quadrotor_waypoint
 from diffmbrl.tasks.quadrotor2d import quadrotor2d
@@ -67,6 +68,7 @@ TASKS: dict[str, Row] = {
         cartpole_continuous, True, False, 0, (16, 16), CART, ("force [N]",), drawing.rod_on_cart
     ),
     "inverted-pendulum": Row(inverted_pendulum, False, False, 0, (16, 16), CART, ("force [N]",), drawing.rod_on_cart),
+    "pets-cartpole": Row(pets_cartpole, False, True, 50, (32, 32), CART, ("force [N]",), drawing.rod_on_cart),
     "quadrotor2d": Row(
         quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]"), drawing.quadrotor2d
     ),

@@ -1,0 +1,80 @@
+r"""A soft margin of the end of a task: what a planner needs where the reward says nothing until the end has come.
+
+A task that earns 1 a step until it is done has no gradient, and every plan that survives its own horizon earns the same: one
+that drifts to the edge is as good as one that stays away from it.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from diffmbrl.core import Reward, State, Task, as_float, is_concrete
+
+FIRST = 1e-3  # how far the first probe is from the middle of the starts
+DOUBLINGS, HALVINGS = 40, 24
+
+
+class Margin(eqx.Module):
+    """A reward, less what nearness to the end costs."""
+
+    inner: Reward
+    weight: Float[Array, ""]
+    centre: Float[Array, " n"]
+    low: Float[Array, " n"]  # distance from the centre at which the task ends, downwards and upwards along each axis
+    high: Float[Array, " n"]
+
+    def __call__(self, s: State, a: Float[Array, " m"]) -> Float[Array, ""]:
+        x = ravel_pytree(s)[0] - self.centre
+        reach = jnp.where(x < 0, self.low, self.high)
+        return self.inner(s, a) - self.weight.astype(x.dtype) * jnp.sum((x / reach) ** 2)
+
+
+def soft_margin(task: Task, *, weight: float | Array = 1.0) -> Task:
+    r"""The task without an end, that pays for coming near where the end was: a task to plan for, not to be judged by.
+
+    $$r(s, a) - w \sum_i (x_i / d_i)^2,\qquad x = s - \bar s$$
+
+    $\bar s$ is the mean of the starts and $d_i$ the distance from it, along axis i upwards or downwards, at which `task.done`
+    becomes true: found by doubling and halving, infinite where it never does. Where the end is a box, the margin is exact: the
+    task ends where some $|x_i / d_i|$ is 1. With the end left in, a negative reward would make a plan seek it.
+
+    Raises: `ValueError` if the task has no end, ends in the middle of its starts, or along no axis.
+
+    >>> from diffmbrl import tasks
+    >>> [round(float(d), 3) for d in soft_margin(tasks.cartpole_continuous()).reward.high]
+    [2.4, 0.209, inf, inf]
+    """
+    if task.done is None:
+        raise ValueError(f"task '{task.name}' has no end to keep a margin from: plan for the task itself")
+    centre = jnp.mean(jax.vmap(lambda s: ravel_pytree(s)[0])(task.starts(jax.random.key(0), 256)), axis=0)
+    unravel = ravel_pytree(task.initial(jax.random.key(0)))[1]
+    lengths = FIRST * 2.0 ** jnp.arange(DOUBLINGS, dtype=centre.dtype)
+    done = task.done
+
+    def reach(direction):
+        def over(length):
+            return done(unravel(centre + length * direction))
+
+        ended = jax.vmap(over)(lengths)
+        k = jnp.argmax(ended)
+
+        def halve(_, interval):
+            near, far = interval
+            middle = (near + far) / 2
+            return jnp.where(over(middle), near, middle), jnp.where(over(middle), middle, far)
+
+        far = jax.lax.fori_loop(0, HALVINGS, halve, (jnp.where(k > 0, lengths[k - 1], 0), lengths[k]))[1]
+        return jnp.where(jnp.any(ended), far, jnp.inf)
+
+    axes = jnp.eye(centre.shape[0], dtype=centre.dtype)
+    low, high = jax.vmap(reach)(-axes), jax.vmap(reach)(axes)
+    if is_concrete(low, high) and bool(done(unravel(centre))):
+        raise ValueError(f"task '{task.name}' has ended in the middle of its starts, {centre}")
+    if is_concrete(low, high) and not bool(jnp.any(jnp.isfinite(jnp.concatenate([low, high])))):
+        raise ValueError(
+            f"task '{task.name}' ends along no axis of its state, seen from the middle of its starts {centre}"
+        )
+    margin = Margin(task.reward, as_float(weight), centre, low, high)
+    return eqx.tree_at(lambda t: (t.reward, t.done), task, (margin, None))
