@@ -140,6 +140,7 @@ def conclude(numbers: Any) -> str:
     """The end of each agent on each task, and when it came within a tenth of the best."""
     missing = [row for row in ROWS if not any(row in found for found in numbers.values())]
     said = [_sentence(name, found) for name, found in numbers.items() if RANDOM in found]
+    missing += [f"the task {name}" for name in FULL.tasks if name not in numbers]
     if missing:
         said.append(f"Not measured: {', '.join(missing)}.")
     return " ".join(said)
@@ -160,7 +161,17 @@ def _sentence(name: str, found: Any) -> str:
     return f"{name}, median last return, seeds within a tenth of the best: {'; '.join(words)}."
 
 
-STYLES = {row: style_of(row, index=i) for i, row in enumerate(ROWS)}
+SHORT = {"2.0: ": "", "short horizon": "short windows", "continued": "cont.", "in the": "in"}
+
+
+def _short(row: str) -> str:
+    """What fits beside a curve."""
+    for long, short in SHORT.items():
+        row = row.replace(long, short)
+    return row
+
+
+STYLES = {row: style_of(_short(row), index=i) for i, row in enumerate(ROWS)}
 
 
 def paint(numbers: Any) -> Any:
