@@ -173,6 +173,7 @@ def _learn(command: Learn) -> int:
         horizon=command.horizon,
         parameters=_parameters(command.param),
         noise=command.noise,
+        sensor_noise=command.sensor_noise,
         key=command.key,
         x64=command.x64,
     )
@@ -202,6 +203,7 @@ def _race(command: Compare) -> int:
         horizon=command.horizon,
         parameters=_parameters(command.param),
         noise=0.0,
+        sensor_noise=0.0,
         key=command.key,
         x64=command.x64,
     )

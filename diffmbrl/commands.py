@@ -138,6 +138,8 @@ class Learn:
     """Physical parameters of the task, as name=value."""
     noise: float = 0.0
     """Standard deviation of noise added to every state of the system at each step."""
+    sensor_noise: float = 0.0
+    """Standard deviation of noise on every state as the agent sees it."""
     key: int = 0
     """Number from which every random draw follows."""
     x64: bool = False

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from diffmbrl.agents.collect import System
+from diffmbrl.agents.collect import NoisySensor, System
 from diffmbrl.agents.foresight import foresight
 from diffmbrl.agents.learn import Agent, Learned, check, learn
 from diffmbrl.agents.registry import AGENTS
@@ -37,7 +37,8 @@ class Setting(NamedTuple):
     evaluations: int | None
     horizon: int | None
     parameters: dict[str, float]
-    noise: float
+    noise: float  # of the process
+    sensor_noise: float
     key: int
     x64: bool
 
@@ -108,7 +109,8 @@ def prepare(setting: Setting) -> Prepared:
     if not 0 <= setting.key < 2**32:
         raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
     task = make(setting.task, horizon=setting.horizon, **setting.parameters)
-    system = System(noisy(task, std=setting.noise), view=task)
+    sensor = None if setting.sensor_noise == 0 else NoisySensor(setting.sensor_noise)
+    system = System(noisy(task, std=setting.noise), view=task, sensor=sensor)
     agents = {name: make_agent(name, system.view, setting.options) for name in names}
     steps = setting.real_steps or (AGENTS[names[0]].real_steps if len(names) == 1 else RACE)
     starts = {name: AGENTS[name].evaluations if setting.evaluations is None else setting.evaluations for name in names}

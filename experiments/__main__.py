@@ -26,6 +26,7 @@ EXPERIMENTS = {
     "tennis": "linear policies through contacts that can be missed: bias of pathwise gradients and what it costs",
     "truncation": "what Adam reaches when the gradient is stopped every t steps, clipped and not",
     "short_horizon": "what windows with a critic learn beside the full unroll, how smooth they are, how long they should be",
+    "pets_and_mbpo": "real steps that PETS needs on its swing-up and MBPO on the inverted pendulum, beside iLQR and SAC",
     "first_vs_second": "every method of the table at its best learning rate, against iterations, work and time",
 }
 

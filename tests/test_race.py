@@ -32,6 +32,7 @@ SETTING = Setting(
     horizon=10,
     parameters={"mass": 1.5},
     noise=0.0,
+    sensor_noise=0.0,
     key=0,
     x64=False,
 )
@@ -259,6 +260,7 @@ def test_a_budget_ends_an_agent(tmp_path):
         ({"budget": math.nan}, "budget must be a positive number of seconds, got nan"),
         ({"key": -1}, "key must be a whole number from 0 to 4294967295, got -1"),
         ({"noise": -1.0}, "std of the noise must be finite and not negative, got -1.0"),
+        ({"sensor_noise": math.nan}, "std of the noise must be finite and not negative, got nan"),
         ({"horizon": 0}, "horizon must be a whole number of at least 1, got 0"),
         ({"parameters": {"mas": 1.0}}, "unknown parameter of task 'lqr' 'mas'; did you mean 'mass'?"),
     ],
@@ -268,6 +270,14 @@ def test_bad_settings_before_anything_is_written(change, message, tmp_path):
         race(SETTING._replace(**change), out=tmp_path / "run")
     assert message in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_noise_of_the_process_and_of_the_sensor():
+    system = prepare(SETTING._replace(noise=0.1, sensor_noise=0.2)).system
+    s, a, key = jnp.ones(2), jnp.zeros(1), jax.random.key(0)
+    assert not np.array_equal(system.sensor(s, key), s)
+    assert not np.array_equal(system.plant.dynamics(s, a, key=key), system.plant.dynamics(s, a))
+    assert prepare(SETTING).system.sensor(s, key) is s
 
 
 def test_options_have_the_kind_of_their_default():

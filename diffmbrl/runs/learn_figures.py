@@ -18,7 +18,8 @@ NAMED = {  # what an agent may say: title, name of the axis, what it is
     "model_error": (
         "Model error",
         "hold-out error of the model",
-        "Of the model on transitions that it was not fitted to, as the agent measures it at each fit.",
+        "Of the model on transitions that it was not fitted to, as the agent measures it at each fit: in the loss of its own "
+        "model, which agents may not have in common. Of a probabilistic model it is the negative log-likelihood.",
     ),
     "disagreement": (
         "Disagreement of the ensemble",
