@@ -80,16 +80,16 @@ def _agent(task: Task, planner: Any = None, **options: Any) -> MPCAgent:
 
 ARMS: dict[str, tuple[Case, Callable[[Task], MPCAgent]]] = {
     "balance, iLQR, margin": (BALANCE, lambda task: _agent(tasks.soft_margin(task), horizon=50)),
+    "swing, iLQR": (SWING, lambda task: _agent(task, warmup=200)),
+    "balance, CEM, raw": (BALANCE, lambda task: _agent(task, _cem(), horizon=25, iterations=2, first=2)),
     "balance, CEM, margin": (
         BALANCE,
         lambda task: _agent(tasks.soft_margin(task), _cem(), horizon=25, iterations=2, first=2),
     ),
-    "balance, CEM, raw": (BALANCE, lambda task: _agent(task, _cem(), horizon=25, iterations=2, first=2)),
     "balance, Adam, margin": (
         BALANCE,
         lambda task: _agent(tasks.soft_margin(task), _adam(), horizon=50, iterations=5),
     ),
-    "swing, iLQR": (SWING, lambda task: _agent(task, warmup=200)),
     "swing, iCEM": (SWING, lambda task: _agent(task, _icem(), horizon=20, iterations=2, first=2, warmup=200)),
     "swing, Adam": (SWING, lambda task: _agent(task, _adam(), iterations=5, warmup=200)),
 }

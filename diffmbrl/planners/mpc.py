@@ -99,7 +99,7 @@ class MPC(eqx.Module):
         for name, number in [("iterations", iterations), ("first", first)]:
             if is_concrete(number) and int(number) < 1:
                 raise ValueError(f"{name} must be at least 1 update, got {number}")
-        if is_concrete(hold) and not 1 <= int(hold) <= horizon:
+        if is_concrete(hold) and not 1 <= int(hold) <= max(horizon, 1):
             raise ValueError(f"hold must be from 1 to the {horizon} steps of a plan, got {hold}")
         window, seen = Ending() if window is None else window, Exact() if seen is None else seen
         task = planning_task(planner, model, horizon, window=window, logit_cost=logit_cost)
