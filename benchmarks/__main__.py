@@ -20,6 +20,7 @@ BENCHMARKS = {
     "sac": "a SAC update beside its matrix products alone and Brax's",
     "mbpo": "MBPO on the balancing cart-pole and the inverted pendulum: real steps and CPU seconds to the best return",
     "mbrl": "real steps and CPU seconds of MPC through learned ensembles on the cart-poles of mbrl-lib and PETS",
+    "fit": "training an ensemble and rolling it out, beside the matrix products alone and mbrl-lib",
     "riccati": "the LQR sweep by scan and in parallel over time; implicit gradients of a plan as shares of its solve",
     "estimators": "each estimator's gradient as a multiple of its own forward and backward passes",
     "health": "CPU seconds of a whole diagnosis, compilation cache empty and warm",

@@ -3,9 +3,7 @@
 Times are CPU seconds of the process, medians of interleaved rounds, and are given as multiples of a rollout compiled by XLA
 (`value` of an open-loop plan, on the device, no call from Python). "To .1%" is up to the iteration whose cost is within .1% of
 the lowest that the same solver found; the column of costs says whether it is the others' optimum. Compile time is tracing,
-lowering and XLA's, without a cache. The implicit gradient is that of the actions' sum of squares in the start and all
-parameters of the dynamics, at the optimum; its share is of a solve up to there, where J changes no more (1e-12), and up to a
-change of 1e-6. A peer that is not installed is skipped with a line.
+lowering and XLA's, without a cache. A peer that is not installed is skipped with a line.
 """
 
 import os
@@ -36,7 +34,6 @@ def run(*, quick: bool) -> None:
     with jax.enable_x64(True):
         parts = {
             "one_start": _one_start(quick=quick),
-            "gradient": _gradients(quick=quick),
             "many_starts": _many_starts((1, 64) if quick else (1, 64, 1024, 8192)),
         }
     save("planners", parts, quick=quick)
@@ -94,49 +91,6 @@ def _ours(planner: Any, task: Task) -> tuple[Any, float]:
         return jax.block_until_ready(compiled(planner, plan, task, s0, jnp.int32(iterations)))
 
     return solve, compiling
-
-
-def _gradients(*, quick: bool) -> dict[str, Any]:
-    """The implicit gradient of a solution beside the solve."""
-    rows = []
-    for name in PROBLEMS:
-        task = problem(name, HORIZON)
-        planner = d.ILQR()
-        solve, _ = _ours(planner, task)
-        s0 = task.initial(jax.random.key(0))
-        plan, history = d.solve(planner, planner.start(task), task, s0, None, MOST, relative=1e-12)
-        J = history.info.J
-        near = 1 + int(np.argmax(np.abs(np.diff(J)) <= 1e-6 * np.abs(J[1:]))) + 1
-        calls = {
-            "gradient": _implicit(plan, task, s0),
-            "whole": partial(solve, history.updates),
-            "near": partial(solve, near),
-        }
-        jax.block_until_ready([call() for call in calls.values()])
-        t = medians(calls, rounds=3 if quick else 7, clock=time.process_time)
-        each = t["gradient"] / SOLVES * 1e6
-        rows.append([name, each, history.updates, t["gradient"] / t["whole"], near, t["gradient"] / t["near"]])
-    head = ["", "gradient, us", "iterations to the end", "share", "to 1e-6", "share of that"]
-    print(f"Implicit gradient of a solution\n\n{table(head, rows)}\n")
-    return {"columns": head, "rows": rows}
-
-
-def _implicit(plan: Any, task: Task, s0: Any) -> Any:
-    """SOLVES gradients as one call."""
-
-    def squares(s0, dynamics, task):
-        moved = eqx.tree_at(lambda t: t.dynamics, task, dynamics)
-        return jnp.sum(d.implicit(plan, moved, s0).plan.a ** 2)
-
-    @jax.jit
-    def gradients(task, s0):
-        def one(i, x):
-            slopes = jax.grad(squares, argnums=(0, 1))(s0 + 1e-30 * x, task.dynamics, task)
-            return sum(jnp.sum(y) for y in jax.tree.leaves(slopes))
-
-        return jax.lax.fori_loop(0, SOLVES, one, jnp.zeros(()))
-
-    return partial(gradients, task, s0)
 
 
 def _to_optimum(name: str, task: Task, solvers: dict, compiling: dict, *, rounds: int) -> list[list[Any]]:

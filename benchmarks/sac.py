@@ -100,16 +100,17 @@ def _products(width: int):
 
 
 def _brax(task: d.Task, batch: Transition, width: int):
-    """Brax's three losses, networks and Adams, in the order of its trainer, which itself does not run on this version of JAX."""
+    """Brax's three losses, networks and Adams, in the order of its trainer, which does not run on this version of JAX."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from brax.training.agents.sac import losses, networks
     x, x_next = jax.vmap(task.features)(batch.s), jax.vmap(task.features)(batch.s_next)
     nets = networks.make_sac_networks(x.shape[1], task.m, hidden_layer_sizes=(width, width))
     alpha_loss, critic_loss, actor_loss = losses.make_losses(nets, 1.0, 0.99, task.m)
+    extras: Any = {"state_extras": {"truncation": jnp.zeros(BATCH)}}
     data = losses.Transition(
         observation=x, action=batch.a / task.a_high, reward=batch.r, discount=1 - batch.done.astype(x.dtype),
-        next_observation=x_next, extras={"state_extras": {"truncation": jnp.zeros(BATCH)}},
+        next_observation=x_next, extras=extras,
     )  # fmt: skip
     pi, q = nets.policy_network.init(KEY), nets.q_network.init(KEY)
     log_alpha, rule = jnp.zeros(()), optax.adam(3e-4)

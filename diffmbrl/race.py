@@ -177,7 +177,8 @@ def _run_agent(
         write({"kind": "iteration", "method": name, "wall": time.perf_counter() - begun} | line)
         shown.update(_shown(line))
         said = [f"{what} {number}" for what, number in shown.items()]
-        progress.update(record["real_steps"], ", ".join([*said, f"{record['seconds']:.1f} s"]))
+        spent = f"{record['seconds']:.1f} s" if record["seconds"] else "compiling the update"
+        progress.update(record["real_steps"], ", ".join([*said, spent]))
 
     def done() -> str:
         return "" if latest is None else f" after {latest.records[-1]['real_steps']:,} of {real_steps:,} real steps"

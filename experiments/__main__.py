@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "double_pendulum": "how the variance of pathwise and score-function gradients grows with time in chaos",
     "landscapes": "what the loss and the gradient's variance look like as the unroll grows",
     "metz_spectrum": "what the scale of a first policy does to the Jacobians along its rollout",
+    "given_dynamics": "what becomes of gradients and policies when a model's Jacobians are tamed by construction",
     "mixing": "the variance of pathwise, score-function and mixed gradients against the horizon",
     "heaviside": "gradient estimators on a step, hard and soft: bias and variance against closed forms",
     "ball_and_wall": "gradient estimators on a throw over a wall: bias, variance, the mixture, and where ascents end",

@@ -13,6 +13,7 @@ authors' code. Two bounds on the mixture: `bias`, and the paper's, `accuracy`, b
 (`gradients/alpha_order.py`).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,7 @@ PUBLISHED = {"pathwise": 0.4952, "score function": 0.8331, "mixed": 0.8346}  # a
 class Size(NamedTuple):
     """How much is measured."""
 
+    who: tuple[str, ...]
     std: float
     thetas: int
     samples: int
@@ -59,8 +61,8 @@ class Size(NamedTuple):
     start: float
 
 
-FULL = Size(0.1, 80, 1000, 100, 0.005, 0.01, 0.1, 50, 1000, 20, 0.1)
-QUICK = FULL._replace(thetas=20, repeats=10, trials=3)
+FULL = Size(WHO, 0.1, 80, 1000, 100, 0.005, 0.01, 0.1, 50, 1000, 20, 0.1)
+QUICK = FULL._replace(who=WHO[:3], thetas=20, repeats=10, trials=3)
 
 
 def measure(size: Size, parts: Any):
@@ -97,24 +99,32 @@ def smoothed(theta: np.ndarray, std: float) -> exact.Exact:
     return exact.quadrature(f, slope, theta, std, edges=edges)
 
 
-def _mixtures(gamma: float) -> dict[str, AlphaOrder]:
+def _estimators(who: Sequence[str], gamma: float) -> dict[str, Any]:
+    bounds = {MIXED: bias, PAPER: accuracy}
     return {
-        MIXED: AlphaOrder(gamma=gamma, radius=bernstein, bound=bias),
-        PAPER: AlphaOrder(gamma=gamma, radius=bernstein, bound=accuracy),
+        name: AlphaOrder(gamma=gamma, radius=bernstein, bound=bounds[name]) if name in bounds else ESTIMATORS[name]
+        for name in who
     }
+
+
+def _measured(found: Any) -> list[str]:
+    return [name for name in WHO if name in found]
+
+
+def _mixtures(found: Any) -> list[str]:
+    return [name for name in (MIXED, PAPER) if name in found]
 
 
 def _sweep(size: Size) -> dict[str, Any]:
     task, theta = ball_and_wall(), np.linspace(0, np.pi / 2, size.thetas)
     found: dict[str, Any] = {"theta": theta, "exact": smoothed(theta, size.std)._asdict()}
-    estimators = {PATHWISE: ESTIMATORS[PATHWISE], BASELINE: ESTIMATORS[BASELINE]} | _mixtures(size.gamma)
-    for name, estimator in estimators.items():
+    for name, estimator in _estimators(size.who, size.gamma).items():
         x = estimates(estimator, task, theta, std=size.std, s0=[WALL, 0.0], samples=size.samples, repeats=size.repeats)
         # Between batches: that of a mixture's sample does not know that alpha varies.
         mean, spread = x["mean"].mean(1), size.samples * x["mean"].var(1, ddof=1)
         found[name] = {"mean": mean, "variance": spread}
-    for name, estimator in _mixtures(size.gamma).items():
-        found[name]["alpha"] = _alphas(estimator, task, theta, size)
+        if isinstance(estimator, AlphaOrder):
+            found[name]["alpha"] = _alphas(estimator, task, theta, size)
     return found
 
 
@@ -136,9 +146,8 @@ def _ascents(size: Size) -> dict[str, Any]:
     every = max(1, size.steps // 100)
     grid = np.linspace(-0.5, 2.0, 501)
     value = smoothed(grid, size.std).value
-    estimators = {PATHWISE: ESTIMATORS[PATHWISE], BASELINE: ESTIMATORS[BASELINE]} | _mixtures(size.descent_gamma)
     found: dict[str, Any] = {"step": np.arange(0, size.steps + 1, every)}
-    for name, estimator in estimators.items():
+    for name, estimator in _estimators(size.who, size.descent_gamma).items():
         angles = np.asarray(_ascend(estimator, size))[:, ::every]
         found[name] = {"angle": angles.T, "return": np.interp(angles, grid, value).T}
     fine = np.linspace(0.0, np.pi / 2, 20_001)
@@ -201,7 +210,7 @@ def conclude(numbers: Any) -> str:
         f"{known['gradient'][worst]:.2g}; its variance is below the score function's at {lower:.0%} of the angles (at the "
         f"jump {known['pathwise_variance'][worst]:.2g} against {known['baseline_variance'][worst]:.2g}). "
     ]
-    for name in (MIXED, PAPER):
+    for name in _mixtures(sweep):
         alpha = array(sweep[name]["alpha"])
         said.append(
             f"Mixture ({name.split(', ')[1]}): alpha {alpha.min():.2f} to {alpha.max():.2f}, {alpha[worst]:.2f} there. "
@@ -210,9 +219,9 @@ def conclude(numbers: Any) -> str:
 
 
 def _ascent_sentence(ascents: Any) -> str:
-    ends = {name: array(ascents[name]["angle"])[-1] for name in WHO}
-    returns = {name: array(ascents[name]["return"])[-1] for name in WHO}
-    parts = [f"{name} {np.median(ends[name]):.3f} (smoothed return {np.median(returns[name]):.3g})" for name in WHO]
+    who = _measured(ascents)
+    ends, returns = ({name: array(ascents[name][key])[-1] for name in who} for key in ("angle", "return"))
+    parts = [f"{name} {np.median(ends[name]):.3f} (smoothed return {np.median(returns[name]):.3g})" for name in who]
     right, wrong = (array(x) for x in ascents["stationary"].values())
     steps, followed = array(ascents["step"]), array(ascents["without noise"][PATHWISE])
     return (
@@ -242,7 +251,7 @@ def paint(numbers: Any) -> Any:
     value.plot(theta, array(known["value"]), color=EXACT.colour)
     title(value, "return, and its mean under noise")
     lines = []
-    for name in WHO:
+    for name in _measured(sweep):
         looks = {"markersize": 2.4, "color": STYLES[name].colour}
         gradient.plot(theta, array(sweep[name]["mean"]), STYLES[name].marker, **looks)
         spread = array(sweep[name]["variance"])
@@ -257,7 +266,7 @@ def paint(numbers: Any) -> Any:
     title(variance, "variance of one sample; lines: exact")
     name_ends(variance, lines)
     alpha, angle, reached = axes[1]
-    for name in (MIXED, PAPER):
+    for name in _mixtures(sweep):
         alpha.plot(theta, array(sweep[name]["alpha"]), color=STYLES[name].colour)
     free = array(known["baseline_variance"]) / (array(known["baseline_variance"]) + array(known["pathwise_variance"]))
     alpha.plot(theta, free, color=EXACT.colour, linewidth=1, zorder=0)
@@ -275,7 +284,7 @@ def _paint_ascents(angle: Any, reached: Any, ascents: Any) -> None:
     for place in array(ascents["stationary"]["of the smoothed objective"]):
         angle.axhline(place, color="#c8ccd1", linewidth=1)
     for axis, key in ((angle, "angle"), (reached, "return")):
-        lines = [band(axis, STYLES[name], step, array(ascents[name][key])) for name in WHO]
+        lines = [band(axis, STYLES[name], step, array(ascents[name][key])) for name in _measured(ascents)]
         axis.set_xlabel("updates")
         if axis is reached:
             name_ends(axis, lines)

@@ -127,7 +127,8 @@ def _planner(task: Task, finite: Finite, size: Size) -> dict[str, float]:
     @jax.jit
     def run(mpc: MPC, blind: MPC) -> tuple[Any, Any, Any, Any]:
         def improve(i, state):
-            return cem.update(*state, task, door, key=jax.random.fold_in(key, i))[:2]
+            plan, carry = state
+            return cem.update(plan, carry, task, door, key=jax.random.fold_in(key, i))[:2]
 
         rest = OpenLoop.zeros(task)
         plan, _ = jax.lax.fori_loop(0, size.iterations, improve, (rest, cem.init(rest, task)))

@@ -49,6 +49,7 @@ class Size(NamedTuple):
     horizons: tuple[int, ...]
     seeds: int
     starts: int
+    entrants: int  # first policies of a run with windows, of which the best goes on
     hidden: tuple[int, ...]
     updates: tuple[int, ...]  # of windows, on each task
     unrolls: int  # updates of the full unroll, each through 6 to 12 times as many steps
@@ -63,12 +64,13 @@ class Size(NamedTuple):
 
 
 FULL = Size(
-    FORMS, ("cartpole-swingup", "pendulum"), (100, 200), 5, 64, (32, 32), (1200, 800), 800, 5e-3,
+    FORMS, ("cartpole-swingup", "pendulum"), (100, 200), 5, 64, 4, (32, 32), (1200, 800), 800, 5e-3,
     windows=(4, 8, 16, 32, 64), steps=1024, window_seeds=3, window_updates=400, long=1000, shifts=81, looks=10,
 )  # fmt: skip
+# Without the race, which compiles a solver twice, and one length of the windows.
 QUICK = FULL._replace(
-    forms=FORMS[:2], tasks=("pendulum",), horizons=(40,), seeds=2, starts=8, hidden=(6,), updates=(20,), unrolls=20,
-    windows=(4,), steps=64, window_seeds=2, window_updates=10, long=100, shifts=5, looks=2,
+    forms=FORMS[:2], tasks=("pendulum",), horizons=(40,), seeds=2, starts=8, entrants=1, hidden=(6,), updates=(20,),
+    unrolls=20, windows=(), long=100, shifts=5, looks=2,
 )  # fmt: skip
 
 
@@ -92,9 +94,10 @@ def adaptive() -> AdaptiveHorizon:
     return AdaptiveHorizon(initial=jnp.asarray(8.0), high=jnp.asarray(16.0))
 
 
-def raced(size: Size, steps: int, **options: Any) -> Raced:
-    """Windows of the best of four first policies after half of the updates."""
-    return Raced(short(size, steps, **options), updates=max(1, steps // 2))
+def raced(size: Size, steps: int, **options: Any) -> Raced | ShortHorizon:
+    """Windows, of the best of several first policies after half of the updates."""
+    solver = short(size, steps, **options)
+    return solver if size.entrants == 1 else Raced(solver, entrants=size.entrants, updates=max(1, steps // 2))
 
 
 def short(size: Size, steps: int, **options: Any) -> ShortHorizon:
@@ -117,7 +120,15 @@ def measure(size: Size, parts: Any):
     for label in size.forms:
         for name, T, updates in zip(size.tasks, size.horizons, size.updates, strict=True):
             arm = forms(size, updates)[label]
-            part = {"task": name, "T": T, "arm": label, "updates": arm.steps, "rates": arm.rates} | options
+            part = {
+                "task": name,
+                "T": T,
+                "arm": label,
+                "updates": arm.steps,
+                "rates": arm.rates,
+                "entrants": size.entrants,
+            }
+            part |= options
             run = parts(part, partial(_train, arm, name, horizon=T, **options))
             numbers["learning"].setdefault(name, {})[label] = run
             yield numbers

@@ -65,7 +65,7 @@ FULL = Size(
     0.1,
     (10_000, 2000),
 )
-QUICK = FULL._replace(samples=(16, 8), steps=(20, 20), rates=((0.03,), (0.003,)), seeds=2, many=(1000, 100))
+QUICK = Size(("tennis",), FULL.std[:1], (16,), (20,), ((0.03,),), 2, 0.1, (1000,))
 LOOKS = 20
 
 

@@ -2,7 +2,13 @@
 
 from typing import Any, NamedTuple
 
-from diffmbrl.agents import Idle
+from diffmbrl.agents import MBPO, PPO, SAC, Idle, ModelPPO, OffPolicy, OnPolicy, World
+from diffmbrl.agents.registry import make
+from diffmbrl.models import NetworkDynamics, Training
+
+STEPS = {"warmup": 20, "every": 20}
+WORLD = World(Training(epochs=2, batch=16), members=2, elites=1, hidden=(8,), model=NetworkDynamics.init)
+SMALL_PPO = {"hidden": (8,), "batches": 2, "epochs": 2}
 
 
 class Row(NamedTuple):
@@ -18,4 +24,52 @@ class Row(NamedTuple):
 
 AGENTS = [
     Row("random", lambda task: Idle(warmup=20, every=20)),
+    Row(
+        "mbpo",
+        lambda task: MBPO(
+            SAC(hidden=(8,)), WORLD, updates=4, rounds=2, batch=16, branches=4, steps=3, warmup=20, every=20
+        ),
+        model=True,
+        tolerance=1e-3,
+    ),
+    Row(
+        "model-ppo",
+        lambda task: ModelPPO(PPO(**SMALL_PPO), WORLD, updates=2, branches=4, steps=5, warmup=20, every=20),
+        model=True,
+        tolerance=1e-3,
+    ),
+    Row(
+        "model-reinforce",
+        lambda task: ModelPPO(PPO.reinforce(hidden=(8,)), WORLD, updates=2, branches=4, steps=5, warmup=20, every=20),
+        model=True,
+        tolerance=1e-3,
+        slow=True,
+    ),
+    Row("sac", lambda task: OffPolicy(SAC(hidden=(8,)), updates=3, batch=16, warmup=20, every=20), tolerance=1e-3),
+    Row("ppo", lambda task: OnPolicy(PPO(**SMALL_PPO), every=20, environments=2), tolerance=1e-3),
+    Row(
+        "mpc",
+        lambda task: make("mpc", task, STEPS | {"seconds": 0.2, "members": 2, "units": 8}),
+        model=True,
+        tolerance=1e-2,
+    ),
+    Row("bptt", lambda task: make("bptt", task, STEPS | {"updates": 2}), tolerance=1e-3),
+    Row(
+        "second-order",
+        lambda task: make("second-order", task, STEPS | {"updates": 1, "continued": 0}),
+        tolerance=1e-2,
+        slow=True,
+    ),
+    Row(
+        "short-horizon",
+        lambda task: make("short-horizon", task, STEPS | {"updates": 2, "window": 4}),
+        tolerance=1e-3,
+        slow=True,
+    ),
+    Row(
+        "hybrid",
+        lambda task: make("hybrid", task, STEPS | {"updates": 2, "horizon": 3, "iterations": 1}),
+        tolerance=1e-3,
+        slow=True,
+    ),
 ]

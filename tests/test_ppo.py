@@ -12,7 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl import LikelihoodRatio, tasks
-from diffmbrl.agents import PPO, OnPolicy, SquashedGaussian, learn
+from diffmbrl.agents import PPO, SquashedGaussian
 from diffmbrl.agents.actor import limited, log_density, logit, moments
 from diffmbrl.agents.ppo import Rows, normalised
 from diffmbrl.buffer import Transition
@@ -255,17 +255,6 @@ def test_too_few_steps():
     learner = PPO(hidden=(4,), batches=22)
     with pytest.raises(ValueError, match="21 steps cannot make 22 mini-batches"):
         learner.update(learner.init(task, KEY), task, streams(task), KEY)
-
-
-def test_an_agent_learns_on_systems_side_by_side():
-    task = tasks.cartpole_continuous(horizon=20)
-    agent = OnPolicy(PPO(hidden=(8,), epochs=2, batches=4), every=40, environments=4)
-    keys = jax.random.split(KEY, 2)
-    both, again = (learn(agent, task, keys, real_steps=120, evaluations=2) for _ in range(2))
-    same_tree(both.carry, again.carry, rtol=0, atol=0)
-    weights = np.asarray(both.carry.actor.weights[0])
-    assert not np.array_equal(weights[0], weights[1])
-    assert {"critic_loss", "clipped", "refused"} <= set(both.records[-1])
 
 
 def test_the_actor_is_sacs():

@@ -37,6 +37,12 @@ def test_estimators_of_the_example_differ(capsys: pytest.CaptureFixture[str]) ->
     assert same_J == J and exact != windows and spread > 0
 
 
+def test_agents_of_the_example_learn_from_real_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(EXAMPLES[3], capsys)
+    assert [int(line.split()[0]) for line in lines] == [200, 250, 300]
+    assert all("model error" in line for line in lines[1:])
+
+
 def test_pictures_and_folders_named_exist() -> None:
     root = Path(__file__).parents[1]
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):

@@ -2,7 +2,6 @@
 
 import warnings
 from functools import partial
-from typing import Any
 
 import chex
 import equinox as eqx
@@ -13,7 +12,7 @@ import pytest
 from jax.test_util import check_grads
 
 from diffmbrl import tasks
-from diffmbrl.agents import SAC, OffPolicy, SquashedGaussian, learn
+from diffmbrl.agents import SAC, OffPolicy, SquashedGaussian
 from diffmbrl.agents.actor import entropy, log_density, logit, moments, unit
 from diffmbrl.buffer import Transition
 from tests.problems import same, same_tree
@@ -238,44 +237,6 @@ def test_one_compilation_for_all_rates_and_seeds_alone_or_side_by_side():
     # Not bit for bit: a batched product sums in another order.
     same_tree(jax.tree.map(lambda *x: jnp.stack(x), *alone), together, rtol=1e-4, atol=1e-5)
     same_tree(update(made[0], states[0], KEY), alone[0], rtol=0, atol=0)
-
-
-# As an agent on the real system.
-
-
-def test_an_agent_learns_equal_things_from_equal_seeds_and_other_things_from_others():
-    task = tasks.pendulum(horizon=20)
-    agent = OffPolicy(SAC(hidden=(8,)), updates=3, batch=64, warmup=20, every=10)  # a batch of more than there are rows
-    keys = jax.random.split(KEY, 2)
-    both, again = (learn(agent, task, keys, real_steps=50, evaluations=2) for _ in range(2))
-    same_tree(both.carry, again.carry, rtol=0, atol=0)
-    actors = np.asarray(both.carry.actor.weights[0])
-    assert not np.array_equal(actors[0], actors[1])
-    alone = learn(agent, task, keys[1:], real_steps=50, evaluations=2)
-    np.testing.assert_allclose(alone.carry.actor.weights[0][0], actors[1], rtol=1e-4, atol=1e-5)
-    assert {"critic_loss", "entropy", "temperature", "refused"} <= set(both.records[-1])
-
-
-class Broken(eqx.Module):
-    """A reward that is NaN where the action is positive, or always."""
-
-    always: bool = eqx.field(static=True)
-
-    def __call__(self, s: Any, a: Any) -> Any:
-        return jnp.where(jnp.logical_or(a[0] > 0, self.always), jnp.nan, -jnp.sum(s**2))
-
-
-def test_nan_rewards_are_left_out_and_counted_or_an_error_if_there_is_nothing_else():
-    task = tasks.pendulum(horizon=10)
-    agent = OffPolicy(SAC(hidden=(8,)), updates=2, batch=8, warmup=20, every=10)
-    some = eqx.tree_at(lambda t: t.reward, task, Broken(always=False), is_leaf=lambda x: x is task.reward)
-    learned = learn(agent, some, KEY[None], real_steps=40)
-    assert sum(int(record["rejected"][0]) for record in learned.records) > 0
-    assert all(record.get("refused", np.zeros(1))[0] == 0 for record in learned.records)
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(learned.carry))
-    none = eqx.tree_at(lambda t: t.reward, task, Broken(always=True), is_leaf=lambda x: x is task.reward)
-    with pytest.raises(ValueError, match="none could be kept"):
-        learn(agent, none, KEY[None], real_steps=40)
 
 
 @pytest.mark.parametrize("size", ["updates", "batch"])

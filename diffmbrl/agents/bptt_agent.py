@@ -30,6 +30,7 @@ class PolicyCarry(NamedTuple):
     policy: Any
     solver: Any  # the solver's carry
     members: Any  # a leading axis of members on every leaf
+    elites: Any  # those of them that are used
     updates: Int[Array, "*batch"]  # of the agent, made so far
 
 
@@ -118,8 +119,9 @@ class PolicyAgent(eqx.Module):
         key_policy, key_members = jax.random.split(key)
         members = self.world.init(task, key_members)
         policy = redrawn(self.given, key_policy)
-        imagined = self.imagined(task, jax.tree.map(lambda x: x[: self.world.elites], members))
-        return PolicyCarry(policy, self.solver.init(policy, imagined), members, jnp.zeros((), jnp.int32))
+        elites = jax.tree.map(lambda x: x[: self.world.elites], members)
+        solver = self.solver.init(policy, self.imagined(task, elites))
+        return PolicyCarry(policy, solver, members, elites, jnp.zeros((), jnp.int32))
 
     def first(self, carry: PolicyCarry, task: Task) -> RandomActions:
         return RandomActions(task)
@@ -143,8 +145,9 @@ class PolicyAgent(eqx.Module):
         imagined, s0 = self.imagined(task, elites), self._starts(task, buffer, key_starts)
 
         def step(state, _):
-            *state, info = self.solver.update(*state, imagined, s0, key=key_solver)
-            return tuple(state), info
+            policy, solver = state
+            policy, solver, info = self.solver.update(policy, solver, imagined, s0, key=key_solver)
+            return (policy, solver), info
 
         (policy, solver), info = jax.lax.scan(step, (carry.policy, carry.solver), None, length=self.updates)
         said |= {
@@ -155,7 +158,7 @@ class PolicyAgent(eqx.Module):
         }
         if info.gradient_norm is not None:
             said["gradient_norm"] = jnp.max(info.gradient_norm)
-        return PolicyCarry(policy, solver, members, carry.updates + 1), said
+        return PolicyCarry(policy, solver, members, elites, carry.updates + 1), said
 
     def _starts(self, task: Task, buffer: Buffer, key: PRNGKeyArray) -> State:
         key_real, key_fresh, key_which = jax.random.split(key, 3)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from diffmbrl.agents.bptt_agent import PolicyAgent, PolicyCarry, short_horizon
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.buffer import Buffer, Transition
-from diffmbrl.core import Info, Policy, State, Task, as_float, count_work, keeps_limits, reweighted
+from diffmbrl.core import Info, Policy, State, Task, as_float, count_work, is_concrete, keeps_limits, reweighted
 from diffmbrl.gradients.critic import Critic, inputs
 from diffmbrl.gradients.short_horizon import ShortHorizon
 from diffmbrl.models import Ensemble
@@ -38,13 +38,13 @@ class Hybrid(eqx.Module):
 
     Cost of a real step: `iterations` of the planner's updates and of rollouts of the policy.
     Raises: `TypeError` if the learner's solver is not `ShortHorizon`, or the planner is not of kind "plan" or does not keep the
-    limits; `ValueError` for a horizon or iterations below 1, negative noise, or a learner that imagines less than the task.
+    limits; `ValueError` for a horizon or iterations below 1, negative noise, or a learner that imagines less than the task;
+    what the planner raises for the actions of `task`.
     Reference: Lowrey et al. 2019 (POLO); Hansen, Wang and Su 2022 (TD-MPC), whose policy proposes, too.
 
-    >>> import optax
-    >>> from diffmbrl import Descend, Neural, tasks
-    >>> policy = Neural.init(tasks.pendulum(), key=jax.random.key(0))
-    >>> Hybrid(PolicyAgent(ShortHorizon(Descend(optax.adam, learning_rate=3e-3)), policy), horizon=10).horizon
+    >>> from diffmbrl import tasks
+    >>> task = tasks.pendulum()
+    >>> Hybrid(task, short_horizon(task), horizon=10).horizon
     10
     """
 
@@ -56,6 +56,7 @@ class Hybrid(eqx.Module):
 
     def __init__(
         self,
+        task: Task,
         learner: PolicyAgent,
         planner: Any = None,
         *,
@@ -79,6 +80,8 @@ class Hybrid(eqx.Module):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
         if not bool(jnp.all(jnp.asarray(noise) >= 0)):
             raise ValueError(f"noise must not be negative, got {noise}")
+        if is_concrete(task):
+            planner.init(OpenLoop.zeros(task), task)  # which says what is wrong, as it could not in a compiled run
         self.learner, self.planner, self.noise = learner, planner, as_float(noise)
         self.horizon, self.iterations = horizon, iterations
 
@@ -104,8 +107,7 @@ class Hybrid(eqx.Module):
         return ExploredMPC(self.best(carry, task), self.noise)
 
     def best(self, carry: PolicyCarry, task: Task) -> MPC:
-        elites = jax.tree.map(lambda x: x[: self.learner.world.elites], carry.members)
-        model = eqx.tree_at(lambda t: t.dynamics, task, Ensemble(elites, self.learner.propagation))
+        model = eqx.tree_at(lambda t: t.dynamics, task, Ensemble(carry.elites, self.learner.propagation))
         return MPC.init(
             Proposed(self.planner, carry.policy),
             model,
@@ -127,7 +129,7 @@ def hybrid(
 ) -> Hybrid:
     """`short_horizon`'s policy and critic, with CEM in front of them."""
     return Hybrid(
-        short_horizon(task, updates=updates, warmup=warmup, every=every), horizon=horizon, iterations=iterations
+        task, short_horizon(task, updates=updates, warmup=warmup, every=every), horizon=horizon, iterations=iterations
     )
 
 
@@ -209,7 +211,7 @@ class _Ahead(eqx.Module):
     critic: Critic
 
     def __call__(self, state: Clocked) -> Float[Array, ""]:
-        t = jnp.asarray(self.task.horizon, state.left.dtype) - state.left
+        t = self.task.horizon - jnp.round(state.left).astype(jnp.int32)
         ahead = self.critic(inputs(self.task, state.s, t))
         return jnp.where(state.left > 0, ahead, self.task.terminal(state.s))
 

@@ -8,7 +8,14 @@ from diffmbrl.agents.bptt_agent import bptt, second_order, short_horizon
 from diffmbrl.agents.hybrid import hybrid
 from diffmbrl.agents.idle import Idle
 from diffmbrl.agents.learn import Agent
-from diffmbrl.core import Task
+from diffmbrl.agents.mbpo import MBPO, ModelPPO, branches_of
+from diffmbrl.agents.model_free import OffPolicy, OnPolicy
+from diffmbrl.agents.mpc_agent import mpc
+from diffmbrl.agents.ppo import PPO
+from diffmbrl.agents.sac import SAC
+from diffmbrl.agents.world import World
+from diffmbrl.core import Task, as_float
+from diffmbrl.models import Training
 from diffmbrl.tasks.registry import known
 
 
@@ -26,12 +33,73 @@ def _random(task: Task, *, warmup: int = 100, every: int = 100) -> Idle:
     return Idle(warmup=warmup, every=every)
 
 
+def _mbpo(
+    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 1000, rounds: int = 5, length: int = 60,
+    discount: float = 0.99, rate: float = 1e-3, real: float = 0.05, units: int = 64,
+) -> MBPO:  # fmt: skip
+    learner = SAC(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), follow=as_float(0.01))
+    sizes = {"updates": updates, "rounds": rounds, "batch": 128, "branches": 60, "steps": 60}
+    return MBPO(learner, _small_world(units), branches_of(length), as_float(real), warmup=warmup, every=every, **sizes)
+
+
+def _model_ppo(
+    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 10, length: int = 60, discount: float = 0.99,
+    rate: float = 1e-3, units: int = 64,
+) -> ModelPPO:  # fmt: skip
+    learner = PPO(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), epochs=5, batches=16)
+    sizes = {"updates": updates, "branches": 60, "steps": 60}
+    return ModelPPO(learner, _small_world(units), branches_of(length), warmup=warmup, every=every, **sizes)
+
+
+def _model_reinforce(
+    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 50, length: int = 60, discount: float = 0.99,
+    rate: float = 1e-2, units: int = 64,
+) -> ModelPPO:  # fmt: skip
+    learner = PPO.reinforce(hidden=(units, units), rate=as_float(rate), discount=as_float(discount))
+    sizes = {"updates": updates, "branches": 60, "steps": 60}
+    return ModelPPO(learner, _small_world(units), branches_of(length), warmup=warmup, every=every, **sizes)
+
+
+def _small_world(units: int) -> World:
+    return World(Training(epochs=60, batch=64), members=5, elites=3, hidden=(units, units))
+
+
+def _sac(
+    task: Task, *, warmup: int = 500, every: int = 100, updates: int = 100, discount: float = 0.99, rate: float = 1e-3,
+    units: int = 128,
+) -> OffPolicy:  # fmt: skip
+    learner = SAC(hidden=(units, units), rate=as_float(rate), discount=as_float(discount))
+    return OffPolicy(learner, updates=updates, batch=128, warmup=warmup, every=every)
+
+
+def _ppo(
+    task: Task,
+    *,
+    every: int = 2048,
+    environments: int = 16,
+    discount: float = 0.99,
+    rate: float = 3e-4,
+    units: int = 64,
+) -> OnPolicy:
+    return OnPolicy(
+        PPO(hidden=(units, units), rate=as_float(rate), discount=as_float(discount)),
+        every=every,
+        environments=environments,
+    )
+
+
 AGENTS: dict[str, Row] = {
     "random": Row(_random, "random actions within the limits: the baseline below all", 2000),
+    "mpc": Row(mpc, "1.5: plans through an ensemble, anew at every step", 1000, 4),
     "bptt": Row(bptt, "2.0: Adam through an ensemble's whole horizon", 2000),
     "second-order": Row(second_order, "2.0 with Krylov-Newton, its discount rising", 2000),
     "short-horizon": Row(short_horizon, "2.0 with short windows and a critic", 2000),
     "hybrid": Row(hybrid, "a policy that proposes, CEM that improves, a critic at the end of its plans", 2000, 4),
+    "mbpo": Row(_mbpo, "SAC on branches of an ensemble, which start at real states", 1000),
+    "model-ppo": Row(_model_ppo, "PPO on branches of an ensemble", 1000),
+    "model-reinforce": Row(_model_reinforce, "the policy gradient on branches of an ensemble", 1000, default=False),
+    "sac": Row(_sac, "soft actor-critic on the real system alone", 10_000),
+    "ppo": Row(_ppo, "proximal policy optimisation on the real system alone", 50_000),
 }
 
 

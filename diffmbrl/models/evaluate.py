@@ -17,8 +17,8 @@ def step_errors(
     r"""$\Big[\tfrac{1}{Nn} \sum_{i,d} (\hat s_{j,d} - s_{j,d})^2 / \sigma_d^2\Big]^{1/2}$ after j = 1 ... k steps of f's own.
 
     N windows of k + 1 true states; $\hat s_0 = s_0$ and then f's own predictions, at its mean; a model with a memory starts
-    with an empty one. `scale` is what an error is divided by, in each state variable: `normalizer.scale` for shares of a typical
-    step, the states' deviation for shares of what there is to know. Variables of scale 0 are left out. Angles count their turns.
+    with an empty one. `scale` is what an error is divided by, in each state variable: `normalizer.scale` for a share of typical
+    steps, the states' deviation for a share of what there is to know. Variables of scale 0 are left out. Angles count turns.
 
     >>> from diffmbrl import tasks
     >>> f = tasks.lqr().dynamics

@@ -44,9 +44,13 @@ class NetworkDynamics(eqx.Module):
         activation: Callable = jax.nn.silu,
         output_scale: float = 0.1,
         draw: Callable = MLP.init,
+        normalizer: Any = None,
     ) -> "NetworkDynamics":
-        """Draw the weights; `draw` is `MLP.init`, or another network's function of the same arguments."""
-        normalizer = Normalizer.init(task)
+        """Draw the weights; `draw` is `MLP.init`, or another network's function of the same arguments.
+
+        `normalizer` is `Normalizer.init(task)` unless given.
+        """
+        normalizer = Normalizer.init(task) if normalizer is None else normalizer
         net = draw(normalizer.size, hidden, task.n, key=key, activation=activation, output_scale=output_scale)
         return cls(net, normalizer)
 

@@ -109,8 +109,8 @@ class MPC(eqx.Module):
                 f"plan must be a plan of {horizon} steps for `planning_task`; got {type(plan).__name__} with leaves "
                 f"{[list(x.shape) for x in jax.tree.leaves(plan)]}"
             )
-        counts = (jnp.asarray(number, jnp.int32) for number in (iterations, first, hold))
-        return cls(planner, task, plan, *counts, model.a_low, model.a_high, window, seen, key)
+        iterations_, first_, hold_ = (jnp.asarray(number, jnp.int32) for number in (iterations, first, hold))
+        return cls(planner, task, plan, iterations_, first_, hold_, model.a_low, model.a_high, window, seen, key)
 
     def start(self, task: Task) -> Memory:
         """The memory at the start of an episode of `task`."""

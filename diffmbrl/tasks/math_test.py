@@ -144,11 +144,13 @@ def _everything(task: Task, s: Array, a: Array, digits: Array) -> tuple[Array, A
     def over(f, *rest):
         return jax.vmap(lambda s: jax.vmap(lambda a: f(s, a, *rest))(a))(s)
 
-    def following(s, a):
-        return jax.vmap(lambda d: task.dynamics.after(s, a, d))(digits)
+    dynamics, done = task.dynamics, task.done
+    assert isinstance(dynamics, MathTest) and done is not None
 
-    assert task.done is not None
-    return over(task.reward), over(following), jax.vmap(task.done)(s)
+    def following(s, a):
+        return jax.vmap(lambda d: dynamics.after(s, a, d))(digits)
+
+    return over(task.reward), over(following), jax.vmap(done)(s)
 
 
 def _counted(states: Sequence[Sequence[float]], names: dict[tuple[float, ...], int]) -> dict[int, Fraction]:
