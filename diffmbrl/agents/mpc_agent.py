@@ -173,8 +173,8 @@ def mpc(
 ) -> MPCAgent:
     """MPC by the name of its planner, with windows of so many `seconds`; on the soft margin of a task that has an end.
 
-    iLQR on the members' mean, or CEM or Adam on them side by side. Of the three iLQR is the default: it solved both cart-poles of
-    `benchmarks/mbrl.py` with the fewest real steps and least time.
+    `planner` is "ilqr" on the members' mean, or "cem" or "adam" on the members side by side; `benchmarks/mbrl.py` has the
+    measurements by which it is iLQR unless another is named.
     Raises: `ValueError` for another planner, naming the nearest; what `MPCAgent` raises.
     """
     row = PLANNERS[known("planner", planner, PLANNERS)]
