@@ -53,6 +53,12 @@ AGENTS = [
         slow=True,
     ),
     Row("ppo", lambda task: OnPolicy(PPO(**SMALL_PPO), every=20, environments=2), tolerance=1e-3),
+    Row(
+        "mpc",
+        lambda task: make("mpc", task, STEPS | {"seconds": 0.2, "members": 2, "units": 8}),
+        model=True,
+        tolerance=1e-2,
+    ),
     Row("bptt", lambda task: make("bptt", task, STEPS | {"updates": 2}), model=True, tolerance=1e-3),
     Row(
         "second-order",

@@ -167,7 +167,7 @@ def test_a_reward_that_is_not_finite_is_rejected_and_counted(row):
 @ran
 def test_episodes_that_are_over_at_once_are_refused(row):
     over = eqx.tree_at(lambda t: t.done, task(), Over(), is_leaf=lambda x: x is None)
-    with pytest.raises(ValueError, match="none could be kept"):
+    with pytest.raises(ValueError, match=r"none could be kept|ended in the middle of its starts"):
         learn(row.make(over), over, KEYS, real_steps=row.real_steps)
 
 

@@ -59,7 +59,7 @@ def is_ensemble(x: Any) -> bool:
 
 def test_equal_seeds_are_equal_and_different_ones_differ():
     found = learned()
-    again = learn(agent(), TASK, KEYS, real_steps=60)
+    again = learn(agent(), TASK, KEYS, real_steps=60, evaluations=2, evaluate_every=10)
     same_tree(again.carry, found.carry, rtol=0, atol=0)
     same_tree(again.buffer.rows, found.buffer.rows, rtol=0, atol=0)
     a = np.asarray(found.buffer.rows.a)
@@ -83,7 +83,7 @@ def test_the_three_versions_are_settings_of_one_program():
 def test_version_half_fits_once():
     once = learn(agent(fits=1), TASK, KEYS, real_steps=60)
     first = learn(agent(), TASK, KEYS, real_steps=36)
-    same_tree(once.carry.members, first.carry.members, rtol=0, atol=0)
+    same_tree(once.carry.members, first.carry.members, rtol=1e-5, atol=1e-6)
     assert once.carry.updates.tolist() == [3, 3]
     moved = [np.abs(np.asarray(x - y)).max() for x, y in leaves(once.carry.elites, learned().carry.elites)]
     assert max(moved) > 1e-3
@@ -136,7 +136,7 @@ PLANNERS = {
     "ddp": (DDP(), None),
     "multiple shooting": (MultipleShooting(), None),
     "random shooting": (Sampling(Best(), draw=Even(), samples=8), TS1()),
-    "cem": (CARTS, TSInfinity()),
+    "cem on gaussians": (CARTS, TSInfinity()),
     "icem": (Sampling(CEM(elites=4), draw=Coloured(1.0), samples=16, keep=2), None),
     "mppi": (Sampling(MPPI(), draw=Normal(), samples=16), None),
     "adam": (Shooting(Descend(optax.adam, learning_rate=0.1), particles=4, starts=2), TSInfinity()),
@@ -147,7 +147,9 @@ PLANNERS = {
 @pytest.mark.parametrize("name", PLANNERS)
 def test_every_planner_acts_through_the_ensemble(name):
     planner, propagation = PLANNERS[name]
-    made = agent(planner, propagation=propagation, noise=0.1)
+    gaussians = World(WORLD.training, members=3, elites=2, hidden=(8,), model=GaussianDynamics.init)
+    world = gaussians if name.endswith("gaussians") else WORLD
+    made = agent(planner, world=world, propagation=propagation, noise=0.1)
     system = System(TASK)
 
     @jax.jit
@@ -162,11 +164,10 @@ def test_every_planner_acts_through_the_ensemble(name):
     assert np.all(np.isfinite(a)) and np.all(np.abs(a) <= 10) and np.ptp(a) > 0
 
 
-def test_a_gaussian_ensemble_is_planned_through_at_its_mean_or_with_its_noise():
+def test_a_gaussian_ensemble_is_planned_through_at_its_mean_by_what_does_not_draw():
     world = World(Training(epochs=2), members=2, elites=2, hidden=(8,), model=GaussianDynamics.init)
-    for planner, propagation in ((None, None), (CARTS, TS1())):
-        found = learn(agent(planner, world=world, propagation=propagation), TASK, KEYS[:1], real_steps=36)
-        assert np.all(np.isfinite(found.buffer.rows.a)) and not found.records[-1]["refused"].any()
+    assert agent(world=world).mpc.key is None
+    assert agent(CARTS, world=world, propagation=TS1()).mpc.key is not None
 
 
 # What is not as it should be.
@@ -215,12 +216,17 @@ def test_steps_with_rewards_of_nan_are_left_out_and_counted():
 
 
 def test_episodes_of_one_step_are_episodes():
-    task = replaced(TASK, done=lambda s: jnp.ones((), bool))
+    task = replaced(TASK, done=Always())
     with pytest.raises(ValueError, match="none could be kept"):
         learn(agent(CARTS, task), task, KEYS, real_steps=36)
     short = tasks.cartpole_balance(horizon=1)
     found = learn(agent(task=short), short, KEYS, real_steps=48)
     assert np.all(found.buffer.rows.last) and np.all(np.isfinite(found.records[-1]["returns"]))
+
+
+class Always(eqx.Module):
+    def __call__(self, s):
+        return jnp.ones((), bool)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +235,7 @@ def test_episodes_of_one_step_are_episodes():
         ({"noise": -0.1}, ValueError, "noise must not be negative, got -0.1"),
         ({"fits": 0}, ValueError, "fits must be at least 1, got 0"),
         ({"planner": Descend(optax.sgd, learning_rate=0.1)}, TypeError, "kind 'plan'.*got Descend"),
-        ({"horizon": 0}, ValueError, "horizon must be"),
+        ({"horizon": 0}, ValueError, "horizon must be a whole number of at least 1, got 0"),
         ({"iterations": 0}, ValueError, "iterations must be at least 1"),
     ],
 )

@@ -1,10 +1,12 @@
 r"""Planning through a learned model: model-based RL 0.5, 1.0 and 1.5 of the lecture are settings of one agent."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.collect import RandomActions
@@ -12,12 +14,17 @@ from diffmbrl.agents.hybrid import ExploredMPC
 from diffmbrl.agents.world import World
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task, as_float, is_concrete
-from diffmbrl.models import Ensemble, NetworkDynamics, Training
+from diffmbrl.models import Ensemble, Mean, NetworkDynamics, Training, TSInfinity
 from diffmbrl.models.ensemble import Propagation
+from diffmbrl.optimizers.descend import Descend
 from diffmbrl.planners.ilqr import ILQR
 from diffmbrl.planners.mpc import MPC
+from diffmbrl.planners.refit import CEM
 from diffmbrl.planners.sampling import Sampling
 from diffmbrl.planners.shooting import Shooting
+from diffmbrl.planners.windows import Receding
+from diffmbrl.tasks.margin import soft_margin
+from diffmbrl.tasks.registry import known
 
 ALWAYS = 2**31 - 1  # updates: as many as there are
 
@@ -150,10 +157,66 @@ class MPCAgent(eqx.Module):
         return found, said
 
 
-def small_world() -> World:
-    """Five deterministic networks of two layers of 64: all that systems of a few bodies need, and fast to plan through."""
+def mpc(
+    task: Task,
+    *,
+    warmup: int = 100,
+    every: int = 50,
+    planner: str = "ilqr",
+    seconds: float = 1.0,
+    iterations: int = 1,
+    hold: int = 1,
+    fits: int = ALWAYS,
+    members: int = 5,
+    units: int = 64,
+    noise: float = 0.0,
+) -> MPCAgent:
+    """MPC by the name of its planner, with windows of so many `seconds`; on the soft margin of a task that has an end.
+
+    `planner` is "ilqr" on the members' mean, or "cem" or "adam" on the members side by side; `benchmarks/mbrl.py` has the
+    measurements by which it is iLQR unless another is named.
+    Raises: `ValueError` for another planner, naming the nearest; what `MPCAgent` raises.
+    """
+    row = PLANNERS[known("planner", planner, PLANNERS)]
+    given = task if task.done is None else soft_margin(task)
+    return MPCAgent(
+        given,
+        row.make(given, members),
+        world=small_world(members, units),
+        propagation=row.propagation,
+        horizon=max(1, min(task.horizon, round(seconds / task.dt))),
+        iterations=iterations * row.iterations,
+        first=max(10, iterations * row.iterations),
+        hold=hold,
+        window=Receding(),
+        noise=noise,
+        fits=fits,
+        warmup=warmup,
+        every=every,
+    )
+
+
+class Row(NamedTuple):
+    """A planner by its name, and how it meets the ensemble."""
+
+    make: Callable[[Task, int], Any]  # of the task and the number of members
+    propagation: Propagation
+    iterations: int  # at each step
+
+
+PLANNERS = {
+    "ilqr": Row(lambda task, members: ILQR.within(task), Mean(), 1),
+    "cem": Row(lambda task, members: Sampling(CEM(elites=6), samples=60, particles=members), TSInfinity(), 2),
+    "adam": Row(
+        lambda task, members: Shooting(Descend(optax.adam, learning_rate=0.1), particles=members), TSInfinity(), 5
+    ),
+}
+
+
+def small_world(members: int = 5, units: int = 64) -> World:
+    """Deterministic networks of two layers: all that systems of a few bodies need, and fast to plan through."""
     training = Training(epochs=100, patience=10, batch=64)
-    return World(training, members=5, elites=5, hidden=(64, 64), model=NetworkDynamics.init)
+    return World(training, members=members, elites=members, hidden=(units, units), model=NetworkDynamics.init)
 
 
 def _first(members: Any, count: int) -> Any:

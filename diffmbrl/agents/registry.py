@@ -10,6 +10,7 @@ from diffmbrl.agents.idle import Idle
 from diffmbrl.agents.learn import Agent
 from diffmbrl.agents.mbpo import MBPO, ModelPPO, branches_of
 from diffmbrl.agents.model_free import OffPolicy, OnPolicy
+from diffmbrl.agents.mpc_agent import mpc
 from diffmbrl.agents.ppo import PPO
 from diffmbrl.agents.sac import SAC
 from diffmbrl.agents.world import World
@@ -89,6 +90,7 @@ def _ppo(
 
 AGENTS: dict[str, Row] = {
     "random": Row(_random, "random actions within the limits: the baseline below all", 2000),
+    "mpc": Row(mpc, "1.5: plans through an ensemble, anew at every step", 1000, 4),
     "bptt": Row(bptt, "2.0: Adam through an ensemble's whole horizon", 2000),
     "second-order": Row(second_order, "2.0 with Krylov-Newton, its discount rising", 2000),
     "short-horizon": Row(short_horizon, "2.0 with short windows and a critic", 2000),

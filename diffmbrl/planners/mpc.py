@@ -99,7 +99,7 @@ class MPC(eqx.Module):
         for name, number in [("iterations", iterations), ("first", first)]:
             if is_concrete(number) and int(number) < 1:
                 raise ValueError(f"{name} must be at least 1 update, got {number}")
-        if is_concrete(hold) and not 1 <= int(hold) <= horizon:
+        if is_concrete(hold) and not 1 <= int(hold) <= max(horizon, 1):
             raise ValueError(f"hold must be from 1 to the {horizon} steps of a plan, got {hold}")
         window, seen = Ending() if window is None else window, Exact() if seen is None else seen
         task = planning_task(planner, model, horizon, window=window, logit_cost=logit_cost)
@@ -109,8 +109,8 @@ class MPC(eqx.Module):
                 f"plan must be a plan of {horizon} steps for `planning_task`; got {type(plan).__name__} with leaves "
                 f"{[list(x.shape) for x in jax.tree.leaves(plan)]}"
             )
-        counts = (jnp.asarray(number, jnp.int32) for number in (iterations, first, hold))
-        return cls(planner, task, plan, *counts, model.a_low, model.a_high, window, seen, key)
+        iterations_, first_, hold_ = (jnp.asarray(number, jnp.int32) for number in (iterations, first, hold))
+        return cls(planner, task, plan, iterations_, first_, hold_, model.a_low, model.a_high, window, seen, key)
 
     def start(self, task: Task) -> Memory:
         """The memory at the start of an episode of `task`."""

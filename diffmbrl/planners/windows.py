@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task, reweighted
+from diffmbrl.models.particles import ParticleDynamics
 from diffmbrl.policies import resting_action
 from diffmbrl.tasks.plant import OfState, remade
 
@@ -108,8 +109,14 @@ class _Held(eqx.Module):
     inner: Callable
 
     def __call__(self, state: Clocked, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> Clocked:
+        return self._on(state, self.inner(state.s, a, key=key))
+
+    def many(self, state: Clocked, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> Clocked:
+        """Particles side by side, as the dynamics of an ensemble want them: [P, ...]."""
+        return jax.vmap(self._on)(state, ParticleDynamics(self.inner, None)(state.s, a, key=key))
+
+    def _on(self, state: Clocked, moved: State) -> Clocked:
         going = state.left > 0
-        moved = self.inner(state.s, a, key=key)
         s = jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, state.s)
         return Clocked(s, jnp.maximum(state.left - 1, 0))
 
