@@ -81,9 +81,7 @@ FULL = Size(
     16,
     (16, 16),
 )
-QUICK = FULL._replace(
-    tasks=(LEARNED,), stds=(0.1,), horizons=(5, 20, 60), seeds=1, starts=24, calls=8, hidden=(6,)
-)
+QUICK = FULL._replace(tasks=(LEARNED,), stds=(0.1,), horizons=(5, 20, 60), seeds=1, starts=24, calls=8, hidden=(6,))
 
 
 class Follows(eqx.Module):

@@ -140,7 +140,7 @@ def test_the_margin_of_a_box_is_its_sides():
 @pytest.mark.parametrize(
     "done, message",
     [
-            (lambda s: jnp.all(s > -jnp.inf), "'lqr' has ended in the middle"),
+        (lambda s: jnp.all(s > -jnp.inf), "'lqr' has ended in the middle"),
         (lambda s: jnp.all(s > jnp.inf), "'lqr' ends along no axis"),
     ],
 )
