@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import LikelihoodRatio, tasks
+from diffmbrl import LearnedValue, LikelihoodRatio, tasks
 from diffmbrl.agents import PPO, SquashedGaussian
 from diffmbrl.agents.actor import limited, log_density, logit, moments
 from diffmbrl.agents.ppo import Rows, normalised
 from diffmbrl.buffer import Transition
 from diffmbrl.core import reweighted
-from diffmbrl.gradients.likelihood_ratio import Critic as Baseline
 from diffmbrl.rollout import rollouts, split
 from tests.problems import same, same_tree
 from tests.test_sac import brax_layers
@@ -186,7 +185,7 @@ def test_reinforce_is_the_likelihood_ratio_gradient_with_the_critic_for_a_baseli
     state = learned(task, learner)
     policy = SquashedGaussian.around(state.actor, task)
     s0 = task.starts(KEY, 4)
-    _, gradient = LikelihoodRatio(baseline=Baseline(AtState(state.critic)))(policy, task, s0, KEY)
+    _, gradient = LikelihoodRatio(baseline=LearnedValue(AtState(state.critic)))(policy, task, s0, KEY)
     tau = rollouts(policy, task, s0, KEY)
     assert split(KEY, s0).shape == (4,)
     s_next = jnp.concatenate([tau.s[:, 1:], tau.s_T[:, None]], axis=1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from diffmbrl.buffer import Transition
-from diffmbrl.core import State, Task, is_plan, is_stateful
+from diffmbrl.core import State, Task, all_finite, is_plan, is_stateful
 from diffmbrl.policies import centre_and_half
 from diffmbrl.tasks.plant import accept_std, perturbed
 
@@ -152,7 +152,7 @@ def _step(policy: Any, system: System, place: Place, key: PRNGKeyArray, count: i
     seen_next = system.sensor(s_next, key_seen)
     over = jnp.zeros((), bool) if plant.done is None else plant.done(place.s)  # before the first step
     done = jnp.zeros((), bool) if plant.done is None else plant.done(s_next)
-    finite = _finite((a, r, s_next, seen_next))
+    finite = all_finite((a, r, s_next, seen_next))
     timeout = place.t + 1 >= plant.horizon
     phi = jnp.where(timeout & ~done, plant.terminal(s_next), 0)
     J = place.J + plant.weights[place.t] * r + plant.weights[-1] * phi
@@ -171,8 +171,3 @@ def _fresh(policy: Any, system: System, key: PRNGKeyArray, episode: Int[Array, "
     memory = policy.start(system.plant) if is_stateful(policy) else None
     zero = jnp.zeros((), jnp.int32)
     return Place(s, system.sensor(s, key_seen), memory, zero, episode, jnp.zeros((), system.plant.weights.dtype))
-
-
-def _finite(tree: Any) -> Bool[Array, ""]:
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
