@@ -3,6 +3,12 @@
 Seven networks of four hidden layers of 200 and two heads, untrained, on the cart-pole's states; 350 sequences, 20 particles,
 horizon 15, five iterations, float32. The products are those of all layers for 7 x 1000 particles, 75 times, in the fastest
 of three layouts. mbrl-lib (`pip install mbrl torch`) plans on networks of the same sizes and activation; it may be missing.
+
+iLQR on the members' mean earns less here, judged by the particles, because it solves another problem. The members are not
+trained and agree on nothing, so their mean moves as none of them does, and what is best for it is bad for each. On members of
+4x64 iLQR raises the return of the mean from -6.9 (resting) to -4.7, within the limits by tanh or by `Boxed`, and so does Adam
+on the mean; the particles' falls from -68.0 to -72.9 with all three. iLQR on the task of one particle a member reaches -68.5,
+Adam on 20 particles -68.6: neither better than resting.
 """
 
 import time

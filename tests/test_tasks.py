@@ -34,7 +34,7 @@ MEETING = {
     "tennis": (60, [0.05, 0.8, 0, 0, 0, 0]),
 }
 MEETING |= {"bouncing": (20, [0.5, -1]), "bouncing-on-the-grid": (20, [0.5, -1])}
-CONDITIONS = (".height", ".width", ".w")  # parameters of contact's condition alone, without a derivative
+CONDITIONS = (".height", ".width", ".w", ".end")  # parameters of contact's condition alone, without a derivative
 
 
 def dtypes(tree):
