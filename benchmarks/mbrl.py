@@ -4,9 +4,10 @@
   sequences x 20 particles x 15 steps x 5 iterations) was measured at about 490 real steps, 325 CPU s, 3.4 CPU s an action.
 * `pets-cartpole`: solved by an episode above 170, of 200 steps. The paper's curve: about 168 after 1200 steps, 180 after 2400.
 
-All plan through five networks of 2x64, warm start, one refit every 50 steps; "2x128" through larger ones, trained longer.
-A seed runs by itself; CPU seconds are the process's, of fits, plans and steps, compile time apart: `to solve` up to the end of
-the 50 steps in which it was solved. `an action` is that of a planned step alone. Evaluations are of 8 fresh starts with the
+All plan through five networks of 2x64 (but for the arm that says 2x128, and trains longer), warm start, one refit every 50
+steps. A seed runs by itself; CPU seconds are the process's, of fits, plans and steps, compile time apart: `to solve` up to the
+end of the first 50 steps in which it was solved.
+`an action` is that of a planned step alone. Evaluations are of 8 fresh starts with the
 last model.
 
 The reward of the balancing cart-pole is 1 until the fall. "margin" plans on `tasks.soft_margin(task)`, "raw" on the task.

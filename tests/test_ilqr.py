@@ -296,7 +296,7 @@ def test_a_controller_at_rest_is_still_awake_when_something_happens():
     """Balanced for a hundred steps, and then pushed: no damping has piled up meanwhile that keeps the plan as it is."""
     task = tasks.pets_cartpole(horizon=160)
     mpc = MPC.init(ILQR.within(task), task, horizon=25, first=10, window=Receding())
-    memory, s = mpc.start(task), jnp.asarray([0.1, 0.1, 0.0, 0.0])
+    memory, s, a = mpc.start(task), jnp.asarray([0.1, 0.1, 0.0, 0.0]), jnp.zeros(1)
     for t in range(160):
         a, memory = act(mpc, memory, s)
         s = task.dynamics(s, a) if t != 100 else jnp.asarray([0.5, 0.2, 0.0, 0.0])
