@@ -148,7 +148,7 @@ ARMS = {
     "GRU": Arm(partial(_recurrent, draw=GRU.init), remembers=True),
     "LSTM": Arm(partial(_recurrent, draw=LSTM.init), remembers=True),
 }
-FULL = Size(("pendulum-swingup",), tuple(ARMS), 50, 3, 100, 50, 32, 150, 8, 128, (8, 8), 150)
+FULL = Size(("pendulum-swingup", "cartpole-balance"), tuple(ARMS), 50, 3, 100, 50, 32, 150, 8, 128, (8, 8), 150)
 QUICK = FULL._replace(
     tasks=FULL.tasks[:1],
     arms=("plain, bounded", "residual"),
