@@ -128,7 +128,7 @@ def test_a_sensor_shows_the_agent_something_else():
     learned = learn(Idle(warmup=20, every=20), System(task, sensor=Biased()), KEYS, real_steps=40)
     assert (np.asarray(learned.buffer.rows.s)[:, :, 0] > 5).all()
     plain = learn(Idle(warmup=20, every=20), task, KEYS, real_steps=40)
-    np.testing.assert_array_equal(plain.buffer.rows.r, learned.buffer.rows.r)
+    np.testing.assert_allclose(plain.buffer.rows.r, learned.buffer.rows.r, rtol=1e-5)  # two programs
 
 
 @pytest.mark.parametrize(

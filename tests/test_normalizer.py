@@ -18,6 +18,7 @@ ANGLES = {
     "pendulum-swingup": [0],
     "cartpole-balance": [1],
     "cartpole-swingup": [1],
+    "pets-cartpole": [1],
     "quadrotor2d": [2],
     "acrobot": [0, 1],
     "double-pendulum": [0, 1],

@@ -43,8 +43,8 @@ def soft_margin(task: Task, *, weight: float | Array = 1.0) -> Task:
     Raises: `ValueError` if the task has no end, ends in the middle of its starts, or along no axis.
 
     >>> from diffmbrl import tasks
-    >>> [round(float(d), 3) for d in soft_margin(tasks.cartpole_continuous()).reward.high]
-    [2.4, 0.209, inf, inf]
+    >>> [round(float(d), 2) for d in soft_margin(tasks.cartpole_continuous()).reward.high]
+    [2.4, 0.21, inf, inf]
     """
     if task.done is None:
         raise ValueError(f"task '{task.name}' has no end to keep a margin from: plan for the task itself")
