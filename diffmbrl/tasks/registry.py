@@ -68,7 +68,7 @@ TASKS: dict[str, Row] = {
         cartpole_continuous, True, False, 0, (16, 16), CART, ("force [N]",), drawing.rod_on_cart
     ),
     "inverted-pendulum": Row(inverted_pendulum, False, False, 0, (16, 16), CART, ("force [N]",), drawing.rod_on_cart),
-    "pets-cartpole": Row(pets_cartpole, False, True, 50, (32, 32), CART, ("force [N]",), drawing.rod_on_cart),
+    "pets-cartpole": Row(pets_cartpole, False, True, 800, (32, 32), CART, ("force [N]",), drawing.rod_on_cart),
     "quadrotor2d": Row(
         quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]"), drawing.quadrotor2d
     ),
