@@ -184,3 +184,8 @@ def same_tree(one: Any, other: Any, **tolerances: float) -> None:
     """Equal structures, and leaves that agree."""
     assert jax.tree.structure(one) == jax.tree.structure(other)
     jax.tree.map(lambda x, y: same(x, y, **tolerances), one, other)
+
+
+def of(records, kind, **fields):
+    """The records of a run of one kind, with these fields."""
+    return [r for r in records if r["kind"] == kind and all(r[name] == x for name, x in fields.items())]

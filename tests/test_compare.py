@@ -20,6 +20,7 @@ from diffmbrl.methods import METHODS
 from diffmbrl.rollout import values
 from diffmbrl.runs import read, rebuild, summarise, table
 from diffmbrl.saved import load_policy
+from tests.problems import of
 
 # Swept over rates, sequential in its seeds, with a path of dampings, with two, with a trust region, and a planner.
 ROWS = {name: METHODS[name] for name in ("adam", "lbfgs", "gauss-newton", "krylov-newton", "newton-cg", "ilqr")}
@@ -55,10 +56,6 @@ def records(run):
     found, note = read(run[0] / "metrics.jsonl")
     assert note is None
     return found
-
-
-def of(records, kind, **fields):
-    return [r for r in records if r["kind"] == kind and all(r[name] == x for name, x in fields.items())]
 
 
 def test_the_folder(run):

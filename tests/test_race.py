@@ -20,6 +20,7 @@ from diffmbrl.race import Setting, prepare, race, restore
 from diffmbrl.runs import courses, learn_text, read, rebuild
 from diffmbrl.runs.learn_report import sentences
 from diffmbrl.saved import filled, read_arrays, save_arrays
+from tests.problems import of
 
 SETTING = Setting(
     task="lqr",
@@ -89,10 +90,6 @@ def records(run):
     found, note = read(run[0] / "metrics.jsonl")
     assert note is None
     return found
-
-
-def of(records, kind, **fields):
-    return [r for r in records if r["kind"] == kind and all(r[name] == x for name, x in fields.items())]
 
 
 def test_the_folder(run):
