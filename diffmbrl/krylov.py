@@ -124,8 +124,13 @@ def conjugate_gradients(
     no = jnp.zeros((), bool)
 
     def going(state):
-        i, *_, r, _, _, _, ended = state
-        return (i < iterations) & ~ended & (jnp.linalg.norm(r) > tolerance * norm)
+        i, *_, ended = state
+        return (i < iterations) & ~ended
+
+    # Worked out once, and not in `going`: there it might round to the other side, and under `vmap` a member that waits would
+    # keep the loop turning for ever.
+    def solved(r):
+        return ~(jnp.linalg.norm(r) > tolerance * norm)
 
     def step(state):
         i, d, Nd, Pd, p, Pp, r, squared, *_ = state
@@ -145,10 +150,11 @@ def conjugate_gradients(
         shorter = new @ z
         beta = shorter / jnp.where(squared > 0, squared, 1.0)
         p, Pp = -z + beta * p, -new + beta * Pp  # P p without P: from P z = r
-        return i + 1, d, Nd, Pd, p, Pp, new, shorter, negative, crossing & jnp.isfinite(radius), crossing | ~finite
+        ended = crossing | ~finite | solved(new)
+        return i + 1, d, Nd, Pd, p, Pp, new, shorter, negative, crossing & jnp.isfinite(radius), ended
 
     zero, z = jnp.zeros_like(g), inverse(g)
-    start = (jnp.zeros((), jnp.int32), zero, zero, zero, -z, -g, g, g @ z, no, no, no)
+    start = (jnp.zeros((), jnp.int32), zero, zero, zero, -z, -g, g, g @ z, no, no, solved(g))
     i, d, Nd, Pd, _, _, r, _, negative, boundary, _ = jax.lax.while_loop(going, step, start)
     residual = jnp.linalg.norm(r) / jnp.where(norm > 0, norm, 1.0)
     return Truncated(d, -(g @ d + 0.5 * d @ Nd), i, residual, negative, boundary, _norm(d, Pd))

@@ -117,16 +117,17 @@ class Boxed(eqx.Module):
             free = jnp.where(clamped, 0.0, gradient).astype(q.dtype)
             direction, _ = _solve_free(Q, -free[:, None], clamped)
 
+            # Which lanes go on is decided once, in the body: a condition worked out again for the loop's test may round to the
+            # other side there, and under `vmap` the loop would then turn for a lane that never moves.
             def halve(search):
-                length, j = search
-                return length / 2, j + 1
-
-            def too_long(search):
-                length, j = search
+                length, j, _ = search
+                length, j = length / 2, j + 1
                 trial = jnp.clip(k + length * direction[:, 0], low, high)
-                return (value(trial) > value(k) + 0.1 * jnp.sum(free * (trial - k))) & (j < self.halvings)
+                too_long = value(trial) > value(k) + 0.1 * jnp.sum(free * (trial - k))
+                return length, j, too_long & (j < self.halvings)
 
-            length, j = jax.lax.while_loop(too_long, halve, (jnp.ones((), q.dtype), jnp.zeros((), jnp.int32)))
+            before = (jnp.full((), 2, q.dtype), jnp.full((), -1, jnp.int32), jnp.array(True))
+            length, j, _ = jax.lax.while_loop(lambda search: search[2], halve, before)
             trial = jnp.clip(k + length * direction[:, 0], low, high)
             better = (j < self.halvings) & jnp.any(trial != k)
             # A whole step inside the box is exact if the same limits stay active: looking on would only chase rounding.
