@@ -2,12 +2,13 @@
 
 from typing import Any, NamedTuple
 
-from diffmbrl.agents import MBPO, PPO, SAC, Idle, ModelPPO, OffPolicy, OnPolicy, World
+from diffmbrl.agents import MBPO, PPO, SAC, Idle, OffPolicy, OnPolicy, Replayed, Streamed, World
 from diffmbrl.agents.registry import make
 from diffmbrl.models import NetworkDynamics, Training
 
 STEPS = {"warmup": 20, "every": 20}
 WORLD = World(Training(epochs=2, batch=16), members=2, elites=1, hidden=(8,), model=NetworkDynamics.init)
+STREAMED = Streamed(updates=2, branches=4, steps=5)
 SMALL_PPO = {"hidden": (8,), "batches": 2, "epochs": 2}
 
 
@@ -27,21 +28,24 @@ AGENTS = [
     Row(
         "mbpo",
         lambda task: MBPO(
-            SAC(hidden=(8,)), WORLD, updates=4, rounds=2, batch=16, branches=4, steps=3, warmup=20, every=20
+            SAC(hidden=(8,)),
+            WORLD,
+            practice=Replayed(updates=4, rounds=2, batch=16, branches=4, steps=3),
+            **STEPS,
         ),
         model=True,
         tolerance=1e-3,
     ),
     Row(
         "model-ppo",
-        lambda task: ModelPPO(PPO(**SMALL_PPO), WORLD, updates=2, branches=4, steps=5, warmup=20, every=20),
+        lambda task: MBPO(PPO(**SMALL_PPO), WORLD, practice=STREAMED, **STEPS),
         model=True,
         tolerance=1e-3,
         slow=True,
     ),
     Row(
         "model-reinforce",
-        lambda task: ModelPPO(PPO.reinforce(hidden=(8,)), WORLD, updates=2, branches=4, steps=5, warmup=20, every=20),
+        lambda task: MBPO(PPO.reinforce(hidden=(8,)), WORLD, practice=STREAMED, **STEPS),
         model=True,
         tolerance=1e-3,
         slow=True,

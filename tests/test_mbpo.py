@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffmbrl import tasks
-from diffmbrl.agents import MBPO, SAC, Growing, ModelPPO, World, imagine, learn
+from diffmbrl.agents import MBPO, SAC, Growing, Replayed, Streamed, World, imagine, learn
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.registry import make
 from diffmbrl.buffer import Buffer, Transition
@@ -18,7 +18,11 @@ KEY = jax.random.key(0)
 TASK = tasks.cartpole_continuous(horizon=30)
 WORLD = World(training=Training(epochs=2, batch=16), members=2, elites=1, hidden=(8,), model=NetworkDynamics.init)
 SMALL = MBPO(
-    learner=SAC(hidden=(8,)), world=WORLD, updates=4, rounds=2, batch=16, branches=4, steps=3, warmup=40, every=20
+    SAC(hidden=(8,)),
+    WORLD,
+    practice=Replayed(updates=4, rounds=2, batch=16, branches=4, steps=3),
+    warmup=40,
+    every=20,
 )
 
 
@@ -99,11 +103,11 @@ def test_rows_are_real_with_the_probability_given():
     buffer = filled(TASK, r=7.0)
     rows, keep = (jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x) for x in imagined(carts(1.0)))
     for share in (0.0, 0.3, 1.0):
-        real = np.asarray(MBPO(batch=5000, real=share)._mixed(rows, keep, buffer, KEY).r) == 7
+        real = np.asarray(Replayed(batch=5000, real=share).mixed(rows, keep, buffer, KEY).r) == 7
         assert abs(real.mean() - share) < (0.03 if 0 < share < 1 else 1e-9)
     # A row that is not kept has a real one in its place.
-    agent = MBPO(batch=100, real=0.0)
-    batch = agent._mixed(rows, jnp.zeros_like(keep), buffer, KEY)
+    practice = Replayed(batch=100, real=0.0)
+    batch = practice.mixed(rows, jnp.zeros_like(keep), buffer, KEY)
     np.testing.assert_array_equal(batch.r, 7)
 
 
@@ -145,9 +149,9 @@ def test_a_model_that_explodes_is_counted_and_the_learner_learns_from_real_rows(
 @pytest.mark.parametrize(
     "build, words",
     [
-        (lambda: MBPO(updates=10, rounds=3), r"updates \(10\) must be a multiple of rounds \(3\)"),
-        (lambda: MBPO(batch=0), "batch must be a whole number of at least 1, got 0"),
-        (lambda: ModelPPO(steps=0), "steps must be a whole number of at least 1, got 0"),
+        (lambda: Replayed(updates=10, rounds=3), r"updates \(10\) must be a multiple of rounds \(3\)"),
+        (lambda: Replayed(batch=0), "batch must be a whole number of at least 1, got 0"),
+        (lambda: Streamed(steps=0), "steps must be a whole number of at least 1, got 0"),
         (lambda: World(members=3, elites=4), "elites must be at most the number of members, 3; got 4"),
     ],
 )

@@ -5,10 +5,11 @@ from diffmbrl.agents.collect import Exact, NoisySensor, RandomActions, System, U
 from diffmbrl.agents.idle import Idle
 from diffmbrl.agents.imagine import imagine
 from diffmbrl.agents.learn import Agent, Learned, learn
-from diffmbrl.agents.mbpo import MBPO, Growing, ModelPPO
+from diffmbrl.agents.mbpo import MBPO, Growing
 from diffmbrl.agents.model_free import OffPolicy, OnPolicy
 from diffmbrl.agents.mpc_agent import MPCAgent
 from diffmbrl.agents.ppo import PPO
+from diffmbrl.agents.practice import Replayed, Streamed
 from diffmbrl.agents.sac import SAC
 from diffmbrl.agents.world import World
 
@@ -22,12 +23,13 @@ __all__ = [
     "Idle",
     "Learned",
     "MPCAgent",
-    "ModelPPO",
     "NoisySensor",
     "OffPolicy",
     "OnPolicy",
     "RandomActions",
+    "Replayed",
     "SquashedGaussian",
+    "Streamed",
     "System",
     "Unknown",
     "World",

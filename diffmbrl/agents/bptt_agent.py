@@ -119,7 +119,7 @@ class PolicyAgent(eqx.Module):
         key_policy, key_members = jax.random.split(key)
         members = self.world.init(task, key_members)
         policy = redrawn(self.given, key_policy)
-        elites = jax.tree.map(lambda x: x[: self.world.elites], members)
+        elites = self.world.first(members)
         solver = self.solver.init(policy, self.imagined(task, elites))
         return PolicyCarry(policy, solver, members, elites, jnp.zeros((), jnp.int32))
 

@@ -101,7 +101,7 @@ class MPCAgent(eqx.Module):
         planner = ILQR.within(task) if planner is None else planner
         key = jax.random.key(0)  # the steps' keys are folded into it
         draws = isinstance(planner, Sampling | Shooting)  # the others plan without the model's noise
-        blank = Ensemble(_first(self.world.init(task, key), self.world.elites), propagation)
+        blank = Ensemble(self.world.first(self.world.init(task, key)), propagation)
         self.mpc = MPC.init(
             planner,
             eqx.tree_at(lambda t: t.dynamics, task, blank),
@@ -117,7 +117,7 @@ class MPCAgent(eqx.Module):
 
     def init(self, task: Task, key: PRNGKeyArray) -> MPCCarry:
         members = self.world.init(task, key)
-        return MPCCarry(members, _first(members, self.world.elites), jnp.zeros((), jnp.int32))
+        return MPCCarry(members, self.world.first(members), jnp.zeros((), jnp.int32))
 
     def first(self, carry: MPCCarry, task: Task) -> RandomActions:
         return RandomActions(task)
@@ -217,10 +217,6 @@ def small_world(members: int = 5, units: int = 64) -> World:
     """Deterministic networks of two layers: all that systems of a few bodies need, and fast to plan through."""
     training = Training(epochs=100, patience=10, batch=64)
     return World(training, members=members, elites=members, hidden=(units, units), model=NetworkDynamics.init)
-
-
-def _first(members: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: x[:count], members)
 
 
 def _is_ensemble(x: Any) -> bool:

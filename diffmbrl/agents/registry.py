@@ -8,10 +8,11 @@ from diffmbrl.agents.bptt_agent import bptt, second_order, short_horizon
 from diffmbrl.agents.hybrid import hybrid
 from diffmbrl.agents.idle import Idle
 from diffmbrl.agents.learn import Agent
-from diffmbrl.agents.mbpo import MBPO, ModelPPO, branches_of
+from diffmbrl.agents.mbpo import MBPO, branches_of
 from diffmbrl.agents.model_free import OffPolicy, OnPolicy
 from diffmbrl.agents.mpc_agent import mpc
 from diffmbrl.agents.ppo import PPO
+from diffmbrl.agents.practice import Replayed, Streamed
 from diffmbrl.agents.sac import SAC
 from diffmbrl.agents.world import World
 from diffmbrl.core import Task, as_float
@@ -38,26 +39,26 @@ def _mbpo(
     discount: float = 0.99, rate: float = 1e-3, real: float = 0.05, units: int = 64,
 ) -> MBPO:  # fmt: skip
     learner = SAC(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), follow=as_float(0.01))
-    sizes = {"updates": updates, "rounds": rounds, "batch": 128, "branches": 60, "steps": 60}
-    return MBPO(learner, _small_world(units), branches_of(length), as_float(real), warmup=warmup, every=every, **sizes)
+    practice = Replayed(as_float(real), updates=updates, rounds=rounds, batch=128, branches=60, steps=60)
+    return MBPO(learner, _small_world(units), branches_of(length), practice, warmup=warmup, every=every)
 
 
 def _model_ppo(
     task: Task, *, warmup: int = 200, every: int = 50, updates: int = 10, length: int = 60, discount: float = 0.99,
     rate: float = 1e-3, units: int = 64,
-) -> ModelPPO:  # fmt: skip
+) -> MBPO:  # fmt: skip
     learner = PPO(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), epochs=5, batches=16)
-    sizes = {"updates": updates, "branches": 60, "steps": 60}
-    return ModelPPO(learner, _small_world(units), branches_of(length), warmup=warmup, every=every, **sizes)
+    practice = Streamed(updates=updates, branches=60, steps=60)
+    return MBPO(learner, _small_world(units), branches_of(length), practice, warmup=warmup, every=every)
 
 
 def _model_reinforce(
     task: Task, *, warmup: int = 200, every: int = 50, updates: int = 50, length: int = 60, discount: float = 0.99,
     rate: float = 1e-2, units: int = 64,
-) -> ModelPPO:  # fmt: skip
+) -> MBPO:  # fmt: skip
     learner = PPO.reinforce(hidden=(units, units), rate=as_float(rate), discount=as_float(discount))
-    sizes = {"updates": updates, "branches": 60, "steps": 60}
-    return ModelPPO(learner, _small_world(units), branches_of(length), warmup=warmup, every=every, **sizes)
+    practice = Streamed(updates=updates, branches=60, steps=60)
+    return MBPO(learner, _small_world(units), branches_of(length), practice, warmup=warmup, every=every)
 
 
 def _small_world(units: int) -> World:

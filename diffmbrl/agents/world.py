@@ -40,6 +40,10 @@ class World(eqx.Module):
         """Draw the members."""
         return jax.vmap(lambda k: self.model(task, hidden=self.hidden, key=k))(jax.random.split(key, self.members))
 
+    def first(self, members: Any) -> Any:
+        """Those used before any fit: the first ones."""
+        return jax.tree.map(lambda x: x[: self.elites], members)
+
     def fit(self, members: Any, buffer: Buffer, key: PRNGKeyArray) -> tuple[Any, Any, dict[str, Array]]:
         """All members trained on, the elites among them, and what is worth a record."""
         members, curves = train(members, buffer.rows, buffer.size, key, self.training)
