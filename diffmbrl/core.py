@@ -178,7 +178,8 @@ class Task(eqx.Module):
     Every callable is a module whose leaves are arrays, so masses are differentiable and a learned model takes the place of
     the true one by `eqx.tree_at(lambda t: t.dynamics, task, model)`. `weights` [T+1] is a leaf: a discount or a horizon mask
     changes without recompiling; as [B, T+1] it gives each start of a batch weights of its own. A terminated episode earns
-    nothing more, its terminal reward included: `phi` is the value of being cut off by the clock. `success` (s_T -> bool) says
+    nothing more, its terminal reward included: `phi` is the value of being cut off by the clock. `features` (s -> [k]), what
+    networks see, have no leaves: a policy keeps them, and all of its leaves are learned. `success` (s_T -> bool) says
     in the task's own words whether an episode ended well. `constraints` (`constraints.py`) are for planners that know them.
 
     Raises: `ValueError` if the horizon is below 1, dt is not positive, or the action limits are crossed or of unequal shape.

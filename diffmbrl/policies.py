@@ -65,7 +65,7 @@ class Neural(eqx.Module):
         output_scale: float = 0.1,
         activation: Callable = jnp.tanh,
     ) -> "Neural":
-        """Draw the weights. Raises `ValueError` if an action is limited on one side only."""
+        """Draw the weights. Raises `ValueError` if an action is limited on one side only, or the features have leaves."""
         low, high = np.asarray(task.a_low), np.asarray(task.a_high)
         if np.any(np.isfinite(low) != np.isfinite(high)):
             raise ValueError(
@@ -74,6 +74,11 @@ class Neural(eqx.Module):
         inputs = jax.eval_shape(task.features, task.state_shape).shape
         if len(inputs) != 1:
             raise ValueError(f"the features of task '{task.name}' have shape {list(inputs)}; expected one axis")
+        if leaves := jax.tree.leaves(task.features):
+            raise ValueError(
+                f"the features of task '{task.name}' have {len(leaves)} leaves, which would be learned with the policy's "
+                "weights; make them a function of the state alone, or their numbers static"
+            )
         net = MLP.init(inputs[0], hidden, task.m, key=key, activation=activation, output_scale=output_scale)
         return cls(net, task.features, tuple(low.tolist()), tuple(high.tolist()))
 

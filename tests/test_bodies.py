@@ -281,7 +281,12 @@ def test_reacher_costs(x64):
     stage = 10 * miss @ miss + 0.05 * (0.4**2 + 1.2**2) + 0.2 * 1.25
     close(task.reward(s, a), -0.025 * stage)
     close(task.terminal(s), -(50 * miss @ miss + 0.5 * (0.4**2 + 1.2**2)))
-    close(task.features(s), [*np.cos(s[:2]), *np.sin(s[:2]), -0.08, 0.24, 0.3, -0.2, *miss])
+    angles = np.asarray([0.7, -2.1, -1.4])
+    features = task.features(s)
+    close(features, [*np.cos(angles), *np.sin(angles), -0.08, 0.24, 0.3, -0.2])
+    close(
+        miss, [0.4 * features[0] + 0.6 * features[2] - features[8], 0.4 * features[3] + 0.6 * features[5] - features[9]]
+    )
 
 
 def test_car_costs(x64):
@@ -301,7 +306,7 @@ def test_waypoint_costs(x64):
     effort = 0.05 * (5 - 0.4 * 9.81) ** 2 + 20 * (0.01**2 + 0.02**2 + 0.005**2)
     close(task.reward(s, a), -0.025 * (distance + effort))
     close(task.terminal(s), -10 * distance)
-    close(task.features(s)[:3], [-0.5, 1.0, -0.3])
+    close(task.features(s)[:3], s[:3])
     close(task.a_high, [2 * 0.4 * 9.81, 0.05, 0.05, 0.02])
 
 

@@ -186,3 +186,18 @@ def test_seeds_are_a_vmap():
     theta = jax.vmap(lambda policy: ravel_pytree(policy)[0])(policies)
     assert np.unique(theta[:, 0]).size == 4
     np.testing.assert_array_equal(jax.vmap(lambda policy: policy(jnp.ones(4)))(policies).shape, (4, 1))
+
+
+class Scaled(eqx.Module):
+    """Features with a parameter."""
+
+    scale: jax.Array
+
+    def __call__(self, s):
+        return self.scale * s
+
+
+def test_features_with_parameters_are_refused():
+    task = eqx.tree_at(lambda t: t.features, tasks.lqr(), Scaled(jnp.ones(())))
+    with pytest.raises(ValueError, match="features of task 'lqr' have 1 leaves, which would be learned"):
+        Neural.init(task, key=KEY)

@@ -74,6 +74,7 @@ def test_shapes_and_dtypes(name, double):
         assert (won.shape, won.dtype) == ((), jnp.bool_)
         features = jax.eval_shape(task.features, s0[0])
         assert (features.ndim, features.dtype) == (1, dtype)
+        assert not jax.tree.leaves(task.features)  # policies keep them, and train every leaf
 
 
 @every_task

@@ -74,12 +74,10 @@ def distance(s: Float[Array, "12"], target: Float[Array, "3"]) -> Float[Array, "
 
 
 class FlyFeatures(eqx.Module):
-    """(p - target, cos and sin of the three angles, v / 2, w / 3)."""
-
-    target: Float[Array, "3"]
+    """(p, cos and sin of the three angles, v / 2, w / 3)."""
 
     def __call__(self, s: Float[Array, "12"]) -> Float[Array, "15"]:
-        return jnp.concatenate([s[:3] - self.target, jnp.cos(s[3:6]), jnp.sin(s[3:6]), s[6:9] / 2, s[9:] / 3])
+        return jnp.concatenate([s[:3], jnp.cos(s[3:6]), jnp.sin(s[3:6]), s[6:9] / 2, s[9:] / 3])
 
 
 class Arrived(eqx.Module):
@@ -130,7 +128,7 @@ def _fly(name: str, target: Array, spread: Array, horizon: int, mass: ScalarLike
         reward=FlyReward(target, mass_ * g_),
         terminal=FlyTerminal(target),
         initial=Box(-spread, spread),
-        features=FlyFeatures(target),
+        features=FlyFeatures(),
         success=Arrived(target),
         a_low=jnp.concatenate([0 * one, -torques]),
         a_high=jnp.concatenate([2 * mass_ * g_ * one, torques]),

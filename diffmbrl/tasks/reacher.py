@@ -71,12 +71,11 @@ class ReachTerminal(eqx.Module):
 
 
 class ReachFeatures(eqx.Module):
-    """(cos and sin of both angles, rates / 5, target, miss)."""
-
-    miss: Miss
+    """(cos and sin of both angles and of their sum, rates / 5, target): the miss is linear in them, whatever the lengths."""
 
     def __call__(self, s: Float[Array, "6"]) -> Float[Array, "10"]:
-        return jnp.concatenate([jnp.cos(s[:2]), jnp.sin(s[:2]), s[2:4] / 5, s[4:], self.miss(s)])
+        angles = jnp.stack([s[0], s[1], s[0] + s[1]])
+        return jnp.concatenate([jnp.cos(angles), jnp.sin(angles), s[2:4] / 5, s[4:]])
 
 
 class Reached(eqx.Module):
@@ -111,7 +110,7 @@ def reacher(
         reward=ReachReward(miss),
         terminal=ReachTerminal(miss),
         initial=Box(-spread, spread),
-        features=ReachFeatures(miss),
+        features=ReachFeatures(),
         success=Reached(miss),
         a_low=[-TORQUE, -TORQUE],
         a_high=[TORQUE, TORQUE],
