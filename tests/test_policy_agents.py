@@ -29,8 +29,9 @@ from diffmbrl import (
     values,
 )
 from diffmbrl.agents import learn
-from diffmbrl.agents.bptt_agent import Explored, PolicyAgent, redrawn
+from diffmbrl.agents.bptt_agent import PolicyAgent, redrawn
 from diffmbrl.agents.collect import Unknown
+from diffmbrl.agents.explored import Explored
 from diffmbrl.agents.hybrid import Hybrid, Proposed, ToCritic
 from diffmbrl.agents.world import World
 from diffmbrl.buffer import Buffer, Transition

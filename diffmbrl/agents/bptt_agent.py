@@ -10,9 +10,10 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.collect import RandomActions
+from diffmbrl.agents.explored import Explored
 from diffmbrl.agents.world import World
 from diffmbrl.buffer import Buffer, Transition
-from diffmbrl.core import Policy, Solver, State, Task, as_float
+from diffmbrl.core import Solver, State, Task, as_float
 from diffmbrl.gradients.short_horizon import ShortHorizon
 from diffmbrl.models import Ensemble, Mean, NetworkDynamics, Training
 from diffmbrl.models.ensemble import Propagation
@@ -21,7 +22,7 @@ from diffmbrl.optimizers.continuation import Continuation
 from diffmbrl.optimizers.descend import Descend
 from diffmbrl.optimizers.newton import KrylovNewton
 from diffmbrl.planners.windows import Receding
-from diffmbrl.policies import Neural, centre_and_half
+from diffmbrl.policies import Neural
 
 
 class PolicyCarry(NamedTuple):
@@ -126,7 +127,7 @@ class PolicyAgent(eqx.Module):
     def first(self, carry: PolicyCarry, task: Task) -> RandomActions:
         return RandomActions(task)
 
-    def policy(self, carry: PolicyCarry, task: Task) -> "Explored":
+    def policy(self, carry: PolicyCarry, task: Task) -> Explored:
         return Explored(carry.policy, self.noise, task.a_low, task.a_high)
 
     def best(self, carry: PolicyCarry, task: Task) -> Any:
@@ -227,21 +228,3 @@ def _small(task: Task, solver: Any, updates: int, warmup: int, every: int) -> Po
     world = World(training, members=3, elites=3, hidden=(32, 32), model=NetworkDynamics.init)
     policy = Neural.init(task, key=jax.random.key(0))
     return PolicyAgent(solver, policy, world=world, starts=32, updates=updates, warmup=warmup, every=every)
-
-
-class Explored(eqx.Module):
-    """A policy with normal noise of `std` half widths of the limits (or of 1 where there are none), clipped to them."""
-
-    inner: Policy
-    std: Float[Array, ""]
-    low: Float[Array, " m"]
-    high: Float[Array, " m"]
-
-    def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
-        if key is None:
-            return self.inner(s)
-        key_inner, key_noise = jax.random.split(key)
-        a = self.inner(s, key=key_inner)
-        _, half = centre_and_half(self.low, self.high)
-        noise = self.std.astype(a.dtype) * half * jax.random.normal(key_noise, a.shape, a.dtype)
-        return jnp.clip(a + noise, self.low, self.high)

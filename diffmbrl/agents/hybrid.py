@@ -1,6 +1,6 @@
 r"""Planning and a policy together: the policy proposes, a planner improves, a learned value says what comes after the plan."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.bptt_agent import PolicyAgent, PolicyCarry, short_horizon
 from diffmbrl.agents.collect import RandomActions
+from diffmbrl.agents.explored import ExploredMPC
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Info, Policy, State, Task, as_float, count_work, is_concrete, keeps_limits, reweighted
 from diffmbrl.gradients.critic import Critic, inputs
@@ -18,7 +19,7 @@ from diffmbrl.planners.mpc import MPC
 from diffmbrl.planners.sampling import Sampling
 from diffmbrl.planners.scoring import scores
 from diffmbrl.planners.windows import Clocked, Ending
-from diffmbrl.policies import OpenLoop, centre_and_half
+from diffmbrl.policies import OpenLoop
 from diffmbrl.rollout import rollout
 
 
@@ -103,7 +104,7 @@ class Hybrid(eqx.Module):
     def first(self, carry: PolicyCarry, task: Task) -> RandomActions:
         return self.learner.first(carry, task)
 
-    def policy(self, carry: PolicyCarry, task: Task) -> "ExploredMPC":
+    def policy(self, carry: PolicyCarry, task: Task) -> ExploredMPC:
         return ExploredMPC(self.best(carry, task), self.noise)
 
     def best(self, carry: PolicyCarry, task: Task) -> MPC:
@@ -218,23 +219,3 @@ class _Ahead(eqx.Module):
         t = self.task.horizon - jnp.round(state.left).astype(jnp.int32)
         ahead = self.critic(inputs(self.task, state.s, t))
         return jnp.where(state.left > 0, ahead, self.task.terminal(state.s))
-
-
-class ExploredMPC(eqx.Module):
-    """An MPC with normal noise of `std` half widths of the limits, clipped to them."""
-
-    inner: MPC
-    std: Float[Array, ""]
-    is_stateful: ClassVar[bool] = True
-
-    def start(self, task: Task) -> Any:
-        return self.inner.start(task)
-
-    def step(self, memory: Any, s: State, *, key: PRNGKeyArray | None = None) -> tuple[Array, Any]:
-        a, memory = self.inner.step(memory, s, key=key)
-        if key is None:
-            return a, memory
-        low, high = self.inner.a_low, self.inner.a_high
-        _, half = centre_and_half(low, high)
-        noise = self.std.astype(a.dtype) * half * jax.random.normal(jax.random.fold_in(key, 1), a.shape, a.dtype)
-        return jnp.clip(a + noise, low, high), memory

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.collect import RandomActions
-from diffmbrl.agents.hybrid import ExploredMPC
+from diffmbrl.agents.explored import ExploredMPC
 from diffmbrl.agents.world import World
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task, as_float, is_concrete
