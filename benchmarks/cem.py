@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 import diffmbrl as d
+from benchmarks.products import forward
 from benchmarks.record import save, table
 from diffmbrl.models import TS1, Ensemble, GaussianDynamics, Mean, TSInfinity, particles, spread
 from diffmbrl.planners import CEM, Sampling, Shooting
@@ -39,9 +40,12 @@ def run(*, quick: bool) -> None:
     )
     cem = Sampling(CEM(elites=SEQUENCES // 10), samples=SEQUENCES, particles=PARTICLES)
     adam = Shooting(d.Descend(optax.adam, learning_rate=0.1), particles=PARTICLES)
-    calls: dict[str, Any] = {"products, columns": _products(task, units, "eoi,eig->eog")}
-    calls["products, rows"] = _products(task, units, "eoi,egi->ego")
-    calls["products, one member after another"] = _products(task, units, "oi,gi->go")
+    sizes = [task.n + task.m, *[units] * LAYERS, 2 * task.n]
+    share = SEQUENCES * PARTICLES // MEMBERS
+    calls: dict[str, Any] = {
+        f"products, {layout}": forward(sizes, MEMBERS, share, HORIZON * ITERATIONS, layout)
+        for layout in ("columns, members together", "rows, members together", "rows")
+    }
     worth: dict[str, Any] = {}
     for name, planner, propagation, updates in [
         ("CEM, TS1", cem, TS1(), ITERATIONS),
@@ -78,34 +82,6 @@ def run(*, quick: bool) -> None:
         f"{ITERATIONS} iterations\n\n{table(head, rows)}"
     )
     save("cem", {"columns": head, "rows": rows, "units": units}, quick=quick)
-
-
-def _products(task: d.Task, units: int, spec: str):
-    """All layers' products for every member's share of the particles, once for each step and iteration, and nothing else."""
-    sizes = [task.n + task.m, *[units] * LAYERS, 2 * task.n]
-    keys = jax.random.split(KEY, len(sizes))
-    layers = [
-        jax.random.normal(k, (MEMBERS, out, into)) / into**0.5
-        for k, into, out in zip(keys, sizes[:-1], sizes[1:], strict=False)
-    ]
-    share = SEQUENCES * PARTICLES // MEMBERS
-    shape = (sizes[0], share) if spec.endswith("eog") else (share, sizes[0])
-
-    def forward(args):
-        layers, y = args
-        for W in layers:
-            y = jnp.einsum(spec, W, y)
-        return y
-
-    @jax.jit
-    def products(layers, x):
-        def step(x, _):
-            y = forward((layers, x)) if spec.startswith("e") else jax.lax.map(forward, (layers, x))
-            return x + 1e-9 * jnp.sum(y), None
-
-        return jax.lax.scan(step, x, None, length=HORIZON * ITERATIONS)[0]
-
-    return partial(products, layers, jax.random.normal(keys[-1], (MEMBERS, *shape)))
 
 
 def _plan(solver: Any, plan: Any, task: d.Task, s0: jax.Array, updates: int):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffmbrl as d
+from benchmarks.products import forward, layers
 from benchmarks.record import save, table
 from benchmarks.timing import medians
 from diffmbrl.buffer import Transition
@@ -40,7 +41,7 @@ def run(*, quick: bool) -> None:
     calls: dict[str, Any] = {"train, 1 epoch": one, "train, 5 epochs": many}
     for layout in ("rows", "columns"):
         calls[f"products of an epoch, {layout}"] = _epoch_products(sizes, steps, layout)
-        calls[f"products of a rollout, {layout}"] = _rollout_products(sizes, count, layout)
+        calls[f"products of a rollout, {layout}"] = forward(sizes, MEMBERS, count // MEMBERS, HORIZON, layout)
     cloud = particles(eqx.tree_at(lambda t: t.dynamics, task, Ensemble(members, TS1())), count)
     calls["rollout, TS1"] = _rollout(cloud, jax.vmap(task.initial)(jax.random.split(KEY, count)))
     peer = None if quick else _mbrl_lib(rows, sizes, count)
@@ -81,12 +82,6 @@ def _training(members: Any, rows: Transition, steps: int, epochs: int):
     return partial(train, members, rows, steps, KEY, training)
 
 
-def _layers(sizes: list[int]) -> list[jax.Array]:
-    keys = jax.random.split(KEY, len(sizes) - 1)
-    shapes = zip(keys, sizes[1:], sizes[:-1], strict=True)
-    return [jax.random.normal(k, (MEMBERS, out, into)) / into**0.5 for k, out, into in shapes]
-
-
 def _epoch_products(sizes: list[int], steps: int, layout: str):
     """Forward, both kinds of backward, one member after another: what no training can do without."""
     along = {"rows": ("oi,bi->bo", "oi,bo->bi", "bo,bi->oi"), "columns": ("oi,ib->ob", "oi,ob->ib", "ob,ib->oi")}[
@@ -96,46 +91,25 @@ def _epoch_products(sizes: list[int], steps: int, layout: str):
     shape = (batches, BATCH, sizes[0]) if layout == "rows" else (batches, sizes[0], BATCH)
 
     def member(args):
-        layers, x = args
+        weights, x = args
 
         def step(total, y):
             outputs = [y]
-            for W in layers:
+            for W in weights:
                 outputs.append(jnp.einsum(along[0], W, outputs[-1]))
             g, gradients = outputs[-1], []
-            for i in reversed(range(len(layers))):
+            for i in reversed(range(len(weights))):
                 gradients.insert(0, jnp.einsum(along[2], g, outputs[i]))
-                g = jnp.einsum(along[1], layers[i], g) if i else g
+                g = jnp.einsum(along[1], weights[i], g) if i else g
             return jax.tree.map(lambda t, w: t + w, total, gradients), None
 
-        return jax.lax.scan(step, [jnp.zeros_like(W) for W in layers], x)[0]
+        return jax.lax.scan(step, [jnp.zeros_like(W) for W in weights], x)[0]
 
     @jax.jit
-    def products(layers, x):
-        return jax.lax.map(lambda layers: member((layers, x)), layers)
+    def products(weights, x):
+        return jax.lax.map(lambda weights: member((weights, x)), weights)
 
-    return partial(products, _layers(sizes), jax.random.normal(KEY, shape))
-
-
-def _rollout_products(sizes: list[int], count: int, layout: str):
-    """Forward, each member its share of the rows."""
-    spec, share = {"rows": "oi,bi->bo", "columns": "oi,ib->ob"}[layout], count // MEMBERS
-    shape = (share, sizes[0]) if layout == "rows" else (sizes[0], share)
-
-    def forward(args):
-        layers, y = args
-        for W in layers:
-            y = jnp.einsum(spec, W, y)
-        return y
-
-    @jax.jit
-    def products(layers, x):
-        def step(x, _):
-            return x + 1e-9 * jnp.sum(jax.lax.map(forward, (layers, x))), None
-
-        return jax.lax.scan(step, x, None, length=HORIZON)[0]
-
-    return partial(products, _layers(sizes), jax.random.normal(KEY, (MEMBERS, *shape)))
+    return partial(products, layers(sizes, MEMBERS), jax.random.normal(KEY, shape))
 
 
 def _rollout(cloud: d.Task, s0: jax.Array):
