@@ -33,6 +33,15 @@ def collect(*, seeds: Any = None, time: str | None = None) -> dict[str, Any]:
     }
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what of two `collect`s makes numbers differ in their last digits, or more."""
+    pairs = {name: (before.get("versions", {}).get(name), x) for name, x in now["versions"].items() if name in PACKAGES}
+    pairs["the commit"] = tuple((facts.get("git") or {}).get("commit") for facts in (before, now))
+    pairs["the device"] = tuple((facts.get("device") or {}).get("kind") for facts in (before, now))
+    pairs |= {name: tuple(facts.get("environment", {}).get(name) for facts in (before, now)) for name in ENVIRONMENT}
+    return [f"{name} was {old}, is {new}: numbers may differ" for name, (old, new) in pairs.items() if old != new]
+
+
 def version(package: str) -> str | None:
     """The installed version, or None."""
     try:
