@@ -66,7 +66,10 @@ def rebuild(folder: Path) -> Path:
         provenance = _json(folder / "provenance.json")
     else:
         remarks.append("provenance.json is missing: what this ran on is not known.")
-    remarks += [str(record.get("text", "")) for record in records if record["kind"] == "note"]
+    remarks += [str(record.get("text", "")) for record in records if record.get("kind") == "note"]
+    remarks += [
+        f"When the run was resumed: {remark}." for entry in frame.resumed(provenance) for remark in entry["remarks"]
+    ]
     path = folder / "report.html"
     composers = {"plan": plan_report.compose, "diagnose": health_report.compose, "learn": learn_report.compose}
     if compose_job := composers.get(str(config.get("job"))):
