@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import equinox as eqx
@@ -228,17 +229,17 @@ def test_a_disk_that_is_full(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
-    tmp_path.chmod(0o555)
-    user = os.geteuid()
+def test_a_folder_that_cannot_be_written():
+    folder, user = Path(tempfile.mkdtemp()), os.geteuid()  # pytest's own may be entered by nobody else
+    folder.chmod(0o555)
     try:
         if user == 0:
             os.seteuid(65534)  # root may write anywhere
         with pytest.raises(OSError, match=r"checkpoint 1 cannot be written to .*: Permission denied"):
-            save(tmp_path / "checkpoints", 1, {}, {})
+            save(folder / "checkpoints", 1, {}, {})
     finally:
         os.seteuid(user)
-        tmp_path.chmod(0o755)
+        folder.rmdir()
 
 
 @pytest.fixture
