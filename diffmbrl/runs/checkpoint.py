@@ -271,10 +271,9 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
         data = (folder / name).read_bytes()
         value = json.loads(data)
-        whole = isinstance(value, dict) and _canonical(value) == data
     except (OSError, ValueError, RecursionError):
-        whole = False
-    if not whole:
+        data, value = b"", None
+    if not isinstance(value, dict) or _canonical(value) != data:
         raise ValueError(f"checkpoint {folder.name}: {name} is not what was written")
     return value
 
