@@ -1,4 +1,4 @@
-"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `learn`, `report`, `agents`, `tasks`, `doctor`."""
+"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `learn`, `resume`, `report`, `agents`, `tasks`, `doctor`."""
 
 import contextlib
 import io
@@ -8,11 +8,10 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import tyro
 
-from diffmbrl.commands import Agents, Command, Compare, Diagnose, Doctor, Learn, Plan, Report, Tasks
+from diffmbrl.commands import Agents, Command, Compare, Diagnose, Doctor, Learn, Plan, Report, Resume, Tasks
 
 DEFAULT_CACHE = Path("~/.cache/diffmbrl/xla")
 
@@ -23,14 +22,21 @@ def main(arguments: list[str] | None = None) -> int:
         command = _parse(sys.argv[1:] if arguments is None else arguments)
         return RUN[type(command)](command)
     except (ValueError, TypeError, OSError) as error:
-        print(f"diffmbrl: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"diffmbrl: {_said(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("diffmbrl: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        from diffmbrl.runs.signals import exit_code
+
+        print("diffmbrl: " + "; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return exit_code(error)
 
 
-def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Learn | Report | Agents | Tasks | Doctor:
+def _said(error: Exception) -> str:
+    """An error in one line, with what was found out while it was on its way."""
+    return "; ".join(" ".join(str(text).split()) for text in [error, *getattr(error, "__notes__", [])])
+
+
+def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Learn | Resume | Report | Agents | Tasks | Doctor:
     """The command given. Raises: `ValueError` in one line where tyro draws a box."""
     names = [kind.__name__.lower() for kind in RUN]
     if not arguments:
@@ -72,7 +78,6 @@ def _compare(command: Compare) -> int:
     _configure(command.x64)
     from diffmbrl.compare import Setting, compare
     from diffmbrl.methods import METHODS
-    from diffmbrl.runs import summarise, table, verdict
     from diffmbrl.tasks import TASKS, make
     from diffmbrl.tasks.registry import known
 
@@ -98,17 +103,19 @@ def _compare(command: Compare) -> int:
         key=command.key,
         estimators=tuple(command.estimator),
     )
-    folder = compare(setting, out=command.out)
+    return _compared(compare(setting, out=command.out, every=_seconds(command.checkpoint_every)))
+
+
+def _compared(folder: Path) -> int:
+    from diffmbrl.runs import summarise, table, verdict
+
     summary = summarise(folder)
-    print(f"\n{table.text(summary)}\n\n" + "\n".join(verdict.sentences(summary)))
-    print(f"\nreport: {(folder / 'report.html').resolve()}")
-    return 0
+    return _shown(folder, f"{table.text(summary)}\n\n" + "\n".join(verdict.sentences(summary)))
 
 
 def _plan(command: Plan) -> int:
     _configure(command.x64)
     from diffmbrl.plan import Setting, plan
-    from diffmbrl.runs import plan_text
 
     setting = Setting(
         task=command.task,
@@ -125,10 +132,13 @@ def _plan(command: Plan) -> int:
         key=command.key,
         x64=command.x64,
     )
-    folder = plan(setting, out=command.out)
-    print(f"\n{plan_text(folder)}")
-    print(f"\nreport: {(folder / 'report.html').resolve()}")
-    return 0
+    return _planned(plan(setting, out=command.out, every=_seconds(command.checkpoint_every)))
+
+
+def _planned(folder: Path) -> int:
+    from diffmbrl.runs import plan_text
+
+    return _shown(folder, plan_text(folder))
 
 
 def _diagnose(command: Diagnose) -> int:
@@ -153,14 +163,12 @@ def _diagnose(command: Diagnose) -> int:
         key=command.key,
     )
     folder = diagnose(setting, out=command.out)
-    print(f"\n{health_text(folder)}")
-    print(f"\nreport: {(folder / 'report.html').resolve()}")
-    return 0
+    return _shown(folder, health_text(folder))
 
 
 def _learn(command: Learn) -> int:
     _configure(command.x64)
-    from diffmbrl.race import Setting
+    from diffmbrl.race import Setting, race
 
     setting = Setting(
         task=command.task,
@@ -177,12 +185,25 @@ def _learn(command: Learn) -> int:
         key=command.key,
         x64=command.x64,
     )
-    return _learned(setting, command.out)
+    return _learned(race(setting, out=command.out, every=_seconds(command.checkpoint_every)))
 
 
 def _race(command: Compare) -> int:
     """Agents side by side; what is of methods alone is refused."""
-    takes = {"task", "methods", "learned", "real_steps", "horizon", "seeds", "budget", "param", "key", "x64", "out"}
+    takes = {
+        "task",
+        "methods",
+        "learned",
+        "real_steps",
+        "horizon",
+        "seeds",
+        "budget",
+        "param",
+        "key",
+        "x64",
+        "out",
+        "checkpoint_every",
+    }
     asked = command.__dict__ | {"task": ""}
     blank = Compare("").__dict__
     for option in fields(Compare):
@@ -190,7 +211,7 @@ def _race(command: Compare) -> int:
             raise ValueError(f"--{option.name} is of methods that know the dynamics: --learned does not take it")
     _configure(command.x64)
     from diffmbrl.agents.registry import AGENTS
-    from diffmbrl.race import Setting
+    from diffmbrl.race import Setting, race
 
     setting = Setting(
         task=command.task,
@@ -207,17 +228,39 @@ def _race(command: Compare) -> int:
         key=command.key,
         x64=command.x64,
     )
-    return _learned(setting, command.out)
+    return _learned(race(setting, out=command.out, every=_seconds(command.checkpoint_every)))
 
 
-def _learned(setting: Any, out: Path | None) -> int:
-    from diffmbrl.race import race
+def _learned(folder: Path) -> int:
     from diffmbrl.runs import learn_text
 
-    folder = race(setting, out=out)
-    print(f"\n{learn_text(folder)}")
-    print(f"\nreport: {(folder / 'report.html').resolve()}")
+    return _shown(folder, learn_text(folder))
+
+
+def _resume(command: Resume) -> int:
+    from diffmbrl.runs import read_config
+
+    config = read_config(command.run)
+    _configure(config.get("x64") is True)
+    from diffmbrl.resume import is_finished, resume
+
+    if is_finished(command.run):
+        print(f"'{command.run}' is finished: there is nothing to resume")
+        return 0
+    folder = resume(command.run, every=_seconds(command.checkpoint_every))
+    return {"compare": _compared, "learn": _learned, "plan": _planned}[config["job"]](folder)
+
+
+def _shown(folder: Path, text: str) -> int:
+    print(f"\n{text}\n\nreport: {(folder / 'report.html').resolve()}")
     return 0
+
+
+def _seconds(every: float) -> float:
+    """Raises: `ValueError` if it is not a time between two checkpoints."""
+    if not 0 <= every < float("inf"):
+        raise ValueError(f"checkpoint-every must be a number of seconds of at least 0, got {every:g}")
+    return every
 
 
 def _report(command: Report) -> int:
@@ -289,6 +332,7 @@ RUN = {
     Plan: _plan,
     Diagnose: _diagnose,
     Learn: _learn,
+    Resume: _resume,
     Report: _report,
     Agents: _agents,
     Tasks: _tasks,

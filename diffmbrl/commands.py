@@ -45,6 +45,8 @@ class Compare:
     """Number from which every random draw follows."""
     x64: bool = False
     """Compute in float64."""
+    checkpoint_every: float = 30.0
+    """Seconds between two checkpoints, from which `diffmbrl resume` goes on; 0: at each look."""
     out: Path | None = None
     """Run folder; by default runs/<task>-compare-<hash>, or with --learned runs/<task>-learn-<hash>."""
 
@@ -79,6 +81,8 @@ class Plan:
     """Number from which every random draw follows, the starts' first."""
     x64: bool = False
     """Compute in float64."""
+    checkpoint_every: float = 30.0
+    """Seconds between two checkpoints, from which `diffmbrl resume` goes on; 0: at each look."""
     out: Path | None = None
     """Run folder; by default runs/<task>-plan-<hash>."""
 
@@ -144,8 +148,20 @@ class Learn:
     """Number from which every random draw follows."""
     x64: bool = False
     """Compute in float64."""
+    checkpoint_every: float = 30.0
+    """Seconds between two checkpoints, from which `diffmbrl resume` goes on; 0: at each look."""
     out: Path | None = None
     """Run folder; by default runs/<task>-learn-<hash>."""
+
+
+@dataclass
+class Resume:
+    """Go on with a run of compare, learn or plan that was interrupted, from its newest checkpoint, to the same numbers."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    checkpoint_every: float = 30.0
+    """Seconds between two checkpoints; 0: at each look."""
 
 
 @dataclass
@@ -179,6 +195,7 @@ Command = (
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Learn, tyro.conf.subcommand("learn")]
+    | Annotated[Resume, tyro.conf.subcommand("resume")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Agents, tyro.conf.subcommand("agents")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]

@@ -1,7 +1,6 @@
 """The main job: methods side by side on one task, the same starts, seeds and cost axes."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from diffmbrl.diagnostics.reach import refuse_without_gradient
 from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw
 from diffmbrl.methods import Method, estimated, method, schedule, solver
 from diffmbrl.policies import Neural
-from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
+from diffmbrl.runs import EVERY, Session, check_out, create, settled, underway
 from diffmbrl.saved import save_policies
 from diffmbrl.solve import CHUNK
 from diffmbrl.tasks import make
@@ -41,22 +40,36 @@ class Setting(NamedTuple):
     estimators: tuple[str, ...] = ()
 
 
-def compare(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
+def compare(setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY) -> Path:
     """Run the comparison and return its run folder, with figures and report.
 
     Every method starts from the same policies and sees the same starts; seed k has its own of both. Held-out starts are common
     to all. Evaluation is not timed. A method with a learning rate runs all its rates and seeds as lanes of one program.
+    A checkpoint is written `every` so many seconds and at the end.
 
     Raises: `ValueError` for anything wrong in the setting or the folder, before anything is written.
     """
     task, rows = prepare(setting)
     check_out(out)
-    config = setting._asdict() | {"held_out": HELD_OUT}
-    folder = create(out, setting.task, "compare", config)
-    with running(folder), Writer(folder / "metrics.jsonl") as writer, Progress(len(rows), stream=stream) as progress:
-        for name, row in rows:
-            _run_method(name, row, task, setting, folder, writer.write, progress)
-    rebuild(folder)
+    folder = create(out, setting.task, "compare", setting._asdict() | {"held_out": HELD_OUT})
+    return _run(setting, task, rows, folder, stream=stream, every=every)
+
+
+def resume(folder: Path, config: dict[str, Any], *, stream: Any = None, every: float = EVERY) -> Path:
+    """Go on with a comparison from its newest checkpoint, to the same numbers.
+
+    Raises: `ValueError` if its config or its checkpoints do not fit.
+    """
+    setting = settled(Setting, config, besides={"held_out"})
+    if config.get("held_out") != HELD_OUT:
+        raise ValueError(f"config.json has held_out = {config.get('held_out')}; the installed diffmbrl has {HELD_OUT}")
+    return _run(setting, *prepare(setting), folder, stream=stream, every=every, resumed=True)
+
+
+def _run(setting: Setting, task: Task, rows: list[tuple[str, Method]], folder: Path, **options: Any) -> Path:
+    with underway(folder, len(rows), **options) as run:
+        for name, row in run.arms(rows):
+            _run_method(name, row, task, setting, run)
     return folder
 
 
@@ -112,16 +125,9 @@ def _parameters(task: Task, hidden: tuple[int, ...]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(policy))
 
 
-def _run_method(
-    name: str,
-    row: Method,
-    task: Task,
-    setting: Setting,
-    folder: Path,
-    write: Callable[[dict], None],
-    progress: Progress,
-) -> None:
+def _run_method(name: str, row: Method, task: Task, setting: Setting, run: Session) -> None:
     """One method, all its rates and seeds: records of arms, evaluations, profiles, spectra and why each ended; its policies."""
+    write, progress = run.write, run.progress
     rates: list[float | None] = list(setting.rates or row.rates) if row.rates else [None]
     steps = setting.steps or row.steps
     solvers = [solver(row, task, rate=rate, steps=steps, continuation=setting.continuation) for rate in rates]
@@ -133,31 +139,34 @@ def _run_method(
     )
     progress.arm(name, steps)
     progress.update(0, "compiling")
-    compile_seconds = lanes.compile()
-    arm = {"method": name, "label": name, "order": row.order, "policy_kind": row.kind}
-    if row.takes_estimator:
-        arm["estimator"] = row.estimator
-    for rate, made in zip(rates, solvers, strict=True):
-        record = {"kind": "arm", **arm, "rate": rate, "compile_seconds": compile_seconds}
-        write({**record, "parameters": lanes.parameters, "continuation": schedule(made)})
-    done, spent = 0, 0.0
+    if (kept := run.kept) is None:
+        compile_seconds = lanes.compile()
+        arm = {"method": name, "label": name, "order": row.order, "policy_kind": row.kind}
+        if row.takes_estimator:
+            arm["estimator"] = row.estimator
+        for rate, made in zip(rates, solvers, strict=True):
+            record = {"kind": "arm", **arm, "rate": rate, "compile_seconds": compile_seconds}
+            write({**record, "parameters": lanes.parameters, "continuation": schedule(made)})
+        done, spent = 0, 0.0
+        _write_evaluation(write, name, rates, lanes, 0, 0.0)
+        _write_profiles(write, name, rates, lanes, "start")
+    else:
+        lanes.restore(run)
+        lanes.compile()  # apart from the time of the updates
+        done, spent = kept["done"], kept["spent"]
     every = max(1, min(CHUNK, -(-steps // LOOKS)))
-    _write_evaluation(write, name, rates, lanes, 0, 0.0)
-    _write_profiles(write, name, rates, lanes, "start")
-    stop = f"{steps} updates"
-    while done < steps:
+    while done < steps and (done == 0 or spent < setting.budget):
         begun = time.perf_counter()
         lanes.advance(done, min(every, steps - done))
         spent += time.perf_counter() - begun
         done += min(every, steps - done)
         train = _write_evaluation(write, name, rates, lanes, done, spent)
         progress.update(done, f"return {np.max(train):.4g}, {spent:.1f} s")
-        if spent >= setting.budget and done < steps:
-            stop = f"budget of {setting.budget:g} s after {done} of {steps} updates"
-            break
+        run.look(lanes.state, done=done, spent=spent)
+    stop = f"{steps} updates" if done >= steps else f"budget of {setting.budget:g} s after {done} of {steps} updates"
     _write_profiles(write, name, rates, lanes, "end")
     if isinstance(lanes, PolicyLanes):
-        save_policies(folder, name, lanes.policies, rates=rates, seeds=setting.seeds)
+        save_policies(run.folder, name, lanes.policies, rates=rates, seeds=setting.seeds)
     for index, rate in enumerate(rates):
         if (path := lanes.path(index)) is not None:
             write({"kind": "path", "method": name, "rate": rate, **path})

@@ -4,7 +4,6 @@
 """
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl.core import Info, Quadratic, Solver, State, Task, Work, keeps_limits
+from diffmbrl.core import Solver, State, Task, keeps_limits
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.nonfinite import locate
 from diffmbrl.diagnostics.spectrum import eigenvalues
 from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
 from diffmbrl.gradients import BPTT
+from diffmbrl.looks import Looks
 from diffmbrl.policies import Affine, Neural, OpenLoop, first_plan
 from diffmbrl.rollout import returns, rollout, rollouts, values
 from diffmbrl.solve import CHUNK, iterate
+from diffmbrl.tally import Tally
 from diffmbrl.tasks.squash import squashed
 
 NOISE = 2**31 - 1  # folded into a seed's key for the noise of its updates
@@ -36,6 +37,9 @@ class Lanes(Protocol):
 
     def compile(self) -> float: ...
     def advance(self, done: int, updates: int) -> None: ...
+    @property
+    def state(self) -> Any: ...
+    def restore(self, looks: Looks) -> None: ...
     def evaluate(self) -> dict[str, np.ndarray]: ...
     def profile(self, rate: int) -> np.ndarray: ...
     def spectrum(self, rate: int) -> np.ndarray: ...
@@ -85,7 +89,7 @@ class PolicyLanes:
         # Apart from the seed's policy, which is drawn from the key itself.
         noise = jax.vmap(lambda k: jax.random.fold_in(k, NOISE))(keys) if draws_noise else None
         self.keys = None if noise is None else jnp.tile(noise, self.rates)
-        self.tally = _Tally(self.rates, self.seeds)
+        self.tally = Tally(self.rates, self.seeds)
         self.map = _one_by_one if sequential else _together
 
     def compile(self) -> float:
@@ -96,6 +100,18 @@ class PolicyLanes:
         """Make updates number `done` and on."""
         self.policies, self.carries, info, made = self._run(done, updates)
         self.tally.add(info, made)
+
+    @property
+    def state(self) -> Any:
+        """All that changes from update to update."""
+        return {"policies": self.policies, "carries": self.carries, "tally": self.tally.state}
+
+    def restore(self, looks: Looks) -> None:
+        """Go on from a look after at least one update."""
+        policies, carries, info, _ = jax.eval_shape(self._update, jnp.int32(0), jnp.int32(1))
+        state = looks.restore({"policies": policies, "carries": carries, "tally": self.tally.after(info)})
+        self.policies, self.carries = state["policies"], state["carries"]
+        self.tally.restore(state["tally"], info)
 
     def evaluate(self) -> dict[str, np.ndarray]:
         """Mean returns on training and held-out starts, success, what the last updates reported, and the gradient's health:
@@ -138,8 +154,11 @@ class PolicyLanes:
         return slice(rate * self.seeds, (rate + 1) * self.seeds)
 
     def _run(self, done: int, updates: int):
+        return jax.block_until_ready(self._update(jnp.int32(done), jnp.int32(updates)))
+
+    def _update(self, done: Any, updates: Any):
         lanes = (self.solvers, self.policies, self.carries, self.train, self.keys)
-        return jax.block_until_ready(self.map(lanes, self.task, jnp.int32(done), jnp.int32(updates)))
+        return self.map(lanes, self.task, done, updates)
 
 
 class PlanLanes:
@@ -163,7 +182,7 @@ class PlanLanes:
         train_keys = jax.vmap(jax.random.fold_in)(seed_keys, jnp.tile(jnp.arange(self.starts), self.seeds))
         test_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys[0], self.starts + jnp.arange(held_out))
         self.train, self.test = self._lanes(zero, flat, train_keys), self._lanes(zero, test, test_keys)
-        self.tally = _Tally(1, self.seeds, self.starts)
+        self.tally = Tally(1, self.seeds, self.starts)
         self.done = self.behind = 0  # updates made on the training and on the held-out starts
 
     def compile(self) -> float:
@@ -176,6 +195,23 @@ class PlanLanes:
         self.train = (*lanes, *self.train[2:])
         self.tally.add(info, made)
         self.done = done + updates
+
+    @property
+    def state(self) -> Any:
+        """All that changes from update to update: plans and carries of both sets of starts."""
+        done = {"done": np.int64(self.done), "behind": np.int64(self.behind)}
+        return {"train": self.train[:2], "test": self.test[:2], "tally": self.tally.state, **done}
+
+    def restore(self, looks: Looks) -> None:
+        """Go on from a look after at least one update."""
+        *train, info, _ = jax.eval_shape(lambda: self._update(self.train, jnp.int32(0), jnp.int32(1)))
+        *test, _, _ = jax.eval_shape(lambda: self._update(self.test, jnp.int32(0), jnp.int32(1)))
+        count = {"done": np.int64(0), "behind": np.int64(0)}
+        like = {"train": tuple(train), "test": tuple(test), "tally": self.tally.after(info), **count}
+        state = looks.restore(like)
+        self.train, self.test = (*state["train"], *self.train[2:]), (*state["test"], *self.test[2:])
+        self.tally.restore(state["tally"], info)
+        self.done, self.behind = int(state["done"]), int(state["behind"])
 
     def evaluate(self) -> dict[str, np.ndarray]:
         """As `PolicyLanes.evaluate`; the held-out starts are planned as far as the others first."""
@@ -215,71 +251,16 @@ class PlanLanes:
         where = locate(_take(self.train[0], lane), self.task, _take(self.train[2], slice(lane, lane + 1)))
         return f"{where}, start {lane % self.starts}, seed {lane // self.starts}"
 
-    def _lanes(self, plan: Affine, s0: State, keys: Any):
+    def _lanes(self, plan: Affine | OpenLoop, s0: State, keys: Any):
         count = jax.tree.leaves(s0)[0].shape[0]
         plans = jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), plan)
         return plans, jax.vmap(lambda p: self.solver.init(p, self.task))(plans), s0, keys
 
     def _run(self, lanes: Any, done: int, updates: int):
-        return jax.block_until_ready(_plan(self.solver, *lanes, self.task, jnp.int32(done), jnp.int32(updates)))
+        return jax.block_until_ready(self._update(lanes, jnp.int32(done), jnp.int32(updates)))
 
-
-class _Tally:
-    """What the updates reported so far, [rates, seeds]: `lanes` lanes of each seed are summed (work) or averaged."""
-
-    def __init__(self, rates: int, seeds: int, lanes: int = 1):
-        self.shape = (rates, seeds, lanes)
-        self.totals = {name: np.zeros(self.shape) for name in (*Work._fields, "nonfinite")}
-        self.latest = {name: np.full(self.shape, np.nan) for name in ("J", "gradient_norm", "damping", "accepted")}
-        self.takes_gradients = True
-        self.first: Quadratic | None = None  # what each lane's first update said of its model
-
-    def add(self, info: Info, made: Any) -> None:
-        """The rows of one call; those beyond `made` are zero."""
-        made = np.asarray(made)
-        lane = np.arange(made.size)
-        for name in Work._fields:
-            self.totals[name] += np.asarray(getattr(info.work, name), np.float64).sum(1).reshape(self.shape)
-        self.totals["nonfinite"] += np.asarray(info.nonfinite).sum(1).reshape(self.shape)
-        for name in ("J", "gradient_norm", "damping"):
-            if (values := getattr(info, name)) is not None:
-                self.latest[name] = np.asarray(values)[lane, made - 1].reshape(self.shape)
-        self.takes_gradients = info.gradient_norm is not None
-        self.latest["accepted"] = (np.asarray(info.accepted).sum(1) / made).reshape(self.shape)
-        if info.model is not None:
-            model = jax.tree.map(np.asarray, info.model)
-            self.first = self.first or jax.tree.map(lambda x: x[:, 0], model)
-            self.latest |= {name: x.reshape(self.shape) for name, x in _quality(model, made).items()}
-
-    def fields(self) -> dict[str, np.ndarray]:
-        """For an evaluation's record."""
-        # Lanes of one seed run side by side, so they add to the work but not to its depth.
-        totals = {name: x.max(2) if name == "sequential" else x.sum(2) for name, x in self.totals.items()}
-        return totals | {name: x.mean(2) for name, x in self.latest.items()}
-
-    def broken(self, rate: int) -> int | None:
-        """The first lane of this rate whose last return or gradient was not finite, once any update was made."""
-        last = self.latest["J"][rate] + (self.latest["gradient_norm"][rate] if self.takes_gradients else 0)
-        begun = self.totals["sequential"][rate] > 0
-        bad = np.flatnonzero(begun & ~np.isfinite(last))
-        return int(bad[0]) if bad.size else None
-
-
-def _quality(model: Quadratic, made: np.ndarray) -> dict[str, np.ndarray]:
-    """What the updates of one call said of their models, for each lane: medians over updates, but for the last Ritz values."""
-    filled = np.arange(model.gap.shape[1]) < made[:, None]
-    ritz, predicted, improved = (np.asarray(x) for x in (model.ritz, model.predicted, model.improved))
-    best = np.argmax(np.nan_to_num(improved, nan=-np.inf), axis=-1)[..., None]
-    predicted, improved = (np.take_along_axis(x, best, -1)[..., 0] for x in (predicted, improved))
-    ratio = improved / np.where(predicted > 0, predicted, np.nan)
-    lane = np.arange(made.size)
-    out = {"agreement": ratio, "negative": np.asarray(model.negative), "gap": np.asarray(model.gap)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a lane without any is NaN
-        out = {name: np.nanmedian(np.where(filled, x, np.nan), axis=1) for name, x in out.items()}
-    if ritz.shape[-1]:
-        out |= {"curvature": ritz[lane, made - 1].max(-1), "lowest": ritz[lane, made - 1].min(-1)}
-    return out
+    def _update(self, lanes: Any, done: Any, updates: Any):
+        return _plan(self.solver, *lanes, self.task, done, updates)
 
 
 def _iterate(lane, task, done, updates):

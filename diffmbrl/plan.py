@@ -13,10 +13,11 @@ import numpy as np
 
 from diffmbrl.core import State, Task, keeps_limits
 from diffmbrl.methods import METHODS, solver
-from diffmbrl.planners import MPC, Predicted, control
+from diffmbrl.planners import MPC, Predicted
+from diffmbrl.planners.episode import Episode, finish, proceed, start
 from diffmbrl.policies import Affine, first_plan, resting_action, squash
 from diffmbrl.rollout import returns, rollout
-from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
+from diffmbrl.runs import EVERY, Session, check_out, create, settled, underway
 from diffmbrl.runs.plan_report import shape_record
 from diffmbrl.solve import solve
 from diffmbrl.tasks import TASKS, delayed, make, noisy, squashed
@@ -25,6 +26,7 @@ from diffmbrl.tasks.plant import Delayed
 from diffmbrl.tasks.registry import known
 
 WINDOW = 50  # steps that an MPC plans ahead by default
+LOOK = 0.5  # seconds between two looks at an MPC's episodes, at least
 FIRST = 50  # updates in the first step of its episodes
 
 
@@ -56,11 +58,11 @@ class Prepared(NamedTuple):
     iterations: int
 
 
-def plan(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
+def plan(setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY) -> Path:
     """Plan from each start, or control with the planner in the loop; returns the run folder, with figures and report.
 
     Either way the result is followed on the plant, which is the model with other parameters, noise or late actions if the
-    setting says so.
+    setting says so. A checkpoint is written `every` so many seconds and at the end.
     Raises: `ValueError` for anything wrong in the setting or the folder, before anything is written.
     """
     prepared = prepare(setting)
@@ -68,11 +70,24 @@ def plan(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Pa
     chosen = {"horizon": prepared.horizon, "steps": prepared.plant.horizon, "iterations": prepared.iterations}
     chosen["differs"] = bool(setting.mismatch or setting.noise or setting.delay)
     folder = create(out, setting.task, "plan", setting._asdict() | chosen)
-    arms = 1 if setting.mpc else setting.starts
-    with running(folder), Writer(folder / "metrics.jsonl") as writer, Progress(arms, stream=stream) as progress:
-        _write_scene(setting, prepared, writer.write)
-        (_control if setting.mpc else _plans)(setting, prepared, writer.write, progress)
-    rebuild(folder)
+    return _run(setting, prepared, folder, stream=stream, every=every)
+
+
+def resume(folder: Path, config: dict[str, Any], *, stream: Any = None, every: float = EVERY) -> Path:
+    """Go on with a plan from its newest checkpoint, to the same numbers.
+
+    Raises: `ValueError` if its config or its checkpoints do not fit.
+    """
+    setting = settled(Setting, config, besides={"differs"})
+    setting = setting if setting.mpc else setting._replace(steps=None)  # written for the reader
+    return _run(setting, prepare(setting), folder, stream=stream, every=every, resumed=True)
+
+
+def _run(setting: Setting, prepared: Prepared, folder: Path, **options: Any) -> Path:
+    with underway(folder, 1 if setting.mpc else setting.starts, **options) as run:
+        if run.begins:
+            _write_scene(setting, prepared, run.write)
+        (_control if setting.mpc else _plans)(setting, prepared, run)
     return folder
 
 
@@ -139,17 +154,18 @@ def _keys(setting: Setting) -> Any:
     return jax.random.fold_in(root, 1), jax.random.split(jax.random.fold_in(root, 2), setting.starts)
 
 
-def _plans(setting: Setting, prepared: Prepared, write: Callable[[dict], None], progress: Progress) -> None:
+def _plans(setting: Setting, prepared: Prepared, run: Session) -> None:
     """Each start planned on its own, and the plan with its feedback followed on the plant."""
+    write, progress = run.write, run.progress
     model, plant, made, _, iterations = prepared
     keeps = keeps_limits(made)
     inside, outside = (task if keeps else squashed(task) for task in (model, plant))
     draws, noise = _keys(setting)
-    for index, s0 in enumerate(_each(_starts(setting, model), setting.starts)):
+    for index, s0 in run.arms(enumerate(_each(_starts(setting, model), setting.starts))):
         progress.arm(f"start {index}", iterations)
         # Planners of gradients take no key: theirs would draw the model's noise, which has none.
         key = jax.random.fold_in(draws, index) if METHODS[_name(setting)].order == 0 else None
-        found, history = solve(made, first_plan(made, inside), inside, s0, key, iterations)
+        found, history = solve(made, first_plan(made, inside), inside, s0, key, iterations, looks=run)
         inner = _follow(found, inside, s0, None)
         trajectory = _follow(found, outside, s0, noise[index])
         info = history.info
@@ -165,8 +181,9 @@ def _plans(setting: Setting, prepared: Prepared, write: Callable[[dict], None], 
         _write_trajectory(write, index, model, trajectory, keeps, gains)
 
 
-def _control(setting: Setting, prepared: Prepared, write: Callable[[dict], None], progress: Progress) -> None:
+def _control(setting: Setting, prepared: Prepared, run: Session) -> None:
     """All starts at once, the planner in the loop on the plant."""
+    write, progress = run.write, run.progress
     model, plant, made, horizon, iterations = prepared
     starts, (draws, noise) = _starts(setting, model), _keys(setting)
     if setting.delay:
@@ -184,11 +201,24 @@ def _control(setting: Setting, prepared: Prepared, write: Callable[[dict], None]
     progress.arm(f"mpc of {_name(setting)}", plant.horizon)
     progress.update(0, "compiling")
     begun = time.perf_counter()
-    run = jax.jit(lambda mpc, plant, s0, keys: jax.vmap(lambda s, k: control(mpc, plant, s, k))(s0, keys))
-    compiled = run.lower(mpc, plant, starts, noise).compile()
-    ready = time.perf_counter()
-    trajectories, infos = jax.block_until_ready(compiled(mpc, plant, starts, noise))
-    seconds = time.perf_counter() - ready
+    t, seconds, count = 0, 0.0, 1
+    if (kept := run.kept) is None:
+        episodes = _begin(mpc, plant, starts)
+    else:
+        episodes = run.restore(jax.eval_shape(_begin, mpc, plant, starts))
+        t, seconds = kept["t"], kept["seconds"]
+    compiled = _proceed.lower(mpc, plant, starts, episodes, noise, jnp.int32(t), jnp.int32(count)).compile()
+    compile_seconds = time.perf_counter() - begun
+    while t < plant.horizon:
+        started = time.perf_counter()
+        count = min(count, plant.horizon - t)
+        episodes = jax.block_until_ready(compiled(mpc, plant, starts, episodes, noise, jnp.int32(t), jnp.int32(count)))
+        took = time.perf_counter() - started
+        t, seconds = t + count, seconds + took
+        run.look(episodes, t=t, seconds=seconds)
+        progress.update(t, f"{seconds:.2f} s")
+        count = count * 2 if took < LOOK else count
+    trajectories, infos = jax.vmap(finish)(episodes)
     for index in range(setting.starts):
         trajectory, info = (jax.tree.map(lambda x: x[index], tree) for tree in (trajectories, infos))  # noqa: B023
         norms = info.gradient_norm
@@ -196,14 +226,24 @@ def _control(setting: Setting, prepared: Prepared, write: Callable[[dict], None]
         accepted = float(np.mean(np.asarray(info.accepted)))
         last = {"stop": f"{plant.horizon} steps, {accepted:.0%} of last updates accepted", "seconds": seconds}
         last |= {
-            "compile_seconds": ready - begun,
+            "compile_seconds": compile_seconds,
             "iterations": (plant.horizon - 1) * iterations + max(iterations, FIRST),
         }
         last |= {"gradient_norm": None if norms is None else float(np.median(np.asarray(norms)))}
         last |= {"nonfinite": int(np.sum(np.asarray(info.nonfinite))), "model_return": None}
         _write_result(write, index, model, plant, trajectory, last)
         _write_trajectory(write, index, model, trajectory, True, None)
-    progress.update(plant.horizon, f"{seconds:.2f} s")
+
+
+@jax.jit
+def _begin(mpc: MPC, plant: Task, starts: State) -> Episode:
+    return jax.vmap(lambda s: start(mpc, plant, s))(starts)
+
+
+@jax.jit
+def _proceed(mpc: MPC, plant: Task, starts: State, episodes: Episode, keys: Any, first: Any, count: Any) -> Episode:
+    """All starts, some steps on."""
+    return jax.vmap(lambda s, e, k: proceed(mpc, plant, s, e, k, first=first, count=count))(starts, episodes, keys)
 
 
 @jax.jit

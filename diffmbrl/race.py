@@ -1,8 +1,6 @@
 """Agents that learn from a real system, side by side on one task: what `diffmbrl learn` and `compare --learned` run."""
 
-import json
-import time
-from collections.abc import Callable
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +13,17 @@ from diffmbrl.agents.foresight import foresight
 from diffmbrl.agents.learn import Agent, Learned, check, learn
 from diffmbrl.agents.registry import AGENTS
 from diffmbrl.agents.registry import make as make_agent
-from diffmbrl.runs import Progress, Writer, check_out, create, interquartile_mean, rebuild, running, words
+from diffmbrl.runs import (
+    EVERY,
+    Session,
+    check_out,
+    create,
+    interquartile_mean,
+    read_config,
+    settled,
+    underway,
+    words,
+)
 from diffmbrl.saved import filled, read_arrays, save_arrays
 from diffmbrl.tasks import TASKS, make, noisy
 from diffmbrl.tasks.registry import known
@@ -34,7 +42,7 @@ class Setting(NamedTuple):
     real_steps: int | None
     budget: float  # seconds of each agent's updates and steps
     seeds: int
-    evaluations: int | None
+    evaluations: int | dict[str, int] | None  # starts of each, of all agents or of each
     horizon: int | None
     parameters: dict[str, float]
     noise: float  # of the process
@@ -62,30 +70,37 @@ class Restored(NamedTuple):
     keys: Key[Array, " S"]
 
 
-def race(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
+def race(setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY) -> Path:
     """Let the agents learn, one after another, and return the run folder, with figures and report.
 
     Seed k of each begins with the same key, so evaluations have the same starts, and warm-ups by random actions are the same.
-    What an agent has learned is kept when the run is interrupted, and the report shows what there is.
+    What an agent has learned is kept when the run is interrupted, and the report shows what there is. A checkpoint is written
+    `every` so many seconds and at the end.
     Raises: `ValueError` for anything wrong in the setting or the folder, before anything is compiled or written.
     """
     prepared = prepare(setting)
     check_out(out)
     resolved = {"horizon": prepared.system.plant.horizon, "real_steps": prepared.real_steps}
     config = setting._asdict() | resolved | {"evaluations": prepared.evaluations}
-    folder = create(out, setting.task, "learn", config)
-    try:
-        with (
-            running(folder),
-            Writer(folder / "metrics.jsonl") as writer,
-            Progress(len(prepared.agents), stream=stream) as progress,
-        ):
+    return _run(setting, prepared, create(out, setting.task, "learn", config), stream=stream, every=every)
+
+
+def resume(folder: Path, config: dict[str, Any], *, stream: Any = None, every: float = EVERY) -> Path:
+    """Go on with a race from its newest checkpoint, to the same numbers.
+
+    Raises: `ValueError` if its config or its checkpoints do not fit.
+    """
+    setting = settled(Setting, config)
+    return _run(setting, prepare(setting), folder, stream=stream, every=every, resumed=True)
+
+
+def _run(setting: Setting, prepared: Prepared, folder: Path, **options: Any) -> Path:
+    with underway(folder, len(prepared.agents), **options) as run:
+        if run.begins:
             row = TASKS[setting.task]
-            writer.write({"kind": "scene", "dt": prepared.system.plant.dt, "state_names": row.states})
-            for name in prepared.agents:
-                _run_agent(name, prepared, setting.budget, folder, writer.write, progress)
-    finally:
-        rebuild(folder)
+            run.write({"kind": "scene", "dt": prepared.system.plant.dt, "state_names": row.states})
+        for name in run.arms(prepared.agents):
+            _run_agent(name, prepared, setting, run)
     return folder
 
 
@@ -102,8 +117,9 @@ def prepare(setting: Setting) -> Prepared:
         raise ValueError(f"seeds must be at least 1, got {setting.seeds}")
     if setting.real_steps is not None and setting.real_steps < 1:
         raise ValueError(f"real-steps must be at least 1, got {setting.real_steps}")
-    if setting.evaluations is not None and setting.evaluations < 0:
-        raise ValueError(f"evaluations must be at least 0 starts, got {setting.evaluations}")
+    starts = _evaluations(setting, names)
+    if min(starts.values()) < 0:
+        raise ValueError(f"evaluations must be at least 0 starts, got {min(starts.values())}")
     if not setting.budget > 0:
         raise ValueError(f"budget must be a positive number of seconds, got {setting.budget:g}")
     if not 0 <= setting.key < 2**32:
@@ -113,7 +129,6 @@ def prepare(setting: Setting) -> Prepared:
     system = System(noisy(task, std=setting.noise), view=task, sensor=sensor)
     agents = {name: make_agent(name, system.view, setting.options) for name in names}
     steps = setting.real_steps or (AGENTS[names[0]].real_steps if len(names) == 1 else RACE)
-    starts = {name: AGENTS[name].evaluations if setting.evaluations is None else setting.evaluations for name in names}
     keys = jax.random.split(jax.random.key(setting.key), setting.seeds)
     for name, agent in agents.items():
         try:
@@ -123,16 +138,25 @@ def prepare(setting: Setting) -> Prepared:
     return Prepared(system, agents, keys, steps, starts)
 
 
+def _evaluations(setting: Setting, names: list[str]) -> dict[str, int]:
+    """The number of starts for each agent."""
+    asked = setting.evaluations
+    if isinstance(asked, dict):
+        if set(asked) != set(names):
+            raise ValueError(
+                f"evaluations must be given for the agents {' '.join(names)}, got {' '.join(asked) or 'none'}"
+            )
+        return asked
+    return {name: AGENTS[name].evaluations if asked is None else asked for name in names}
+
+
 def restore(folder: Path, name: str | None = None) -> Restored:
     """An agent that a run has left, by default the run's first, with the system it learned on.
 
     `agent.best(carry of one seed, system.view)` is its policy. Raises: `ValueError` if there is none, if its files are not what
     was written, or if the run's precision is another than the one in force.
     """
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"'{folder}' is not a run: it has no config.json that can be read") from None
+    config = read_config(folder)
     kept = sorted(path.stem for path in (Path(folder) / "agents").glob("*.json"))
     if not kept:
         raise ValueError(f"'{folder}' has no agents: only `learn` and `compare --learned` leave them")
@@ -143,32 +167,22 @@ def restore(folder: Path, name: str | None = None) -> Restored:
         )
     first = next(name for name in (*config["agents"], *kept) if name in kept)
     name = known("agent of the run", first if name is None else name, kept)
-    starts = config.pop("evaluations")[name]
-    setting = Setting(
-        **{field: config[field] for field in Setting._fields if field != "evaluations"}, evaluations=starts
-    )
-    prepared = prepare(setting)
+    prepared = prepare(settled(Setting, config))
     agent, view = prepared.agents[name], prepared.system.view
     blank = jax.eval_shape(jax.vmap(lambda key: agent.init(view, key)), prepared.keys)
     leaves = read_arrays(Path(folder) / "agents", name)[1]
     return Restored(agent, filled(blank, leaves, f"agent '{name}' of '{folder}'"), prepared.system, prepared.keys)
 
 
-def _run_agent(
-    name: str,
-    prepared: Prepared,
-    budget: float,
-    folder: Path,
-    write: Callable[[dict], None],
-    progress: Progress,
-) -> None:
+def _run_agent(name: str, prepared: Prepared, setting: Setting, run: Session) -> None:
     """One agent, all its seeds: a record of each iteration, why it ended, what it foresees; what it learned and saw."""
     agent, system, keys, real_steps = prepared.agents[name], prepared.system, prepared.keys, prepared.real_steps
-    sizes = {"warmup": agent.warmup, "every": agent.every, "environments": agent.environments}
-    write({"kind": "agent", "method": name, "label": name, "text": AGENTS[name].words} | sizes)
+    write, progress = run.write, run.progress
+    if run.kept is None:
+        sizes = {"warmup": agent.warmup, "every": agent.every, "environments": agent.environments}
+        write({"kind": "agent", "method": name, "label": name, "text": AGENTS[name].words} | sizes)
     progress.arm(name, real_steps)
     progress.update(0, "compiling")
-    begun = time.perf_counter()
     latest: Learned | None = None
     shown: dict[str, str] = {}
 
@@ -176,40 +190,40 @@ def _run_agent(
         nonlocal latest
         latest = learned
         line = _line(record)
-        write({"kind": "iteration", "method": name, "wall": time.perf_counter() - begun} | line)
+        write({"kind": "iteration", "method": name, "wall": run.seconds} | line)
         shown.update(_shown(line))
         said = [f"{what} {number}" for what, number in shown.items()]
         spent = f"{record['seconds']:.1f} s" if record["seconds"] else "compiling the update"
         progress.update(record["real_steps"], ", ".join([*said, spent]))
 
     def done() -> str:
-        return "" if latest is None else f" after {latest.records[-1]['real_steps']:,} of {real_steps:,} real steps"
+        return "" if latest is None else f" after {latest.real_steps:,} of {real_steps:,} real steps"
 
-    every = max(1, -(-(real_steps - agent.warmup) // (agent.every * LOOKS)))
-    stop = None
+    def keep(stop: str) -> None:
+        if latest is not None:
+            save_arrays(run.folder / "agents", name, latest.carry, seeds=len(keys))
+            save_arrays(run.folder / "buffers", name, latest.buffer, seeds=len(keys))
+        write({"kind": "stop", "method": name, "reason": stop})
+
     try:
-        learned = learn(
+        latest = learn(
             agent,
             system,
             keys,
             real_steps=real_steps,
-            seconds=budget,
+            seconds=setting.budget,
             evaluations=prepared.evaluations[name],
-            evaluate_every=every,
+            evaluate_every=max(1, -(-(real_steps - agent.warmup) // (agent.every * LOOKS))),
             on_record=on_record,
+            looks=run,
         )
-        reached = learned.records[-1]["real_steps"]
-        stop = f"{reached:,} real steps" if reached >= real_steps else f"budget of {budget:g} s{done()}"
     except BaseException as error:
-        stop = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
-        stop += done()
+        with contextlib.suppress(OSError):  # of a full disk, which is what stopped the run
+            keep(("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}") + done())
         raise
-    finally:
-        if latest is not None:
-            save_arrays(folder / "agents", name, latest.carry, seeds=len(keys))
-            save_arrays(folder / "buffers", name, latest.buffer, seeds=len(keys))
-        write({"kind": "stop", "method": name, "reason": stop})
-    if (found := foresight(agent, system, learned, keys)) is not None:
+    reached = latest.real_steps
+    keep(f"{reached:,} real steps" if reached >= real_steps else f"budget of {setting.budget:g} s{done()}")
+    if (found := foresight(agent, system, latest, keys)) is not None:
         write({"kind": "foresight", "method": name} | found)
 
 

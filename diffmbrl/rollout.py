@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from diffmbrl.core import State, Task, Trajectory, is_plan, is_stateful, reweighted, where
 
@@ -182,15 +182,31 @@ def _scan(
     adjoint: Any = None,
     w: Any = None,
 ):
-    stateful = is_stateful(policy)
-    memory = policy.start(task) if stateful else None
     _check(policy, task, s0, remat)
-    plan = policy if is_plan(policy) else None
+    step, plan = stepping(policy, task, s0, key, record, adjoint), policy if is_plan(policy) else None
+    carry, out = _scan_remat(step, begin(policy, task, s0), (jnp.arange(task.horizon), plan, w), remat)
+    return carry[:2], out
+
+
+def begin(policy: Any, task: Task, s0: State) -> tuple[State, Bool[Array, ""], Any]:
+    """What a rollout carries from step to step, at its start: the state, whether the episode goes on, the policy's memory."""
+    alive = jnp.array(True) if task.done is None else ~task.done(s0)
+    return s0, alive, policy.start(task) if is_stateful(policy) else None
+
+
+def stepping(
+    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None, record: Any, adjoint: AdjointRule | None = None
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """One step of a rollout from `s0`, for a scan over (t, the slice of a plan, what is added to the action).
+
+    It takes and returns what `begin` makes, and beside it what `record` makes of s, a, r, alive and the memory.
+    """
+    stateful, is_planned = is_stateful(policy), is_plan(policy)
 
     def step(carry, x):
         s, alive, memory = carry
         t, plan_t, w_t = x
-        pi = policy if plan is None else plan_t
+        pi = plan_t if is_planned else policy
         s = s if adjoint is None else _ruled(adjoint, t, s)
         key_a, key_s = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, t))
         held = s
@@ -212,9 +228,7 @@ def _scan(
         out = record(held, a, jnp.where(alive, r, jnp.zeros_like(r)), alive, memory)
         return (s_next, alive & ~task.done(s_next), memory), out
 
-    alive = jnp.array(True) if task.done is None else ~task.done(s0)
-    carry, out = _scan_remat(step, (s0, alive, memory), (jnp.arange(task.horizon), plan, w), remat)
-    return carry[:2], out
+    return step
 
 
 def _scan_remat(step: Any, carry: Any, xs: Any, remat: int | None) -> Any:

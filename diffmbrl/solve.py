@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from diffmbrl.core import Info, Solver, State, Task, is_plan
 from diffmbrl.diagnostics.nonfinite import locate, nonfinite_leaf
 from diffmbrl.diagnostics.reach import refuse_without_gradient
+from diffmbrl.looks import Looks, Unwatched
 
 CHUNK = 64  # updates made between two looks from the host, at most
 
@@ -37,6 +38,7 @@ def solve(
     tolerance: float = 0.0,
     relative: float = 0.0,
     seconds: float = float("inf"),
+    looks: Looks | None = None,
 ) -> tuple[Any, History]:
     """Run `solver` from `policy` on `task`: up to `steps` updates, or `seconds` of them, or until it has converged.
 
@@ -46,6 +48,7 @@ def solve(
     noise of policy and dynamics, update i using `fold_in(key, i)`; None means no noise. A return or gradient that is not finite
     ends the run: the last policy without one is returned and `History.stop` names the tensor and the step. Dozens of updates
     run between two looks from the host, so a small problem is not slowed by Python; the budget is checked at each look.
+    `looks` sees the state at each of them, and has the one to go on from.
 
     Raises: `ValueError` if `s0` does not have the task's state shape (with or without batch axis, as the solver takes it), if
     `steps` is below 1, if a parameter of the task is not finite, or if no reward depends on an action.
@@ -66,11 +69,19 @@ def solve(
         name: jnp.asarray(x, task.weights.dtype) for name, x in [("tolerance", tolerance), ("relative", relative)]
     }
     run = partial(iterate, solver, task=task, s0=s0, key=key, **bounds)
+    looks = Unwatched() if looks is None else looks
     begun = time.perf_counter()
     before = jnp.full((), jnp.nan, task.weights.dtype)  # J before the last accepted update: there is none yet
     jax.block_until_ready(run(policy, carry, first=jnp.int32(0), count=jnp.int32(0), before=before))
     compiled = time.perf_counter()
     chunks, starts, done, count, spent = [], [], 0, 1, 0.0
+    if (kept := looks.kept) is not None:
+        done, spent = kept["done"], kept["spent"]
+        one = jax.eval_shape(partial(run, first=jnp.int32(0), count=jnp.int32(1), before=before), policy, carry)
+        infos = [jax.tree.map(lambda x, n=n: np.zeros((n, *x.shape[1:]), x.dtype), one[2]) for n in kept["rows"]]
+        state = looks.restore({"now": one[:2], "last": one[:2], "before": before, "infos": infos})
+        (policy, carry), before, chunks = state["now"], state["before"], state["infos"]
+        starts = [(*state["last"], kept["last"])]
     stop = f"{steps} updates"
     while done < steps:
         started = time.perf_counter()
@@ -103,6 +114,9 @@ def solve(
         if spent >= seconds:
             stop = f"budget of {seconds:g} s after {done} updates"
             break
+        chunks = _merged(chunks)
+        state = {"now": (policy, carry), "last": starts[-1][:2], "before": before, "infos": chunks}
+        looks.look(state, done=done, spent=spent, last=starts[-1][2], rows=[len(chunk.J) for chunk in chunks])
         # About five looks a second, whatever the problem's size.
         count = count * 2 if took < 0.1 else max(1, count // 2) if took > 0.4 else count
     info = jax.tree.map(lambda *xs: np.concatenate(xs), *chunks)
@@ -198,6 +212,15 @@ def _relative_change(info: Info, before: Any) -> float:
     if len(info.J) > 1:
         before = info.J[-2] if info.accepted[-2] else np.nan
     return float(np.abs(J - before) / np.abs(J)) if J != 0 else np.nan
+
+
+def _merged(chunks: list[Info]) -> list[Info]:
+    """The same rows in few chunks, each of more rows than the next: no row is copied more often than there are chunks."""
+    chunks = list(chunks)
+    while len(chunks) > 1 and len(chunks[-2].J) <= len(chunks[-1].J):
+        last = chunks.pop()
+        chunks[-1] = jax.tree.map(lambda x, y: np.concatenate([x, y]), chunks[-1], last)
+    return chunks
 
 
 def _rewind(run: Any, starts: list, updates: int) -> Any:

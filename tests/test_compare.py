@@ -66,6 +66,7 @@ def test_the_folder(run):
         "provenance.json",
         "metrics.jsonl",
         "status.json",
+        "checkpoints",
         "figures",
         "policies",
         "report.html",

@@ -17,7 +17,7 @@ from diffmbrl.agents import Idle
 from diffmbrl.agents.registry import AGENTS, Row, make, options
 from diffmbrl.policies import Linear
 from diffmbrl.race import Setting, prepare, race, restore
-from diffmbrl.runs import courses, learn_text, read, rebuild
+from diffmbrl.runs import Progress, courses, learn_text, read, rebuild
 from diffmbrl.runs.learn_report import sentences
 from diffmbrl.saved import filled, read_arrays, save_arrays
 from tests.problems import of
@@ -96,7 +96,7 @@ def test_the_folder(run):
     folder, _ = run
     names = {path.name for path in folder.iterdir()}
     files = {"config.json", "provenance.json", "metrics.jsonl", "status.json", "report.html"}
-    assert names == files | {"figures", "agents", "buffers"}
+    assert names == files | {"figures", "agents", "buffers", "checkpoints"}
     config = json.loads((folder / "config.json").read_text())
     assert config["job"] == "learn" and config["agents"] == ["random", "knows"] and config["real_steps"] == 60
     assert config["evaluations"] == {"random": 3, "knows": 3}
@@ -207,18 +207,18 @@ def test_any_tree_of_arrays_is_saved(tmp_path):
 
 def test_interrupted_there_is_a_run_with_what_was_learned(tmp_path, monkeypatch, capsys):
     """By Ctrl-C after the second of three iterations; the report shows what there is, and another is drawn from it."""
-    update = racing.Progress.update
+    update = Progress.update
 
     def interrupt(self, step, text=""):
         update(self, step, text)
         if step == 40:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(racing.Progress, "update", interrupt)
+    monkeypatch.setattr(Progress, "update", interrupt)
     monkeypatch.chdir(tmp_path)
     words = "learn lqr --agent knows --real-steps 60 --horizon 10 --param mass=1.5 --seeds 2 --evaluations 0 --out run"
     assert cli.main(words.split()) == 130
-    assert capsys.readouterr().err == "diffmbrl: interrupted\n"
+    assert capsys.readouterr().err == "diffmbrl: interrupted; to go on: diffmbrl resume run\n"
     run = tmp_path / "run"
     assert json.loads((run / "status.json").read_text())["status"] == "interrupted"
     found, _ = read(run / "metrics.jsonl")

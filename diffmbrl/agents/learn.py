@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 from diffmbrl.agents.collect import Collected, Place, System, begin, collect
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task
+from diffmbrl.looks import Looks, Unwatched
 
 
 @runtime_checkable
@@ -81,7 +82,8 @@ class Learned(NamedTuple):
 
     carry: Any
     buffer: Buffer
-    records: list[dict[str, Any]]
+    records: list[dict[str, Any]]  # of this process, if the loop goes on from another's
+    real_steps: int
 
 
 def learn(
@@ -95,6 +97,7 @@ def learn(
     evaluate_every: int = 1,
     capacity: int | None = None,
     on_record: Callable[[dict[str, Any], "Learned"], None] | None = None,
+    looks: Looks | None = None,
 ) -> Learned:
     r"""Let an agent learn on a real system for so many real steps, or until `seconds` of iterations are spent.
 
@@ -104,6 +107,7 @@ def learn(
     finite or of an episode that was over before it began; `refused` updates, in which something that was finite came out not
     finite (the carry of before is kept); what the agent says; and every `evaluate_every` iterations, and at the end,
     `evaluation` [S, `evaluations`], the returns of `agent.best`, each from another start. `on_record` is given them all.
+    `looks` sees the state after each record, and has the one to go on from.
 
     Shapes: every leaf of the carry and the buffer gets a leading axis of S. Raises: `ValueError` for sizes that do not fit, and
     if the warm-up leaves nothing in the buffer; `TypeError` if the policy is a plan.
@@ -118,34 +122,43 @@ def learn(
     system = system if isinstance(system, System) else System(system)
     check(agent, keys, real_steps, evaluations, evaluate_every)
     capacity = max(real_steps, agent.warmup + agent.every) if capacity is None else capacity
-    lanes, fresh = _warm(agent, system, keys, capacity)
-    kept = np.asarray(lanes.buffer.size)
-    if kept.min() < 1:
-        raise ValueError(
-            f"of {agent.warmup} first steps of '{system.plant.name}' none could be kept (seeds {np.flatnonzero(kept < 1)}): "
-            "they were not finite, or every episode was over before its first step"
-        )
+    looks = Unwatched() if looks is None else looks
     records: list[dict[str, Any]] = []
-    record = _record(fresh, agent.warmup, 0.0, 0.0)
     run, evaluate = None, None
-    spent, worked, done, iteration = 0.0, 0.0, agent.warmup, 0
-    while True:
+
+    def recorded(record: dict[str, Any]) -> None:
+        nonlocal evaluate
         over = done >= real_steps or spent >= seconds
         if evaluations and (over or iteration % evaluate_every == 0):
             evaluate = evaluate or _evaluate.lower(agent, system, lanes.carry, keys, count=evaluations).compile()
             record["evaluation"] = np.asarray(evaluate(agent, system, lanes.carry, keys))
         records.append(record)
         if on_record is not None:
-            on_record(record, Learned(lanes.carry, lanes.buffer, records))
-        if over:
-            return Learned(lanes.carry, lanes.buffer, records)
+            on_record(record, Learned(lanes.carry, lanes.buffer, records, done))
+        looks.look(lanes, done=done, iteration=iteration, spent=spent, worked=worked)
+
+    if (kept := looks.kept) is None:
+        lanes, fresh = _warm(agent, system, keys, capacity)
+        left = np.asarray(lanes.buffer.size)
+        if left.min() < 1:
+            raise ValueError(
+                f"of {agent.warmup} first steps of '{system.plant.name}' none could be kept (seeds "
+                f"{np.flatnonzero(left < 1)}): they were not finite, or every episode was over before its first step"
+            )
+        done, iteration, spent, worked = agent.warmup, 0, 0.0, 0.0
+        recorded(_record(fresh, done, spent, worked))
+    else:
+        lanes = looks.restore(jax.eval_shape(lambda: _warm(agent, system, keys, capacity)[0]))
+        done, iteration, spent, worked = (kept[name] for name in ("done", "iteration", "spent", "worked"))
+    while done < real_steps and spent < seconds:
         number = jnp.int32(iteration)
         run = run or _iterate.lower(agent, system, lanes, keys, number).compile()  # before the clock starts
         begun, before = time.perf_counter(), time.process_time()
         lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
         spent, worked = spent + time.perf_counter() - begun, worked + time.process_time() - before
         done, iteration = done + agent.every, iteration + 1
-        record = _record(lanes.fresh, done, spent, worked) | {name: np.asarray(x) for name, x in said.items()}
+        recorded(_record(lanes.fresh, done, spent, worked) | {name: np.asarray(x) for name, x in said.items()})
+    return Learned(lanes.carry, lanes.buffer, records, done)
 
 
 @partial(jax.jit, static_argnames="capacity")

@@ -4,6 +4,7 @@
     provenance.json  what ran, on what (provenance.py) figures/         PNG and SVG
     status.json      running, finished, failed, ...    report.html      one file to send (report.py)
     policies/, agents/, buffers/   what it ended with, as plain arrays (saved.py)
+    checkpoints/     what it goes on from when it was interrupted, and its last state (checkpoint.py)
 
 Nothing is pickled. A file is written beside its name and renamed, so a reader never meets half of one.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 from diffmbrl.runs import provenance
 from diffmbrl.runs.metrics import to_json
+from diffmbrl.runs.signals import Terminated
 
 ROOT = Path("runs")
 STATUSES = ("running", "finished", "failed", "interrupted")
@@ -62,7 +64,7 @@ def create(out: Path | None, task: str, job: str, config: dict[str, Any]) -> Pat
     """
     check_out(out)
     resolved = to_json({"task": task, "job": job, **config})
-    started = _now()
+    started = now()
     facts = provenance.collect(seeds=config.get("seeds"), time=started)
     path = _fresh(task, job, resolved) if out is None else Path(out)
     path.mkdir(parents=True, exist_ok=True)
@@ -81,22 +83,29 @@ def set_status(folder: Path, status: str, *, reason: str | None = None) -> None:
         started = json.loads((folder / "status.json").read_text(encoding="utf-8")).get("started")
     except (OSError, ValueError):
         started = None
-    ended = None if status == "running" else _now()
+    ended = None if status == "running" else now()
     write_json(folder / "status.json", {"status": status, "reason": reason, "started": started, "ended": ended})
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Path]:
-    """Marks the run finished on leaving, interrupted on Ctrl-C, failed with its reason on any other exception."""
+    """Marks the run finished on leaving, interrupted on Ctrl-C or SIGTERM, failed with its reason on any other exception."""
     try:
         yield folder
-    except KeyboardInterrupt:
-        set_status(folder, "interrupted", reason="interrupted by the user")
+    except KeyboardInterrupt as error:
+        by = "by SIGTERM" if isinstance(error, Terminated) else "by the user"
+        _ended(folder, "interrupted", f"interrupted {by}")
         raise
     except BaseException as error:
-        set_status(folder, "failed", reason=f"{type(error).__name__}: {error}")
+        _ended(folder, "failed", f"{type(error).__name__}: {error}")
         raise
     set_status(folder, "finished")
+
+
+def _ended(folder: Path, status: str, reason: str) -> None:
+    """On a full disk the exception that is on its way says more than the one of its record."""
+    with contextlib.suppress(OSError):
+        set_status(folder, status, reason=reason)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -136,5 +145,6 @@ def _fresh(task: str, job: str, resolved: dict[str, Any]) -> Path:
             return path
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -16,8 +16,17 @@ def header(task: str, job: str, config: dict[str, Any], provenance: dict[str, An
     facts += [("float64" if provenance["x64"] else "float32")] if "x64" in provenance else []
     facts += [f"commit {git['commit'][:9]}{' (modified)' if git.get('dirty') else ''}"] if git.get("commit") else []
     facts += [str(provenance["time"])[:10]] if provenance.get("time") else []
+    again = len(resumed(provenance))
+    facts += [f"resumed {'once' if again == 1 else f'{again} times'}"] if again else []
     listed = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     return f'<p class="kicker">diffmbrl {escape(job)}</p>\n<h1>{escape(task)}</h1>\n<ul class="facts">{listed}</ul>'
+
+
+def resumed(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `session` wrote each time the run was resumed."""
+    entries = provenance.get("resumed")
+    whole = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return [{"remarks": [], **entry} for entry in whole if isinstance(entry.get("remarks", []), list)]
 
 
 def figure(picture: gallery.Picture) -> str:

@@ -33,6 +33,19 @@ def collect(*, seeds: Any = None, time: str | None = None) -> dict[str, Any]:
     }
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what of two `collect`s makes numbers differ in their last digits, or more."""
+
+    def of(facts: dict[str, Any]) -> dict[str, Any]:
+        found = {name: (facts.get("versions") or {}).get(name) for name in PACKAGES}
+        found |= {name: (facts.get("environment") or {}).get(name) for name in ENVIRONMENT}
+        found["the commit"] = (facts.get("git") or {}).get("commit")
+        return found | {"the device": (facts.get("device") or {}).get("kind")}
+
+    pairs = {name: (old, of(now)[name]) for name, old in of(before).items()}
+    return [f"{name} was {old}, is {new}: numbers may differ" for name, (old, new) in pairs.items() if old != new]
+
+
 def version(package: str) -> str | None:
     """The installed version, or None."""
     try:

@@ -66,16 +66,34 @@ def rebuild(folder: Path) -> Path:
         provenance = _json(folder / "provenance.json")
     else:
         remarks.append("provenance.json is missing: what this ran on is not known.")
-    remarks += [str(record.get("text", "")) for record in records if record["kind"] == "note"]
+    remarks += [str(record.get("text", "")) for record in records if record.get("kind") == "note"]
+    remarks += [
+        f"When the run was resumed: {remark}." for entry in frame.resumed(provenance) for remark in entry["remarks"]
+    ]
     path = folder / "report.html"
+    try:
+        write_atomic(path, _composed(config, provenance, records, remarks, folder / "figures"))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{str(folder)!r} does not hold what a run of {config.get('job')!r} writes ({what})"
+        ) from error
+    return path
+
+
+def _composed(
+    config: dict[str, Any],
+    provenance: dict[str, Any],
+    records: list[dict[str, Any]],
+    remarks: list[str],
+    figures: Path,
+) -> str:
+    """The page of any job."""
     composers = {"plan": plan_report.compose, "diagnose": health_report.compose, "learn": learn_report.compose}
     if compose_job := composers.get(str(config.get("job"))):
-        write_atomic(path, compose_job(config, provenance, records, remarks, folder / "figures"))
-        return path
+        return compose_job(config, provenance, records, remarks, figures)
     summary = table.summarise(arms.collect(records))
-    pictures = gallery.draw(summary, folder / "figures")
-    write_atomic(path, compose(config, provenance, summary, pictures, remarks))
-    return path
+    return compose(config, provenance, summary, gallery.draw(summary, figures), remarks)
 
 
 def compose(
