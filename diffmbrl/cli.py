@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = _parse(sys.argv[1:] if arguments is None else arguments)
         return RUN[type(command)](command)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"diffmbrl: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -176,6 +176,7 @@ def _learn(command: Learn) -> int:
         sensor_noise=command.sensor_noise,
         key=command.key,
         x64=command.x64,
+        given=tuple(command.given),
     )
     return _learned(setting, command.out)
 

@@ -119,7 +119,7 @@ class Learn:
     """Let an agent learn from real steps, with a model of the system or without. Ends with a table, figures and a report."""
 
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
-    """Name of a task; `diffmbrl tasks` lists them."""
+    """Name of a task; `diffmbrl tasks` lists them. `gym:ID` is the environment of that id of Gymnasium's, as a real system."""
     agent: str
     """The agent; `diffmbrl agents` lists them."""
     real_steps: int | None = None
@@ -140,6 +140,8 @@ class Learn:
     """Standard deviation of noise added to every state of the system at each step."""
     sensor_noise: float = 0.0
     """Standard deviation of noise on every state as the agent sees it."""
+    given: list[str] = field(default_factory=list)
+    """Of a system `gym:ID`, what is given and not learned: `reward`, `end`."""
     key: int = 0
     """Number from which every random draw follows."""
     x64: bool = False

@@ -10,14 +10,16 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from diffmbrl.agents.collect import NoisySensor, System
+from diffmbrl.agents.collect import NoisySensor, Real, System
 from diffmbrl.agents.foresight import foresight
+from diffmbrl.agents.host import HostSystem
+from diffmbrl.agents.judged import judged, learnable
 from diffmbrl.agents.learn import Agent, Learned, check, learn
 from diffmbrl.agents.registry import AGENTS
 from diffmbrl.agents.registry import make as make_agent
 from diffmbrl.runs import Progress, Writer, check_out, create, interquartile_mean, rebuild, running, words
 from diffmbrl.saved import filled, read_arrays, save_arrays
-from diffmbrl.tasks import TASKS, make, noisy
+from diffmbrl.tasks import TASKS, gymnasium, make, noisy
 from diffmbrl.tasks.registry import known
 
 LOOKS = 20  # evaluations along a run
@@ -41,12 +43,13 @@ class Setting(NamedTuple):
     sensor_noise: float
     key: int
     x64: bool
+    given: tuple[str, ...] = ()  # of a system whose reward and end would be learned
 
 
 class Prepared(NamedTuple):
     """What a setting means."""
 
-    system: System
+    system: Real
     agents: dict[str, Agent]
     keys: Key[Array, " S"]
     real_steps: int
@@ -58,7 +61,7 @@ class Restored(NamedTuple):
 
     agent: Agent
     carry: Any  # leaves [S, ...]
-    system: System
+    system: Real
     keys: Key[Array, " S"]
 
 
@@ -71,7 +74,7 @@ def race(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Pa
     """
     prepared = prepare(setting)
     check_out(out)
-    resolved = {"horizon": prepared.system.plant.horizon, "real_steps": prepared.real_steps}
+    resolved = {"horizon": prepared.system.horizon, "real_steps": prepared.real_steps}
     config = setting._asdict() | resolved | {"evaluations": prepared.evaluations}
     folder = create(out, setting.task, "learn", config)
     try:
@@ -80,8 +83,9 @@ def race(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Pa
             Writer(folder / "metrics.jsonl") as writer,
             Progress(len(prepared.agents), stream=stream) as progress,
         ):
-            row = TASKS[setting.task]
-            writer.write({"kind": "scene", "dt": prepared.system.plant.dt, "state_names": row.states})
+            view = prepared.system.view
+            names = TASKS[setting.task].states if setting.task in TASKS else gymnasium.names(view)
+            writer.write({"kind": "scene", "dt": view.dt, "state_names": names})
             for name in prepared.agents:
                 _run_agent(name, prepared, setting.budget, folder, writer.write, progress)
     finally:
@@ -94,7 +98,6 @@ def prepare(setting: Setting) -> Prepared:
 
     Raises: `ValueError` naming the value that is wrong.
     """
-    known("task", setting.task, TASKS)
     names = [known("agent", name.replace("_", "-"), AGENTS) for name in setting.agents]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"agents must be named, each once; got {' '.join(setting.agents) or 'none'}")
@@ -108,10 +111,8 @@ def prepare(setting: Setting) -> Prepared:
         raise ValueError(f"budget must be a positive number of seconds, got {setting.budget:g}")
     if not 0 <= setting.key < 2**32:
         raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
-    task = make(setting.task, horizon=setting.horizon, **setting.parameters)
-    sensor = None if setting.sensor_noise == 0 else NoisySensor(setting.sensor_noise)
-    system = System(noisy(task, std=setting.noise), view=task, sensor=sensor)
-    agents = {name: make_agent(name, system.view, setting.options) for name in names}
+    system = _system(setting)
+    agents = {name: judged(make_agent(name, system.view, setting.options), system.view) for name in names}
     steps = setting.real_steps or (AGENTS[names[0]].real_steps if len(names) == 1 else RACE)
     starts = {name: AGENTS[name].evaluations if setting.evaluations is None else setting.evaluations for name in names}
     keys = jax.random.split(jax.random.key(setting.key), setting.seeds)
@@ -121,6 +122,22 @@ def prepare(setting: Setting) -> Prepared:
         except ValueError as error:
             raise ValueError(f"agent '{name}': {error}") from None
     return Prepared(system, agents, keys, steps, starts)
+
+
+def _system(setting: Setting) -> Real:
+    """A task, or with the prefix `gym:` an environment of Gymnasium's."""
+    if setting.task.startswith(gymnasium.PREFIX):
+        for option, std in (("--noise", setting.noise), ("--sensor-noise", setting.sensor_noise)):
+            if std:
+                raise ValueError(f"{option} is for tasks whose states are known; '{setting.task}' is as it is")
+        name = setting.task.removeprefix(gymnasium.PREFIX)
+        found = gymnasium.environment(name, horizon=setting.horizon, given=setting.given, **setting.parameters)
+        return HostSystem(found.make, learnable(found.task))
+    if setting.given:
+        raise ValueError(f"--given is for systems of Gymnasium's: of task '{setting.task}' reward and end are given")
+    task = make(setting.task, horizon=setting.horizon, **setting.parameters)
+    sensor = None if setting.sensor_noise == 0 else NoisySensor(setting.sensor_noise)
+    return System(noisy(task, std=setting.noise), view=task, sensor=sensor)
 
 
 def restore(folder: Path, name: str | None = None) -> Restored:
@@ -145,7 +162,8 @@ def restore(folder: Path, name: str | None = None) -> Restored:
     name = known("agent of the run", first if name is None else name, kept)
     starts = config.pop("evaluations")[name]
     setting = Setting(
-        **{field: config[field] for field in Setting._fields if field != "evaluations"}, evaluations=starts
+        **{field: config[field] for field in Setting._fields if field != "evaluations" and field in config},
+        evaluations=starts,
     )
     prepared = prepare(setting)
     agent, view = prepared.agents[name], prepared.system.view
