@@ -98,7 +98,7 @@ def _compare(command: Compare) -> int:
         key=command.key,
         estimators=tuple(command.estimator),
     )
-    folder = compare(setting, out=command.out)
+    folder = compare(setting, out=command.out, track=command.track)
     summary = summarise(folder)
     print(f"\n{table.text(summary)}\n\n" + "\n".join(verdict.sentences(summary)))
     print(f"\nreport: {(folder / 'report.html').resolve()}")
@@ -125,7 +125,7 @@ def _plan(command: Plan) -> int:
         key=command.key,
         x64=command.x64,
     )
-    folder = plan(setting, out=command.out)
+    folder = plan(setting, out=command.out, track=command.track)
     print(f"\n{plan_text(folder)}")
     print(f"\nreport: {(folder / 'report.html').resolve()}")
     return 0
@@ -178,12 +178,25 @@ def _learn(command: Learn) -> int:
         x64=command.x64,
         given=tuple(command.given),
     )
-    return _learned(setting, command.out)
+    return _learned(setting, command.out, command.track)
 
 
 def _race(command: Compare) -> int:
     """Agents side by side; what is of methods alone is refused."""
-    takes = {"task", "methods", "learned", "real_steps", "horizon", "seeds", "budget", "param", "key", "x64", "out"}
+    takes = {
+        "task",
+        "methods",
+        "learned",
+        "real_steps",
+        "horizon",
+        "seeds",
+        "budget",
+        "param",
+        "key",
+        "x64",
+        "track",
+        "out",
+    }
     asked = command.__dict__ | {"task": ""}
     blank = Compare("").__dict__
     for option in fields(Compare):
@@ -208,14 +221,14 @@ def _race(command: Compare) -> int:
         key=command.key,
         x64=command.x64,
     )
-    return _learned(setting, command.out)
+    return _learned(setting, command.out, command.track)
 
 
-def _learned(setting: Any, out: Path | None) -> int:
+def _learned(setting: Any, out: Path | None, track: list[str]) -> int:
     from diffmbrl.race import race
     from diffmbrl.runs import learn_text
 
-    folder = race(setting, out=out)
+    folder = race(setting, out=out, track=track)
     print(f"\n{learn_text(folder)}")
     print(f"\nreport: {(folder / 'report.html').resolve()}")
     return 0

@@ -45,6 +45,8 @@ class Compare:
     """Number from which every random draw follows."""
     x64: bool = False
     """Compute in float64."""
+    track: list[str] = field(default_factory=list)
+    """Where the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
     out: Path | None = None
     """Run folder; by default runs/<task>-compare-<hash>, or with --learned runs/<task>-learn-<hash>."""
 
@@ -79,6 +81,8 @@ class Plan:
     """Number from which every random draw follows, the starts' first."""
     x64: bool = False
     """Compute in float64."""
+    track: list[str] = field(default_factory=list)
+    """Where the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
     out: Path | None = None
     """Run folder; by default runs/<task>-plan-<hash>."""
 
@@ -146,6 +150,8 @@ class Learn:
     """Number from which every random draw follows."""
     x64: bool = False
     """Compute in float64."""
+    track: list[str] = field(default_factory=list)
+    """Where the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
     out: Path | None = None
     """Run folder; by default runs/<task>-learn-<hash>."""
 

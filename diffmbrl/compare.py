@@ -1,7 +1,7 @@
 """The main job: methods side by side on one task, the same starts, seeds and cost axes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from diffmbrl.diagnostics.reach import refuse_without_gradient
 from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw
 from diffmbrl.methods import Method, estimated, method, schedule, solver
 from diffmbrl.policies import Neural
-from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
+from diffmbrl.runs import Progress, Writer, check_out, check_sinks, create, rebuild, running, tracked
 from diffmbrl.saved import save_policies
 from diffmbrl.solve import CHUNK
 from diffmbrl.tasks import make
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
     estimators: tuple[str, ...] = ()
 
 
-def compare(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
+def compare(setting: Setting, *, out: Path | None = None, stream: Any = None, track: Sequence[str] = ()) -> Path:
     """Run the comparison and return its run folder, with figures and report.
 
     Every method starts from the same policies and sees the same starts; seed k has its own of both. Held-out starts are common
@@ -49,13 +49,19 @@ def compare(setting: Setting, *, out: Path | None = None, stream: Any = None) ->
 
     Raises: `ValueError` for anything wrong in the setting or the folder, before anything is written.
     """
+    check_sinks(track)
     task, rows = prepare(setting)
     check_out(out)
     config = setting._asdict() | {"held_out": HELD_OUT}
     folder = create(out, setting.task, "compare", config)
-    with running(folder), Writer(folder / "metrics.jsonl") as writer, Progress(len(rows), stream=stream) as progress:
+    with (
+        running(folder),
+        Writer(folder / "metrics.jsonl") as writer,
+        Progress(len(rows), stream=stream) as progress,
+        tracked(writer.write, track, folder, config, progress.note) as write,
+    ):
         for name, row in rows:
-            _run_method(name, row, task, setting, folder, writer.write, progress)
+            _run_method(name, row, task, setting, folder, write, progress)
     rebuild(folder)
     return folder
 

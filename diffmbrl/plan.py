@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from diffmbrl.methods import METHODS, solver
 from diffmbrl.planners import MPC, Predicted, control
 from diffmbrl.policies import Affine, first_plan, resting_action, squash
 from diffmbrl.rollout import returns, rollout
-from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
+from diffmbrl.runs import Progress, Writer, check_out, check_sinks, create, rebuild, running, tracked
 from diffmbrl.runs.plan_report import shape_record
 from diffmbrl.solve import solve
 from diffmbrl.tasks import TASKS, delayed, make, noisy, squashed
@@ -56,22 +56,29 @@ class Prepared(NamedTuple):
     iterations: int
 
 
-def plan(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
+def plan(setting: Setting, *, out: Path | None = None, stream: Any = None, track: Sequence[str] = ()) -> Path:
     """Plan from each start, or control with the planner in the loop; returns the run folder, with figures and report.
 
     Either way the result is followed on the plant, which is the model with other parameters, noise or late actions if the
     setting says so.
     Raises: `ValueError` for anything wrong in the setting or the folder, before anything is written.
     """
+    check_sinks(track)
     prepared = prepare(setting)
     check_out(out)
     chosen = {"horizon": prepared.horizon, "steps": prepared.plant.horizon, "iterations": prepared.iterations}
     chosen["differs"] = bool(setting.mismatch or setting.noise or setting.delay)
-    folder = create(out, setting.task, "plan", setting._asdict() | chosen)
+    config = setting._asdict() | chosen
+    folder = create(out, setting.task, "plan", config)
     arms = 1 if setting.mpc else setting.starts
-    with running(folder), Writer(folder / "metrics.jsonl") as writer, Progress(arms, stream=stream) as progress:
-        _write_scene(setting, prepared, writer.write)
-        (_control if setting.mpc else _plans)(setting, prepared, writer.write, progress)
+    with (
+        running(folder),
+        Writer(folder / "metrics.jsonl") as writer,
+        Progress(arms, stream=stream) as progress,
+        tracked(writer.write, track, folder, config, progress.note) as write,
+    ):
+        _write_scene(setting, prepared, write)
+        (_control if setting.mpc else _plans)(setting, prepared, write, progress)
     rebuild(folder)
     return folder
 

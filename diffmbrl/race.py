@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,18 @@ from diffmbrl.agents.judged import judged, learnable
 from diffmbrl.agents.learn import Agent, Learned, check, learn
 from diffmbrl.agents.registry import AGENTS
 from diffmbrl.agents.registry import make as make_agent
-from diffmbrl.runs import Progress, Writer, check_out, create, interquartile_mean, rebuild, running, words
+from diffmbrl.runs import (
+    Progress,
+    Writer,
+    check_out,
+    check_sinks,
+    create,
+    interquartile_mean,
+    rebuild,
+    running,
+    tracked,
+    words,
+)
 from diffmbrl.saved import filled, read_arrays, save_arrays
 from diffmbrl.tasks import TASKS, gymnasium, make, noisy
 from diffmbrl.tasks.registry import known
@@ -65,13 +76,14 @@ class Restored(NamedTuple):
     keys: Key[Array, " S"]
 
 
-def race(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
+def race(setting: Setting, *, out: Path | None = None, stream: Any = None, track: Sequence[str] = ()) -> Path:
     """Let the agents learn, one after another, and return the run folder, with figures and report.
 
     Seed k of each begins with the same key, so evaluations have the same starts, and warm-ups by random actions are the same.
     What an agent has learned is kept when the run is interrupted, and the report shows what there is.
     Raises: `ValueError` for anything wrong in the setting or the folder, before anything is compiled or written.
     """
+    check_sinks(track)
     prepared = prepare(setting)
     check_out(out)
     resolved = {"horizon": prepared.system.horizon, "real_steps": prepared.real_steps}
@@ -82,12 +94,13 @@ def race(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Pa
             running(folder),
             Writer(folder / "metrics.jsonl") as writer,
             Progress(len(prepared.agents), stream=stream) as progress,
+            tracked(writer.write, track, folder, config, progress.note) as write,
         ):
             view = prepared.system.view
             names = TASKS[setting.task].states if setting.task in TASKS else gymnasium.names(view)
-            writer.write({"kind": "scene", "dt": view.dt, "state_names": names})
+            write({"kind": "scene", "dt": view.dt, "state_names": names})
             for name in prepared.agents:
-                _run_agent(name, prepared, setting.budget, folder, writer.write, progress)
+                _run_agent(name, prepared, setting.budget, folder, write, progress)
     finally:
         rebuild(folder)
     return folder
@@ -96,8 +109,10 @@ def race(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Pa
 def prepare(setting: Setting) -> Prepared:
     """System and agents, everything checked.
 
-    Raises: `ValueError` naming the value that is wrong.
+    Raises: `ValueError` naming the value that is wrong; `ModuleNotFoundError` for what a system of Gymnasium's needs.
     """
+    if not setting.task.startswith(gymnasium.PREFIX):
+        known("task", setting.task, TASKS)
     names = [known("agent", name.replace("_", "-"), AGENTS) for name in setting.agents]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"agents must be named, each once; got {' '.join(setting.agents) or 'none'}")

@@ -66,6 +66,12 @@ BAD = {
     "diagnose: a horizon twice": ("diagnose lqr --horizons 5 5", "each horizon can be named once, got 5 5"),
     "diagnose: negative noise": ("diagnose lqr --std -0.1", "std must be a finite positive number, got -0.1"),
     "diagnose: no run": ("diagnose lqr --policy nowhere", "'nowhere' is not a run"),
+    "a real system": ("plan gym:Pendulum-v1", "'gym:Pendulum-v1' is a real system, whose dynamics cannot be called"),
+    "gym: discrete": ("learn gym:CartPole-v1 --agent mpc", "action space of 'CartPole-v1' is Discrete(2): expected a Box"),
+    "gym: unknown": ("learn gym:Pendulm-v1 --agent mpc", "Gymnasium does not make 'Pendulm-v1'"),
+    "gym: noise": ("learn gym:Pendulum-v1 --agent mpc --noise 0.1", "--noise is for tasks whose states are known"),
+    "gym: given": ("learn gym:Pendulum-v1 --agent mpc --given rewrad", "did you mean 'reward'?"),
+    "given of a task": ("learn lqr --agent mpc --given reward", "of task 'lqr' reward and end are given"),
     "unknown option of doctor": ("doctor --x46", "Unrecognized options: --x46; did you mean '--x64'?"),
 }  # fmt: skip
 

@@ -32,9 +32,9 @@ class HostSystem:
     """Environments that `make` makes, and the `task` as an agent knows it; what `tasks.gymnasium.environment` gives.
 
     The actions of all environments of all seeds are one compiled call a step; they are cut at the task's limits. An environment
-    is reset with a seed drawn from the key, so runs repeat as far as it does, and evaluations have the same starts. A time limit
-    that it sets itself (`truncated`) ends the episode, but is no end of the task. Where an action, a reward or an observation
-    is not finite the step is not kept, and the episode ends there; an action that is not finite is not taken.
+    is reset with a seed drawn from the key, so runs repeat as far as it does, and evaluations have the same starts. A time
+    limit of its own (`truncated`) ends the episode, but is no end of the task. Where an action, a reward or an observation is
+    not finite the step is not kept, and the episode ends there; an action that is not finite is not taken.
 
     >>> import jax
     >>> from diffmbrl.agents import Idle, learn
@@ -60,9 +60,10 @@ class HostSystem:
         """New environments, each reset. Raises: `TypeError` for a plan, which has no action for a second episode."""
         shape = (keys.shape[0], count)
         seeds = _seeds(keys, count)
-        made = [[self.make() for _ in range(count)] for _ in range(shape[0])]
-        seen = np.stack([[_reset(env, seed) for env, seed in zip(*pair, strict=True)] for pair in zip(made, seeds, strict=True)])
-        memory = _start(who, carries, count)
+        made = [[self.make() for _ in row] for row in seeds]
+        each = zip(made, seeds, strict=True)
+        seen = np.stack([[_reset(env, seed) for env, seed in zip(*row, strict=True)] for row in each])
+        memory = _start(who, carries, *shape)
         zero = np.zeros(shape, np.int32)
         episode = np.asarray(first, np.int32)[:, None] + np.arange(count, dtype=np.int32)
         return HostPlaces(made, seen, memory, np.ones(shape, bool), zero, episode, np.zeros(shape, seen.dtype))
@@ -100,7 +101,7 @@ class HostSystem:
         return HostPlaces(made, seen, memory, anew, t, episode, J), found
 
     def ready(self, function: Callable, *arguments: Any, **sizes: int) -> Callable:
-        """The function as it stands, once all that is jitted in it has been compiled by a rehearsal, whose results are dropped."""
+        """The function as it stands, once a rehearsal, whose results are dropped, has compiled all that is jitted in it."""
         plain = function.__wrapped__  # type: ignore[attr-defined]
         plain(*(_Rehearsal(self.view) if x is self else x for x in arguments), **sizes)
         return lambda *arguments: plain(*arguments, **sizes)
@@ -133,9 +134,9 @@ class _Rehearsal(HostSystem):
         return places, jax.tree.map(lambda x: jnp.repeat(x, steps, axis=2), found)
 
 
-@partial(jax.jit, static_argnames="count")
-def _start(who: Acting, carries: Any, count: int) -> Any:
-    """Memories before the first step, [S, count, ...]; None for a policy without."""
+@partial(jax.jit, static_argnames=("seeds", "count"))
+def _start(who: Acting, carries: Any, seeds: int, count: int) -> Any:
+    """Memories before the first step, [seeds, count, ...]; None for a policy without."""
 
     def one(carry: Any) -> Any:
         policy = who(carry)
@@ -144,7 +145,7 @@ def _start(who: Acting, carries: Any, count: int) -> Any:
         memory = policy.start(who.task) if is_stateful(policy) else None
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), memory)
 
-    return jax.vmap(one)(carries)
+    return jax.vmap(one, axis_size=seeds)(carries)
 
 
 @jax.jit
@@ -171,7 +172,7 @@ def _act(
     return jax.vmap(seed)(carries, memory, anew, seen, keys)
 
 
-def _reset(env: Any, seed: int) -> np.ndarray:
+def _reset(env: Any, seed: Any) -> np.ndarray:
     return observed(env.reset(seed=int(seed))[0])
 
 

@@ -27,7 +27,7 @@ class JudgedCarry(NamedTuple):
 
 
 class Judged(eqx.Module):
-    r"""Fits $\hat r$ and $\hat p$ wherever a `RewardModel` or an `EndModel` stands in the task, and in the agent, which plans with them.
+    r"""Fits $\hat r$ and $\hat p$ wherever a `RewardModel` or an `EndModel` stands in the task, or in an agent that plans.
 
     Every fit goes on from the weights of the last. Evaluations and records are of the true reward all the same.
     Cost of an update: the agent's, and a fit of each model. Use `judged`, which leaves alone an agent that needs none of it.
@@ -74,9 +74,7 @@ class Judged(eqx.Module):
         key_fit, key_update = jax.random.split(key)
         models, said = {}, {}
         for i, (name, model) in enumerate(carry.models.items()):
-            models[name], curves = train(
-                model, buffer.rows, buffer.size, jax.random.fold_in(key_fit, i), self.training
-            )
+            models[name], curves = train(model, buffer.rows, buffer.size, jax.random.fold_in(key_fit, i), self.training)
             said |= {f"{name}_error": curves.holdout[0], f"{name}_rejected": jnp.sum(curves.rejected)}
         carry = JudgedCarry(carry.inner, models)
         agent, told = informed(self.inner, carry), informed(task, carry)

@@ -11,12 +11,14 @@ from diffmbrl.runs.metrics import Writer, read
 from diffmbrl.runs.progress import Progress
 from diffmbrl.runs.report import health_text, learn_text, plan_text, rebuild, summarise
 from diffmbrl.runs.statistics import Estimate, estimate, interquartile_mean, interval
+from diffmbrl.runs.track import check_sinks, tracked
 
 __all__ = [
     "Estimate",
     "Progress",
     "Writer",
     "check_out",
+    "check_sinks",
     "create",
     "estimate",
     "health_text",
@@ -30,5 +32,6 @@ __all__ = [
     "set_status",
     "summarise",
     "table",
+    "tracked",
     "verdict",
 ]

@@ -1,4 +1,4 @@
-r"""Any Gymnasium environment with Box spaces, as the real system of a model-based loop: it is stepped on the host, and not seen into.
+"""Any Gymnasium environment with Box spaces, as the real system of a model-based loop: stepped on the host, not seen into.
 
 What is not known of it is not made up: its reward and its end are `NotGiven`, to be learned (`agents/judged.py`), but for those
 environments whose formulas stand here, of which they may be taken. Needs the extra `gym`.
@@ -49,7 +49,7 @@ class PendulumReward(eqx.Module):
 
 
 class Upright(eqx.Module):
-    """InvertedPendulum's reward: 1 for each step."""
+    """InvertedPendulum's reward: 1 for each step, but that which ends it."""
 
     def __call__(self, s: Float[Array, "4"], a: Float[Array, "1"]) -> Float[Array, ""]:
         return jnp.ones((), s.dtype)
@@ -107,8 +107,9 @@ def environment(
     formulas of the observation, `given` names those that `KNOWN` has to be taken from there ("reward", "end"); what is neither
     is `NotGiven`. Starts are drawn from 64 resets, seeded 0 to 63.
 
-    Raises: `ValueError` for an unknown id, for spaces that are no flat Box of floats, for a horizon or a dt that is neither given
-    nor known, for a part that cannot be given; `ModuleNotFoundError` where Gymnasium, or what the environment needs, is missing.
+    Raises: `ValueError` for an unknown id, for spaces that are no flat Box of floats, for a horizon or a dt that is neither
+    given nor known, for a part that cannot be given; `ModuleNotFoundError` where Gymnasium, or what the environment needs, is
+    missing.
 
     >>> made = environment("Pendulum-v1", given=["reward"])
     >>> made.task.n, made.task.m, made.task.horizon, made.task.dt
@@ -185,7 +186,9 @@ def _check(name: str, what: str, space: Any) -> None:
     """Whether a space is a flat Box of floats. Raises: `ValueError` that says what to do."""
     kind = type(space).__name__
     if kind != "Box":
-        way = "gymnasium.wrappers.FlattenObservation" if what == "observation" else "an environment of continuous actions"
+        way = (
+            "gymnasium.wrappers.FlattenObservation" if what == "observation" else "an environment of continuous actions"
+        )
         raise ValueError(f"the {what} space of '{name}' is {space}: expected a Box of floats; try {way}")
     if len(space.shape) != 1 or space.shape[0] < 1:
         raise ValueError(
