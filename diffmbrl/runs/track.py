@@ -52,7 +52,7 @@ class TensorBoard:
 
     def write(self, point: Point) -> None:
         for name, value in point.values.items():
-            self.writer.add_scalar(f"{point.group}/{name}", value, point.step)
+            self.writer.add_scalar(f"{point.group}/{name}".replace(" ", "-"), value, point.step)
         self.writer.flush()
 
     def close(self) -> None:
@@ -76,11 +76,12 @@ class WeightsAndBiases:
         self.groups: set[str] = set()
 
     def write(self, point: Point) -> None:
-        if point.group not in self.groups:
-            self.groups.add(point.group)
-            self.run.define_metric(f"{point.group}/*", step_metric=f"{point.group}/step")
+        group = point.group.replace(".", ",")  # a dot would be a level of its own
+        if group not in self.groups:
+            self.groups.add(group)
+            self.run.define_metric(f"{group}/*", step_metric=f"{group}/step")
         values = {"step": point.step} | point.values
-        self.run.log({f"{point.group}/{name}": value for name, value in values.items()})
+        self.run.log({f"{group}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
         self.run.finish()
@@ -163,7 +164,7 @@ def points(record: dict[str, Any]) -> list[Point]:
 def _numbers(name: str, value: Any, *, each: bool) -> dict[str, float]:
     if value is None or isinstance(value, str):
         return {}
-    if np.ndim(value) == 0 and not isinstance(value, list):
+    if not isinstance(value, list | tuple | np.ndarray) or not np.shape(np.asarray(value, object)):
         return {name: float(value)}
     seeds = {k: float(np.mean(np.asarray(x, float))) for k, x in enumerate(value) if np.size(x)}
     if not seeds:
