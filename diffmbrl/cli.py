@@ -1,4 +1,4 @@
-"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `learn`, `report`, `agents`, `tasks`, `doctor`."""
+"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `learn`, `report`, `render`, `agents`, `tasks`, `doctor`."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from diffmbrl.commands import Agents, Command, Compare, Diagnose, Doctor, Learn, Plan, Report, Tasks
+from diffmbrl.commands import Agents, Command, Compare, Diagnose, Doctor, Learn, Plan, Render, Report, Tasks
 
 DEFAULT_CACHE = Path("~/.cache/diffmbrl/xla")
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Learn | Report | Agents | Tasks | Doctor:
+def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Learn | Report | Render | Agents | Tasks | Doctor:
     """The command given. Raises: `ValueError` in one line where tyro draws a box."""
     names = [kind.__name__.lower() for kind in RUN]
     if not arguments:
@@ -241,6 +241,22 @@ def _report(command: Report) -> int:
     return 0
 
 
+def _render(command: Render) -> int:
+    from diffmbrl.render import config_of, render
+
+    _configure(bool(config_of(command.run).get("x64")))
+    path = render(
+        command.run,
+        out=command.out,
+        as_gif=command.gif,
+        method=command.method,
+        seed=command.seed,
+        start=command.start,
+    )
+    print(f"animation: {path.resolve()}")
+    return 0
+
+
 def _agents(command: Agents) -> int:
     from diffmbrl.agents.registry import listing
 
@@ -304,6 +320,7 @@ RUN = {
     Diagnose: _diagnose,
     Learn: _learn,
     Report: _report,
+    Render: _render,
     Agents: _agents,
     Tasks: _tasks,
     Doctor: _doctor,

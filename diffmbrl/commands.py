@@ -165,6 +165,24 @@ class Report:
 
 
 @dataclass
+class Render:
+    """Draw the best policy of a run, or its plan, moving: one HTML file that needs nothing else, or a GIF."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder of `compare`, `learn` or `plan`."""
+    gif: bool = False
+    """A GIF instead."""
+    method: str | None = None
+    """The method or agent; by default the one with the best return."""
+    seed: int | None = None
+    """Its seed; by default an agent's best, a method's first."""
+    start: int = 0
+    """Which start: of a plan one of its own, else any number, of a start that nothing was trained on."""
+    out: Path | None = None
+    """The file; by default animation.html or animation.gif in the run's folder."""
+
+
+@dataclass
 class Agents:
     """List the agents that learn, with their options."""
 
@@ -188,6 +206,7 @@ Command = (
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Learn, tyro.conf.subcommand("learn")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Render, tyro.conf.subcommand("render")]
     | Annotated[Agents, tyro.conf.subcommand("agents")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]

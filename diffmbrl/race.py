@@ -146,7 +146,8 @@ def _system(setting: Setting) -> Real:
             if std:
                 raise ValueError(f"{option} is for tasks whose states are known; '{setting.task}' is as it is")
         name = setting.task.removeprefix(gymnasium.PREFIX)
-        found = gymnasium.environment(name, horizon=setting.horizon, given=setting.given, **setting.parameters)
+        asked = {"given": setting.given, "parameters": setting.parameters}
+        found = gymnasium.environment(name, horizon=setting.horizon, **asked)
         return HostSystem(found.make, learnable(found.task))
     if setting.given:
         raise ValueError(f"--given is for systems of Gymnasium's: of task '{setting.task}' reward and end are given")

@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD = {
-    "no command": ("", "expected a command: compare, plan, diagnose, learn, report, agents, tasks, doctor; see"),
+    "no command": ("", "expected a command: compare, plan, diagnose, learn, report, render, agents, tasks, doctor; see"),
     "unknown command": ("comapre lqr", "unknown command 'comapre'; did you mean 'compare'?"),
     "no task": ("compare", "TASK"),
     "unknown task": ("compare lqrr", "unknown task 'lqrr'; did you mean 'lqr'?"),
@@ -66,6 +66,7 @@ BAD = {
     "diagnose: a horizon twice": ("diagnose lqr --horizons 5 5", "each horizon can be named once, got 5 5"),
     "diagnose: negative noise": ("diagnose lqr --std -0.1", "std must be a finite positive number, got -0.1"),
     "diagnose: no run": ("diagnose lqr --policy nowhere", "'nowhere' is not a run"),
+    "render: no run": ("render nowhere", "'nowhere' is not a run: it has no config.json"),
     "a real system": ("plan gym:Pendulum-v1", "'gym:Pendulum-v1' is a real system, whose dynamics cannot be called"),
     "gym: discrete": ("learn gym:CartPole-v1 --agent mpc", "action space of 'CartPole-v1' is Discrete(2): expected a Box"),
     "gym: unknown": ("learn gym:Pendulm-v1 --agent mpc", "Gymnasium does not make 'Pendulm-v1'"),

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from typing import Any
 
 import equinox as eqx
 import gymnasium
@@ -115,7 +116,7 @@ class Counts(eqx.Module):
 
 
 class Remembers(Idle):
-    def policy(self, carry, task):
+    def policy(self, carry, task) -> Any:
         return Counts(jnp.float32(0.1))
 
 
@@ -139,9 +140,9 @@ class Line(gymnasium.Env):
         self.x = self.np_random.uniform(-0.4, 0.4)
         return np.array([self.x]), {}
 
-    def step(self, a):
-        assert np.isfinite(a).all()
-        self.x += float(a[0])
+    def step(self, action):
+        assert np.isfinite(action).all()
+        self.x += float(action[0])
         bad = abs(self.x) > 0.5
         seen = np.nan if self.spoils == "observation" and bad else self.x
         reward = np.inf if self.spoils == "reward" and bad else self.x
@@ -162,7 +163,7 @@ def test_what_is_not_finite_is_not_kept_and_counted(spoils):
 class Spoilt(Idle):
     """Its policy has no finite action where the place is positive."""
 
-    def policy(self, carry, task):
+    def policy(self, carry, task) -> Any:
         return lambda s, key=None: jnp.where(s > 0, jnp.nan, 0.01)
 
 
@@ -298,7 +299,7 @@ class Timeless(Line):
         (Timeless, {"horizon": 5}, "give dt"),
         (Line, {"horizon": 5, "given": ["reward"]}, "the reward of 'Line' cannot be given by name, only of: Pendulum-v1"),
         ("Pendulum-v1", {"given": ["rewrad"]}, "did you mean 'reward'"),
-        ("Pendulum-v1", {"gravity": 9.8}, "'Pendulum-v1' does not take gravity"),
+        ("Pendulum-v1", {"parameters": {"gravity": 9.8}}, "'Pendulum-v1' does not take gravity"),
         ("Pendlum-v1", {}, "Gymnasium does not make 'Pendlum-v1'"),
     ],
 )  # fmt: skip

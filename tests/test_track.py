@@ -1,83 +1,18 @@
-"""What a run writes to TensorBoard and to Weights & Biases is read back; a sink that fails leaves the run alone."""
+"""Sinks beside metrics.jsonl: what is written is read back (TensorBoard: test_render.py), and one that fails is left out."""
 
 import dataclasses
 import importlib
-import io
 import json
 import struct
-import sys
 
 import numpy as np
 import pytest
 
-from diffmbrl import compare, plan, race
+from diffmbrl import cli
 from diffmbrl.commands import Compare, Learn, Plan
-from diffmbrl.runs import check_sinks, read, tracked
+from diffmbrl.runs import check_sinks, tracked
 from diffmbrl.runs import track as tracking
 from diffmbrl.runs.track import Point, points
-from tests.problems import of
-
-COMPARE = compare.Setting(
-    task="lqr",
-    methods=("adam",),
-    horizon=5,
-    parameters={},
-    hidden=(4,),
-    seeds=2,
-    starts=4,
-    steps=4,
-    budget=100.0,
-    rates=(0.01, 0.1),
-    continuation="none",
-    x64=False,
-    key=0,
-)
-LEARN = race.Setting(
-    task="lqr",
-    agents=("random",),
-    options={"warmup": 20, "every": 20},
-    real_steps=60,
-    budget=100.0,
-    seeds=2,
-    evaluations=3,
-    horizon=10,
-    parameters={},
-    noise=0.0,
-    sensor_noise=0.0,
-    key=0,
-    x64=False,
-)
-PLAN = plan.Setting(
-    task="lqr",
-    planner="ilqr",
-    mpc=False,
-    horizon=8,
-    steps=None,
-    iterations=3,
-    parameters={},
-    mismatch={},
-    noise=0.0,
-    delay=0,
-    starts=1,
-    key=0,
-    x64=False,
-)
-
-
-def events(folder) -> dict[tuple[str, int], float]:
-    """Scalars of TensorBoard's files: records of a length, a checksum, an event and a checksum."""
-    pytest.importorskip("tensorboardX")
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = {}
-    for path in (folder / "tensorboard").iterdir():
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            [size] = struct.unpack("<Q", data[at : at + 8])
-            event = Event.FromString(data[at + 12 : at + 12 + size])
-            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-            at += size + 16
-    return found
 
 
 def history(folder) -> list[dict[str, float]]:
@@ -97,29 +32,6 @@ def history(folder) -> list[dict[str, float]]:
             if record.HasField("history"):
                 rows.append({"".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
     return rows
-
-
-def test_tensorboard_of_a_comparison(tmp_path):
-    folder = compare.compare(COMPARE, out=tmp_path / "run", stream=io.StringIO(), track=["tensorboard"])
-    found, (records, _) = events(folder), read(folder / "metrics.jsonl")
-    rows = of(records, "eval")
-    assert {row["rate"] for row in rows} == {0.01, 0.1}
-    for row in rows:
-        group = f"adam-{row['rate']:g}"
-        np.testing.assert_allclose(found[f"{group}/test", row["update"]], np.mean(row["test"]), rtol=1e-5)
-        np.testing.assert_allclose(found[f"{group}/train/seed-1", row["update"]], row["train"][1], rtol=1e-5)
-
-
-def test_tensorboard_of_an_agent_and_of_a_plan(tmp_path):
-    folder = race.race(LEARN, out=tmp_path / "learn", stream=io.StringIO(), track=["tensorboard"])
-    found, (records, _) = events(folder), read(folder / "metrics.jsonl")
-    for row in of(records, "iteration"):
-        np.testing.assert_allclose(found["random/evaluation", row["real_steps"]], np.mean(row["evaluation"]), rtol=1e-5)
-    folder = plan.plan(PLAN, out=tmp_path / "plan", stream=io.StringIO(), track=["tensorboard"])
-    found, (records, _) = events(folder), read(folder / "metrics.jsonl")
-    [updates] = of(records, "updates")
-    np.testing.assert_allclose([found["start-0/J", k] for k in range(len(updates["J"]))], updates["J"], rtol=1e-5)
-    np.testing.assert_allclose(found["result/return", 0], of(records, "result")[0]["return"], rtol=1e-5)
 
 
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
@@ -173,7 +85,7 @@ class Breaks:
             raise RuntimeError("gone")
         self.points.append(point)
 
-    def close(self):
+    def close(self) -> None:
         raise AssertionError("a sink that has failed is not closed")
 
 
@@ -197,15 +109,14 @@ def test_a_sink_that_fails_is_left_out_and_noted_once(tmp_path, monkeypatch, con
     assert good == ([] if config else [Point("adam", k, {"test": 1.0, "test/seed 0": 1.0}) for k in range(4)] + [None])
 
 
-def test_a_sink_that_is_not_there(tmp_path, monkeypatch):
+def test_a_sink_that_is_not_there(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="unknown sink of --track 'tensorbord'; did you mean 'tensorboard'"):
         check_sinks(["tensorbord"])
     with pytest.raises(ValueError, match="each sink can be named once"):
         check_sinks(["tensorboard", "tensorboard"])
-    monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"--track wandb needs wandb: pip install 'diffmbrl\[track\]'"):
-        compare.compare(COMPARE, out=tmp_path / "run", stream=io.StringIO(), track=["wandb"])
+    assert cli.main(["plan", "lqr", "--track", "wandb", "--out", str(tmp_path / "run")]) == 2
+    assert "--track wandb needs wandb: pip install 'diffmbrl[track]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -90,14 +90,14 @@ class HostSystem:
                 finite[at] = np.isfinite(s[at]).all() and np.isfinite(s_next[at]).all() and np.isfinite(r[at])
             last = done | timeout | (t + 1 >= self.horizon) | ~finite
             J = np.where(finite, J + weights[t] * r, np.nan).astype(s.dtype)
-            step = Transition(s, a, r, s_next.copy(), done, last)
-            rows.append(Collected(step, episode.copy(), t.copy(), finite, J))  # type: ignore[arg-type]
+            step: Any = (s, a, r, s_next.copy(), done, last)
+            rows.append((Transition(*step), episode.copy(), t.copy(), finite, J))
             seen, anew = s_next, last
             for at in np.argwhere(last):
                 seen[tuple(at)] = _reset(made[at[0]][at[1]], seeds[*at, i])
             episode = np.where(last, episode + t.shape[1], episode)
             t, J = np.where(last, 0, t + 1), np.where(last, 0, J)
-        found = jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs, axis=2)), *rows)
+        found = Collected(*jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs, axis=2)), *rows))
         return HostPlaces(made, seen, memory, anew, t, episode, J), found
 
     def ready(self, function: Callable, *arguments: Any, **sizes: int) -> Callable:

@@ -306,8 +306,11 @@ def _pixels(shape: Any, view: tuple[float, float, float, float]) -> Array:
 def _element(shape: Any, pixels: Array, view: tuple[float, float, float, float], still: bool) -> str:
     colour, width, opacity = ROLES[shape.role]
     moves = "" if still else f' data-moves="{pixels.size}"'
-    if not isinstance(shape, Circle):
-        points = " ".join(f"{x / 10:g}" for x in pixels)
+    if isinstance(shape, Circle):
+        radius = max(shape.radius * view[2], 1.5)
+        x, y = pixels / 10
+        return f'<circle cx="{x:g}" cy="{y:g}" r="{radius:.4g}" style="fill:{colour};fill-opacity:{opacity:g}"{moves}/>'
+    points = " ".join(f"{x / 10:g}" for x in pixels)
     if isinstance(shape, Rod):
         thick = 2 * view[2] * shape.radius
         looks = [(EDGE, max(thick, 1.0)), (INSIDE[shape.role], max(thick - 2, 0.5))]
@@ -321,14 +324,10 @@ def _element(shape: Any, pixels: Array, view: tuple[float, float, float, float],
         return (
             f'<polygon points="{points}" style="fill:{INSIDE[shape.role]};stroke:{EDGE};stroke-linejoin:round"{moves}/>'
         )
-    if not isinstance(shape, Circle):
-        return (
-            f'<polyline points="{points}" style="fill:none;stroke:{colour};stroke-width:{width:g};'
-            f'stroke-linejoin:round;stroke-linecap:round"{moves}/>'
-        )
-    radius = max(shape.radius * view[2], 1.5)
-    x, y = pixels / 10
-    return f'<circle cx="{x:g}" cy="{y:g}" r="{radius:.4g}" style="fill:{colour};fill-opacity:{opacity:g}"{moves}/>'
+    return (
+        f'<polyline points="{points}" style="fill:none;stroke:{colour};stroke-width:{width:g};'
+        f'stroke-linejoin:round;stroke-linecap:round"{moves}/>'
+    )
 
 
 def _strip(a: Array, low: float, high: float, name: str) -> str:

@@ -164,8 +164,8 @@ def points(record: dict[str, Any]) -> list[Point]:
 def _numbers(name: str, value: Any, *, each: bool) -> dict[str, float]:
     if value is None or isinstance(value, str):
         return {}
-    if not isinstance(value, list | tuple | np.ndarray) or not np.shape(np.asarray(value, object)):
-        return {name: float(value)}
+    if isinstance(value, bool | int | float) or not np.shape(np.asarray(value, object)):
+        return {name: float(np.asarray(value))}
     seeds = {k: float(np.mean(np.asarray(x, float))) for k, x in enumerate(value) if np.size(x)}
     if not seeds:
         return {}

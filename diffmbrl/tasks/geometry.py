@@ -84,7 +84,8 @@ def poses(sys: Any, q: Any) -> tuple[Array, Array]:
     """Positions [L, 3] and rotations [L, 4] of the links at generalized positions `q`."""
     from brax import kinematics
 
-    x, _ = jax.jit(kinematics.forward)(sys, np.asarray(q), np.zeros(sys.qd_size()))
+    with jax.numpy_dtype_promotion("standard"):  # Brax adds numbers of unlike kinds
+        x, _ = jax.jit(kinematics.forward)(sys, np.asarray(q), np.zeros(sys.qd_size()))
     return np.asarray(x.pos, float), np.asarray(x.rot, float)
 
 

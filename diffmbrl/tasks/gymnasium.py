@@ -5,7 +5,7 @@ environments whose formulas stand here, of which they may be taken. Needs the ex
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -98,7 +98,7 @@ def environment(
     reward: Callable | None = None,
     done: Callable | None = None,
     dt: float | None = None,
-    **parameters: Any,
+    parameters: Mapping[str, Any] | None = None,
 ) -> Environment:
     """The environment of an id of Gymnasium's, or one that a function makes; `parameters` go to `gymnasium.make`.
 
@@ -125,14 +125,14 @@ def environment(
         if not isinstance(source, str):
             return source()
         limit = {} if horizon is None else {"max_episode_steps": horizon}
-        return gymnasium.make(source, disable_env_checker=True, **limit, **parameters)
+        return gymnasium.make(source, disable_env_checker=True, **limit, **(parameters or {}))
 
     try:
         first = make()
     except gymnasium.error.Error as error:
         raise ValueError(f"Gymnasium does not make '{name}': {error}") from None
     except TypeError as error:
-        raise ValueError(f"'{name}' does not take {', '.join(parameters) or 'these arguments'}: {error}") from None
+        raise ValueError(f"'{name}' does not take {', '.join(parameters or ['these arguments'])}: {error}") from None
     try:
         _check(name, "observation", first.observation_space)
         _check(name, "action", first.action_space)
