@@ -98,8 +98,8 @@ class Diagnose:
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """Name of a task; `diffmbrl tasks` lists them."""
     policy: str | None = None
-    """A trained policy: RUN, RUN:method or RUN:method:seed, RUN the folder of a comparison; by default a random first
-    policy."""
+    """A trained policy: RUN, RUN:method or RUN:method:seed, RUN the folder of a comparison or of agents that learned; by
+    default a random first policy."""
     scale: float | None = None
     """Factor on the last layer of the random first policy."""
     horizons: list[int] = field(default_factory=lambda: [10, 50, 100, 200, 400])

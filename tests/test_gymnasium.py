@@ -308,7 +308,13 @@ def test_what_does_not_fit_is_refused(source, options, message):
         environment(source, **options)
 
 
-def test_without_gymnasium(monkeypatch):
+def _without():
+    raise ModuleNotFoundError("No module named 'imageio'", name="imageio")
+
+
+def test_without_what_it_needs(monkeypatch):
+    with pytest.raises(ModuleNotFoundError, match=r"needs the package imageio: pip install 'diffmbrl\[gym\]'"):
+        environment(_without)
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'diffmbrl\[gym\]'"):
         environment("Pendulum-v1")

@@ -99,6 +99,7 @@ def learn(
 ) -> Learned:
     r"""Let an agent learn on a real system for so many real steps, or until `seconds` of iterations are spent.
 
+    The system is a task, or what shows a task to the agent: a `System`, a `HostSystem`.
     `keys` [S] are the seeds, side by side. Every iteration makes a record, each of its arrays with an axis of seeds:
     `real_steps`; `seconds` and the process's `cpu_seconds` so far (updates and collection, compile time and evaluation apart);
     `returns` [S, N k] of the episodes that ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not

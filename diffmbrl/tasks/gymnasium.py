@@ -129,6 +129,8 @@ def environment(
 
     try:
         first = make()
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"'{name}' needs the package {error.name}: pip install 'diffmbrl[gym]'") from None
     except gymnasium.error.Error as error:
         raise ValueError(f"Gymnasium does not make '{name}': {error}") from None
     except TypeError as error:
