@@ -1,4 +1,4 @@
-"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `learn`, `resume`, `report`, `agents`, `tasks`, `doctor`."""
+"""The command line: `diffmbrl COMMAND`, each of them a dataclass of `commands.py` and a row of `RUN` here."""
 
 import contextlib
 import io
@@ -11,7 +11,19 @@ from pathlib import Path
 
 import tyro
 
-from diffmbrl.commands import Agents, Command, Compare, Diagnose, Doctor, Learn, Plan, Report, Resume, Tasks
+from diffmbrl.commands import (
+    Agents,
+    Command,
+    Compare,
+    Diagnose,
+    Doctor,
+    Learn,
+    Plan,
+    Render,
+    Report,
+    Resume,
+    Tasks,
+)
 
 DEFAULT_CACHE = Path("~/.cache/diffmbrl/xla")
 
@@ -21,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = _parse(sys.argv[1:] if arguments is None else arguments)
         return RUN[type(command)](command)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"diffmbrl: {_said(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
@@ -36,7 +48,9 @@ def _said(error: Exception) -> str:
     return "; ".join(" ".join(str(text).split()) for text in [error, *getattr(error, "__notes__", [])])
 
 
-def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Learn | Resume | Report | Agents | Tasks | Doctor:
+def _parse(
+    arguments: list[str],
+) -> Compare | Plan | Diagnose | Learn | Resume | Report | Render | Agents | Tasks | Doctor:
     """The command given. Raises: `ValueError` in one line where tyro draws a box."""
     names = [kind.__name__.lower() for kind in RUN]
     if not arguments:
@@ -103,7 +117,7 @@ def _compare(command: Compare) -> int:
         key=command.key,
         estimators=tuple(command.estimator),
     )
-    return _compared(compare(setting, out=command.out, every=_seconds(command.checkpoint_every)))
+    return _compared(compare(setting, out=command.out, every=_seconds(command.checkpoint_every), track=command.track))
 
 
 def _compared(folder: Path) -> int:
@@ -132,7 +146,7 @@ def _plan(command: Plan) -> int:
         key=command.key,
         x64=command.x64,
     )
-    return _planned(plan(setting, out=command.out, every=_seconds(command.checkpoint_every)))
+    return _planned(plan(setting, out=command.out, every=_seconds(command.checkpoint_every), track=command.track))
 
 
 def _planned(folder: Path) -> int:
@@ -184,8 +198,9 @@ def _learn(command: Learn) -> int:
         sensor_noise=command.sensor_noise,
         key=command.key,
         x64=command.x64,
+        given=tuple(command.given),
     )
-    return _learned(race(setting, out=command.out, every=_seconds(command.checkpoint_every)))
+    return _learned(race(setting, out=command.out, every=_seconds(command.checkpoint_every), track=command.track))
 
 
 def _race(command: Compare) -> int:
@@ -201,6 +216,7 @@ def _race(command: Compare) -> int:
         "param",
         "key",
         "x64",
+        "track",
         "out",
         "checkpoint_every",
     }
@@ -228,7 +244,7 @@ def _race(command: Compare) -> int:
         key=command.key,
         x64=command.x64,
     )
-    return _learned(race(setting, out=command.out, every=_seconds(command.checkpoint_every)))
+    return _learned(race(setting, out=command.out, every=_seconds(command.checkpoint_every), track=command.track))
 
 
 def _learned(folder: Path) -> int:
@@ -247,7 +263,7 @@ def _resume(command: Resume) -> int:
     if is_finished(command.run):
         print(f"'{command.run}' is finished: there is nothing to resume")
         return 0
-    folder = resume(command.run, every=_seconds(command.checkpoint_every))
+    folder = resume(command.run, every=_seconds(command.checkpoint_every), track=command.track)
     return {"compare": _compared, "learn": _learned, "plan": _planned}[config["job"]](folder)
 
 
@@ -267,6 +283,22 @@ def _report(command: Report) -> int:
     from diffmbrl.runs import rebuild
 
     print(f"report: {rebuild(command.run).resolve()}")
+    return 0
+
+
+def _render(command: Render) -> int:
+    from diffmbrl.render import config_of, render
+
+    _configure(bool(config_of(command.run).get("x64")))
+    path = render(
+        command.run,
+        out=command.out,
+        as_gif=command.gif,
+        method=command.method,
+        seed=command.seed,
+        start=command.start,
+    )
+    print(f"animation: {path.resolve()}")
     return 0
 
 
@@ -334,6 +366,7 @@ RUN = {
     Learn: _learn,
     Resume: _resume,
     Report: _report,
+    Render: _render,
     Agents: _agents,
     Tasks: _tasks,
     Doctor: _doctor,

@@ -47,6 +47,8 @@ class Compare:
     """Compute in float64."""
     checkpoint_every: float = 30.0
     """Seconds between two checkpoints, from which `diffmbrl resume` goes on; 0: at each look."""
+    track: list[str] = field(default_factory=list)
+    """Where the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
     out: Path | None = None
     """Run folder; by default runs/<task>-compare-<hash>, or with --learned runs/<task>-learn-<hash>."""
 
@@ -83,6 +85,8 @@ class Plan:
     """Compute in float64."""
     checkpoint_every: float = 30.0
     """Seconds between two checkpoints, from which `diffmbrl resume` goes on; 0: at each look."""
+    track: list[str] = field(default_factory=list)
+    """Where the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
     out: Path | None = None
     """Run folder; by default runs/<task>-plan-<hash>."""
 
@@ -98,8 +102,8 @@ class Diagnose:
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """Name of a task; `diffmbrl tasks` lists them."""
     policy: str | None = None
-    """A trained policy: RUN, RUN:method or RUN:method:seed, RUN the folder of a comparison; by default a random first
-    policy."""
+    """A trained policy: RUN, RUN:method or RUN:method:seed, RUN the folder of a comparison or of agents that learned; by
+    default a random first policy."""
     scale: float | None = None
     """Factor on the last layer of the random first policy."""
     horizons: list[int] = field(default_factory=lambda: [10, 50, 100, 200, 400])
@@ -123,7 +127,7 @@ class Learn:
     """Let an agent learn from real steps, with a model of the system or without. Ends with a table, figures and a report."""
 
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
-    """Name of a task; `diffmbrl tasks` lists them."""
+    """Name of a task; `diffmbrl tasks` lists them. `gym:ID` is the environment of that id of Gymnasium's, as a real system."""
     agent: str
     """The agent; `diffmbrl agents` lists them."""
     real_steps: int | None = None
@@ -144,12 +148,16 @@ class Learn:
     """Standard deviation of noise added to every state of the system at each step."""
     sensor_noise: float = 0.0
     """Standard deviation of noise on every state as the agent sees it."""
+    given: list[str] = field(default_factory=list)
+    """Of a system `gym:ID`, what is given and not learned: `reward`, `end`."""
     key: int = 0
     """Number from which every random draw follows."""
     x64: bool = False
     """Compute in float64."""
     checkpoint_every: float = 30.0
     """Seconds between two checkpoints, from which `diffmbrl resume` goes on; 0: at each look."""
+    track: list[str] = field(default_factory=list)
+    """Where the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
     out: Path | None = None
     """Run folder; by default runs/<task>-learn-<hash>."""
 
@@ -162,6 +170,8 @@ class Resume:
     """Run folder."""
     checkpoint_every: float = 30.0
     """Seconds between two checkpoints; 0: at each look."""
+    track: list[str] = field(default_factory=list)
+    """Where the rest of the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
 
 
 @dataclass
@@ -170,6 +180,24 @@ class Report:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
+
+
+@dataclass
+class Render:
+    """Draw the best policy of a run, or its plan, moving: one HTML file that needs nothing else, or a GIF."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder of `compare`, `learn` or `plan`."""
+    gif: bool = False
+    """A GIF instead."""
+    method: str | None = None
+    """The method or agent; by default the one with the best return."""
+    seed: int | None = None
+    """Its seed; by default an agent's best, a method's first."""
+    start: int = 0
+    """Which start: of a plan one of its own, else any number, of a start that nothing was trained on."""
+    out: Path | None = None
+    """The file; by default animation.html or animation.gif in the run's folder."""
 
 
 @dataclass
@@ -197,6 +225,7 @@ Command = (
     | Annotated[Learn, tyro.conf.subcommand("learn")]
     | Annotated[Resume, tyro.conf.subcommand("resume")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Render, tyro.conf.subcommand("render")]
     | Annotated[Agents, tyro.conf.subcommand("agents")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]

@@ -1,6 +1,7 @@
 """The main job: methods side by side on one task, the same starts, seeds and cost axes."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from diffmbrl.diagnostics.reach import refuse_without_gradient
 from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw
 from diffmbrl.methods import Method, estimated, method, schedule, solver
 from diffmbrl.policies import Neural
-from diffmbrl.runs import EVERY, Session, check_out, create, settled, underway
+from diffmbrl.runs import EVERY, Session, check_out, check_sinks, create, settled, underway
 from diffmbrl.saved import save_policies
 from diffmbrl.solve import CHUNK
 from diffmbrl.tasks import make
@@ -40,7 +41,9 @@ class Setting(NamedTuple):
     estimators: tuple[str, ...] = ()
 
 
-def compare(setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY) -> Path:
+def compare(
+    setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY, track: Sequence[str] = ()
+) -> Path:
     """Run the comparison and return its run folder, with figures and report.
 
     Every method starts from the same policies and sees the same starts; seed k has its own of both. Held-out starts are common
@@ -49,13 +52,21 @@ def compare(setting: Setting, *, out: Path | None = None, stream: Any = None, ev
 
     Raises: `ValueError` for anything wrong in the setting or the folder, before anything is written.
     """
+    check_sinks(track)
     task, rows = prepare(setting)
     check_out(out)
     folder = create(out, setting.task, "compare", setting._asdict() | {"held_out": HELD_OUT})
-    return _run(setting, task, rows, folder, stream=stream, every=every)
+    return _run(setting, task, rows, folder, stream=stream, every=every, track=track)
 
 
-def resume(folder: Path, config: dict[str, Any], *, stream: Any = None, every: float = EVERY) -> Path:
+def resume(
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    stream: Any = None,
+    every: float = EVERY,
+    track: Sequence[str] = (),
+) -> Path:
     """Go on with a comparison from its newest checkpoint, to the same numbers.
 
     Raises: `ValueError` if its config or its checkpoints do not fit.
@@ -63,7 +74,7 @@ def resume(folder: Path, config: dict[str, Any], *, stream: Any = None, every: f
     setting = settled(Setting, config, besides={"held_out"})
     if config.get("held_out") != HELD_OUT:
         raise ValueError(f"config.json has held_out = {config.get('held_out')}; the installed diffmbrl has {HELD_OUT}")
-    return _run(setting, *prepare(setting), folder, stream=stream, every=every, resumed=True)
+    return _run(setting, *prepare(setting), folder, stream=stream, every=every, track=track, resumed=True)
 
 
 def _run(setting: Setting, task: Task, rows: list[tuple[str, Method]], folder: Path, **options: Any) -> Path:

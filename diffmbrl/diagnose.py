@@ -1,5 +1,6 @@
 """The health of a policy's gradient on a task, horizon by horizon: what `diffmbrl diagnose` runs."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from diffmbrl.core import Task
+from diffmbrl.core import Task, is_stateful
 from diffmbrl.diagnostics.health import Health, check, gradient_health
 from diffmbrl.diagnostics.verdict import BATCH, FLOAT32, TAIL, least_z, swell, verdict
 from diffmbrl.policies import Neural
-from diffmbrl.runs import Progress, Writer, check_out, create, rebuild, running
-from diffmbrl.saved import load_policy
+from diffmbrl.race import restore
+from diffmbrl.runs import Progress, Writer, check_out, courses, create, read, rebuild, running
+from diffmbrl.saved import load_policy, parse
 from diffmbrl.tasks import make
 
 OUTPUT_SCALE = 0.1  # of a first policy's last layer
@@ -58,7 +60,7 @@ def diagnose(setting: Setting, *, out: Path | None = None, stream: Any = None) -
     return folder
 
 
-def prepare(setting: Setting) -> tuple[Task, Neural, str]:
+def prepare(setting: Setting) -> tuple[Task, Any, str]:
     """The task of the longest horizon, the policy and where it is from, everything checked.
 
     Raises: `ValueError` naming the value that is wrong.
@@ -70,9 +72,7 @@ def prepare(setting: Setting) -> tuple[Task, Neural, str]:
     if setting.policy is not None:
         if setting.scale is not None:
             raise ValueError("--scale is of a random first policy and --policy names a trained one: give one of them")
-        saved = load_policy(setting.policy, task)
-        rate = "" if saved.rate is None else f" at rate {saved.rate:g}"
-        return task, saved.policy, f"{saved.method}{rate}, seed {saved.seed}"
+        return task, *_trained(setting.policy, task)
     if not setting.hidden or min(setting.hidden) < 1:
         raise ValueError(f"hidden needs at least one layer of at least one unit, got {list(setting.hidden)}")
     scale = 1.0 if setting.scale is None else setting.scale
@@ -81,6 +81,34 @@ def prepare(setting: Setting) -> tuple[Task, Neural, str]:
     key = jax.random.fold_in(jax.random.key(setting.key), 0)
     policy = Neural.init(task, hidden=setting.hidden, key=key, output_scale=OUTPUT_SCALE * scale)
     return task, policy, f"a random first policy, its last layer times {scale:g}"
+
+
+def _trained(place: str, task: Task) -> tuple[Any, str]:
+    """The policy that a run of `compare` or of `learn` left, and which it is."""
+    folder, name, seed = parse(place)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"'{folder}' is not a run: it has no config.json that can be read") from None
+    if config.get("job") != "learn":
+        saved = load_policy(place, task)
+        rate = "" if saved.rate is None else f" at rate {saved.rate:g}"
+        return saved.policy, f"{saved.method}{rate}, seed {saved.seed}"
+    if config["task"] != task.name:
+        raise ValueError(f"the policy of '{folder}' is of task '{config['task']}', not '{task.name}'")
+    leader = courses.leader(courses.collect(read(folder / "metrics.jsonl")[0]))
+    name = name or (config["agents"][0] if leader is None else leader.method)
+    with jax.enable_x64(bool(config["x64"])):  # what is measured is turned into both precisions
+        restored = restore(folder, name)
+        if not 0 <= seed < len(restored.keys):
+            raise ValueError(f"the run has seeds 0 to {len(restored.keys) - 1}, got {seed}")
+        carry = jax.tree.map(lambda x: x[seed], restored.carry)
+        policy = restored.agent.best(carry, restored.system.view)
+    if is_stateful(policy):
+        raise ValueError(
+            f"agent '{name}' plans at every step: a policy with a memory has no gradient that could be examined"
+        )
+    return policy, f"{name}, seed {seed}"
 
 
 def _write(writer: Writer, health: Health, seconds: float) -> None:

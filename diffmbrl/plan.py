@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from diffmbrl.planners import MPC, Predicted
 from diffmbrl.planners.episode import Episode, finish, proceed, start
 from diffmbrl.policies import Affine, first_plan, resting_action, squash
 from diffmbrl.rollout import returns, rollout
-from diffmbrl.runs import EVERY, Session, check_out, create, settled, underway
+from diffmbrl.runs import EVERY, Session, check_out, check_sinks, create, settled, underway
 from diffmbrl.runs.plan_report import shape_record
 from diffmbrl.solve import solve
 from diffmbrl.tasks import TASKS, delayed, make, noisy, squashed
@@ -58,29 +58,39 @@ class Prepared(NamedTuple):
     iterations: int
 
 
-def plan(setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY) -> Path:
+def plan(
+    setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY, track: Sequence[str] = ()
+) -> Path:
     """Plan from each start, or control with the planner in the loop; returns the run folder, with figures and report.
 
     Either way the result is followed on the plant, which is the model with other parameters, noise or late actions if the
     setting says so. A checkpoint is written `every` so many seconds and at the end.
     Raises: `ValueError` for anything wrong in the setting or the folder, before anything is written.
     """
+    check_sinks(track)
     prepared = prepare(setting)
     check_out(out)
     chosen = {"horizon": prepared.horizon, "steps": prepared.plant.horizon, "iterations": prepared.iterations}
     chosen["differs"] = bool(setting.mismatch or setting.noise or setting.delay)
     folder = create(out, setting.task, "plan", setting._asdict() | chosen)
-    return _run(setting, prepared, folder, stream=stream, every=every)
+    return _run(setting, prepared, folder, stream=stream, every=every, track=track)
 
 
-def resume(folder: Path, config: dict[str, Any], *, stream: Any = None, every: float = EVERY) -> Path:
+def resume(
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    stream: Any = None,
+    every: float = EVERY,
+    track: Sequence[str] = (),
+) -> Path:
     """Go on with a plan from its newest checkpoint, to the same numbers.
 
     Raises: `ValueError` if its config or its checkpoints do not fit.
     """
     setting = settled(Setting, config, besides={"differs"})
     setting = setting if setting.mpc else setting._replace(steps=None)  # written for the reader
-    return _run(setting, prepare(setting), folder, stream=stream, every=every, resumed=True)
+    return _run(setting, prepare(setting), folder, stream=stream, every=every, track=track, resumed=True)
 
 
 def _run(setting: Setting, prepared: Prepared, folder: Path, **options: Any) -> Path:

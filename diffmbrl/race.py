@@ -1,6 +1,7 @@
 """Agents that learn from a real system, side by side on one task: what `diffmbrl learn` and `compare --learned` run."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,8 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from diffmbrl.agents.collect import NoisySensor, System
+from diffmbrl.agents.collect import NoisySensor, Real, System
 from diffmbrl.agents.foresight import foresight
+from diffmbrl.agents.host import HostSystem
+from diffmbrl.agents.judged import judged, learnable
 from diffmbrl.agents.learn import Agent, Learned, check, learn
 from diffmbrl.agents.registry import AGENTS
 from diffmbrl.agents.registry import make as make_agent
@@ -17,6 +20,7 @@ from diffmbrl.runs import (
     EVERY,
     Session,
     check_out,
+    check_sinks,
     create,
     interquartile_mean,
     read_config,
@@ -25,7 +29,7 @@ from diffmbrl.runs import (
     words,
 )
 from diffmbrl.saved import filled, read_arrays, save_arrays
-from diffmbrl.tasks import TASKS, make, noisy
+from diffmbrl.tasks import TASKS, gymnasium, make, noisy
 from diffmbrl.tasks.registry import known
 
 LOOKS = 20  # evaluations along a run
@@ -49,12 +53,13 @@ class Setting(NamedTuple):
     sensor_noise: float
     key: int
     x64: bool
+    given: tuple[str, ...] = ()  # of a system whose reward and end would be learned
 
 
 class Prepared(NamedTuple):
     """What a setting means."""
 
-    system: System
+    system: Real
     agents: dict[str, Agent]
     keys: Key[Array, " S"]
     real_steps: int
@@ -66,11 +71,13 @@ class Restored(NamedTuple):
 
     agent: Agent
     carry: Any  # leaves [S, ...]
-    system: System
+    system: Real
     keys: Key[Array, " S"]
 
 
-def race(setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY) -> Path:
+def race(
+    setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY, track: Sequence[str] = ()
+) -> Path:
     """Let the agents learn, one after another, and return the run folder, with figures and report.
 
     Seed k of each begins with the same key, so evaluations have the same starts, and warm-ups by random actions are the same.
@@ -78,27 +85,36 @@ def race(setting: Setting, *, out: Path | None = None, stream: Any = None, every
     `every` so many seconds and at the end.
     Raises: `ValueError` for anything wrong in the setting or the folder, before anything is compiled or written.
     """
+    check_sinks(track)
     prepared = prepare(setting)
     check_out(out)
-    resolved = {"horizon": prepared.system.plant.horizon, "real_steps": prepared.real_steps}
+    resolved = {"horizon": prepared.system.horizon, "real_steps": prepared.real_steps}
     config = setting._asdict() | resolved | {"evaluations": prepared.evaluations}
-    return _run(setting, prepared, create(out, setting.task, "learn", config), stream=stream, every=every)
+    return _run(setting, prepared, create(out, setting.task, "learn", config), stream=stream, every=every, track=track)
 
 
-def resume(folder: Path, config: dict[str, Any], *, stream: Any = None, every: float = EVERY) -> Path:
+def resume(
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    stream: Any = None,
+    every: float = EVERY,
+    track: Sequence[str] = (),
+) -> Path:
     """Go on with a race from its newest checkpoint, to the same numbers.
 
     Raises: `ValueError` if its config or its checkpoints do not fit.
     """
     setting = settled(Setting, config)
-    return _run(setting, prepare(setting), folder, stream=stream, every=every, resumed=True)
+    return _run(setting, prepare(setting), folder, stream=stream, every=every, track=track, resumed=True)
 
 
 def _run(setting: Setting, prepared: Prepared, folder: Path, **options: Any) -> Path:
     with underway(folder, len(prepared.agents), **options) as run:
         if run.begins:
-            row = TASKS[setting.task]
-            run.write({"kind": "scene", "dt": prepared.system.plant.dt, "state_names": row.states})
+            view = prepared.system.view
+            names = TASKS[setting.task].states if setting.task in TASKS else gymnasium.names(view)
+            run.write({"kind": "scene", "dt": view.dt, "state_names": names})
         for name in run.arms(prepared.agents):
             _run_agent(name, prepared, setting, run)
     return folder
@@ -107,9 +123,10 @@ def _run(setting: Setting, prepared: Prepared, folder: Path, **options: Any) -> 
 def prepare(setting: Setting) -> Prepared:
     """System and agents, everything checked.
 
-    Raises: `ValueError` naming the value that is wrong.
+    Raises: `ValueError` naming the value that is wrong; `ModuleNotFoundError` for what a system of Gymnasium's needs.
     """
-    known("task", setting.task, TASKS)
+    if not setting.task.startswith(gymnasium.PREFIX):
+        known("task", setting.task, TASKS)
     names = [known("agent", name.replace("_", "-"), AGENTS) for name in setting.agents]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"agents must be named, each once; got {' '.join(setting.agents) or 'none'}")
@@ -124,10 +141,8 @@ def prepare(setting: Setting) -> Prepared:
         raise ValueError(f"budget must be a positive number of seconds, got {setting.budget:g}")
     if not 0 <= setting.key < 2**32:
         raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
-    task = make(setting.task, horizon=setting.horizon, **setting.parameters)
-    sensor = None if setting.sensor_noise == 0 else NoisySensor(setting.sensor_noise)
-    system = System(noisy(task, std=setting.noise), view=task, sensor=sensor)
-    agents = {name: make_agent(name, system.view, setting.options) for name in names}
+    system = _system(setting)
+    agents = {name: judged(make_agent(name, system.view, setting.options), system.view) for name in names}
     steps = setting.real_steps or (AGENTS[names[0]].real_steps if len(names) == 1 else RACE)
     keys = jax.random.split(jax.random.key(setting.key), setting.seeds)
     for name, agent in agents.items():
@@ -148,6 +163,23 @@ def _evaluations(setting: Setting, names: list[str]) -> dict[str, int]:
             )
         return asked
     return {name: AGENTS[name].evaluations if asked is None else asked for name in names}
+
+
+def _system(setting: Setting) -> Real:
+    """A task, or with the prefix `gym:` an environment of Gymnasium's."""
+    if setting.task.startswith(gymnasium.PREFIX):
+        for option, std in (("--noise", setting.noise), ("--sensor-noise", setting.sensor_noise)):
+            if std:
+                raise ValueError(f"{option} is for tasks whose states are known; '{setting.task}' is as it is")
+        name = setting.task.removeprefix(gymnasium.PREFIX)
+        asked = {"given": setting.given, "parameters": setting.parameters}
+        found = gymnasium.environment(name, horizon=setting.horizon, **asked)
+        return HostSystem(found.make, learnable(found.task))
+    if setting.given:
+        raise ValueError(f"--given is for systems of Gymnasium's: of task '{setting.task}' reward and end are given")
+    task = make(setting.task, horizon=setting.horizon, **setting.parameters)
+    sensor = None if setting.sensor_noise == 0 else NoisySensor(setting.sensor_noise)
+    return System(noisy(task, std=setting.noise), view=task, sensor=sensor)
 
 
 def restore(folder: Path, name: str | None = None) -> Restored:
@@ -215,7 +247,7 @@ def _run_agent(name: str, prepared: Prepared, setting: Setting, run: Session) ->
             evaluations=prepared.evaluations[name],
             evaluate_every=max(1, -(-(real_steps - agent.warmup) // (agent.every * LOOKS))),
             on_record=on_record,
-            looks=run,
+            looks=run if isinstance(system, System) else None,  # what steps on the host cannot be kept: begin anew
         )
     except BaseException as error:
         with contextlib.suppress(OSError):  # of a full disk, which is what stopped the run

@@ -93,7 +93,7 @@ def load_policy(place: str, task: Task) -> Saved:
     Without a method the one with the best held-out return, without a seed the first; of several learning rates the best.
     Raises: `ValueError` if there is none, if it is of another task, or if its file is not what was written.
     """
-    folder, method, number = _parse(place)
+    folder, method, number = parse(place)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -119,7 +119,7 @@ def load_policy(place: str, task: Task) -> Saved:
     return Saved(policy, method, manifest["rates"][index], number)
 
 
-def _parse(place: str) -> tuple[Path, str | None, int]:
+def parse(place: str) -> tuple[Path, str | None, int]:
     """RUN[:method[:seed]]; a folder whose own name has colons is one all the same."""
     if Path(place).is_dir():
         return Path(place), None, 0

@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD = {
-    "no command": ("", "expected a command: compare, plan, diagnose, learn, resume, report, agents, tasks, doctor; see"),
+    "no command": ("", "expected a command: compare, plan, diagnose, learn, resume, report, render, agents, tasks, "),
     "unknown command": ("comapre lqr", "unknown command 'comapre'; did you mean 'compare'?"),
     "no task": ("compare", "TASK"),
     "unknown task": ("compare lqrr", "unknown task 'lqrr'; did you mean 'lqr'?"),
@@ -66,6 +66,13 @@ BAD = {
     "diagnose: a horizon twice": ("diagnose lqr --horizons 5 5", "each horizon can be named once, got 5 5"),
     "diagnose: negative noise": ("diagnose lqr --std -0.1", "std must be a finite positive number, got -0.1"),
     "diagnose: no run": ("diagnose lqr --policy nowhere", "'nowhere' is not a run"),
+    "render: no run": ("render nowhere", "'nowhere' is not a run: it has no config.json"),
+    "a real system": ("plan gym:Pendulum-v1", "'gym:Pendulum-v1' is a real system, whose dynamics cannot be called"),
+    "gym: discrete": ("learn gym:CartPole-v1 --agent mpc", "action space of 'CartPole-v1' is Discrete(2): expected a Box"),
+    "gym: unknown": ("learn gym:Pendulm-v1 --agent mpc", "Gymnasium does not make 'Pendulm-v1'"),
+    "gym: noise": ("learn gym:Pendulum-v1 --agent mpc --noise 0.1", "--noise is for tasks whose states are known"),
+    "gym: given": ("learn gym:Pendulum-v1 --agent mpc --given rewrad", "did you mean 'reward'?"),
+    "given of a task": ("learn lqr --agent mpc --given reward", "of task 'lqr' reward and end are given"),
     "unknown option of doctor": ("doctor --x46", "Unrecognized options: --x46; did you mean '--x64'?"),
 }  # fmt: skip
 
@@ -192,7 +199,7 @@ def test_compare_and_report(folder, capsys):
 
 def test_by_default_all_methods_that_are_marked(folder, monkeypatch):
     seen = []
-    monkeypatch.setattr("diffmbrl.compare.compare", lambda setting, out, every: seen.append(setting) or folder)
+    monkeypatch.setattr("diffmbrl.compare.compare", lambda setting, out, every, track: seen.append(setting) or folder)
     monkeypatch.setattr("diffmbrl.runs.summarise", lambda folder: (_ for _ in ()).throw(ValueError("enough")))
     assert cli.main(["compare", "cartpole-balance"]) == 2
     [setting] = seen

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from diffmbrl import cli, tasks
+from diffmbrl import diagnose as diagnosing
 from diffmbrl import race as racing
 from diffmbrl.agents import Idle
 from diffmbrl.agents.registry import AGENTS, Row, make, options
@@ -172,6 +173,33 @@ def test_what_was_learned_comes_back(run, records):
     for path in (*(folder / "agents").iterdir(), *(folder / "buffers").iterdir()):
         assert b"pickle" not in path.read_bytes()
     assert restore(folder).carry == ()  # without a name the run's first
+
+
+def test_a_policy_that_was_learned_is_diagnosed(run, monkeypatch):
+    folder, _ = run
+    blank = {"horizons": (2, 5), "scale": None, "hidden": (4,), "parameters": {}, "starts": 64, "std": 0.1, "key": 0}
+    setting = diagnosing.Setting(task="lqr", policy=f"{folder}:knows:1", **blank)
+    task, policy, origin = diagnosing.prepare(setting)
+    assert origin == "knows, seed 1" and isinstance(policy, Linear) and task.horizon == 5
+    np.testing.assert_array_equal(policy.K, np.full((1, 2), -1.0))
+    assert diagnosing.prepare(setting._replace(policy=str(folder)))[2] == "knows, seed 0"  # the best of the run
+    for place, message in (
+        (f"{folder}:knows:2", "the run has seeds 0 to 1, got 2"),
+        (f"{folder}:knosw", "did you mean 'knows'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            diagnosing.prepare(setting._replace(policy=place))
+    with pytest.raises(ValueError, match="is of task 'lqr', not 'pendulum'"):
+        diagnosing.prepare(setting._replace(task="pendulum"))
+    monkeypatch.setattr(Knows, "best", lambda self, carry, task: Recalls())
+    with pytest.raises(ValueError, match="agent 'knows' plans at every step"):
+        diagnosing.prepare(setting)
+
+
+class Recalls(eqx.Module):
+    """A policy with a memory."""
+
+    is_stateful = True
 
 
 def test_what_is_not_as_it_was_written_is_refused(run, tmp_path):

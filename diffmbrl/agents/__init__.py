@@ -2,8 +2,10 @@
 
 from diffmbrl.agents.actor import SquashedGaussian
 from diffmbrl.agents.collect import Exact, NoisySensor, RandomActions, System, Unknown
+from diffmbrl.agents.host import HostSystem
 from diffmbrl.agents.idle import Idle
 from diffmbrl.agents.imagine import imagine
+from diffmbrl.agents.judged import Judged, judged, learnable
 from diffmbrl.agents.learn import Agent, Learned, learn
 from diffmbrl.agents.mbpo import MBPO, Growing
 from diffmbrl.agents.model_free import OffPolicy, OnPolicy
@@ -20,7 +22,9 @@ __all__ = [
     "Agent",
     "Exact",
     "Growing",
+    "HostSystem",
     "Idle",
+    "Judged",
     "Learned",
     "MPCAgent",
     "NoisySensor",
@@ -34,5 +38,7 @@ __all__ = [
     "Unknown",
     "World",
     "imagine",
+    "judged",
     "learn",
+    "learnable",
 ]

@@ -1,11 +1,12 @@
 """Acting on a system: the steps of a policy on environments that go on from call to call."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.buffer import Transition
 from diffmbrl.core import State, Task, all_finite, is_plan, is_stateful
@@ -40,6 +41,50 @@ class NoisySensor(eqx.Module):
         return perturbed(s, self.std, key)
 
 
+class Acting(eqx.Module):
+    """What an agent does with what it has learned: carry -> policy, in its role `first`, `policy` or `best`."""
+
+    agent: Any
+    task: Task
+    role: str = eqx.field(static=True)
+
+    def __call__(self, carry: Any) -> Any:
+        return getattr(self.agent, self.role)(carry, self.task)
+
+
+@runtime_checkable
+class Real(Protocol):
+    """What `learn` needs of a real system: S seeds of it side by side, each of N environments.
+
+    `System` is compiled with everything around it; `host.HostSystem` steps what is no JAX. Places (where the environments are
+    between two calls) are the system's own but for `episode` [S, N], its number.
+    """
+
+    @property
+    def view(self) -> Task:
+        """The task as the agent is given it, whose dynamics nobody may call."""
+        ...
+
+    @property
+    def horizon(self) -> int:
+        """Time steps of an episode at most."""
+        ...
+
+    def begin(self, who: Acting, carries: Any, keys: Key[Array, " S"], count: int, first: Int[Array, " S"]) -> Any:
+        """`count` environments of each seed at the start of their episodes, which are numbered from `first` on."""
+        ...
+
+    def collect(
+        self, who: Acting, carries: Any, places: Any, keys: Key[Array, " S"], *, steps: int
+    ) -> tuple[Any, "Collected"]:
+        """`steps` steps of each environment; every leaf of what is collected is [S, N, steps, ...]."""
+        ...
+
+    def ready(self, function: Callable, *arguments: Any, **sizes: int) -> Callable:
+        """A jitted function of `arguments` that begins and collects, compiled as far as this system can be."""
+        ...
+
+
 class System(eqx.Module):
     """What an agent meets: the plant, the task as the agent knows it, and a sensor from the plant's states to the agent's.
 
@@ -59,6 +104,27 @@ class System(eqx.Module):
         shown = jax.eval_shape(self.sensor, plant.state_shape, jax.random.key(0))
         if shown != self.view.state_shape:
             raise ValueError(f"the sensor shows {shown}; the agent's task '{seen.name}' has states {seen.state_shape}")
+
+    @property
+    def horizon(self) -> int:
+        """The plant's."""
+        return self.plant.horizon
+
+    def begin(self, who: Acting, carries: Any, keys: Key[Array, " S"], count: int, first: Int[Array, " S"]) -> "Place":
+        """`begin`, for each seed."""
+        return jax.vmap(lambda carry, key, e: begin(who(carry), self, key, count, e))(carries, keys, first)
+
+    def collect(
+        self, who: Acting, carries: Any, places: "Place", keys: Key[Array, " S"], *, steps: int
+    ) -> tuple["Place", "Collected"]:
+        """`collect`, for each seed."""
+        return jax.vmap(lambda carry, place, key: collect(who(carry), self, place, key, steps=steps))(
+            carries, places, keys
+        )
+
+    def ready(self, function: Callable, *arguments: Any, **sizes: int) -> Callable:
+        """All of it as one compiled program."""
+        return function.lower(*arguments, **sizes).compile()  # type: ignore[attr-defined]
 
 
 class RandomActions(eqx.Module):
@@ -99,14 +165,14 @@ class Place(NamedTuple):
 
 
 class Collected(NamedTuple):
-    """Steps of N environments, [N, k] each."""
+    """k steps of N environments."""
 
     steps: Transition  # as seen
-    episode: Int[Array, "N k"]
-    t: Int[Array, "N k"]
-    keep: Bool[Array, "N k"]  # False where something is not finite, or the episode was over before its first step
+    episode: Int[Array, "*S N k"]
+    t: Int[Array, "*S N k"]
+    keep: Bool[Array, "*S N k"]  # False where something is not finite, or the episode was over before its first step
     J: Float[
-        Array, "N k"
+        Array, "*S N k"
     ]  # return of the episode that ends with this step (`steps.last`); NaN where something was not finite
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PRNGKeyArray
 
-from diffmbrl.agents.collect import System, begin, collect
+from diffmbrl.agents.collect import Acting, Collected, Real
 from diffmbrl.agents.learn import Agent, Learned
-from diffmbrl.core import State
+from diffmbrl.core import State, Task
 from diffmbrl.models.particles import ParticleDynamics
 
 STEPS = 50  # ahead, at most
@@ -17,7 +17,7 @@ EPISODES = 4  # of each seed
 PARTICLES = 20
 
 
-def foresight(agent: Agent, system: System, learned: Learned, keys: Key[Array, " S"]) -> dict[str, Any] | None:
+def foresight(agent: Agent, system: Real, learned: Learned, keys: Key[Array, " S"]) -> dict[str, Any] | None:
     r"""How far the model's rollouts are from the true ones of `agent.best`; None for an agent that shows no model.
 
     `error` [S, H] is that of the particles' mean, $\sqrt{\tfrac1n \sum_i ((\hat s_i - s_i) / \sigma_i)^2}$, the median over
@@ -29,7 +29,8 @@ def foresight(agent: Agent, system: System, learned: Learned, keys: Key[Array, "
     """
     if getattr(agent, "model", None) is None:
         return None
-    found = _rollouts(agent, system, learned.carry, keys)
+    episodes, draws = system.ready(_episodes, agent, system, learned.carry, keys)(agent, system, learned.carry, keys)
+    found = _rollouts(agent, system.view, learned.carry, episodes, draws)
     if found is None:
         return None
     true, ahead, going = (np.asarray(x, np.float64) for x in found)  # [S, E, H+1, n], [S, E, H, P, n], [S, E, H]
@@ -47,18 +48,25 @@ def foresight(agent: Agent, system: System, learned: Learned, keys: Key[Array, "
 
 
 @jax.jit
-def _rollouts(agent: Agent, system: System, carries: Any, keys: Key[Array, " S"]) -> tuple[Array, Array, Array] | None:
-    """True states, the particles', and whether the first episode still goes on before each step."""
-    H = min(STEPS, system.plant.horizon)
+def _episodes(agent: Agent, system: Real, carries: Any, keys: Key[Array, " S"]) -> tuple[Collected, Key[Array, " S"]]:
+    """The first steps of `agent.best` from each of a few starts, and keys for the model."""
+    key_begin, key_act, key_model = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 3), 3))(keys).T
+    who = Acting(agent, system.view, "best")
+    places = system.begin(who, carries, key_begin, EPISODES, jnp.zeros(keys.shape, jnp.int32))
+    return system.collect(who, carries, places, key_act, steps=min(STEPS, system.horizon))[1], key_model
 
-    def one(carry: Any, key: PRNGKeyArray):
-        model = agent.model(carry, system.view)  # type: ignore[attr-defined]
+
+@jax.jit
+def _rollouts(
+    agent: Agent, view: Task, carries: Any, found: Collected, keys: Key[Array, " S"]
+) -> tuple[Array, Array, Array] | None:
+    """True states, the particles', and whether the first episode still goes on before each step."""
+    H = found.t.shape[2]
+
+    def one(carry: Any, found: Collected, key: PRNGKeyArray):
+        model = agent.model(carry, view)  # type: ignore[attr-defined]
         if model is None:
             return None
-        key_begin, key_act, key_model = jax.random.split(jax.random.fold_in(key, 3), 3)
-        policy = agent.best(carry, system.view)
-        places = begin(policy, system, key_begin, EPISODES)
-        _, found = collect(policy, system, places, key_act, steps=H)
         steps, cloud = found.steps, ParticleDynamics(model, None)
 
         def ahead(s: State, a: Array, key: PRNGKeyArray) -> Array:
@@ -71,13 +79,13 @@ def _rollouts(agent: Agent, system: System, carries: Any, keys: Key[Array, " S"]
 
             return jax.lax.scan(step, s0, (jnp.arange(H, dtype=jnp.int32), a))[1]
 
-        foreseen = jax.vmap(ahead)(steps.s, steps.a, jax.random.split(key_model, EPISODES))
+        foreseen = jax.vmap(ahead)(steps.s, steps.a, jax.random.split(key, EPISODES))
         true = jnp.concatenate([_flat(steps.s, 2)[:, :1], _flat(steps.s_next, 2)], axis=1)
         ended = steps.last.astype(jnp.int32)
         going = (jnp.cumsum(ended, axis=1) - ended == 0) & found.keep
         return true, foreseen, going
 
-    return jax.vmap(one)(carries, keys)
+    return jax.vmap(one)(carries, found, keys)
 
 
 def _flat(states: State, axes: int) -> Array:

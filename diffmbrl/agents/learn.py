@@ -3,7 +3,8 @@
     first: `warmup` steps of the agent's first policy, mostly random actions
     then:  the agent updates itself from the buffer (fits a model, plans, improves a policy), and acts for `every` steps
 
-One iteration is one compiled call for all seeds; only stopping, recording and evaluating are left to Python.
+On a `System` one iteration is one compiled call for all seeds; only stopping, recording and evaluating are left to Python. On
+a system that is no JAX (`host.py`) the same lines run as they stand, and what is the agent's in them is compiled.
 """
 
 import time
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from diffmbrl.agents.collect import Collected, Place, System, begin, collect
+from diffmbrl.agents.collect import Acting, Collected, Real, System
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task
 from diffmbrl.looks import Looks, Unwatched
@@ -73,7 +74,7 @@ class Lane(NamedTuple):
 
     carry: Any
     buffer: Buffer
-    places: Place
+    places: Any  # the system's
     fresh: Collected
 
 
@@ -88,7 +89,7 @@ class Learned(NamedTuple):
 
 def learn(
     agent: Agent,
-    system: System | Task,
+    system: Real | Task,
     keys: Key[Array, "..."],
     *,
     real_steps: int,
@@ -101,6 +102,7 @@ def learn(
 ) -> Learned:
     r"""Let an agent learn on a real system for so many real steps, or until `seconds` of iterations are spent.
 
+    The system is a task, or what shows a task to the agent: a `System`, a `HostSystem`.
     `keys` [S] are the seeds, side by side. Every iteration makes a record, each of its arrays with an axis of seeds:
     `real_steps`; `seconds` and the process's `cpu_seconds` so far (updates and collection, compile time and evaluation apart);
     `returns` [S, N k] of the episodes that ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not
@@ -119,7 +121,7 @@ def learn(
     >>> [int(x) for x in learned.buffer.size], len(learned.records)
     ([200, 200], 3)
     """
-    system = system if isinstance(system, System) else System(system)
+    system = System(system) if isinstance(system, Task) else system
     check(agent, keys, real_steps, evaluations, evaluate_every)
     capacity = max(real_steps, agent.warmup + agent.every) if capacity is None else capacity
     looks = Unwatched() if looks is None else looks
@@ -130,7 +132,7 @@ def learn(
         nonlocal evaluate
         over = done >= real_steps or spent >= seconds
         if evaluations and (over or iteration % evaluate_every == 0):
-            evaluate = evaluate or _evaluate.lower(agent, system, lanes.carry, keys, count=evaluations).compile()
+            evaluate = evaluate or system.ready(_evaluate, agent, system, lanes.carry, keys, count=evaluations)
             record["evaluation"] = np.asarray(evaluate(agent, system, lanes.carry, keys))
         records.append(record)
         if on_record is not None:
@@ -138,11 +140,12 @@ def learn(
         looks.look(lanes, done=done, iteration=iteration, spent=spent, worked=worked)
 
     if (kept := looks.kept) is None:
-        lanes, fresh = _warm(agent, system, keys, capacity)
+        warm = system.ready(_warm, agent, system, keys, capacity=capacity)
+        lanes, fresh = warm(agent, system, keys)
         left = np.asarray(lanes.buffer.size)
         if left.min() < 1:
             raise ValueError(
-                f"of {agent.warmup} first steps of '{system.plant.name}' none could be kept (seeds "
+                f"of {agent.warmup} first steps of '{system.view.name}' none could be kept (seeds "
                 f"{np.flatnonzero(left < 1)}): they were not finite, or every episode was over before its first step"
             )
         done, iteration, spent, worked = agent.warmup, 0, 0.0, 0.0
@@ -152,7 +155,7 @@ def learn(
         done, iteration, spent, worked = (kept[name] for name in ("done", "iteration", "spent", "worked"))
     while done < real_steps and spent < seconds:
         number = jnp.int32(iteration)
-        run = run or _iterate.lower(agent, system, lanes, keys, number).compile()  # before the clock starts
+        run = run or system.ready(_iterate, agent, system, lanes, keys, number)  # before the clock starts
         begun, before = time.perf_counter(), time.process_time()
         lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
         spent, worked = spent + time.perf_counter() - begun, worked + time.process_time() - before
@@ -162,65 +165,75 @@ def learn(
 
 
 @partial(jax.jit, static_argnames="capacity")
-def _warm(agent: Agent, system: System, keys: Key[Array, " S"], capacity: int) -> tuple[Lane, Collected]:
+def _warm(agent: Agent, system: Real, keys: Key[Array, " S"], capacity: int) -> tuple[Lane, Collected]:
     """Each seed's carry and its first steps; the episodes then begin anew, so that a memory begins with its episode."""
-
-    def one(key):
-        key_agent, key_begin, key_collect, key_again = jax.random.split(jax.random.fold_in(key, 0), 4)
-        carry = agent.init(system.view, key_agent)
-        policy, count = agent.first(carry, system.view), agent.environments
-        places = begin(policy, system, key_begin, count)
-        places, fresh = collect(policy, system, places, key_collect, steps=agent.warmup // count)
-        buffer = _added(Buffer.empty(system.view, capacity), fresh)
-        places = begin(agent.policy(carry, system.view), system, key_again, count, jnp.max(places.episode) + 1)
-        latest = jax.tree.map(lambda x: x[:, -(agent.every // count) :], fresh)
-        return Lane(carry, buffer, places, latest), fresh
-
-    return jax.vmap(one)(keys)
+    count, view = agent.environments, system.view
+    carries, key_begin, key_collect, key_again = _begun(agent, view, keys)
+    who = Acting(agent, view, "first")
+    places = system.begin(who, carries, key_begin, count, jnp.zeros(keys.shape, jnp.int32))
+    places, fresh = system.collect(who, carries, places, key_collect, steps=agent.warmup // count)
+    empty = jax.vmap(lambda _: Buffer.empty(view, capacity))(keys)
+    buffer = _added(empty, fresh)
+    after = jnp.max(jnp.asarray(places.episode), axis=1) + 1
+    places = system.begin(Acting(agent, view, "policy"), carries, key_again, count, after)
+    latest = jax.tree.map(lambda x: x[:, :, -(agent.every // count) :], fresh)
+    return Lane(carries, buffer, places, latest), fresh
 
 
 @jax.jit
-def _iterate(agent: Agent, system: System, lanes: Lane, keys: Key[Array, " S"], number: Array) -> tuple[Lane, dict]:
+def _iterate(agent: Agent, system: Real, lanes: Lane, keys: Key[Array, " S"], number: Array) -> tuple[Lane, dict]:
     """An update, and `every` steps with what came of it."""
-
-    def one(lane: Lane, key):
-        key_update, key_collect = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), number))
-        learned, said = agent.update(lane.carry, system.view, lane.buffer, lane.fresh.steps, key_update)
-        refused = _spoilt(lane.carry, learned)
-        carry = jax.tree.map(lambda x, y: jnp.where(refused, x, y), lane.carry, learned)
-        policy = agent.policy(carry, system.view)
-        steps = agent.every // agent.environments
-        places, fresh = collect(policy, system, lane.places, key_collect, steps=steps)
-        said = said | {"refused": refused.astype(jnp.int32)}
-        return Lane(carry, _added(lane.buffer, fresh), places, fresh), said
-
-    return jax.vmap(one)(lanes, keys)
+    carries, said, key_collect = _updated(agent, system.view, lanes.carry, lanes.buffer, lanes.fresh, keys, number)
+    who, steps = Acting(agent, system.view, "policy"), agent.every // agent.environments
+    places, fresh = system.collect(who, carries, lanes.places, key_collect, steps=steps)
+    return Lane(carries, _added(lanes.buffer, fresh), places, fresh), said
 
 
 @partial(jax.jit, static_argnames="count")
-def _evaluate(
-    agent: Agent, system: System, carries: Any, keys: Key[Array, " S"], count: int
-) -> Float[Array, "S count"]:
+def _evaluate(agent: Agent, system: Real, carries: Any, keys: Key[Array, " S"], count: int) -> Float[Array, "S count"]:
     """The return of the first episode from each of `count` starts: the same starts and noise at each evaluation."""
-
-    def one(carry, key):
-        key_begin, key_collect = jax.random.split(jax.random.fold_in(key, 2))
-        policy = agent.best(carry, system.view)
-        places = begin(policy, system, key_begin, count)
-        _, found = collect(policy, system, places, key_collect, steps=system.plant.horizon)
-        return jnp.take_along_axis(found.J, jnp.argmax(found.steps.last, axis=1)[:, None], axis=1)[:, 0]
-
-    return jax.vmap(one)(carries, keys)
+    who = Acting(agent, system.view, "best")
+    key_begin, key_collect = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2)))(keys).T
+    places = system.begin(who, carries, key_begin, count, jnp.zeros(keys.shape, jnp.int32))
+    _, found = system.collect(who, carries, places, key_collect, steps=system.horizon)
+    return jnp.take_along_axis(found.J, jnp.argmax(found.steps.last, axis=2)[:, :, None], axis=2)[:, :, 0]
 
 
-def _added(buffer: Buffer, fresh: Collected) -> Buffer:
-    """The buffer with the steps of one environment after another."""
+@jax.jit
+def _begun(agent: Agent, view: Task, keys: Key[Array, " S"]) -> tuple[Any, ...]:
+    """Each seed's carry, and its keys of the warm-up."""
+    split = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 0), 4))(keys).T
+    return jax.vmap(lambda key: agent.init(view, key))(split[0]), *split[1:]
+
+
+@jax.jit
+def _updated(
+    agent: Agent, view: Task, carries: Any, buffers: Buffer, fresh: Collected, keys: Key[Array, " S"], number: Array
+) -> tuple[Any, dict, Key[Array, " S"]]:
+    """The carries after an update, or as they were; what the agents say; the keys of the steps that follow."""
+
+    def one(carry, buffer, fresh, key):
+        key_update, key_collect = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), number))
+        learned, said = agent.update(carry, view, buffer, fresh, key_update)
+        refused = _spoilt(carry, learned)
+        kept = jax.tree.map(lambda x, y: jnp.where(refused, x, y), carry, learned)
+        return kept, said | {"refused": refused.astype(jnp.int32)}, key_collect
+
+    return jax.vmap(one)(carries, buffers, fresh.steps, keys)
+
+
+@jax.jit
+def _added(buffers: Buffer, fresh: Collected) -> Buffer:
+    """Each seed's buffer with the steps of one environment after another."""
 
     def flat(x):
         return x.reshape(-1, *x.shape[2:])
 
-    steps, episode, t, keep = (jax.tree.map(flat, x) for x in fresh[:4])
-    return buffer.add(steps, episode, t, keep)
+    def one(buffer, fresh):
+        steps, episode, t, keep = (jax.tree.map(flat, x) for x in fresh[:4])
+        return buffer.add(steps, episode, t, keep)
+
+    return jax.vmap(one)(buffers, fresh)
 
 
 def _spoilt(before: Any, after: Any) -> Array:

@@ -14,7 +14,7 @@ from diffmbrl.agents.explored import ExploredMPC
 from diffmbrl.agents.world import World
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task, as_float, is_concrete
-from diffmbrl.models import Ensemble, Mean, NetworkDynamics, Training, TSInfinity
+from diffmbrl.models import EndModel, Ensemble, Mean, NetworkDynamics, Training, TSInfinity
 from diffmbrl.models.ensemble import Propagation
 from diffmbrl.optimizers.descend import Descend
 from diffmbrl.planners.ilqr import ILQR
@@ -178,7 +178,8 @@ def mpc(
     Raises: `ValueError` for another planner, naming the nearest; what `MPCAgent` raises.
     """
     row = PLANNERS[known("planner", planner, PLANNERS)]
-    given = task if task.done is None else soft_margin(task)
+    # The margin of an end that is learned would be that of a network without training.
+    given = task if task.done is None or isinstance(task.done, EndModel) else soft_margin(task)
     return MPCAgent(
         given,
         row.make(given, members),

@@ -14,6 +14,7 @@ from diffmbrl.runs.report import health_text, learn_text, plan_text, rebuild, su
 from diffmbrl.runs.session import EVERY, Session, underway
 from diffmbrl.runs.signals import exit_code
 from diffmbrl.runs.statistics import Estimate, estimate, interquartile_mean, interval
+from diffmbrl.runs.track import check_sinks, tracked
 
 __all__ = [
     "EVERY",
@@ -22,6 +23,7 @@ __all__ = [
     "Session",
     "Writer",
     "check_out",
+    "check_sinks",
     "create",
     "estimate",
     "exit_code",
@@ -38,6 +40,7 @@ __all__ = [
     "settled",
     "summarise",
     "table",
+    "tracked",
     "underway",
     "verdict",
 ]

@@ -1,6 +1,7 @@
 """Animations of trajectories: HTML that needs nothing but itself, and a GIF. Shapes and numbers in, no task and no algorithm.
 
-A frame is a list of lines and circles as in `tasks/drawing.py`; below it, each action over time between its limits.
+A frame is a list of shapes as in `tasks/drawing.py`, those without a depth first, the others from the deepest on; below it,
+each action over time between its limits.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import numpy as np
 
 from diffmbrl.runs import page
 from diffmbrl.runs.figures import INK, MUTED, PALETTE, blank, dress
+from diffmbrl.tasks.drawing import Circle, Polygon, Rod
 
 Array = np.ndarray
 WIDTH, TALLEST, STRIP = 560, 400, 44  # pixels
@@ -26,6 +28,14 @@ ROLES = {  # colour, width of a line in pixels, opacity of a disc
     "body": ("var(--ink, #1b1f24)", 3.0, 1.0),
     "accent": ("#0072b2", 2.5, 1.0),
 }
+INSIDE = {
+    "ground": "#c9ced4",
+    "target": "#66c2a5",
+    "obstacle": "#f0a27a",
+    "body": "#aab4bf",
+    "accent": "#6aaed6",
+}  # of solids
+EDGE = "#3a424b"  # and around them
 STYLE = """.film { max-width: 560px; font: 13px/1.4 -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
 .film svg { display: block; width: 100%; height: auto; } .film svg * { vector-effect: non-scaling-stroke; }
 .film text { fill: var(--muted, #5d666f); font-size: 12px; }
@@ -36,15 +46,17 @@ STYLE = """.film { max-width: 560px; font: 13px/1.4 -apple-system, "Segoe UI", R
 SCRIPT = """(() => {
 const film = document.getElementById("@id@"), data = @data@;
 const moving = [...film.querySelectorAll("[data-moves]")], cursors = [...film.querySelectorAll(".now")];
-const values = [...film.querySelectorAll(".value")];
+const values = [...film.querySelectorAll(".value")], scene = film.querySelector("svg"), parts = [...scene.children];
+let order = 0;
 const [button, slider, clock] = ["button", "input", "output"].map(name => film.querySelector(name));
 const show = k => {
   const numbers = data.frames[k]; let i = 0;
   for (const e of moving) {
     const size = +e.dataset.moves, part = numbers.slice(i, i += size).map(x => x / 10);
     if (e.tagName === "circle") { e.setAttribute("cx", part[0]); e.setAttribute("cy", part[1]); }
-    else e.setAttribute("points", part.join(" "));
+    else for (const line of e.tagName === "g" ? e.children : [e]) line.setAttribute("points", part.join(" "));
   }
+  if (data.order[k] !== order) { order = data.order[k]; scene.append(...data.orders[order].map(i => parts[i])); }
   const t = data.times[k], step = Math.min(data.steps[k], data.actions.length - 1);
   for (const c of cursors) c.setAttribute("transform", `translate(${data.width * t / data.end} 0)`);
   values.forEach((v, j) => { v.textContent = data.actions[step][j]; });
@@ -93,9 +105,12 @@ def animate(
     stride = math.ceil(len(a) / MOST)
     steps = [*range(0, len(a), stride), len(a)]
     view = _view(frames)
-    pixels = [[np.rint(10 * _pixels(shape, view)).astype(int) for shape in frames[k]] for k in steps]
+    first = _behind(frames[0])  # the elements stand in this order in the page
+    sorts = [tuple(first.index(i) for i in _behind(frames[k])) for k in steps]
+    orders = list(dict.fromkeys(sorts))
+    pixels = [[np.rint(10 * _pixels(frames[k][i], view)).astype(int) for i in first] for k in steps]
     still = [all(np.array_equal(frame[i], pixels[0][i]) for frame in pixels) for i in range(len(pixels[0]))]
-    drawn = [_element(shape, pixels[0][i], view, still[i]) for i, shape in enumerate(frames[0])]
+    drawn = [_element(frames[0][i], pixels[0][j], view, still[j]) for j, i in enumerate(first)]
     moving = [
         [x for part, rests in zip(frame, still, strict=True) if not rests for x in part.tolist()] for frame in pixels
     ]
@@ -106,6 +121,8 @@ def animate(
         "end": round(len(a) * dt, 4),
         "actions": [[f"{x:.3g}".replace("-", "\u2212") for x in step] for step in a],
         "width": WIDTH,
+        "orders": orders,
+        "order": [orders.index(sort) for sort in sorts],
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     strips = "\n".join(_strip(a[:, j], low[j], high[j], names[j]) for j in range(a.shape[1]))
@@ -158,7 +175,7 @@ def gif(
     painter = _Painter(frames, a, dt, low, high, names, title)
     # One palette without dithering: what rests is then the same in each frame, and is stored once.
     pictures = [Image.fromarray(painter.paint(k)) for k in steps]
-    colours = np.array(pictures[len(steps) // 2].quantize(32).getpalette()).reshape(-1, 3)
+    colours = np.array(pictures[len(steps) // 2].quantize(32, Image.Quantize.MAXCOVERAGE).getpalette()).reshape(-1, 3)
     colours[colours.min(axis=1) > 240] = 255  # the paper, which has been mixed with the edges of letters
     palette = Image.new("P", (1, 1))
     palette.putpalette(colours.ravel().tolist())
@@ -174,7 +191,9 @@ class _Painter:
     """A matplotlib figure that is drawn again for each frame, only what moves being changed."""
 
     def __init__(self, frames: Any, a: Array, dt: float, low: Array, high: Array, names: Sequence[str], title: str):
+        from matplotlib.lines import Line2D
         from matplotlib.patches import Circle as Disc
+        from matplotlib.patches import Polygon as Patch
 
         self.frames, self.dt = frames, dt
         x, y, scale, tall = _view(frames)
@@ -192,11 +211,19 @@ class _Painter:
         for shape in frames[0]:
             colour, width, opacity = ROLES[shape.role]
             colour = INK if colour.startswith("var") else colour
-            if hasattr(shape, "points"):
-                [artist] = axis.plot(*np.asarray(shape.points).T, color=colour, linewidth=0.75 * width)
+            if isinstance(shape, Rod):
+                thick = 2 * scale * shape.radius
+                looks = [(EDGE, max(thick, 1.0)), (INSIDE[shape.role], max(thick - 2, 0.5))]
+                # Markers for its ends: a line of no length, a sphere, would not be drawn.
+                ends = {"solid_capstyle": "butt", "marker": "o", "markeredgewidth": 0}
+                drawn = [Line2D([], [], color=c, linewidth=0.72 * w, markersize=0.72 * w, **ends) for c, w in looks]
+            elif isinstance(shape, Polygon):
+                drawn = [Patch(shape.points, closed=True, facecolor=INSIDE[shape.role], edgecolor=EDGE, linewidth=0.7)]
+            elif isinstance(shape, Circle):
+                drawn = [Disc(tuple(shape.centre), shape.radius, color=colour, alpha=opacity, lw=0)]
             else:
-                artist = axis.add_patch(Disc(tuple(shape.centre), shape.radius, color=colour, alpha=opacity, lw=0))
-            self.artists.append(artist)
+                drawn = [Line2D([], [], color=colour, linewidth=0.75 * width)]
+            self.artists.append([axis.add_artist(artist) for artist in drawn])
         self.cursors = []
         time = dt * np.arange(len(a) + 1)
         for j in range(m):
@@ -214,11 +241,16 @@ class _Painter:
 
     def paint(self, k: int) -> Array:
         """Frame k, [height, width, 3]."""
-        for shape, artist in zip(self.frames[k], self.artists, strict=True):
-            if hasattr(shape, "points"):
-                artist.set_data(*np.asarray(shape.points).T)
-            else:
-                artist.set_center(tuple(shape.centre))
+        for rank, i in enumerate(_behind(self.frames[k])):
+            shape = self.frames[k][i]
+            for artist in self.artists[i]:
+                artist.set_zorder(rank)
+                if isinstance(shape, Circle):
+                    artist.set_center(tuple(shape.centre))
+                elif isinstance(shape, Polygon):
+                    artist.set_xy(shape.points)
+                else:
+                    artist.set_data(*np.asarray(shape.points).T)
         for cursor in self.cursors:
             cursor.set_xdata([k * self.dt] * 2)
         self.clock.set_text(f"{k * self.dt:.2f} s")
@@ -246,7 +278,7 @@ def _checked(frames: Any, a: Any, a_low: Any, a_high: Any, names: Any) -> tuple[
 
 
 def _numbers(shape: Any) -> Array:
-    return np.asarray(shape.points if hasattr(shape, "points") else shape.centre, np.float64).reshape(-1, 2)
+    return np.asarray(shape[0], np.float64).reshape(-1, 2)  # centre or points
 
 
 def _view(frames: Any) -> tuple[float, float, float, float]:
@@ -261,6 +293,11 @@ def _view(frames: Any) -> tuple[float, float, float, float]:
     return float(middle[0] - WIDTH / scale / 2), float(middle[1] + tall / scale / 2), scale, tall
 
 
+def _behind(shapes: Sequence[Any]) -> list[int]:
+    """The order in which shapes are drawn: the deepest first, and before them those that have no depth."""
+    return sorted(range(len(shapes)), key=lambda i: -getattr(shapes[i], "depth", math.inf))
+
+
 def _pixels(shape: Any, view: tuple[float, float, float, float]) -> Array:
     x, y, scale, _ = view
     return ((_numbers(shape) - [x, y]) * [scale, -scale]).reshape(-1)
@@ -269,15 +306,28 @@ def _pixels(shape: Any, view: tuple[float, float, float, float]) -> Array:
 def _element(shape: Any, pixels: Array, view: tuple[float, float, float, float], still: bool) -> str:
     colour, width, opacity = ROLES[shape.role]
     moves = "" if still else f' data-moves="{pixels.size}"'
-    if hasattr(shape, "points"):
-        points = " ".join(f"{x / 10:g}" for x in pixels)
-        return (
-            f'<polyline points="{points}" style="fill:none;stroke:{colour};stroke-width:{width:g};'
-            f'stroke-linejoin:round;stroke-linecap:round"{moves}/>'
+    if isinstance(shape, Circle):
+        radius = max(shape.radius * view[2], 1.5)
+        x, y = pixels / 10
+        return f'<circle cx="{x:g}" cy="{y:g}" r="{radius:.4g}" style="fill:{colour};fill-opacity:{opacity:g}"{moves}/>'
+    points = " ".join(f"{x / 10:g}" for x in pixels)
+    if isinstance(shape, Rod):
+        thick = 2 * view[2] * shape.radius
+        looks = [(EDGE, max(thick, 1.0)), (INSIDE[shape.role], max(thick - 2, 0.5))]
+        lines = "".join(
+            f'<polyline points="{points}" style="fill:none;stroke:{c};stroke-width:{w:.4g};stroke-linecap:round;'
+            'vector-effect:none"/>'
+            for c, w in looks
         )
-    radius = max(shape.radius * view[2], 1.5)
-    x, y = pixels / 10
-    return f'<circle cx="{x:g}" cy="{y:g}" r="{radius:.4g}" style="fill:{colour};fill-opacity:{opacity:g}"{moves}/>'
+        return f"<g{moves}>{lines}</g>"
+    if isinstance(shape, Polygon):
+        return (
+            f'<polygon points="{points}" style="fill:{INSIDE[shape.role]};stroke:{EDGE};stroke-linejoin:round"{moves}/>'
+        )
+    return (
+        f'<polyline points="{points}" style="fill:none;stroke:{colour};stroke-width:{width:g};'
+        f'stroke-linejoin:round;stroke-linecap:round"{moves}/>'
+    )
 
 
 def _strip(a: Array, low: float, high: float, name: str) -> str:

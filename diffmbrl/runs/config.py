@@ -29,6 +29,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def settled(kind: type[T], config: dict[str, Any], *, besides: Collection[str] = ()) -> T:
     """The setting, a NamedTuple, of a config; `besides` are names that the run wrote in it for its reader.
 
+    A field that has a default and that an older version did not know has its default.
+
     Raises: `ValueError` naming the field that is missing, unknown or of another type: another version wrote it, or a hand.
 
     >>> from typing import NamedTuple
@@ -39,11 +41,12 @@ def settled(kind: type[T], config: dict[str, Any], *, besides: Collection[str] =
     Setting(task='lqr', rates=(1.0, 0.5))
     """
     hints = get_type_hints(kind)
-    if missing := [name for name in hints if name not in config]:
+    defaults = getattr(kind, "_field_defaults", {})
+    if missing := [name for name in hints if name not in config and name not in defaults]:
         raise ValueError(f"config.json has no {missing[0]!r}: it does not fit the installed diffmbrl")
     if unknown := [name for name in config if name not in {*hints, *WRITTEN, *besides}]:
         raise ValueError(f"config.json has {unknown[0]!r}, which the installed diffmbrl does not know")
-    return kind(**{name: _of(hint, config[name], name) for name, hint in hints.items()})
+    return kind(**{name: _of(hint, config[name], name) for name, hint in hints.items() if name in config})
 
 
 def _of(hint: Any, value: Any, name: str) -> Any:

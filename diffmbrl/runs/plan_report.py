@@ -12,10 +12,11 @@ from diffmbrl.runs.animation import animate, gif
 from diffmbrl.runs.page import cell, escape, prose
 from diffmbrl.runs.plans import plan_figure
 from diffmbrl.runs.table import aligned
-from diffmbrl.tasks.drawing import Circle, Line
+from diffmbrl.tasks.drawing import Circle, Line, Polygon, Rod
 
 Record = dict[str, Any]
 HEAD = ("start", "return", "in the model", "success", "iterations", "gradient norm", "non-finite", "ended by")
+SHAPES = {"line": Line, "circle": Circle, "rod": Rod, "polygon": Polygon}
 SHOWN = 12  # starts drawn and tabled at most: the rest are in the data
 
 
@@ -176,15 +177,10 @@ def _limits(scene: Record) -> dict[str, np.ndarray]:
 
 def shape_record(shape: Any) -> list[Any]:
     """A shape as JSON; `_shape` is the inverse."""
-    if isinstance(shape, Circle):
-        return ["circle", np.round(shape.centre, 4).tolist(), round(float(shape.radius), 4), shape.role]
-    return ["line", np.round(shape.points, 4).tolist(), shape.role]
+    name = type(shape).__name__.lower()
+    return [name, *(x if isinstance(x, str) else np.round(np.asarray(x, float), 4).tolist() for x in shape)]
 
 
 def _shape(saved: list[Any]) -> Any:
-    kind, *fields = saved
-    return (
-        Circle(np.asarray(fields[0], float), *fields[1:])
-        if kind == "circle"
-        else Line(np.asarray(fields[0], float), fields[1])
-    )
+    kind, points, *fields = saved
+    return SHAPES[kind](np.asarray(points, float), *fields)

@@ -8,16 +8,18 @@ over are in the records alone.
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from diffmbrl.runs import checkpoint, provenance
+from diffmbrl.runs.config import read_config
 from diffmbrl.runs.folder import now, running, set_status, write_json
 from diffmbrl.runs.metrics import Mark, Writer
 from diffmbrl.runs.progress import Progress
 from diffmbrl.runs.report import rebuild
 from diffmbrl.runs.signals import terminable, undisturbed
+from diffmbrl.runs.track import tracked
 
 EVERY = 30.0  # seconds between two checkpoints
 SHARE = 0.01  # of the time at most, if a checkpoint takes so long that this is less often
@@ -38,8 +40,16 @@ class Session:
     `every` seconds a look is kept as a checkpoint (0: each look), and the last one when the run ends, however it ends.
     """
 
-    def __init__(self, folder: Path, writer: Writer, progress: Progress, every: float, kept: checkpoint.Kept | None):
-        self.folder, self.progress, self.write = folder, progress, writer.write
+    def __init__(
+        self,
+        folder: Path,
+        writer: Writer,
+        write: Callable[[dict], None],
+        progress: Progress,
+        every: float,
+        kept: checkpoint.Kept | None,
+    ):
+        self.folder, self.progress, self.write = folder, progress, write
         self._writer, self._every = writer, every
         self._kept, self._step = kept, 0 if kept is None else kept.step
         self._arm = 0 if kept is None else kept.host["arm"]
@@ -112,9 +122,17 @@ class Session:
 
 @contextlib.contextmanager
 def underway(
-    folder: Path, arms: int, *, stream: Any = None, every: float = EVERY, resumed: bool = False
+    folder: Path,
+    arms: int,
+    *,
+    stream: Any = None,
+    every: float = EVERY,
+    track: Sequence[str] = (),
+    resumed: bool = False,
 ) -> Iterator[Session]:
     """Run or go on in `folder`; status, records, checkpoints and report are in order whatever ends it.
+
+    `track` are the sinks that get the records too.
 
     Raises: `ValueError` if there is something to go on from that cannot be, or if another process runs it.
     """
@@ -123,10 +141,15 @@ def underway(
     with Writer(folder / "metrics.jsonl") as writer:
         kept, remarks = _kept(folder, writer) if resumed else (None, [])
         try:
-            with terminable(), running(folder), Progress(arms, stream=stream) as progress:
+            with (
+                terminable(),
+                running(folder),
+                Progress(arms, stream=stream) as progress,
+                tracked(writer.write, track, folder, read_config(folder), progress.note) as write,
+            ):
                 for remark in remarks:
                     progress.note(remark)
-                run = Session(folder, writer, progress, every, kept)
+                run = Session(folder, writer, write, progress, every, kept)
                 try:
                     yield run
                 except BaseException as error:

@@ -1,4 +1,4 @@
-"""What a state looks like: lines and circles in metres, y up, for figures and animations (`runs/animation.py`).
+"""What a state looks like: lines, circles and solids in metres, y up, for figures and animations (`runs/animation.py`).
 
 A drawing is a function (task, s [n]) -> shapes, a field of the task's row. The number of shapes and of their points does not
 depend on the state. Lengths are read from the task's dynamics; one that has none, such as a learned model, is drawn with the
@@ -31,11 +31,28 @@ class Circle(NamedTuple):
     role: str = BODY
 
 
-Shape = Line | Circle
+class Rod(NamedTuple):
+    """A capsule seen from aside: as thick as it is, round at its ends. What is deeper is drawn behind."""
+
+    points: Array  # [2, 2], its ends
+    radius: float
+    role: str = BODY
+    depth: float = 0.0
+
+
+class Polygon(NamedTuple):
+    """A filled polygon. What is deeper is drawn behind."""
+
+    points: Array  # [k, 2]
+    role: str = BODY
+    depth: float = 0.0
+
+
+Shape = Line | Circle | Rod | Polygon
 
 
 def frames(task: Task, s: Array) -> list[list[Shape]]:
-    """The shapes of each state of a trajectory, `s` [T+1, n]: those of the task's row, else a phase plot.
+    """The shapes of each state of a trajectory, `s` [T+1, n]: those of the task's or the environment's row, else a phase plot.
 
     Raises: `ValueError` if the states do not fit the task.
 
@@ -44,12 +61,13 @@ def frames(task: Task, s: Array) -> list[list[Shape]]:
     >>> rod.points.tolist()
     [[0.0, 0.0], [0.0, 1.0]]
     """
+    from diffmbrl.tasks.gymnasium import KNOWN, PREFIX
     from diffmbrl.tasks.registry import TASKS  # which has the drawings in its rows
 
     s = np.asarray(s, np.float64)
     if s.ndim != 2 or s.shape[1] != task.n:
         raise ValueError(f"states of task '{task.name}' must have shape [T+1, {task.n}], got {list(s.shape)}")
-    row = TASKS.get(task.name)
+    row = TASKS.get(task.name) or KNOWN.get(task.name.removeprefix(PREFIX))
     return phase(s) if row is None else [row.draw(task, state) for state in s]
 
 

@@ -20,6 +20,7 @@ def listing() -> str:
     ]
     note = (
         "smooth: dynamics and reward are continuously differentiable. dr/da: the reward has a gradient in the action.\n"
-        "safe horizon: steps up to which the float32 gradient through a small random policy agrees with float64 to 1%."
+        "safe horizon: steps up to which the float32 gradient through a small random policy agrees with float64 to 1%.\n"
+        "gym:ID, such as gym:Pendulum-v1, is any Gymnasium environment with Box spaces, as a real system for `learn`."
     )
     return "\n".join(line.rstrip() for line in lines) + "\n\n" + note

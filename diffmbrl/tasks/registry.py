@@ -125,6 +125,10 @@ def known(what: str, name: str, names: Any) -> str:
     """`name` if it is one of `names`; else a `ValueError` with the nearest."""
     if name in names:
         return name
+    if what == "task" and name.startswith("gym:"):
+        raise ValueError(
+            f"'{name}' is a real system, whose dynamics cannot be called: `diffmbrl learn` and `compare --learned` take it"
+        )
     lower = {known.lower(): known for known in names}
     nearest = lower[get_close_matches(name.lower(), list(lower), n=1, cutoff=0.0)[0]]
     raise ValueError(f"unknown {what} '{name}'; did you mean '{nearest}'? There are: {', '.join(names)}")

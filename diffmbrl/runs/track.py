@@ -1,0 +1,175 @@
+"""Where a run is followed beside `metrics.jsonl`: TensorBoard's event files, and Weights & Biases, offline.
+
+    <run>/tensorboard/   tensorboard --logdir runs            <run>/wandb/   wandb sync <run>/wandb/offline-run-*
+
+`metrics.jsonl` stays what reports are made of. A sink gets the numbers of its records by name and step, and can only fail by
+itself: the run warns once, and goes on without it. Both packages are in the extra `track`.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from diffmbrl.runs.metrics import to_json
+from diffmbrl.runs.statistics import interquartile_mean
+from diffmbrl.tasks.registry import known
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+STEPS = {
+    "eval": "update",
+    "iteration": "real_steps",
+    "result": "start",
+}  # of each kind of record, what it is plotted against
+RETURNS = ("train", "test", "evaluation", "episodes")  # shown for each seed too
+
+
+class Point(NamedTuple):
+    """Numbers of one group (a method, an agent, a start) at one step."""
+
+    group: str
+    step: int
+    values: dict[str, float]
+
+
+class Sink(Protocol):
+    """A place that points go to."""
+
+    def write(self, point: Point) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `<run>/tensorboard`."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        self.writer = importlib.import_module("tensorboardX").SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, point: Point) -> None:
+        for name, value in point.values.items():
+            self.writer.add_scalar(f"{point.group}/{name}".replace(" ", "-"), value, point.step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """An offline run in `<run>/wandb`; each group has a step of its own."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        wandb = importlib.import_module("wandb")
+        settings = wandb.Settings(silent=True, console="off", save_code=False, disable_git=True)
+        self.run = wandb.init(
+            mode="offline",
+            project="diffmbrl",
+            name=folder.name,
+            dir=str(folder),
+            config=to_json(config),
+            settings=settings,
+        )
+        self.groups: set[str] = set()
+
+    def write(self, point: Point) -> None:
+        group = point.group.replace(".", ",")  # a dot would be a level of its own
+        if group not in self.groups:
+            self.groups.add(group)
+            self.run.define_metric(f"{group}/*", step_metric=f"{group}/step")
+        values = {"step": point.step} | point.values
+        self.run.log({f"{group}/{name}": value for name, value in values.items()})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def check_sinks(names: Sequence[str]) -> None:
+    """Raises: `ValueError` for an unknown sink, or one that is named twice; `ModuleNotFoundError` if its package is missing."""
+    for name in names:
+        known("sink of --track", name, SINKS)
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise ModuleNotFoundError(f"--track {name} needs {PACKAGES[name]}: pip install 'diffmbrl[track]'")
+    if len(set(names)) != len(names):
+        raise ValueError(f"each sink can be named once, got --track {' '.join(names)}")
+
+
+@contextlib.contextmanager
+def tracked(
+    write: Callable[[dict], None],
+    names: Sequence[str],
+    folder: Path,
+    config: dict[str, Any],
+    note: Callable[[str], None],
+) -> Iterator[Callable[[dict], None]]:
+    """`write`, and what it writes to every sink too. What goes wrong with a sink is noted once, and the sink left."""
+    sinks: dict[str, Sink] = {}
+
+    def tried(name: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:
+            sinks.pop(name, None)
+            note(f"--track {name} failed and is left out from here on: {type(error).__name__}: {error}")
+
+    for name in names:
+        if (made := tried(name, lambda name=name: SINKS[name](folder, config))) is not None:
+            sinks[name] = made
+
+    def both(record: dict[str, Any]) -> None:
+        write(record)
+        for point in points(record) if sinks else ():
+            for name, sink in list(sinks.items()):
+                tried(name, lambda sink=sink, point=point: sink.write(point))
+
+    try:
+        yield both
+    finally:
+        for name, sink in list(sinks.items()):
+            tried(name, sink.close)
+
+
+def points(record: dict[str, Any]) -> list[Point]:
+    """What of a record of metrics is plotted: nothing of most kinds.
+
+    Of several seeds the interquartile mean, and for returns each seed's own; of several starts or episodes their mean.
+
+    >>> points({"kind": "eval", "method": "adam", "rate": 0.1, "update": 5, "lanes": 2, "test": [1.0, 3.0]})
+    [Point(group='adam 0.1', step=5, values={'lanes': 2.0, 'test': 2.0, 'test/seed 0': 1.0, 'test/seed 1': 3.0})]
+    """
+    kind = record["kind"]
+    if kind == "updates":
+        columns = {name: x for name in ("J", "gradient_norm") if (x := record.get(name)) is not None}
+        rows = zip(*(np.asarray(x, float).tolist() for x in columns.values()), strict=True)
+        return [
+            Point(f"start {record['start']}", k, dict(zip(columns, row, strict=True))) for k, row in enumerate(rows)
+        ]
+    if kind not in STEPS:
+        return []
+    rate = record.get("rate")
+    group = "result" if kind == "result" else f"{record['method']}{'' if rate is None else f' {rate:g}'}"
+    fields = {name: x for name, x in record.items() if name not in ("said", "rate", STEPS[kind])}
+    values: dict[str, float] = {}
+    for name, x in (fields | record.get("said", {})).items():
+        values |= _numbers(name, x, each=name in RETURNS)
+    return [Point(group, int(record[STEPS[kind]]), values)]
+
+
+def _numbers(name: str, value: Any, *, each: bool) -> dict[str, float]:
+    if value is None or isinstance(value, str):
+        return {}
+    if isinstance(value, bool | int | float) or not np.shape(np.asarray(value, object)):
+        return {name: float(np.asarray(value))}
+    seeds = {k: float(np.mean(np.asarray(x, float))) for k, x in enumerate(value) if np.size(x)}
+    if not seeds:
+        return {}
+    known = np.array(list(seeds.values()))
+    # What is not finite is shown as it is, not as the worst of all.
+    mean = interquartile_mean(known) if np.all(np.isfinite(known)) else np.mean(known)
+    return {name: float(mean)} | ({f"{name}/seed {k}": x for k, x in seeds.items()} if each else {})
