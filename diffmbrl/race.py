@@ -18,7 +18,7 @@ from diffmbrl.agents.registry import make as make_agent
 from diffmbrl.runs import Progress, Writer, check_out, create, interquartile_mean, rebuild, running, words
 from diffmbrl.saved import filled, read_arrays, save_arrays
 from diffmbrl.tasks import TASKS, make, noisy
-from diffmbrl.tasks.registry import known
+from diffmbrl.tasks.registry import known, state_names
 
 LOOKS = 20  # evaluations along a run
 RACE = 3000  # real steps of several agents, by default
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
     seeds: int
     evaluations: int | None
     horizon: int | None
-    parameters: dict[str, float]
+    parameters: dict[str, Any]  # numbers, and words such as a backend
     noise: float  # of the process
     sensor_noise: float
     key: int
@@ -80,8 +80,8 @@ def race(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Pa
             Writer(folder / "metrics.jsonl") as writer,
             Progress(len(prepared.agents), stream=stream) as progress,
         ):
-            row = TASKS[setting.task]
-            writer.write({"kind": "scene", "dt": prepared.system.plant.dt, "state_names": row.states})
+            names = state_names(prepared.system.view)
+            writer.write({"kind": "scene", "dt": prepared.system.plant.dt, "state_names": names})
             for name in prepared.agents:
                 _run_agent(name, prepared, setting.budget, folder, writer.write, progress)
     finally:

@@ -21,7 +21,7 @@ import importlib
 import io
 import warnings
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -161,6 +161,8 @@ def _step(body: Body, physics: Physics, s: Array, a: Array) -> Array:
 def _reset(body: Body, key: PRNGKeyArray) -> Array:
     with _unpromoted():
         env = _given(body, nominal(body, jnp.zeros(()).dtype))
+        if body.backend != "mjx":  # of the rest of a first state, a start needs nothing
+            env.pipeline_init = partial(_placed, env.sys)
         numbers = _numbers(body, env.reset(key).pipeline_state)
         return as_float(jnp.append(numbers, 0.0) if body.runs else numbers)
 
@@ -186,6 +188,21 @@ def seen(body: Body, s: Float[Array, " n"]) -> Any:
             q, qd = _coordinates(sys, s)
             x, xd = kinematics.forward(sys, q, qd)
     return base.State(q=q, qd=qd, x=x, xd=xd, contact=None)
+
+
+class _Placed(NamedTuple):
+    q: Array
+    qd: Array
+    x: Any
+    xd: Any
+    x_i: Any
+    xd_i: Any
+
+
+def _placed(sys: Any, q: Array, qd: Array) -> _Placed:
+    """What every engine makes of joint angles and rates first of all."""
+    x, xd = _brax("kinematics").forward(sys, q, qd)
+    return _Placed(q, qd, x, xd, *_brax("com").from_world(sys, x, xd))
 
 
 def timestep(body: Body) -> float:

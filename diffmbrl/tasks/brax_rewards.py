@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from diffmbrl.core import Task, Trajectory, parameter
-from diffmbrl.tasks.brax import Body, Observation, seen
+from diffmbrl.tasks.brax import Body, seen
 
 
 def brax_rewards(task: Task, trajectory: Trajectory) -> Float[Array, " T"]:
@@ -34,7 +34,7 @@ class Upright(eqx.Module):
 
 
 class NearlyUpright(eqx.Module):
-    r"""$1 - .45 (\theta / .2)^2 - .45 x^2 - .1 a^2$: never negative before the fall at .2 rad or the ends of the rail at 1 m."""
+    r"""$1 - .45 (\theta / .2)^2 - .45 x^2 - .1 a^2$: not negative before the fall or the ends of the rail at 1 m."""
 
     body: Body = eqx.field(static=True)
     weights: Float[Array, "3"] = parameter(jnp.asarray([0.45 / 0.2**2, 0.45, 0.1]))
@@ -64,15 +64,27 @@ class Tip(eqx.Module):
 
 
 class Balanced(eqx.Module):
-    r"""$h - .01 x^2 - (z - 2)^2 - .001 w_1^2 - .005 w_2^2$ with the tip (x, z) and h = 10; without h, what an end is worth."""
+    r"""$h - .01 x^2 - (z - 2)^2 - .001 w_1^2 - .005 w_2^2$ with the tip (x, z), both rates, and h = 10."""
 
     tip: Tip
-    alive: Float[Array, ""] | None = parameter(10.0)
+    alive: Float[Array, ""] = parameter(10.0)
 
-    def __call__(self, s: Float[Array, " n"], a: Float[Array, " m"] | None = None) -> Float[Array, ""]:
+    def __call__(self, s: Float[Array, " n"], a: Float[Array, "1"]) -> Float[Array, ""]:
+        return self.alive + self.posture(s)
+
+    def posture(self, s: Float[Array, " n"]) -> Float[Array, ""]:
+        """The same without h."""
         (x, z), (w_1, w_2) = self.tip(s), seen(self.tip.body, s).qd[1:]
-        cost = 0.01 * x**2 + (z - 2) ** 2 + 1e-3 * w_1**2 + 5e-3 * w_2**2
-        return -cost if self.alive is None else self.alive - cost
+        return -(0.01 * x**2 + (z - 2) ** 2 + 1e-3 * w_1**2 + 5e-3 * w_2**2)
+
+
+class LastPosture(eqx.Module):
+    """What the last state is worth: its reward without h."""
+
+    balanced: Balanced
+
+    def __call__(self, s: Float[Array, " n"]) -> Float[Array, ""]:
+        return self.balanced.posture(s)
 
 
 class Down(eqx.Module):

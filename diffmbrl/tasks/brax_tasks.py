@@ -80,18 +80,18 @@ def brax_inverted_double_pendulum(
     backend: str = "generalized",
     iterations: float = 1,
 ) -> Task:
-    """Brax's inverted double pendulum: 10 a step, less the tip's distance from its height and both rates, until it is at 1 m."""
+    """Brax's inverted double pendulum: 10 a step, less the tip's distance from 2 m and both rates, until it is at 1 m."""
     body = _body("inverted_double_pendulum", backend, iterations)
     tip = rewards.Tip(body)
-    down = rewards.Down(tip)
+    down, balanced = rewards.Down(tip), rewards.Balanced(tip)
     factors = {"mass": mass, "gear": gear, "damping": damping}
     return _task(
         "brax-inverted-double-pendulum",
         body,
         horizon,
         factors,
-        reward=rewards.Balanced(tip),
-        terminal=rewards.Balanced(tip, None),
+        reward=balanced,
+        terminal=rewards.LastPosture(balanced),
         done=down,
         success=rewards.Not(down),
     )
@@ -111,9 +111,7 @@ def brax_reacher(
     miss = rewards.Miss(body)
     reach = rewards.Reach(miss)
     factors = {"mass": mass, "gear": gear, "damping": damping}
-    return _task(
-        "brax-reacher", body, horizon, factors, reward=reach, terminal=reach, success=rewards.Reached(miss)
-    )
+    return _task("brax-reacher", body, horizon, factors, reward=reach, terminal=reach, success=rewards.Reached(miss))
 
 
 def brax_swimmer(
