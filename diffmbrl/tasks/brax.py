@@ -18,6 +18,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import inspect
 import io
 import warnings
 from functools import cache, partial
@@ -307,6 +308,21 @@ def _brax(module: str) -> Any:
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()), jax.ensure_compile_time_eval():
-            return importlib.import_module(f"brax.{module}")
+            fluid = importlib.import_module("brax.fluid")
+            found = importlib.import_module(f"brax.{module}")
     except ImportError as error:
         raise ImportError(f"tasks of Brax need brax and mujoco-mjx, pip install brax mujoco-mjx: {error}") from error
+    if "a_min" not in inspect.signature(jnp.clip).parameters and not isinstance(fluid.jp, _OlderNumpy):
+        fluid.jp = _OlderNumpy()  # Brax 0.14.2 asks it for what JAX 0.10 no longer has: its swimmer would not swim
+    return found
+
+
+class _OlderNumpy:
+    """jax.numpy with the names that `clip` once gave to its limits."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+    @staticmethod
+    def clip(x: Any, a_min: Any = None, a_max: Any = None) -> Any:
+        return jnp.clip(x, a_min, a_max)

@@ -23,7 +23,7 @@ def brax_inverted_pendulum(
     gear: ArrayLike = 1.0,
     damping: ArrayLike = 1.0,
     backend: str = "generalized",
-    iterations: float = 1,
+    iterations: int | float = 1,
 ) -> Task:
     """Brax's inverted pendulum: 1 a step until the pole leans .2 rad; an action of 1 is 300 N. The reward has no gradient.
 
@@ -50,7 +50,7 @@ def brax_inverted_pendulum_shaped(
     gear: ArrayLike = 1.0,
     damping: ArrayLike = 1.0,
     backend: str = "generalized",
-    iterations: float = 1,
+    iterations: int | float = 1,
 ) -> Task:
     """Brax's inverted pendulum, paid less as it leans, leaves the middle or pushes: a reward with a gradient.
 
@@ -78,7 +78,7 @@ def brax_inverted_double_pendulum(
     gear: ArrayLike = 1.0,
     damping: ArrayLike = 1.0,
     backend: str = "generalized",
-    iterations: float = 1,
+    iterations: int | float = 1,
 ) -> Task:
     """Brax's inverted double pendulum: 10 a step, less the tip's distance from 2 m and both rates, until it is at 1 m."""
     body = _body("inverted_double_pendulum", backend, iterations)
@@ -104,7 +104,7 @@ def brax_reacher(
     gear: ArrayLike = 1.0,
     damping: ArrayLike = 1.0,
     backend: str = "generalized",
-    iterations: float = 1,
+    iterations: int | float = 1,
 ) -> Task:
     """Brax's reacher: -|fingertip - target| - |a|^2, a target anywhere within .2 m. Success: within 2 cm at the end."""
     body = _body("reacher", backend, iterations)
@@ -134,7 +134,7 @@ def brax_halfcheetah(
     damping: ArrayLike = 1.0,
     friction: ArrayLike = 1.0,
     backend: str = "generalized",
-    iterations: float = 1,
+    iterations: int | float = 1,
 ) -> Task:
     """Brax's half cheetah: forward speed - .1 |a|^2. Success: faster than 1 m/s at the end."""
     body = _body("halfcheetah", backend, iterations)
@@ -150,7 +150,7 @@ def brax_hopper(
     damping: ArrayLike = 1.0,
     friction: ArrayLike = 1.0,
     backend: str = "generalized",
-    iterations: float = 1,
+    iterations: int | float = 1,
 ) -> Task:
     """Brax's hopper: 1 + forward speed - .001 |a|^2 until it falls. Success: standing and faster than .5 m/s at the end."""
     body = _body("hopper", backend, iterations)
@@ -167,7 +167,7 @@ def brax_walker2d(
     damping: ArrayLike = 1.0,
     friction: ArrayLike = 1.0,
     backend: str = "generalized",
-    iterations: float = 1,
+    iterations: int | float = 1,
 ) -> Task:
     """Brax's walker: 1 + forward speed - .001 |a|^2 until it falls. Success: standing and faster than .5 m/s at the end."""
     body = _body("walker2d", backend, iterations)
@@ -184,7 +184,7 @@ def brax_ant(
     damping: ArrayLike = 1.0,
     friction: ArrayLike = 1.0,
     backend: str = "generalized",
-    iterations: float = 1,
+    iterations: int | float = 1,
 ) -> Task:
     """Brax's ant: 1 + forward speed - .5 |a|^2 until it falls. Success: standing and faster than .5 m/s at the end."""
     body = _body("ant", backend, iterations)
@@ -193,7 +193,7 @@ def brax_ant(
     return _runner("brax-ant", body, horizon, factors, control=0.5, alive=1.0, speed=0.5, fallen=fallen)
 
 
-def _body(env: str, backend: str, iterations: float) -> Body:
+def _body(env: str, backend: str, iterations: int | float) -> Body:
     """Raises: `ValueError` for iterations of MJX's solver that have no derivative."""
     body = Body(env, backend)
     environment(body)
