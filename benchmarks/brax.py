@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 import diffmbrl as d
 from benchmarks.record import path, save, table
+from diffmbrl.core import reweighted
 from diffmbrl.diagnostics.spectrum import in_double
 
 COSTS = [
@@ -108,7 +109,7 @@ def worst_errors(name: str, horizons: tuple[int, ...]) -> dict[str, float]:
     @jax.jit
     def gradients(policy, task, s0, weights):
         def at(w):
-            masked = d.core.reweighted(task, w)
+            masked = reweighted(task, w)
             return ravel_pytree(d.BPTT()(policy, masked, s0, None)[1])[0]
 
         return jax.lax.map(at, weights)

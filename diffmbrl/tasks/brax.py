@@ -105,7 +105,8 @@ def physics(body: Body, name: str, **factors: Any) -> Physics:
         if is_concrete(x) and not bool(jnp.all(jnp.isfinite(x) & (x > 0))):
             raise ValueError(f"{parameter} of task '{name}' must be a finite positive number, got {x}")
         values[parameter] = x * value.astype(x.dtype)
-    return Physics(**{key: None if x is None else as_float(x) for key, x in values.items()})
+    leaves: dict[str, Any] = {key: None if x is None else as_float(x) for key, x in values.items()}
+    return Physics(**leaves)
 
 
 def touches(body: Body) -> bool:
@@ -216,7 +217,9 @@ def nominal(body: Body, dtype: Any) -> Any:
     """Brax's system with its floats in one precision."""
 
     def cast(x):
-        return jnp.asarray(x, dtype) if np.issubdtype(x.dtype, np.floating) else jnp.asarray(x)
+        if np.issubdtype(x.dtype, np.floating):
+            return jnp.asarray(x, dtype)
+        return jnp.asarray(x, jnp.int32 if x.dtype == np.int64 else x.dtype)
 
     with jax.ensure_compile_time_eval():
         return jax.tree.map(cast, environment(body).sys)
@@ -308,7 +311,7 @@ def _brax(module: str) -> Any:
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()), jax.ensure_compile_time_eval():
-            fluid = importlib.import_module("brax.fluid")
+            fluid: Any = importlib.import_module("brax.fluid")
             found = importlib.import_module(f"brax.{module}")
     except ImportError as error:
         raise ImportError(f"tasks of Brax need brax and mujoco-mjx, pip install brax mujoco-mjx: {error}") from error

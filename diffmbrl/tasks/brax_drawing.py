@@ -1,6 +1,7 @@
 """Brax's bodies as shapes: capsules as lines, balls as circles, seen from the side, from above or askew."""
 
 from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,8 @@ PLANE, SPHERE, CAPSULE = 0, 2, 3  # MuJoCo's kinds of geoms
 
 def bodies(task: Task, s: np.ndarray) -> list[Shape]:
     """Every geom of the links, the target of a reacher, and the ground under a runner (2 m to either side of it)."""
-    body = getattr(task.initial, "inner", task.initial).body  # inner: with late actions
+    starts: Any = getattr(task.initial, "inner", task.initial)  # inner: with late actions
+    body = starts.body
     view, model = VIEWS.get(body.env, SIDE), environment(body).sys.mj_model
     place, turn = _frames(body, s)
     shapes: list[Shape] = []
