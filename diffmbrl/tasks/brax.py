@@ -70,10 +70,14 @@ def environment(body: Body) -> Any:
     envs = _brax("envs")
     with jax.ensure_compile_time_eval(), jax.enable_x64(True), _unpromoted(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        mujoco = importlib.import_module("mujoco")
+        mujoco.set_mju_user_warning(lambda text: None)  # else it writes MUJOCO_LOG.TXT into the current folder
         try:
             env = envs.get_environment(body.env, backend=body.backend)
         except ValueError as error:
             raise ValueError(f"Brax's {body.env} has no backend '{body.backend}': {error}") from error
+        finally:
+            mujoco.set_mju_user_warning(None)
         if body.backend == "mjx":
             env.sys = env.sys.tree_replace({"opt.iterations": 1})
         env.sys = jax.tree.map(np.asarray, env.sys)
