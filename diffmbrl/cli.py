@@ -26,6 +26,7 @@ from diffmbrl.commands import (
 )
 
 DEFAULT_CACHE = Path("~/.cache/diffmbrl/xla")
+WORDS = ("backend",)  # parameters of tasks that are no numbers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = _parse(sys.argv[1:] if arguments is None else arguments)
         return RUN[type(command)](command)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"diffmbrl: {_said(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
@@ -325,12 +326,12 @@ def _doctor(command: Doctor) -> int:
     return 0 if healthy else 1
 
 
-def _parameters(pairs: list[str], option: str = "--param", example: str = "m_p=0.2") -> dict[str, float]:
-    """name=value pairs of numbers. Raises: `ValueError` for one that is not."""
+def _parameters(pairs: list[str], option: str = "--param", example: str = "m_p=0.2") -> dict[str, Any]:
+    """name=value pairs of numbers, and of the words that some parameters are. Raises: `ValueError` for one that is not."""
     parameters, form = {}, f"name=value with a number, such as {example}"
     for name, number in _pairs(pairs, option, form).items():
         try:
-            parameters[name] = float(number)
+            parameters[name] = number if name in WORDS else float(number)
         except ValueError:
             raise ValueError(f"{option} takes {form}; got '{name}={number}'") from None
     return parameters

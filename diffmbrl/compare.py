@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     task: str
     methods: tuple[str, ...]
     horizon: int
-    parameters: dict[str, float]
+    parameters: dict[str, Any]  # numbers, and words such as a backend
     hidden: tuple[int, ...]
     seeds: int
     starts: int

@@ -23,7 +23,7 @@ from diffmbrl.solve import solve
 from diffmbrl.tasks import TASKS, delayed, make, noisy, squashed
 from diffmbrl.tasks.drawing import frames
 from diffmbrl.tasks.plant import Delayed
-from diffmbrl.tasks.registry import known
+from diffmbrl.tasks.registry import known, state_names
 
 WINDOW = 50  # steps that an MPC plans ahead by default
 LOOK = 0.5  # seconds between two looks at an MPC's episodes, at least
@@ -39,7 +39,7 @@ class Setting(NamedTuple):
     horizon: int | None  # of the plan: the task's own, or for an MPC its window
     steps: int | None  # of an MPC's episode
     iterations: int | None  # updates of the plan, or in each step of an MPC
-    parameters: dict[str, float]
+    parameters: dict[str, Any]  # numbers, and words such as a backend
     mismatch: dict[str, float]  # factors on the plant's parameters
     noise: float
     delay: int
@@ -302,7 +302,7 @@ def _write_scene(setting: Setting, prepared: Prepared, write: Callable[[dict], N
             "dt": model.dt,
             "a_low": model.a_low,
             "a_high": model.a_high,
-            "state_names": list(row.states),
+            "state_names": state_names(model),
             "action_names": list(row.actions),
         }
     )

@@ -30,7 +30,7 @@ from diffmbrl.runs import (
 )
 from diffmbrl.saved import filled, read_arrays, save_arrays
 from diffmbrl.tasks import TASKS, gymnasium, make, noisy
-from diffmbrl.tasks.registry import known
+from diffmbrl.tasks.registry import known, state_names
 
 LOOKS = 20  # evaluations along a run
 RACE = 3000  # real steps of several agents, by default
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
     seeds: int
     evaluations: int | dict[str, int] | None  # starts of each, of all agents or of each
     horizon: int | None
-    parameters: dict[str, float]
+    parameters: dict[str, Any]  # numbers, and words such as a backend
     noise: float  # of the process
     sensor_noise: float
     key: int
@@ -113,7 +113,7 @@ def _run(setting: Setting, prepared: Prepared, folder: Path, **options: Any) -> 
     with underway(folder, len(prepared.agents), **options) as run:
         if run.begins:
             view = prepared.system.view
-            names = TASKS[setting.task].states if setting.task in TASKS else gymnasium.names(view)
+            names = state_names(view) if setting.task in TASKS else gymnasium.names(view)
             run.write({"kind": "scene", "dt": view.dt, "state_names": names})
         for name in run.arms(prepared.agents):
             _run_agent(name, prepared, setting, run)

@@ -41,6 +41,15 @@ hypothesis.settings.register_profile("diffmbrl", deadline=None, max_examples=25,
 hypothesis.settings.load_profile("diffmbrl")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is held against every task is slow for Brax's: each takes tens of seconds to compile. test_brax.py is not."""
+    for item in items:
+        given = getattr(item, "callspec", None)
+        name = given.params.get("name", "") if given else ""
+        if isinstance(name, str) and name.startswith("brax-") and item.path.name != "test_brax.py":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Double precision for the length of one test."""

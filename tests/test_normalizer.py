@@ -26,6 +26,8 @@ ANGLES = {
     "car": [2],
     "quadrotor": [3, 4, 5],
     "quadrotor-waypoint": [3, 4, 5],
+    "brax-inverted-double-pendulum": [1, 2],
+    "brax-reacher": [0, 1],
 }
 
 

@@ -26,7 +26,7 @@ close = partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 every_task = pytest.mark.parametrize("name", TASKS)
 differentiable = pytest.mark.parametrize("name", [name for name, row in TASKS.items() if row.differentiable_reward])
 DECISIONS = ("heaviside", "ball-and-wall", "math-test")  # of one step or two
-SURVIVAL = ("cartpole-continuous", "inverted-pendulum")  # 1 a step while the rod stands
+SURVIVAL = ("cartpole-continuous", "inverted-pendulum", "brax-inverted-pendulum")  # 1 a step while the rod stands
 # Steps and a start with which bodies meet, if nobody pushes them apart.
 MEETING = {
     "pushing": (20, [0.05, 1, 0, 0]),
@@ -34,7 +34,13 @@ MEETING = {
     "tennis": (60, [0.05, 0.8, 0, 0, 0, 0]),
 }
 MEETING |= {"bouncing": (20, [0.5, -1]), "bouncing-on-the-grid": (20, [0.5, -1])}
-CONDITIONS = (".height", ".width", ".w", ".end")  # parameters of contact's condition alone, without a derivative
+# Parameters of contact's condition alone, without a derivative; and friction, as long as nothing touches the ground.
+CONDITIONS = (".height", ".width", ".w", ".end", ".physics.friction")
+
+
+def is_brax(name):
+    """Whether rewards and starts are Brax's, which test_brax.py holds against it."""
+    return name.startswith("brax-")
 
 
 def dtypes(tree):
@@ -86,9 +92,9 @@ def test_rollouts_over_the_whole_horizon_are_finite(name):
     if name in SURVIVAL:
         np.testing.assert_array_equal(trajectory.r, np.asarray(trajectory.alive[:, :-1], float))
     else:
-        assert np.all(np.asarray(trajectory.r) <= 0) or name in ("math-test", "pets-cartpole")
+        assert np.all(np.asarray(trajectory.r) <= 0) or name in ("math-test", "pets-cartpole") or is_brax(name)
     assert np.all(np.asarray(trajectory.r) >= -1e3)
-    assert np.all(np.asarray(phi) <= 0)
+    assert np.all(np.asarray(phi) <= 0) or is_brax(name)
     assert np.ptp(trajectory.a) > 0
 
 
@@ -103,6 +109,9 @@ def test_starts(name):
     draw = jax.jit(lambda key: task.starts(key, 64))
     one, other = draw(KEY), draw(jax.random.key(1))
     np.testing.assert_array_equal(one, draw(KEY))
+    if is_brax(name):
+        assert np.unique(one[:, 0]).size == 64 and not np.any(one[:, 0] == other[:, 0])
+        return
     moving = np.asarray(task.initial.high > task.initial.low)
     if name == "math-test":  # it always begins at the door
         np.testing.assert_array_equal(one, other)

@@ -1,8 +1,19 @@
-"""Systems with analytic dynamics, in SI units, their parameters leaves."""
+"""Systems with analytic dynamics, in SI units, and Brax's bodies; their parameters are leaves."""
 
 from diffmbrl.tasks.acrobot import acrobot
 from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
 from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid, bouncing_penalty
+from diffmbrl.tasks.brax_tasks import (
+    brax_ant,
+    brax_halfcheetah,
+    brax_hopper,
+    brax_inverted_double_pendulum,
+    brax_inverted_pendulum,
+    brax_inverted_pendulum_shaped,
+    brax_reacher,
+    brax_swimmer,
+    brax_walker2d,
+)
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
@@ -29,6 +40,15 @@ __all__ = [
     "bouncing",
     "bouncing_on_the_grid",
     "bouncing_penalty",
+    "brax_ant",
+    "brax_halfcheetah",
+    "brax_hopper",
+    "brax_inverted_double_pendulum",
+    "brax_inverted_pendulum",
+    "brax_inverted_pendulum_shaped",
+    "brax_reacher",
+    "brax_swimmer",
+    "brax_walker2d",
     "car",
     "cartpole_balance",
     "cartpole_continuous",

@@ -12,6 +12,18 @@ from diffmbrl.tasks import drawing
 from diffmbrl.tasks.acrobot import acrobot
 from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
 from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid
+from diffmbrl.tasks.brax_drawing import bodies
+from diffmbrl.tasks.brax_tasks import (
+    brax_ant,
+    brax_halfcheetah,
+    brax_hopper,
+    brax_inverted_double_pendulum,
+    brax_inverted_pendulum,
+    brax_inverted_pendulum_shaped,
+    brax_reacher,
+    brax_swimmer,
+    brax_walker2d,
+)
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
@@ -58,6 +70,36 @@ TWO_BODIES = ("first [m]", "second [m]", "first speed [m/s]", "second speed [m/s
 COURT = ("ball x [m]", "ball z [m]", "ball vx [m/s]", "ball vz [m/s]", "racket [m]", "tilt [rad]")
 ROAD = ("x [m]", "y [m]", "heading [rad]", "speed [m/s]")
 
+LEG, TWO, SWIMS = ("thigh", "shin", "foot"), ("first joint", "second joint"), ("x [m]", "y [m]", "heading [rad]")
+LEGS = tuple(f"{leg} {part}" for leg in ("first", "second") for part in LEG)
+EIGHT = tuple(f"{joint} {i}" for i in (1, 2, 3, 4) for joint in ("hip", "ankle"))
+
+
+def with_rates(places: tuple[str, ...]) -> tuple[str, ...]:
+    """Places and angles, and in the same order their rates."""
+    return *places, *(x.replace("[m]", "speed [m/s]").replace("[rad]", "rate [rad/s]") for x in places)
+
+
+def planar(joints: tuple[str, ...], free: tuple[str, ...] = ("x [m]", "z [m]", "pitch [rad]")) -> tuple[str, ...]:
+    """The states of a runner in a plane, whose last number is the speed that is paid."""
+    return *with_rates((*free, *(f"{joint} [rad]" for joint in joints))), "forward speed [m/s]"
+
+
+def motors(joints: tuple[str, ...]) -> tuple[str, ...]:
+    """Motors of an action of -1 to 1."""
+    return tuple(f"{joint} motor [1]" for joint in joints)
+
+
+CART_AND_TWO = with_rates(("x [m]", "first [rad]", "second [rad]"))
+ARM = with_rates(("shoulder [rad]", "elbow [rad]", "target x [m]", "target y [m]"))
+FREE_AND_EIGHT = (
+    *("x [m]", "y [m]", "z [m]", "quaternion w", "quaternion x", "quaternion y", "quaternion z"),
+    *(f"{joint} [rad]" for joint in EIGHT),
+    *("x speed [m/s]", "y speed [m/s]", "z speed [m/s]", "roll rate [rad/s]", "pitch rate [rad/s]", "yaw rate [rad/s]"),
+    *(f"{joint} rate [rad/s]" for joint in EIGHT),
+    "forward speed [m/s]",
+)
+
 TASKS: dict[str, Row] = {
     "lqr": Row(lqr, True, True, 800, (16, 16), ("p [m]", "v [m/s]"), ("force [N]",), drawing.block),
     "pendulum": Row(pendulum, False, True, 50, (32, 32), PENDULUM, ("torque [N m]",), drawing.pendulum),
@@ -101,6 +143,20 @@ TASKS: dict[str, Row] = {
         ("choice [1]",),
         drawing.math_test,
     ),
+    # Brax's, on its generalized backend.
+    "brax-inverted-pendulum": Row(brax_inverted_pendulum, False, False, 0, (32, 32), CART, ("force [300 N]",), bodies),
+    "brax-inverted-pendulum-shaped": Row(
+        brax_inverted_pendulum_shaped, False, True, 0, (32, 32), CART, ("force [300 N]",), bodies
+    ),
+    "brax-inverted-double-pendulum": Row(
+        brax_inverted_double_pendulum, False, True, 0, (32, 32), CART_AND_TWO, ("motor [1]",), bodies
+    ),
+    "brax-reacher": Row(brax_reacher, False, True, 0, (32, 32), ARM, motors(("shoulder", "elbow")), bodies),
+    "brax-swimmer": Row(brax_swimmer, False, True, 0, (64, 64), planar(TWO, SWIMS), motors(TWO), bodies),
+    "brax-halfcheetah": Row(brax_halfcheetah, False, True, 0, (64, 64), planar(LEGS), motors(LEGS), bodies),
+    "brax-hopper": Row(brax_hopper, False, True, 0, (64, 64), planar(LEG), motors(LEG), bodies),
+    "brax-walker2d": Row(brax_walker2d, False, True, 0, (64, 64), planar(LEGS), motors(LEGS), bodies),
+    "brax-ant": Row(brax_ant, False, True, 0, (64, 64), FREE_AND_EIGHT, motors(EIGHT), bodies),
 }
 
 
@@ -119,6 +175,12 @@ def make(name: str, *, horizon: int | None = None, **parameters: Any) -> Task:
     if horizon is not None:
         parameters["horizon"] = horizon
     return row.make(**parameters)
+
+
+def state_names(task: Task) -> list[str]:
+    """Names and units of the numbers of a state; numbered where the row has not as many, as with another backend."""
+    names = TASKS[task.name].states
+    return list(names) if len(names) == task.n else [f"state {i + 1}" for i in range(task.n)]
 
 
 def known(what: str, name: str, names: Any) -> str:

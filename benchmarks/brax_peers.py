@@ -1,0 +1,137 @@
+"""Brax's reacher and inverted pendulum learned by short windows with a critic, and by Brax's own APG, PPO and SAC.
+
+All on the generalized backend, one seed, and judged alike: Brax's return of an episode from 64 held-out starts (reacher: 50
+steps, T = 50; pendulum: 1000 steps, 1 each). CPU seconds are of the process, from building to the last update, compiling
+included. On the pendulum Brax's reward has no gradient, so that ours learns from `brax-inverted-pendulum-shaped` and APG, as it
+must, nothing. Rows are kept as they come: a stopped run goes on.
+"""
+
+import functools
+import json
+import time
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffmbrl as d
+from benchmarks.brax_shim import trainers
+from benchmarks.record import path, save, table
+from diffmbrl.optimizers.clipped import clipped_adam
+from diffmbrl.tasks import brax
+from diffmbrl.tasks.brax_rewards import brax_rewards
+
+HELD_OUT = 64
+
+
+class Case(NamedTuple):
+    """An environment, the task to learn from, and the one to be judged by."""
+
+    env: str
+    learned: str
+    judged: str
+    horizon: int  # of the task learned from
+
+
+CASES = {
+    "reacher": Case("reacher", "brax-reacher", "brax-reacher", 50),
+    "inverted-pendulum": Case("inverted_pendulum", "brax-inverted-pendulum-shaped", "brax-inverted-pendulum", 100),
+}
+UPDATES = 150
+PEERS: dict[str, dict[str, Any]] = {
+    "APG": {"policy_updates": 300, "horizon_length": 16, "num_envs": 16, "learning_rate": 3e-3},
+    "PPO": {
+        "num_timesteps": 200_000,
+        "num_envs": 64,
+        "unroll_length": 5,
+        "num_minibatches": 8,
+        "batch_size": 64,
+        "num_updates_per_batch": 4,
+        "learning_rate": 1e-3,
+        "discounting": 0.95,
+        "normalize_observations": True,
+    },
+    "SAC": {
+        "num_timesteps": 20_000,
+        "num_envs": 16,
+        "min_replay_size": 1000,
+        "learning_rate": 1e-3,
+        "batch_size": 128,
+        "discounting": 0.97,
+        "max_replay_size": 20_000,
+        "grad_updates_per_step": 16,
+    },
+}
+SMALL = {
+    "APG": {"policy_updates": 2},
+    "PPO": {"num_timesteps": 500},
+    "SAC": {"num_timesteps": 1100, "grad_updates_per_step": 1},
+}
+
+
+def run(*, quick: bool) -> None:
+    file = path("brax_peers", quick=quick)
+    found = json.loads(file.read_text())["result"] if file.exists() else {}
+    for arm in ("short-horizon", *PEERS):
+        for name, case in CASES.items():
+            if f"{name} {arm}" in found:
+                continue
+            learned = functools.partial(ours, case, 2 if quick else UPDATES)
+            train = learned if arm == "short-horizon" else functools.partial(theirs, arm, case, quick=quick)
+            found[f"{name} {arm}"] = judged(case, train, quick=quick)
+            print(name, arm, found[f"{name} {arm}"], flush=True)
+            save("brax_peers", found, quick=quick)
+    rows = [[name, *row.values()] for name, row in found.items()]
+    print(table(["", "return: mean", "worst", "best start", "CPU s", "first"], rows))
+
+
+def judged(case: Case, train: Any, *, quick: bool) -> dict[str, float]:
+    """Returns of what an arm has learned, from held-out starts, beside those of a policy that rests."""
+    begun = time.process_time()
+    policy = train()
+    seconds = time.process_time() - begun
+    task = d.tasks.make(case.judged, **({"horizon": 10} if quick else {}))
+    s0 = task.starts(jax.random.key(99), HELD_OUT)
+
+    @jax.jit
+    def returns(policy, task, s0):
+        return jax.vmap(lambda trajectory: brax_rewards(task, trajectory).sum())(d.rollouts(policy, task, s0))
+
+    J = np.asarray(returns(policy, task, s0))
+    first = np.asarray(returns(d.OpenLoop.zeros(task), task, s0))
+    return {"mean": J.mean(), "worst": J.min(), "best": J.max(), "seconds": seconds, "resting": first.mean()}
+
+
+def ours(case: Case, updates: int) -> Any:
+    """Windows of 10 steps of 16 environments with a critic, noise at a learned price of entropy, from one first policy."""
+    task = d.tasks.make(case.learned, horizon=case.horizon)
+    rule = d.Descend(clipped_adam, learning_rate=1e-2, anneal=float(updates))
+    noise = d.Noise(entropy=d.Entropy())
+    made = d.ShortHorizon(rule, window=10, environments=16, noise=noise)
+    policy = d.Neural.init(task, hidden=(32, 32), key=jax.random.key(0))
+    learned, history = d.solve(made, policy, task, task.starts(jax.random.key(1), 64), jax.random.key(2), updates)
+    print(f"J from {history.info.J[0]:.2f} to {history.info.J[-1]:.2f}; {history.stop}", flush=True)
+    return learned
+
+
+def theirs(name: str, case: Case, *, quick: bool) -> Any:
+    """Brax's trainer on Brax's environment."""
+    with warnings.catch_warnings(), trainers():
+        warnings.simplefilter("ignore")
+        env = brax._brax("envs").get_environment(case.env, backend="generalized")
+        train = brax._brax(f"training.agents.{name.lower()}.train").train
+        options = PEERS[name] | (SMALL[name] if quick else {})
+        horizon = d.tasks.make(case.judged).horizon
+        length = 20 if quick else horizon
+        make_policy, params, _ = train(
+            environment=env, episode_length=length, num_evals=1, num_eval_envs=8, seed=0, **options
+        )
+    task = d.tasks.make(case.judged, horizon=1)
+    return jax.tree_util.Partial(_act, jax.tree_util.Partial(make_policy(params, deterministic=True)), task.features)
+
+
+def _act(act: Any, features: Any, s: Any, *, key: Any = None) -> Any:
+    """Brax's observations are our features."""
+    return jnp.clip(act(features(s), jax.random.PRNGKey(0))[0], -1, 1)
