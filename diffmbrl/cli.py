@@ -69,8 +69,9 @@ def _compare(command: Compare) -> int:
         return _race(command)
     if command.real_steps is not None:
         raise ValueError("--real-steps is for agents that learn: give --learned too")
-    _configure(command.x64)
+    _configure(command.x64, command.devices)
     from diffmbrl.compare import Setting, compare
+    from diffmbrl.devices import alone
     from diffmbrl.methods import METHODS
     from diffmbrl.runs import summarise, table, verdict
     from diffmbrl.tasks import TASKS, make
@@ -97,11 +98,13 @@ def _compare(command: Compare) -> int:
         x64=command.x64,
         key=command.key,
         estimators=tuple(command.estimator),
+        devices=command.devices,
     )
-    folder = compare(setting, out=command.out)
-    summary = summarise(folder)
-    print(f"\n{table.text(summary)}\n\n" + "\n".join(verdict.sentences(summary)))
-    print(f"\nreport: {(folder / 'report.html').resolve()}")
+    with alone(command.out) as (out, stream):
+        folder = compare(setting, out=out, stream=stream)
+        summary = summarise(folder)
+        print(f"\n{table.text(summary)}\n\n" + "\n".join(verdict.sentences(summary)), file=stream)
+        print(f"\nreport: {(folder / 'report.html').resolve()}", file=stream)
     return 0
 
 
@@ -159,7 +162,7 @@ def _diagnose(command: Diagnose) -> int:
 
 
 def _learn(command: Learn) -> int:
-    _configure(command.x64)
+    _configure(command.x64, command.devices)
     from diffmbrl.race import Setting
 
     setting = Setting(
@@ -176,19 +179,20 @@ def _learn(command: Learn) -> int:
         sensor_noise=command.sensor_noise,
         key=command.key,
         x64=command.x64,
+        devices=command.devices,
     )
     return _learned(setting, command.out)
 
 
 def _race(command: Compare) -> int:
     """Agents side by side; what is of methods alone is refused."""
-    takes = {"task", "methods", "learned", "real_steps", "horizon", "seeds", "budget", "param", "key", "x64", "out"}
+    takes = {"task", "methods", "learned", "real_steps", "horizon", "seeds", "budget", "param", "key", "x64", "devices", "out"}
     asked = command.__dict__ | {"task": ""}
     blank = Compare("").__dict__
     for option in fields(Compare):
         if option.name not in takes and asked[option.name] != blank[option.name]:
             raise ValueError(f"--{option.name} is of methods that know the dynamics: --learned does not take it")
-    _configure(command.x64)
+    _configure(command.x64, command.devices)
     from diffmbrl.agents.registry import AGENTS
     from diffmbrl.race import Setting
 
@@ -206,17 +210,20 @@ def _race(command: Compare) -> int:
         sensor_noise=0.0,
         key=command.key,
         x64=command.x64,
+        devices=command.devices,
     )
     return _learned(setting, command.out)
 
 
 def _learned(setting: Any, out: Path | None) -> int:
+    from diffmbrl.devices import alone
     from diffmbrl.race import race
     from diffmbrl.runs import learn_text
 
-    folder = race(setting, out=out)
-    print(f"\n{learn_text(folder)}")
-    print(f"\nreport: {(folder / 'report.html').resolve()}")
+    with alone(out) as (out, stream):
+        folder = race(setting, out=out, stream=stream)
+        print(f"\n{learn_text(folder)}", file=stream)
+        print(f"\nreport: {(folder / 'report.html').resolve()}", file=stream)
     return 0
 
 
@@ -274,10 +281,13 @@ def _pairs(pairs: list[str], option: str, form: str) -> dict[str, str]:
     return found
 
 
-def _configure(x64: bool) -> None:
-    """Precision, and a compilation cache that outlives the process; before anything is computed."""
+def _configure(x64: bool, devices: int = 1) -> None:
+    """Precision, devices, and a compilation cache that outlives the process; before anything is computed."""
     import jax
 
+    from diffmbrl.devices import begin
+
+    begin(devices)
     jax.config.update("jax_enable_x64", x64)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(DEFAULT_CACHE.expanduser()))

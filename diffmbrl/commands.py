@@ -45,6 +45,8 @@ class Compare:
     """Number from which every random draw follows."""
     x64: bool = False
     """Compute in float64."""
+    devices: int = 1
+    """Devices that each seed's starts are shared out among; with --learned, the seeds. On a CPU, parts of the host."""
     out: Path | None = None
     """Run folder; by default runs/<task>-compare-<hash>, or with --learned runs/<task>-learn-<hash>."""
 
@@ -144,6 +146,8 @@ class Learn:
     """Number from which every random draw follows."""
     x64: bool = False
     """Compute in float64."""
+    devices: int = 1
+    """Devices that the seeds are shared out among. On a CPU, parts of the host."""
     out: Path | None = None
     """Run folder; by default runs/<task>-learn-<hash>."""
 

@@ -15,6 +15,7 @@ from diffmbrl.agents.foresight import foresight
 from diffmbrl.agents.learn import Agent, Learned, check, learn
 from diffmbrl.agents.registry import AGENTS
 from diffmbrl.agents.registry import make as make_agent
+from diffmbrl.devices import local, mesh_of, share
 from diffmbrl.runs import Progress, Writer, check_out, create, interquartile_mean, rebuild, running, words
 from diffmbrl.saved import filled, read_arrays, save_arrays
 from diffmbrl.tasks import TASKS, make, noisy
@@ -41,6 +42,7 @@ class Setting(NamedTuple):
     sensor_noise: float
     key: int
     x64: bool
+    devices: int = 1  # that the seeds are shared out among
 
 
 class Prepared(NamedTuple):
@@ -115,6 +117,8 @@ def prepare(setting: Setting) -> Prepared:
     steps = setting.real_steps or (AGENTS[names[0]].real_steps if len(names) == 1 else RACE)
     starts = {name: AGENTS[name].evaluations if setting.evaluations is None else setting.evaluations for name in names}
     keys = jax.random.split(jax.random.key(setting.key), setting.seeds)
+    mesh = mesh_of(setting.devices)
+    keys = keys if mesh.size == 1 else share(keys, mesh, what="seeds")
     for name, agent in agents.items():
         try:
             check(agent, keys, steps, starts[name], 1)
@@ -145,7 +149,8 @@ def restore(folder: Path, name: str | None = None) -> Restored:
     name = known("agent of the run", first if name is None else name, kept)
     starts = config.pop("evaluations")[name]
     setting = Setting(
-        **{field: config[field] for field in Setting._fields if field != "evaluations"}, evaluations=starts
+        **{field: config[field] for field in Setting._fields if field not in ("evaluations", "devices")},
+        evaluations=starts,
     )
     prepared = prepare(setting)
     agent, view = prepared.agents[name], prepared.system.view
@@ -206,10 +211,11 @@ def _run_agent(
         raise
     finally:
         if latest is not None:
-            save_arrays(folder / "agents", name, latest.carry, seeds=len(keys))
-            save_arrays(folder / "buffers", name, latest.buffer, seeds=len(keys))
+            carry, buffer = local((latest.carry, latest.buffer))
+            save_arrays(folder / "agents", name, carry, seeds=len(keys))
+            save_arrays(folder / "buffers", name, buffer, seeds=len(keys))
         write({"kind": "stop", "method": name, "reason": stop})
-    if (found := foresight(agent, system, learned, keys)) is not None:
+    if (found := foresight(agent, system, *local((learned._replace(records=[]), keys)))) is not None:
         write({"kind": "foresight", "method": name} | found)
 
 

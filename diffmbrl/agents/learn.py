@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 from diffmbrl.agents.collect import Collected, Place, System, begin, collect
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task
+from diffmbrl.devices import agreed, along, local
 
 
 @runtime_checkable
@@ -95,10 +96,13 @@ def learn(
     evaluate_every: int = 1,
     capacity: int | None = None,
     on_record: Callable[[dict[str, Any], "Learned"], None] | None = None,
+    in_axes: tuple[int | None, int | None] = (None, None),
 ) -> Learned:
     r"""Let an agent learn on a real system for so many real steps, or until `seconds` of iterations are spent.
 
-    `keys` [S] are the seeds, side by side. Every iteration makes a record, each of its arrays with an axis of seeds:
+    `keys` [S] are the seeds, side by side; shared out among devices (`devices.share`), so is all that they do. `in_axes` is of
+    `agent` and `system`, as `vmap` has it: 0 where every leaf has a leading axis of S, so that each lane has hyperparameters or
+    physical parameters of its own, and a sweep is one program. Every iteration makes a record, each of its arrays with an axis of seeds:
     `real_steps`; `seconds` and the process's `cpu_seconds` so far (updates and collection, compile time and evaluation apart);
     `returns` [S, N k] of the episodes that ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not
     finite or of an episode that was over before it began; `refused` updates, in which something that was finite came out not
@@ -118,8 +122,9 @@ def learn(
     system = system if isinstance(system, System) else System(system)
     check(agent, keys, real_steps, evaluations, evaluate_every)
     capacity = max(real_steps, agent.warmup + agent.every) if capacity is None else capacity
-    lanes, fresh = _warm(agent, system, keys, capacity)
-    kept = np.asarray(lanes.buffer.size)
+    lanes, fresh = _warm(agent, system, keys, capacity, in_axes)
+    lanes = along(keys, lanes)
+    kept = np.asarray(local(lanes.buffer.size))
     if kept.min() < 1:
         raise ValueError(
             f"of {agent.warmup} first steps of '{system.plant.name}' none could be kept (seeds {np.flatnonzero(kept < 1)}): "
@@ -132,27 +137,31 @@ def learn(
     while True:
         over = done >= real_steps or spent >= seconds
         if evaluations and (over or iteration % evaluate_every == 0):
-            evaluate = evaluate or _evaluate.lower(agent, system, lanes.carry, keys, count=evaluations).compile()
-            record["evaluation"] = np.asarray(evaluate(agent, system, lanes.carry, keys))
+            given = (agent, system, lanes.carry, keys)
+            evaluate = evaluate or _evaluate.lower(*given, count=evaluations, in_axes=in_axes).compile()
+            record["evaluation"] = np.asarray(local(evaluate(*given)))
         records.append(record)
         if on_record is not None:
             on_record(record, Learned(lanes.carry, lanes.buffer, records))
         if over:
             return Learned(lanes.carry, lanes.buffer, records)
         number = jnp.int32(iteration)
-        run = run or _iterate.lower(agent, system, lanes, keys, number).compile()  # before the clock starts
+        run = run or _iterate.lower(agent, system, lanes, keys, number, in_axes=in_axes).compile()  # before the clock starts
         begun, before = time.perf_counter(), time.process_time()
         lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
-        spent, worked = spent + time.perf_counter() - begun, worked + time.process_time() - before
+        lanes = along(keys, lanes)
+        spent, worked = agreed(spent + time.perf_counter() - begun), worked + time.process_time() - before
         done, iteration = done + agent.every, iteration + 1
-        record = _record(lanes.fresh, done, spent, worked) | {name: np.asarray(x) for name, x in said.items()}
+        record = _record(lanes.fresh, done, spent, worked) | {name: np.asarray(x) for name, x in local(said).items()}
 
 
-@partial(jax.jit, static_argnames="capacity")
-def _warm(agent: Agent, system: System, keys: Key[Array, " S"], capacity: int) -> tuple[Lane, Collected]:
+@partial(jax.jit, static_argnames=("capacity", "in_axes"))
+def _warm(
+    agent: Agent, system: System, keys: Key[Array, " S"], capacity: int, in_axes: tuple[int | None, int | None]
+) -> tuple[Lane, Collected]:
     """Each seed's carry and its first steps; the episodes then begin anew, so that a memory begins with its episode."""
 
-    def one(key):
+    def one(agent, system, key):
         key_agent, key_begin, key_collect, key_again = jax.random.split(jax.random.fold_in(key, 0), 4)
         carry = agent.init(system.view, key_agent)
         policy, count = agent.first(carry, system.view), agent.environments
@@ -163,14 +172,21 @@ def _warm(agent: Agent, system: System, keys: Key[Array, " S"], capacity: int) -
         latest = jax.tree.map(lambda x: x[:, -(agent.every // count) :], fresh)
         return Lane(carry, buffer, places, latest), fresh
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one, in_axes=(*in_axes, 0))(agent, system, keys)
 
 
-@jax.jit
-def _iterate(agent: Agent, system: System, lanes: Lane, keys: Key[Array, " S"], number: Array) -> tuple[Lane, dict]:
+@partial(jax.jit, static_argnames="in_axes")
+def _iterate(
+    agent: Agent,
+    system: System,
+    lanes: Lane,
+    keys: Key[Array, " S"],
+    number: Array,
+    in_axes: tuple[int | None, int | None],
+) -> tuple[Lane, dict]:
     """An update, and `every` steps with what came of it."""
 
-    def one(lane: Lane, key):
+    def one(agent, system, lane: Lane, key):
         key_update, key_collect = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), number))
         learned, said = agent.update(lane.carry, system.view, lane.buffer, lane.fresh.steps, key_update)
         refused = _spoilt(lane.carry, learned)
@@ -181,23 +197,28 @@ def _iterate(agent: Agent, system: System, lanes: Lane, keys: Key[Array, " S"], 
         said = said | {"refused": refused.astype(jnp.int32)}
         return Lane(carry, _added(lane.buffer, fresh), places, fresh), said
 
-    return jax.vmap(one)(lanes, keys)
+    return jax.vmap(one, in_axes=(*in_axes, 0, 0))(agent, system, lanes, keys)
 
 
-@partial(jax.jit, static_argnames="count")
+@partial(jax.jit, static_argnames=("count", "in_axes"))
 def _evaluate(
-    agent: Agent, system: System, carries: Any, keys: Key[Array, " S"], count: int
+    agent: Agent,
+    system: System,
+    carries: Any,
+    keys: Key[Array, " S"],
+    count: int,
+    in_axes: tuple[int | None, int | None],
 ) -> Float[Array, "S count"]:
     """The return of the first episode from each of `count` starts: the same starts and noise at each evaluation."""
 
-    def one(carry, key):
+    def one(agent, system, carry, key):
         key_begin, key_collect = jax.random.split(jax.random.fold_in(key, 2))
         policy = agent.best(carry, system.view)
         places = begin(policy, system, key_begin, count)
         _, found = collect(policy, system, places, key_collect, steps=system.plant.horizon)
         return jnp.take_along_axis(found.J, jnp.argmax(found.steps.last, axis=1)[:, None], axis=1)[:, 0]
 
-    return jax.vmap(one)(carries, keys)
+    return jax.vmap(one, in_axes=(*in_axes, 0, 0))(agent, system, carries, keys)
 
 
 def _added(buffer: Buffer, fresh: Collected) -> Buffer:
@@ -219,14 +240,15 @@ def _spoilt(before: Any, after: Any) -> Array:
 
 
 def _record(fresh: Collected, real_steps: int, seconds: float, cpu_seconds: float) -> dict[str, Any]:
-    ended, J = (np.asarray(x).reshape(x.shape[0], -1) for x in (fresh.steps.last, fresh.J))
+    ended, J, keep = local((fresh.steps.last, fresh.J, fresh.keep))
+    ended, J = (np.asarray(x).reshape(x.shape[0], -1) for x in (ended, J))
     return {
         "real_steps": real_steps,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "ended": ended,
         "returns": np.where(ended, J, np.nan),
-        "rejected": np.asarray(jnp.sum(~fresh.keep, axis=(1, 2))),
+        "rejected": np.sum(~np.asarray(keep), axis=(1, 2)),
     }
 
 
