@@ -162,10 +162,12 @@ def _put(tree: Any, sharding: NamedSharding) -> Any:
     """Leaves laid out so. Of an array that this process has whole, and so do the others, each device takes its part."""
 
     def one(x: Any) -> Any:
-        if jax.process_count() == 1 or len(x.sharding.device_set) > 1:
+        if jax.process_count() == 1:
             return jax.device_put(x, sharding)
-        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):  # which `device_put` does not take between processes
             return jax.random.wrap_key_data(one(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        if len(x.sharding.device_set) > 1:
+            return jax.device_put(x, sharding)
         values = np.asarray(x)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 

@@ -1,19 +1,15 @@
 """What `test_devices.py` runs in processes with devices of their own: a part of a batch on each, beside the whole on one.
 
-    python -m tests.on_devices agree              in one process with four devices
-    python -m tests.on_devices together FOLDER    in each of two processes, with two devices each
+    python -m tests.on_devices
 """
 
 import json
-import sys
-from pathlib import Path
 
 import chex
 import jax
 import numpy as np
-import optax
 
-from diffmbrl import Descend, GaussNewton, Krylov, Neural, solve, tasks
+from diffmbrl import GaussNewton, Krylov, Neural, solve, tasks
 from diffmbrl import devices as on
 from diffmbrl.agents import Idle
 from diffmbrl.agents.learn import learn
@@ -50,14 +46,11 @@ def agree() -> dict:
     )
     text = once.lower(policy, TASK, divided).compile().as_text()
     out["reductions"] = text.count(" all-reduce(") + text.count(" all-reduce-start(")
-    for name, solver in [
-        ("adam", Descend(optax.adam, learning_rate=1e-2)),
-        ("gauss-newton", GaussNewton(system=Krylov(3))),
-    ]:
-        one, _ = solve(solver, policy, TASK, s0, None, STEPS)
-        before = iterate._cache_size()
-        four, _ = solve(solver, policy, TASK, divided, None, STEPS)
-        out |= {name: gap(one, four), f"{name} programs": iterate._cache_size() - before}
+    solver = GaussNewton(system=Krylov(3))
+    one, _ = solve(solver, policy, TASK, s0, None, STEPS)
+    before = iterate._cache_size()
+    four, _ = solve(solver, policy, TASK, divided, None, STEPS)
+    out |= {"gauss-newton": gap(one, four), "programs of a solve": iterate._cache_size() - before}
     out |= lanes() | agents(mesh)
     return out
 
@@ -88,15 +81,6 @@ def agents(mesh) -> dict:
     return {"agents": gap(one.buffer.rows, four.buffer.rows), "buffers on": len(four.buffer.size.sharding.device_set)}
 
 
-def together(folder: Path) -> dict:
-    """One comparison by two processes; the first writes it down."""
-    from diffmbrl.cli import main
-
-    command = "compare cartpole-balance --horizon 5 --methods adam ilqr --lr 0.01 --hidden 3 --steps 5 --seeds 1 --starts 4"
-    code = main([*command.split(), "--devices", "4", "--out", str(folder)])
-    return {"code": code, "process": jax.process_index(), "devices": len(jax.devices())}
-
-
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    print(json.dumps(agree() if sys.argv[1] == "agree" else together(Path(sys.argv[2]))))
+    print(json.dumps(agree()))
