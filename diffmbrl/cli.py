@@ -1,4 +1,4 @@
-"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `learn`, `report`, `agents`, `tasks`, `doctor`."""
+"""The command line: `diffmbrl compare`, `plan`, `diagnose`, `learn`, `sweep`, `report`, `agents`, `tasks`, `doctor`."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from diffmbrl.commands import Agents, Command, Compare, Diagnose, Doctor, Learn, Plan, Report, Tasks
+from diffmbrl.commands import Agents, Command, Compare, Diagnose, Doctor, Learn, Plan, Report, Sweep, Tasks
 
 DEFAULT_CACHE = Path("~/.cache/diffmbrl/xla")
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Learn | Report | Agents | Tasks | Doctor:
+def _parse(arguments: list[str]) -> Compare | Plan | Diagnose | Learn | Sweep | Report | Agents | Tasks | Doctor:
     """The command given. Raises: `ValueError` in one line where tyro draws a box."""
     names = [kind.__name__.lower() for kind in RUN]
     if not arguments:
@@ -186,7 +186,20 @@ def _learn(command: Learn) -> int:
 
 def _race(command: Compare) -> int:
     """Agents side by side; what is of methods alone is refused."""
-    takes = {"task", "methods", "learned", "real_steps", "horizon", "seeds", "budget", "param", "key", "x64", "devices", "out"}
+    takes = {
+        "task",
+        "methods",
+        "learned",
+        "real_steps",
+        "horizon",
+        "seeds",
+        "budget",
+        "param",
+        "key",
+        "x64",
+        "devices",
+        "out",
+    }
     asked = command.__dict__ | {"task": ""}
     blank = Compare("").__dict__
     for option in fields(Compare):
@@ -225,6 +238,22 @@ def _learned(setting: Any, out: Path | None) -> int:
         print(f"\n{learn_text(folder)}", file=stream)
         print(f"\nreport: {(folder / 'report.html').resolve()}", file=stream)
     return 0
+
+
+def _sweep(command: Sweep) -> int:
+    from diffmbrl.sweeps.points import read
+
+    asked = read(command.file)
+    _configure(asked.x64)
+    from diffmbrl.runs import sweep_text
+    from diffmbrl.sweeps import sweep
+
+    pairs = None if command.slurm is None else _pairs(command.slurm, "--slurm", "name=value, such as timeout_min=60")
+    slurm = None if pairs is None else {name: int(x) if x.isdecimal() else x for name, x in pairs.items()}
+    folder, complete = sweep(asked, out=command.out, processes=command.processes, slurm=slurm)
+    print(f"\n{sweep_text(folder)}")
+    print(f"\nreport: {(folder / 'report.html').resolve()}")
+    return 0 if complete or slurm is not None else 1
 
 
 def _report(command: Report) -> int:
@@ -299,6 +328,7 @@ RUN = {
     Plan: _plan,
     Diagnose: _diagnose,
     Learn: _learn,
+    Sweep: _sweep,
     Report: _report,
     Agents: _agents,
     Tasks: _tasks,

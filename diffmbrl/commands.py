@@ -153,6 +153,21 @@ class Learn:
 
 
 @dataclass
+class Sweep:
+    """Run many settings of `compare` or `learn` from a file, those that compile together as one program. Ends with a table,
+    a figure and a report; run again, it runs what is missing."""
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """A TOML file with [setting], [grid] and [random]; see the README."""
+    processes: int = 1
+    """Programs run side by side, each in a process of its own if more than 1; 0 runs nothing and collects what there is."""
+    slurm: list[str] | None = None
+    """Submit the programs as jobs instead, with parameters of submitit as name=value: partition=gpu timeout_min=60."""
+    out: Path | None = None
+    """Folder; by default runs/<name>-sweep."""
+
+
+@dataclass
 class Report:
     """Rebuild the figures and the report of a run from its data alone."""
 
@@ -183,6 +198,7 @@ Command = (
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Learn, tyro.conf.subcommand("learn")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Agents, tyro.conf.subcommand("agents")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]

@@ -45,7 +45,9 @@ def mesh_of(count: int) -> Mesh:
         raise ValueError(f"devices must be a whole number of at least 1, got {count!r}")
     if count > len(devices):
         more = f"; XLA_FLAGS=--xla_force_host_platform_device_count={count} makes them" if _on_cpu() else ""
-        raise ValueError(f"devices must be at most the {len(devices)} {devices[0].platform} there are, got {count}{more}")
+        raise ValueError(
+            f"devices must be at most the {len(devices)} {devices[0].platform} there are, got {count}{more}"
+        )
     if count < len(devices) and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes have {len(devices)} devices, all to be used; got {count}")
     return jax.make_mesh((count,), (BATCH,), axis_types=(AxisType.Auto,), devices=devices[:count])
@@ -111,7 +113,7 @@ def begin(count: int) -> None:
     """Before anything is computed: connect this process to the others, if the environment names them; on a CPU, have devices.
 
     `JAX_COORDINATOR_ADDRESS` (host:port of the first), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (from 0) say which they are;
-    under Slurm or on a TPU pod the address alone will do. A CPU is one device unless it is told otherwise, here or in XLA_FLAGS.
+    under Slurm or on a TPU pod the address alone will do. A CPU is one device unless told otherwise, here or in XLA_FLAGS.
     Raises: `ValueError` for a number that is none.
     """
     address, *numbers = (os.environ.get(name) for name in PROCESSES)

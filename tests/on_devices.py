@@ -1,6 +1,6 @@
 """What `test_devices.py` runs in processes with devices of their own: a part of a batch on each, beside the whole on one.
 
-    python -m tests.on_devices
+python -m tests.on_devices
 """
 
 import json

@@ -55,7 +55,8 @@ def both(tmp_path: Path, command: str) -> Path:
     run = tmp_path / "run"
     given = ["diffmbrl.cli", *command.split(), "--devices", "4", "--out", str(run)]
     processes = [
-        start(*given, cwd=tmp_path, JAX_COORDINATOR_ADDRESS=address, JAX_PROCESS_ID=str(i), **COORDINATED) for i in (0, 1)
+        start(*given, cwd=tmp_path, JAX_COORDINATOR_ADDRESS=address, JAX_PROCESS_ID=str(i), **COORDINATED)
+        for i in (0, 1)
     ]
     first, second = map(ended, processes)
     assert "report:" in first and "report:" not in second  # the first says what came out, and writes it
@@ -76,7 +77,9 @@ def test_two_processes_learn_together(tmp_path):
 @pytest.mark.slow
 def test_two_processes_compare_together(tmp_path):
     """The same numbers as one process, to rounding."""
-    command = "compare cartpole-balance --horizon 5 --methods adam ilqr --lr 0.01 --hidden 3 --steps 5 --seeds 1 --starts 4"
+    command = (
+        "compare cartpole-balance --horizon 5 --methods adam ilqr --lr 0.01 --hidden 3 --steps 5 --seeds 1 --starts 4"
+    )
     run = both(tmp_path, command)
     assert cli.main([*command.split(), "--out", str(tmp_path / "alone")]) == 0
     two, one = (
@@ -104,16 +107,14 @@ def test_every_lane_may_have_hyperparameters_and_a_system_of_its_own():
     for i, system in enumerate(systems):
         alone = learn(agents[i], system, keys[i : i + 1], **given)
         np.testing.assert_allclose(lanes.buffer.rows.s[i], alone.buffer.rows.s[0], rtol=1e-6)
-        np.testing.assert_allclose(
-            lanes.records[-1]["evaluation"][i], alone.records[-1]["evaluation"][0], rtol=1e-5
-        )
+        np.testing.assert_allclose(lanes.records[-1]["evaluation"][i], alone.records[-1]["evaluation"][0], rtol=1e-5)
     assert np.abs(lanes.buffer.rows.s[0] - lanes.buffer.rows.s[1]).max() > 1e-3
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest():
-    with pytest.raises(ValueError, match="10 starts cannot be shared out evenly among 4 devices; .* 8 or 12"):
+    with pytest.raises(ValueError, match=r"10 starts cannot be shared out evenly among 4 devices; .* 8 or 12"):
         devices.check(10, 4, "starts")
-    with pytest.raises(ValueError, match="3 seeds cannot be shared out evenly among 4 devices; .*: 4$"):
+    with pytest.raises(ValueError, match=r"3 seeds cannot be shared out evenly among 4 devices; .*: 4$"):
         devices.check(3, 4, "seeds")
 
 

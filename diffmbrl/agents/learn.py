@@ -101,13 +101,14 @@ def learn(
     r"""Let an agent learn on a real system for so many real steps, or until `seconds` of iterations are spent.
 
     `keys` [S] are the seeds, side by side; shared out among devices (`devices.share`), so is all that they do. `in_axes` is of
-    `agent` and `system`, as `vmap` has it: 0 where every leaf has a leading axis of S, so that each lane has hyperparameters or
-    physical parameters of its own, and a sweep is one program. Every iteration makes a record, each of its arrays with an axis of seeds:
-    `real_steps`; `seconds` and the process's `cpu_seconds` so far (updates and collection, compile time and evaluation apart);
-    `returns` [S, N k] of the episodes that ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not
-    finite or of an episode that was over before it began; `refused` updates, in which something that was finite came out not
-    finite (the carry of before is kept); what the agent says; and every `evaluate_every` iterations, and at the end,
-    `evaluation` [S, `evaluations`], the returns of `agent.best`, each from another start. `on_record` is given them all.
+    `agent` and `system`, as `vmap` has it: 0 where every leaf has a leading axis of S, so that each lane has hyperparameters
+    or physical parameters of its own, and a sweep is one program. Every iteration makes a record, each of its arrays with an
+    axis of seeds: `real_steps`; `seconds` and the process's `cpu_seconds` so far (updates and collection, compile time and
+    evaluation apart); `returns` [S, N k] of the episodes that ended in it, NaN elsewhere, and `ended`, which they are;
+    `rejected` steps, not finite or of an episode that was over before it began; `refused` updates, in which something that was
+    finite came out not finite (the carry of before is kept); what the agent says; and every `evaluate_every` iterations, and
+    at the end, `evaluation` [S, `evaluations`], the returns of `agent.best`, each from another start. `on_record` is given
+    them all.
 
     Shapes: every leaf of the carry and the buffer gets a leading axis of S. Raises: `ValueError` for sizes that do not fit, and
     if the warm-up leaves nothing in the buffer; `TypeError` if the policy is a plan.
@@ -146,7 +147,9 @@ def learn(
         if over:
             return Learned(lanes.carry, lanes.buffer, records)
         number = jnp.int32(iteration)
-        run = run or _iterate.lower(agent, system, lanes, keys, number, in_axes=in_axes).compile()  # before the clock starts
+        run = (
+            run or _iterate.lower(agent, system, lanes, keys, number, in_axes=in_axes).compile()
+        )  # before the clock starts
         begun, before = time.perf_counter(), time.process_time()
         lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
         lanes = along(keys, lanes)

@@ -9,7 +9,7 @@ from diffmbrl.runs import table, verdict
 from diffmbrl.runs.folder import check_out, create, running, set_status
 from diffmbrl.runs.metrics import Writer, read
 from diffmbrl.runs.progress import Progress
-from diffmbrl.runs.report import health_text, learn_text, plan_text, rebuild, summarise
+from diffmbrl.runs.report import health_text, learn_text, plan_text, rebuild, summarise, sweep_text
 from diffmbrl.runs.statistics import Estimate, estimate, interquartile_mean, interval
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "running",
     "set_status",
     "summarise",
+    "sweep_text",
     "table",
     "verdict",
 ]

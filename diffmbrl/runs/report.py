@@ -16,6 +16,7 @@ from diffmbrl.runs import (
     metrics,
     page,
     plan_report,
+    sweep_report,
     table,
     verdict,
     words,
@@ -46,6 +47,11 @@ def learn_text(folder: Path) -> str:
     return learn_report.text(metrics.read(folder / "metrics.jsonl")[0])
 
 
+def sweep_text(folder: Path) -> str:
+    """The table of a sweep, for the terminal."""
+    return sweep_report.text(_json(folder / "config.json"), metrics.read(folder / "metrics.jsonl")[0])
+
+
 def rebuild(folder: Path) -> Path:
     """Draws `figures/` and writes `report.html` from config.json, provenance.json and metrics.jsonl alone; returns its path.
 
@@ -69,6 +75,7 @@ def rebuild(folder: Path) -> Path:
     remarks += [str(record.get("text", "")) for record in records if record["kind"] == "note"]
     path = folder / "report.html"
     composers = {"plan": plan_report.compose, "diagnose": health_report.compose, "learn": learn_report.compose}
+    composers["sweep"] = sweep_report.compose
     if compose_job := composers.get(str(config.get("job"))):
         write_atomic(path, compose_job(config, provenance, records, remarks, folder / "figures"))
         return path
