@@ -157,7 +157,8 @@ def alone(out: Path | None) -> Iterator[tuple[Path | None, Any]]:
 
 def _mesh(batch: Any) -> Mesh | None:
     sharding = getattr(jax.tree.leaves(batch)[0], "sharding", None)
-    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
 def _put(tree: Any, sharding: NamedSharding) -> Any:

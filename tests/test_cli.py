@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD = {
-    "no command": ("", "expected a command: compare, plan, diagnose, learn, report, agents, tasks, doctor; see"),
+    "no command": ("", "expected a command: compare, plan, diagnose, learn, sweep, report, agents, tasks, doctor; see"),
     "unknown command": ("comapre lqr", "unknown command 'comapre'; did you mean 'compare'?"),
     "no task": ("compare", "TASK"),
     "unknown task": ("compare lqrr", "unknown task 'lqrr'; did you mean 'lqr'?"),
@@ -138,7 +138,7 @@ def test_tasks(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--help"], ["compare", "plan", "diagnose", "learn", "report", "agents", "tasks", "doctor"]),
+        (["--help"], ["compare", "plan", "diagnose", "learn", "sweep", "report", "agents", "tasks", "doctor"]),
         (
             ["compare", "--help"],
             ["TASK", "--methods", "--horizon", "--seeds", "--starts", "--budget", "--lr", "--continuation", "--out"],
@@ -149,6 +149,7 @@ def test_tasks(folder, capsys):
             ["learn", "--help"],
             ["TASK", "--agent", "--real-steps", "--budget", "--seeds", "--evaluations", "--option", "--noise", "--out"],
         ),
+        (["sweep", "--help"], ["FILE", "--processes", "--slurm", "--out"]),
         (["report", "--help"], ["RUN"]),
     ],
 )

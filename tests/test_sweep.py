@@ -12,12 +12,10 @@ from diffmbrl import cli, compare
 from diffmbrl.compare import Setting
 from diffmbrl.runs import read as read_records
 from diffmbrl.runs import rebuild, sweep_report, sweep_text
-from diffmbrl.sweeps import points, sweep
-from diffmbrl.sweeps import sweep as package
+from diffmbrl.sweeps import runner, sweep
 from diffmbrl.sweeps.groups import groups
-from diffmbrl.sweeps.points import parse, read
+from diffmbrl.sweeps.points import parse
 
-running = sys.modules["diffmbrl.sweeps.sweep"]
 SETTING = {"task": "lqr", "method": "adam", "horizon": 5, "hidden": [3], "seeds": 2, "starts": 3, "steps": 4}
 SETTING |= {"continuation": "none", "lr": 0.1}
 GRID = {"lr": [0.01, 0.1], "param": {"mass": [1.0, 2.0]}}
@@ -96,8 +94,6 @@ def test_every_combination_of_grid_and_draws():
 
 def test_a_longer_sweep_begins_with_the_shorter_one():
     lr = {"low": 1e-4, "high": 1.0, "scale": "log"}
-    short, long = (asked({**SETTING} | {}, random={"points": n, "starts": {"low": 2, "high": 4}}) for n in (1, 1))
-    assert short == long
     setting = {key: x for key, x in SETTING.items() if key not in ("lr", "starts")}
     few, many = (
         asked(setting, random={"points": n, "lr": lr, "starts": {"low": 2, "high": 4}}).points for n in (5, 200)
@@ -119,7 +115,7 @@ def test_groups_are_what_differs_in_leaves_alone():
     for group in made:
         assert len({(p.setting["method"], p.setting["horizon"]) for p in group.points}) == 1
     # Limits of the actions are constants of a policy's program.
-    limits = asked(SETTING | {"task": "cartpole-balance"}, grid={"param": {"force": [5.0, 10.0], "m_p": [0.1, 0.2]}})
+    limits = asked(SETTING | {"task": "quadrotor2d"}, grid={"lr": [0.1, 0.2], "param": {"mass": [0.4, 0.5]}})
     assert [len(group.points) for group in groups(limits, list(limits.points))] == [2, 2]
 
 
@@ -132,7 +128,7 @@ def test_agents_whose_options_are_sizes_are_groups_of_their_own():
     setting = {"task": "pendulum", "agent": "sac", "seeds": 2, "real_steps": 600}
     grid = {"option": {"units": [4, 8], "rate": [1e-3, 1e-2]}, "noise": [0.0, 0.1]}
     found = parse({"job": "learn", "setting": setting, "grid": grid})
-    assert [len(group.points) for group in groups(found, list(found.points))] == [2, 2, 2, 2]
+    assert [len(group.points) for group in groups(found, list(found.points))] == [4, 4]
 
 
 # Runs.
@@ -166,7 +162,7 @@ def test_a_point_is_the_run_alone(ran, tmp_path):
 
 def test_what_is_finished_is_not_run_again(ran, monkeypatch):
     found, place, _ = ran
-    monkeypatch.setattr(running, "run", lambda *_: pytest.fail("run again"))
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("run again"))
     assert sweep(found, out=place, say=lambda _: None) == (place, True)
 
 
@@ -177,7 +173,7 @@ def test_what_is_missing_is_run_and_no_more(ran, monkeypatch):
     status = place / "points" / one.name / "status.json"
     kept = status.read_text()
     status.write_text(json.dumps({"status": "running"}))  # killed
-    monkeypatch.setattr(running, "run", lambda sweep, group, *_: seen.extend(group.points))
+    monkeypatch.setattr(runner, "run", lambda sweep, group, *_: seen.extend(group.points))
     assert sweep(more, out=place, say=lambda _: None) == (place, False)
     assert {p.name for p in seen} == {one.name} | {p.name for p in more.points if p.setting["lr"] == 0.2}
     assert "2 of 6 points" in (place / "report.html").read_text() or "missing" in (place / "report.html").read_text()
@@ -213,21 +209,22 @@ def test_a_folder_of_something_else_is_left_alone(ran, tmp_path):
 
 
 def test_a_group_that_fails_keeps_no_other_from_running(tmp_path, monkeypatch):
-    found, said, true = asked(grid={"method": ["adam", "sgd"]}), [], running.run
+    found, said, true = asked(grid={"method": ["adam", "sgd"]}), [], runner.run
 
     def run(sweep, group, *rest):
         if group.points[0].setting["method"] == "adam":
             raise ValueError("no such luck")
         true(sweep, group, *rest)
 
-    monkeypatch.setattr(running, "run", run)
+    monkeypatch.setattr(runner, "run", run)
     folder, complete = sweep(found, out=tmp_path / "sweep", say=said.append)
     assert not complete and "[1/2] failed: no such luck" in said
     assert [r["status"] for r in read_records(folder / "metrics.jsonl")[0]] == ["missing", "finished"]
 
 
-def test_agents_in_processes_of_their_own(folder, capsys):
+def test_agents_in_processes_of_their_own(folder, capsys, monkeypatch):
     """From the file to the table; two groups, which differ in a size."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     (folder / "idle.toml").write_text(
         'job = "learn"\n[setting]\ntask = "lqr"\nagent = "random"\nhorizon = 5\nseeds = 2\nreal_steps = 40\n'
         "option.warmup = 20\nevaluations = 2\n[grid]\noption.every = [10, 20]\nparam.mass = [1.0, 2.0]\n"
@@ -280,6 +277,6 @@ def test_slurm_is_given_the_commands_of_the_groups(tmp_path, monkeypatch):
     assert said[1:3] == ["job 7: adam on lqr: 2 points x 2 seeds", "job 7: sgd on lqr: 2 points x 2 seeds"]
     # What such a command does, here.
     ran = []
-    monkeypatch.setattr(running, "run", lambda sweep, group, folder, facts: ran.append((sweep.job, group.points)))
-    running.work(folder, commands[0][4:])
+    monkeypatch.setattr(runner, "run", lambda sweep, group, folder, facts: ran.append((sweep.job, group.points)))
+    runner.work(folder, commands[0][4:])
     assert ran == [("compare", tuple(found.points[:2]))]

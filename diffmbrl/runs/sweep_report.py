@@ -254,7 +254,9 @@ def _panels(rows: list[Row], names: list[str], by: str | None) -> Callable[[], A
                 _points(axis, own, [place(row.setting.get(name)) for row in own], sign, style)
         if len(looks) > 1:
             handles = [_handle(style) for style in looks.values()]
-            axes[0].legend(handles=handles, fontsize=7, labelcolor=figures.INK, frameon=True, framealpha=0.85)
+            axes[0].legend(
+                handles=handles, loc="upper right", fontsize=7, labelcolor=figures.INK, frameon=True, framealpha=0.85
+            )
         return figure
 
     return make

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from diffmbrl.cli import _configure
-from diffmbrl.sweeps.sweep import work
+from diffmbrl.sweeps.runner import work
 
 if __name__ == "__main__":
     _configure(False)  # the sweep's own precision is in its folder

@@ -145,16 +145,11 @@ def _named(given: dict[str, Any], table: str) -> tuple[dict[str, Any], dict[str,
 
 def _structure(member: Policies | Agents) -> Any:
     """Equal for points that are one program."""
-    setting = member.setting
     if isinstance(member, Agents):
-        return (
-            _shape((member.agent, member.system)),
-            setting.seeds,
-            member.real_steps,
-            member.evaluations,
-            setting.budget,
-        )
+        sizes = member.setting.seeds, member.real_steps, member.evaluations, member.setting.budget
+        return _shape((member.agent, member.system)), sizes
     # A policy holds the limits of its actions as constants.
+    setting = member.setting
     policy = jax.eval_shape(lambda key: Neural.init(member.task, hidden=setting.hidden, key=key), jax.random.key(0))
     sizes = setting.seeds, setting.starts, member.steps, setting.budget, setting.methods, setting.estimators
     return _shape((member.solver, member.task, member.plant, policy)), sizes

@@ -177,7 +177,7 @@ def _of(key: str, value: Any, kind: type) -> Any:
         raise ValueError(f"{key} must be {words[kind]}, got {value!r}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{key} must be a finite number, got {value!r}")
-    if kind is list and not (value and all(type(x) is int for x in value)):
+    if isinstance(value, list) and not (value and all(type(x) is int for x in value)):
         raise ValueError(f"{key} must be a list of whole numbers, got {value!r}")
     return value
 
