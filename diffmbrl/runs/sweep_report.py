@@ -286,7 +286,7 @@ def _places(axis: Any, values: list[Any]) -> Callable[[Any], float]:
     """Where a value stands on the x axis: at itself, on a logarithmic axis if they span more than a decade, or in turn."""
     if all(map(_is_number, values)):
         low, high = min(values), max(values)
-        if low > 0 and high / low > 10:
+        if low > 0 and high / low >= 10:
             figures.log_axis(axis.xaxis, (float(low), float(high)))
         else:
             axis.xaxis.set_major_formatter(lambda x, _: figures.compact(round(x, 12)))
