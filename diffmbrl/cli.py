@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -22,6 +23,7 @@ from diffmbrl.commands import (
     Render,
     Report,
     Resume,
+    Sweep,
     Tasks,
 )
 
@@ -51,7 +53,7 @@ def _said(error: Exception) -> str:
 
 def _parse(
     arguments: list[str],
-) -> Compare | Plan | Diagnose | Learn | Resume | Report | Render | Agents | Tasks | Doctor:
+) -> Compare | Plan | Diagnose | Learn | Resume | Sweep | Report | Render | Agents | Tasks | Doctor:
     """The command given. Raises: `ValueError` in one line where tyro draws a box."""
     names = [kind.__name__.lower() for kind in RUN]
     if not arguments:
@@ -90,8 +92,9 @@ def _compare(command: Compare) -> int:
         return _race(command)
     if command.real_steps is not None:
         raise ValueError("--real-steps is for agents that learn: give --learned too")
-    _configure(command.x64)
+    _configure(command.x64, command.devices)
     from diffmbrl.compare import Setting, compare
+    from diffmbrl.devices import alone
     from diffmbrl.methods import METHODS
     from diffmbrl.tasks import TASKS, make
     from diffmbrl.tasks.registry import known
@@ -117,15 +120,18 @@ def _compare(command: Compare) -> int:
         x64=command.x64,
         key=command.key,
         estimators=tuple(command.estimator),
+        devices=command.devices,
     )
-    return _compared(compare(setting, out=command.out, every=_seconds(command.checkpoint_every), track=command.track))
+    with alone(command.out) as (out, stream):
+        options = {"every": _seconds(command.checkpoint_every), "track": command.track}
+        return _compared(compare(setting, out=out, stream=stream, **options), stream)
 
 
-def _compared(folder: Path) -> int:
+def _compared(folder: Path, stream: Any = None) -> int:
     from diffmbrl.runs import summarise, table, verdict
 
     summary = summarise(folder)
-    return _shown(folder, f"{table.text(summary)}\n\n" + "\n".join(verdict.sentences(summary)))
+    return _shown(folder, f"{table.text(summary)}\n\n" + "\n".join(verdict.sentences(summary)), stream)
 
 
 def _plan(command: Plan) -> int:
@@ -182,7 +188,8 @@ def _diagnose(command: Diagnose) -> int:
 
 
 def _learn(command: Learn) -> int:
-    _configure(command.x64)
+    _configure(command.x64, command.devices)
+    from diffmbrl.devices import alone
     from diffmbrl.race import Setting, race
 
     setting = Setting(
@@ -200,8 +207,11 @@ def _learn(command: Learn) -> int:
         key=command.key,
         x64=command.x64,
         given=tuple(command.given),
+        devices=command.devices,
     )
-    return _learned(race(setting, out=command.out, every=_seconds(command.checkpoint_every), track=command.track))
+    with alone(command.out) as (out, stream):
+        options = {"every": _seconds(command.checkpoint_every), "track": command.track}
+        return _learned(race(setting, out=out, stream=stream, **options), stream)
 
 
 def _race(command: Compare) -> int:
@@ -218,6 +228,7 @@ def _race(command: Compare) -> int:
         "key",
         "x64",
         "track",
+        "devices",
         "out",
         "checkpoint_every",
     }
@@ -226,8 +237,9 @@ def _race(command: Compare) -> int:
     for option in fields(Compare):
         if option.name not in takes and asked[option.name] != blank[option.name]:
             raise ValueError(f"--{option.name} is of methods that know the dynamics: --learned does not take it")
-    _configure(command.x64)
+    _configure(command.x64, command.devices)
     from diffmbrl.agents.registry import AGENTS
+    from diffmbrl.devices import alone
     from diffmbrl.race import Setting, race
 
     setting = Setting(
@@ -244,21 +256,25 @@ def _race(command: Compare) -> int:
         sensor_noise=0.0,
         key=command.key,
         x64=command.x64,
+        devices=command.devices,
     )
-    return _learned(race(setting, out=command.out, every=_seconds(command.checkpoint_every), track=command.track))
+    with alone(command.out) as (out, stream):
+        options = {"every": _seconds(command.checkpoint_every), "track": command.track}
+        return _learned(race(setting, out=out, stream=stream, **options), stream)
 
 
-def _learned(folder: Path) -> int:
+def _learned(folder: Path, stream: Any = None) -> int:
     from diffmbrl.runs import learn_text
 
-    return _shown(folder, learn_text(folder))
+    return _shown(folder, learn_text(folder), stream)
 
 
 def _resume(command: Resume) -> int:
     from diffmbrl.runs import read_config
 
     config = read_config(command.run)
-    _configure(config.get("x64") is True)
+    devices = config.get("devices", 1)
+    _configure(config.get("x64") is True, devices if isinstance(devices, int) else 1)
     from diffmbrl.resume import is_finished, resume
 
     if is_finished(command.run):
@@ -268,8 +284,8 @@ def _resume(command: Resume) -> int:
     return {"compare": _compared, "learn": _learned, "plan": _planned}[config["job"]](folder)
 
 
-def _shown(folder: Path, text: str) -> int:
-    print(f"\n{text}\n\nreport: {(folder / 'report.html').resolve()}")
+def _shown(folder: Path, text: str, stream: Any = None) -> int:
+    print(f"\n{text}\n\nreport: {(folder / 'report.html').resolve()}", file=stream)
     return 0
 
 
@@ -278,6 +294,21 @@ def _seconds(every: float) -> float:
     if not 0 <= every < float("inf"):
         raise ValueError(f"checkpoint-every must be a number of seconds of at least 0, got {every:g}")
     return every
+
+
+def _sweep(command: Sweep) -> int:
+    from diffmbrl.sweeps.points import read
+
+    asked = read(command.file)
+    _configure(asked.x64)
+    from diffmbrl.runs import sweep_text
+    from diffmbrl.sweeps import sweep
+
+    pairs = None if command.slurm is None else _pairs(command.slurm, "--slurm", "name=value, such as timeout_min=60")
+    slurm = None if pairs is None else {name: int(x) if x.isdecimal() else x for name, x in pairs.items()}
+    folder, complete = sweep(asked, out=command.out, processes=command.processes, slurm=slurm)
+    _shown(folder, sweep_text(folder))
+    return 0 if complete or slurm is not None else 1
 
 
 def _report(command: Report) -> int:
@@ -350,10 +381,13 @@ def _pairs(pairs: list[str], option: str, form: str) -> dict[str, str]:
     return found
 
 
-def _configure(x64: bool) -> None:
-    """Precision, and a compilation cache that outlives the process; before anything is computed."""
+def _configure(x64: bool, devices: int = 1) -> None:
+    """Precision, devices, and a compilation cache that outlives the process; before anything is computed."""
     import jax
 
+    from diffmbrl.devices import begin
+
+    begin(devices)
     jax.config.update("jax_enable_x64", x64)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(DEFAULT_CACHE.expanduser()))
@@ -366,6 +400,7 @@ RUN = {
     Diagnose: _diagnose,
     Learn: _learn,
     Resume: _resume,
+    Sweep: _sweep,
     Report: _report,
     Render: _render,
     Agents: _agents,

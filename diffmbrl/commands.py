@@ -49,6 +49,8 @@ class Compare:
     """Seconds between two checkpoints, from which `diffmbrl resume` goes on; 0: at each look."""
     track: list[str] = field(default_factory=list)
     """Where the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
+    devices: int = 1
+    """Devices that each seed's starts are shared out among; with --learned, the seeds. On a CPU, parts of the host."""
     out: Path | None = None
     """Run folder; by default runs/<task>-compare-<hash>, or with --learned runs/<task>-learn-<hash>."""
 
@@ -158,6 +160,8 @@ class Learn:
     """Seconds between two checkpoints, from which `diffmbrl resume` goes on; 0: at each look."""
     track: list[str] = field(default_factory=list)
     """Where the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
+    devices: int = 1
+    """Devices that the seeds are shared out among. On a CPU, parts of the host."""
     out: Path | None = None
     """Run folder; by default runs/<task>-learn-<hash>."""
 
@@ -172,6 +176,21 @@ class Resume:
     """Seconds between two checkpoints; 0: at each look."""
     track: list[str] = field(default_factory=list)
     """Where the rest of the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
+
+
+@dataclass
+class Sweep:
+    """Run many settings of `compare` or `learn` from a file, those that compile together as one program. Ends with a table,
+    a figure and a report; run again, it runs what is missing."""
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """A TOML file with [setting], [grid] and [random]; see the README."""
+    processes: int = 1
+    """Programs run side by side, each in a process of its own if more than 1; 0 runs nothing and collects what there is."""
+    slurm: list[str] | None = None
+    """Submit the programs as jobs instead, with parameters of submitit as name=value: partition=gpu timeout_min=60."""
+    out: Path | None = None
+    """Folder; by default runs/<name>-sweep."""
 
 
 @dataclass
@@ -224,6 +243,7 @@ Command = (
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Learn, tyro.conf.subcommand("learn")]
     | Annotated[Resume, tyro.conf.subcommand("resume")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Render, tyro.conf.subcommand("render")]
     | Annotated[Agents, tyro.conf.subcommand("agents")]

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from diffmbrl.core import Task
+from diffmbrl.devices import agreed, check, local, mesh_of
 from diffmbrl.diagnostics.reach import refuse_without_gradient
-from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw
+from diffmbrl.lanes import Lanes, PlanLanes, PolicyLanes, draw, shared
 from diffmbrl.methods import Method, estimated, method, schedule, solver
 from diffmbrl.policies import Neural
 from diffmbrl.runs import EVERY, Session, check_out, check_sinks, create, settled, underway
@@ -39,6 +40,7 @@ class Setting(NamedTuple):
     x64: bool
     key: int
     estimators: tuple[str, ...] = ()
+    devices: int = 1  # that the starts are shared out among
 
 
 def compare(
@@ -95,6 +97,12 @@ def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
             raise ValueError(f"{what} must be at least 1, got {number}")
     if not 0 <= setting.key < 2**32:
         raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
+    mesh_of(setting.devices)
+    check(setting.starts, setting.devices, "starts")
+    if HELD_OUT % setting.devices:
+        fitting = [count for count in range(1, HELD_OUT + 1) if HELD_OUT % count == 0]
+        nearest = min(fitting, key=lambda count: abs(count - setting.devices))
+        raise ValueError(f"devices must divide the {HELD_OUT} held-out starts: {nearest} do, {setting.devices} do not")
     if setting.steps is not None and setting.steps < 1:
         raise ValueError(f"steps must be at least 1, got {setting.steps}")
     if not setting.budget > 0:
@@ -142,7 +150,7 @@ def _run_method(name: str, row: Method, task: Task, setting: Setting, run: Sessi
     rates: list[float | None] = list(setting.rates or row.rates) if row.rates else [None]
     steps = setting.steps or row.steps
     solvers = [solver(row, task, rate=rate, steps=steps, continuation=setting.continuation) for rate in rates]
-    draws = draw(task, setting.seeds, setting.starts, HELD_OUT, setting.key)
+    draws = shared(draw(task, setting.seeds, setting.starts, HELD_OUT, setting.key), setting.devices)
     lanes: Lanes = (
         PlanLanes(solvers, task, draws)
         if row.kind == "plan"
@@ -169,15 +177,15 @@ def _run_method(name: str, row: Method, task: Task, setting: Setting, run: Sessi
     while done < steps and (done == 0 or spent < setting.budget):
         begun = time.perf_counter()
         lanes.advance(done, min(every, steps - done))
-        spent += time.perf_counter() - begun
+        spent = agreed(spent + time.perf_counter() - begun)
         done += min(every, steps - done)
         train = _write_evaluation(write, name, rates, lanes, done, spent)
         progress.update(done, f"return {np.max(train):.4g}, {spent:.1f} s")
-        run.look(lanes.state, done=done, spent=spent)
+        run.look(local(lanes.state), done=done, spent=spent)
     stop = f"{steps} updates" if done >= steps else f"budget of {setting.budget:g} s after {done} of {steps} updates"
     _write_profiles(write, name, rates, lanes, "end")
     if isinstance(lanes, PolicyLanes):
-        save_policies(run.folder, name, lanes.policies, rates=rates, seeds=setting.seeds)
+        save_policies(run.folder, name, local(lanes.policies), rates=rates, seeds=setting.seeds)
     for index, rate in enumerate(rates):
         if (path := lanes.path(index)) is not None:
             write({"kind": "path", "method": name, "rate": rate, **path})

@@ -1,6 +1,8 @@
 """Many runs of one method as one program: lanes over learning rates and seeds, or over start states for planners.
 
 `PolicyLanes` and `PlanLanes` have the same methods, which `compare` calls; arrays that they return have axes [rates, seeds].
+Draws that are shared out among devices (`shared`) are worked on where they are: policies share the starts of each seed, and
+add up what they say of them; planners share the plans.
 """
 
 import time
@@ -14,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 from diffmbrl.core import Solver, State, Task, keeps_limits
 from diffmbrl.curvature import gauss_newton
+from diffmbrl.devices import along, beside, local, mesh_of, share
 from diffmbrl.diagnostics.nonfinite import locate
 from diffmbrl.diagnostics.spectrum import eigenvalues
 from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
@@ -61,6 +64,18 @@ def draw(task: Task, seeds: int, starts: int, held_out: int, key: int) -> tuple[
     return train, test, policy_keys
 
 
+def shared(draws: tuple[State, State, Any], devices: int) -> tuple[State, State, Any]:
+    """The draws with each seed's starts, and the held-out starts, shared out among so many devices.
+
+    Raises: `ValueError` if the devices do not divide them, or are not there.
+    """
+    if devices == 1 and jax.process_count() == 1:
+        return draws
+    train, test, keys = draws
+    mesh = mesh_of(devices)
+    return share(train, mesh, what="starts", axis=1), share(test, mesh, what="held-out starts"), keys
+
+
 class PolicyLanes:
     """A policy solver at several learning rates, from several seeds; lane r * seeds + k has rate r and seed k.
 
@@ -89,6 +104,8 @@ class PolicyLanes:
         # Apart from the seed's policy, which is drawn from the key itself.
         noise = jax.vmap(lambda k: jax.random.fold_in(k, NOISE))(keys) if draws_noise else None
         self.keys = None if noise is None else jnp.tile(noise, self.rates)
+        kept = (self.solvers, self.policies, self.carries, self.keys)
+        self.solvers, self.policies, self.carries, self.keys = beside(train, kept)
         self.tally = Tally(self.rates, self.seeds)
         self.map = _one_by_one if sequential else _together
 
@@ -98,8 +115,9 @@ class PolicyLanes:
 
     def advance(self, done: int, updates: int) -> None:
         """Make updates number `done` and on."""
-        self.policies, self.carries, info, made = self._run(done, updates)
-        self.tally.add(info, made)
+        policies, carries, info, made = self._run(done, updates)
+        self.policies, self.carries = beside(self.train, (policies, carries))
+        self.tally.add(*local((info, made)))
 
     @property
     def state(self) -> Any:
@@ -110,29 +128,29 @@ class PolicyLanes:
         """Go on from a look after at least one update."""
         policies, carries, info, _ = jax.eval_shape(self._update, jnp.int32(0), jnp.int32(1))
         state = looks.restore({"policies": policies, "carries": carries, "tally": self.tally.after(info)})
-        self.policies, self.carries = state["policies"], state["carries"]
+        self.policies, self.carries = beside(self.train, (state["policies"], state["carries"]))
         self.tally.restore(state["tally"], info)
 
     def evaluate(self) -> dict[str, np.ndarray]:
         """Mean returns on training and held-out starts, success, what the last updates reported, and the gradient's health:
         the spread of each training start's BPTT gradient of the full objective."""
-        train, test, success = _evaluate(self.policies, self.task, self.train, self.test)
+        train, test, success = local(_evaluate(self.policies, self.task, self.train, self.test))
         shape = (self.rates, self.seeds)
         out = {"train": train, "test": test} | ({} if success is None else {"success": success})
-        health = _spreads(self.policies, self.task, self.train)
+        health = local(_spreads(self.policies, self.task, self.train))
         out |= {f"spread_{name}": x for name, x in health._asdict().items()}
         return {name: np.asarray(x).reshape(shape) for name, x in out.items()} | self.tally.fields()
 
     def profile(self, rate: int) -> np.ndarray:
         """[T]: root mean square over seeds, starts and action dimensions of dJ/da_t through the closed loop."""
         lanes = self._of(rate)
-        g = _profile(_take(self.policies, lanes), self.task, _take(self.train, lanes))
+        g = local(_profile(_take(self.policies, lanes), self.task, _take(self.train, lanes)))
         return np.sqrt(np.mean(np.square(np.asarray(g, np.float64)), axis=(0, 2, 3)))
 
     def spectrum(self, rate: int) -> np.ndarray:
         """Eigenvalues of the Gauss-Newton matrix of the first seed's policy."""
         lane = rate * self.seeds
-        return eigenvalues(_take(self.policies, lane), self.task, _take(self.train, lane))
+        return eigenvalues(*self._one(lane))
 
     def path(self, rate: int) -> dict[str, np.ndarray] | None:
         """The candidates of the first seed's first update, by the model and in truth; None for a method without a model."""
@@ -148,7 +166,11 @@ class PolicyLanes:
         if seed is None:
             return None
         lane = rate * self.seeds + seed
-        return f"{locate(_take(self.policies, lane), self.task, _take(self.train, lane))}, seed {seed}"
+        return f"{locate(*self._one(lane))}, seed {seed}"
+
+    def _one(self, lane: int) -> tuple[Neural, Task, State]:
+        policy, train = local((_take(self.policies, lane), _take(self.train, lane)))
+        return policy, self.task, train
 
     def _of(self, rate: int) -> slice:
         return slice(rate * self.seeds, (rate + 1) * self.seeds)
@@ -181,7 +203,8 @@ class PlanLanes:
         seed_keys = jnp.repeat(keys, self.starts)
         train_keys = jax.vmap(jax.random.fold_in)(seed_keys, jnp.tile(jnp.arange(self.starts), self.seeds))
         test_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys[0], self.starts + jnp.arange(held_out))
-        self.train, self.test = self._lanes(zero, flat, train_keys), self._lanes(zero, test, test_keys)
+        self.train = along(train, self._lanes(zero, flat, train_keys))
+        self.test = along(train, self._lanes(zero, test, test_keys))
         self.tally = Tally(1, self.seeds, self.starts)
         self.done = self.behind = 0  # updates made on the training and on the held-out starts
 
@@ -192,8 +215,8 @@ class PlanLanes:
     def advance(self, done: int, updates: int) -> None:
         """Make updates number `done` and on, on the training starts."""
         *lanes, info, made = self._run(self.train, done, updates)
-        self.train = (*lanes, *self.train[2:])
-        self.tally.add(info, made)
+        self.train = (*along(self.train, tuple(lanes)), *self.train[2:])
+        self.tally.add(*local((info, made)))
         self.done = done + updates
 
     @property
@@ -209,7 +232,8 @@ class PlanLanes:
         count = {"done": np.int64(0), "behind": np.int64(0)}
         like = {"train": tuple(train), "test": tuple(test), "tally": self.tally.after(info), **count}
         state = looks.restore(like)
-        self.train, self.test = (*state["train"], *self.train[2:]), (*state["test"], *self.test[2:])
+        self.train = (*along(self.train[2], state["train"]), *self.train[2:])
+        self.test = (*along(self.test[2], state["test"]), *self.test[2:])
         self.tally.restore(state["tally"], info)
         self.done, self.behind = int(state["done"]), int(state["behind"])
 
@@ -218,10 +242,10 @@ class PlanLanes:
         while self.behind < self.done:
             count = min(self.done - self.behind, CHUNK)
             *lanes, _, _ = self._run(self.test, self.behind, count)
-            self.test = (*lanes, *self.test[2:])
+            self.test = (*along(self.test, tuple(lanes)), *self.test[2:])
             self.behind += count
-        train, _ = _evaluate_plans(self.train[0], self.task, self.train[2])
-        test, success = _evaluate_plans(self.test[0], self.task, self.test[2])
+        train, _ = local(_evaluate_plans(self.train[0], self.task, self.train[2]))
+        test, success = local(_evaluate_plans(self.test[0], self.task, self.test[2]))
         out = {
             "train": np.asarray(train).reshape(self.seeds, self.starts).mean(1),
             "test": np.full(self.seeds, np.mean(np.asarray(test))),
@@ -232,13 +256,13 @@ class PlanLanes:
 
     def profile(self, rate: int) -> np.ndarray:
         """[T]: root mean square over seeds, starts and action dimensions of dJ/da_t along the plans."""
-        g = _profile(self.train[0], self.task, jax.tree.map(lambda x: x[:, None], self.train[2]))
+        g = local(_profile(self.train[0], self.task, jax.tree.map(lambda x: x[:, None], self.train[2])))
         return np.sqrt(np.mean(np.square(np.asarray(g, np.float64)), axis=(0, 2, 3)))
 
     def spectrum(self, rate: int) -> np.ndarray:
         """Eigenvalues of M, the Gauss-Newton matrix of the first start's plan without its feedback."""
-        plan = OpenLoop(_take(self.train[0], 0).a)
-        return eigenvalues(plan, self.task, _take(self.train[2], slice(0, 1)))
+        plan, s0 = self._one(0)
+        return eigenvalues(OpenLoop(plan.a), self.task, s0)
 
     def path(self, rate: int) -> None:
         """Planners report none."""
@@ -248,8 +272,12 @@ class PlanLanes:
         lane = self.tally.broken(0)
         if lane is None:
             return None
-        where = locate(_take(self.train[0], lane), self.task, _take(self.train[2], slice(lane, lane + 1)))
+        plan, s0 = self._one(lane)
+        where = locate(plan, self.task, s0)
         return f"{where}, start {lane % self.starts}, seed {lane // self.starts}"
+
+    def _one(self, lane: int) -> tuple[Affine, State]:
+        return local((_take(self.train[0], lane), _take(self.train[2], slice(lane, lane + 1))))
 
     def _lanes(self, plan: Affine | OpenLoop, s0: State, keys: Any):
         count = jax.tree.leaves(s0)[0].shape[0]

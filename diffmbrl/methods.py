@@ -59,6 +59,7 @@ class Method(NamedTuple):
     continuation: str = "discounts"  # the schedule by default: "discounts", "trust", "growing" for plans, or "none"
     estimator: str = "bptt"  # of the gradient, in methods that take one
     own_gradient: bool = False  # its gradient is part of the method: it takes no other
+    words: str = ""  # what it is, in a line
 
     @property
     def takes_estimator(self) -> bool:
@@ -84,6 +85,7 @@ METHODS: dict[str, Method] = {
         "policy",
         600,
         rates=(1e-3, 3e-3, 1e-2, 3e-2),
+        words="Adam on the gradient through time, clipped",
     ),
     "adam-decay": Method(
         lambda rate, steps, task: Descend(clipped_adam, learning_rate=rate, anneal=float(steps)),
@@ -92,6 +94,7 @@ METHODS: dict[str, Method] = {
         600,
         rates=(3e-3, 1e-2, 3e-2),
         default=False,
+        words="the same, its rate annealed to 0",
     ),
     "muon": Method(
         lambda rate, steps, task: Descend(clipped_muon, learning_rate=rate, anneal=float(steps)),
@@ -100,6 +103,7 @@ METHODS: dict[str, Method] = {
         600,
         rates=(1e-2, 3e-2, 1e-1),
         default=False,
+        words="Muon: orthogonalised momentum, clipped and annealed",
     ),
     "soap": Method(
         lambda rate, steps, task: Descend(clipped_soap, learning_rate=rate, anneal=float(steps)),
@@ -108,6 +112,7 @@ METHODS: dict[str, Method] = {
         600,
         rates=(3e-3, 1e-2, 3e-2),
         default=False,
+        words="SOAP: Adam in Shampoo's eigenbasis, clipped and annealed",
     ),
     "sgd": Method(
         lambda rate, steps, task: Descend(clipped_sgd, learning_rate=rate),
@@ -116,11 +121,24 @@ METHODS: dict[str, Method] = {
         600,
         rates=(1e-2, 1e-1, 1.0),
         default=False,
+        words="gradient descent, clipped",
     ),
-    "lbfgs": Method(lambda rate, steps, task: Descend(optax.lbfgs, memory_size=20), 1, "policy", 600, sequential=True),
+    "lbfgs": Method(
+        lambda rate, steps, task: Descend(optax.lbfgs, memory_size=20),
+        1,
+        "policy",
+        600,
+        sequential=True,
+        words="L-BFGS with a line search",
+    ),
     # Ten products rather than thirty: the path takes short steps, for which more change nothing.
     "gauss-newton": Method(
-        lambda rate, steps, task: GaussNewton(system=Krylov(10)), 2, "policy", 150, continuation="trust"
+        lambda rate, steps, task: GaussNewton(system=Krylov(10)),
+        2,
+        "policy",
+        150,
+        continuation="trust",
+        words="Gauss-Newton through the rollout, by products; the best of a path of dampings",
     ),
     "gauss-newton-dense": Method(
         lambda rate, steps, task: GaussNewton(system=Dense()),
@@ -130,6 +148,7 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=3000,
         continuation="trust",
+        words="the same with the matrix itself",
     ),
     "gauss-newton-lm": Method(
         lambda rate, steps, task: GaussNewton(damping=LevenbergMarquardt()),
@@ -138,6 +157,7 @@ METHODS: dict[str, Method] = {
         150,
         default=False,
         continuation="trust",
+        words="the same with one damping, adapted (Levenberg-Marquardt)",
     ),
     "gauss-newton-sqrt": Method(
         lambda rate, steps, task: GaussNewton(system=SquareRoot()),
@@ -147,13 +167,44 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=1000,
         continuation="trust",
+        words="the same by a square root of the matrix, for float32",
     ),
     "sigma-metric": Method(
-        lambda rate, steps, task: GaussNewton(system=Sigma()), 2, "policy", 150, default=False, continuation="trust"
+        lambda rate, steps, task: GaussNewton(system=Sigma()),
+        2,
+        "policy",
+        150,
+        default=False,
+        continuation="trust",
+        words="between Gauss-Newton and imitation of the planner's step",
     ),
-    "newton-cg": Method(lambda rate, steps, task: NewtonCG(), 2, "policy", 150, default=False, continuation="trust"),
-    "consensus": Method(lambda rate, steps, task: Consensus(), 2, "policy", 75, default=False, continuation="trust"),
-    "krylov-newton": Method(lambda rate, steps, task: KrylovNewton(), 2, "policy", 100, continuation="trust", race=0.2),
+    "newton-cg": Method(
+        lambda rate, steps, task: NewtonCG(),
+        2,
+        "policy",
+        150,
+        default=False,
+        continuation="trust",
+        words="the true Hessian by conjugate gradients, in a trust region",
+    ),
+    "consensus": Method(
+        lambda rate, steps, task: Consensus(),
+        2,
+        "policy",
+        75,
+        default=False,
+        continuation="trust",
+        words="guided policy search: iLQR around the policy, regression onto its trajectories",
+    ),
+    "krylov-newton": Method(
+        lambda rate, steps, task: KrylovNewton(),
+        2,
+        "policy",
+        100,
+        continuation="trust",
+        race=0.2,
+        words="Gauss-Newton, saddle-free Newton and an imitated gradient, judged together; the best of four first policies",
+    ),
     "newton-dense": Method(
         lambda rate, steps, task: KrylovNewton(rank=None),
         2,
@@ -162,6 +213,7 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=1500,
         continuation="trust",
+        words="the same with the matrices themselves",
     ),
     # Noise at a learned price: without, a policy soon holds a hanging pole still, and stays there.
     "short-horizon": Method(
@@ -177,8 +229,16 @@ METHODS: dict[str, Method] = {
         own_gradient=True,
         # Which of them hold the pole shows late: after 300 of 1200 updates in one run in ten, after 600 in all.
         race=0.5,
+        words="short windows with a critic behind them, noise at a price of entropy",
     ),
-    "ilqr": Method(lambda rate, steps, task: ILQR.within(task), 2, "plan", 100, continuation="growing"),
+    "ilqr": Method(
+        lambda rate, steps, task: ILQR.within(task),
+        2,
+        "plan",
+        100,
+        continuation="growing",
+        words="iterative LQR, within the limits of the actions",
+    ),
     "random-shooting": Method(
         lambda rate, steps, task: Sampling(Best(), draw=Even(), samples=256, std=1.0),
         0,
@@ -186,6 +246,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
+        words="the best of many plans drawn evenly",
     ),
     "cem": Method(
         lambda rate, steps, task: Sampling(CEM(elites=32), samples=256, std=1.0),
@@ -194,6 +255,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
+        words="cross-entropy method: a normal distribution refitted to the best plans",
     ),
     "icem": Method(
         lambda rate, steps, task: Sampling(CEM(elites=32), draw=Coloured(2.0), samples=256, keep=8, std=1.0),
@@ -202,6 +264,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
+        words="the same with coloured noise, the best plans kept",
     ),
     "mppi": Method(
         lambda rate, steps, task: Sampling(MPPI(EffectiveSize(10.0)), draw=Normal(), samples=256, std=1.0),
@@ -210,6 +273,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
+        words="path integral control: the mean of plans weighted by their returns",
     ),
     "shooting": Method(
         lambda rate, steps, task: Shooting(Descend(optax.lbfgs, memory_size=10)),
@@ -218,6 +282,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
+        words="L-BFGS on the actions",
     ),
     "ddp": Method(
         lambda rate, steps, task: ILQR.within(task, model=SecondOrder()),
@@ -226,9 +291,16 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="growing",
+        words="iLQR with the second derivatives of the dynamics",
     ),
     "multiple-shooting": Method(
-        lambda rate, steps, task: MultipleShooting(), 2, "plan", 100, default=False, continuation="growing"
+        lambda rate, steps, task: MultipleShooting(),
+        2,
+        "plan",
+        100,
+        default=False,
+        continuation="growing",
+        words="states and actions together, from states that the dynamics do not follow; meets constraints",
     ),
 }
 

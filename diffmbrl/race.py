@@ -16,6 +16,7 @@ from diffmbrl.agents.judged import judged, learnable
 from diffmbrl.agents.learn import Agent, Learned, check, learn
 from diffmbrl.agents.registry import AGENTS
 from diffmbrl.agents.registry import make as make_agent
+from diffmbrl.devices import local, mesh_of, share
 from diffmbrl.runs import (
     EVERY,
     Session,
@@ -54,6 +55,7 @@ class Setting(NamedTuple):
     key: int
     x64: bool
     given: tuple[str, ...] = ()  # of a system whose reward and end would be learned
+    devices: int = 1  # that the seeds are shared out among
 
 
 class Prepared(NamedTuple):
@@ -145,6 +147,10 @@ def prepare(setting: Setting) -> Prepared:
     agents = {name: judged(make_agent(name, system.view, setting.options), system.view) for name in names}
     steps = setting.real_steps or (AGENTS[names[0]].real_steps if len(names) == 1 else RACE)
     keys = jax.random.split(jax.random.key(setting.key), setting.seeds)
+    mesh = mesh_of(setting.devices)
+    if mesh.size > 1 and not isinstance(system, System):
+        raise ValueError(f"'{setting.task}' is stepped on the host, by one device; got {setting.devices} devices")
+    keys = keys if mesh.size == 1 else share(keys, mesh, what="seeds")
     for name, agent in agents.items():
         try:
             check(agent, keys, steps, starts[name], 1)
@@ -233,8 +239,9 @@ def _run_agent(name: str, prepared: Prepared, setting: Setting, run: Session) ->
 
     def keep(stop: str) -> None:
         if latest is not None:
-            save_arrays(run.folder / "agents", name, latest.carry, seeds=len(keys))
-            save_arrays(run.folder / "buffers", name, latest.buffer, seeds=len(keys))
+            carry, buffer = local((latest.carry, latest.buffer))
+            save_arrays(run.folder / "agents", name, carry, seeds=len(keys))
+            save_arrays(run.folder / "buffers", name, buffer, seeds=len(keys))
         write({"kind": "stop", "method": name, "reason": stop})
 
     try:
@@ -254,8 +261,9 @@ def _run_agent(name: str, prepared: Prepared, setting: Setting, run: Session) ->
             keep(("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}") + done())
         raise
     reached = latest.real_steps
-    keep(f"{reached:,} real steps" if reached >= real_steps else f"budget of {setting.budget:g} s{done()}")
-    if (found := foresight(agent, system, latest, keys)) is not None:
+    whole = reached + agent.every > real_steps
+    keep(f"{reached:,} real steps" if whole else f"budget of {setting.budget:g} s{done()}")
+    if (found := foresight(agent, system, *local((latest._replace(records=[]), keys)))) is not None:
         write({"kind": "foresight", "method": name} | found)
 
 

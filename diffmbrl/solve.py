@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import Info, Solver, State, Task, is_plan
+from diffmbrl.devices import beside, local
 from diffmbrl.diagnostics.nonfinite import locate, nonfinite_leaf
 from diffmbrl.diagnostics.reach import refuse_without_gradient
 from diffmbrl.looks import Looks, Unwatched
@@ -64,7 +65,7 @@ def solve(
     (3, '3 updates')
     """
     check(solver, policy, task, s0, steps)
-    carry = solver.init(policy, task)
+    policy, carry = beside(s0, (policy, solver.init(policy, task)))
     bounds = {
         name: jnp.asarray(x, task.weights.dtype) for name, x in [("tolerance", tolerance), ("relative", relative)]
     }
@@ -90,6 +91,7 @@ def solve(
         policy, carry, info, made = jax.block_until_ready(
             run(policy, carry, first=jnp.int32(done), count=jnp.int32(count), before=before)
         )
+        (policy, carry), (info, made) = beside(s0, (policy, carry)), local((info, made))
         took = time.perf_counter() - started
         spent += took
         made = int(made)

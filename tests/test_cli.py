@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD = {
-    "no command": ("", "expected a command: compare, plan, diagnose, learn, resume, report, render, agents, tasks, "),
+    "no command": ("", "expected a command: compare, plan, diagnose, learn, resume, sweep, report, render, agents, "),
     "unknown command": ("comapre lqr", "unknown command 'comapre'; did you mean 'compare'?"),
     "no task": ("compare", "TASK"),
     "unknown task": ("compare lqrr", "unknown task 'lqrr'; did you mean 'lqr'?"),
@@ -145,7 +145,22 @@ def test_tasks(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--help"], ["compare", "plan", "diagnose", "learn", "resume", "report", "agents", "tasks", "doctor"]),
+        (
+            ["--help"],
+            [
+                "compare",
+                "plan",
+                "diagnose",
+                "learn",
+                "resume",
+                "sweep",
+                "report",
+                "render",
+                "agents",
+                "tasks",
+                "doctor",
+            ],
+        ),
         (
             ["compare", "--help"],
             ["TASK", "--methods", "--horizon", "--seeds", "--starts", "--budget", "--lr", "--continuation", "--out"],
@@ -157,6 +172,7 @@ def test_tasks(folder, capsys):
             ["TASK", "--agent", "--real-steps", "--budget", "--seeds", "--evaluations", "--option", "--noise", "--out"],
         ),
         (["resume", "--help"], ["RUN", "--checkpoint-every"]),
+        (["sweep", "--help"], ["FILE", "--processes", "--slurm", "--out"]),
         (["report", "--help"], ["RUN"]),
     ],
 )

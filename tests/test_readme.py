@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from diffmbrl.tables import BEGIN, END, tables, written
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -41,6 +43,18 @@ def test_agents_of_the_example_learn_from_real_steps(capsys: pytest.CaptureFixtu
     lines = run(EXAMPLES[3], capsys)
     assert [int(line.split()[0]) for line in lines] == [200, 250, 300]
     assert all("model error" in line for line in lines[1:])
+
+
+def test_tables_are_those_of_the_registries() -> None:
+    assert written(README) == README, "run: python -m diffmbrl.tables README.md"
+    lines = [line for line in tables().splitlines() if line.startswith("| `")]
+    assert len(lines) > 60 and all(re.fullmatch(r"\| `[a-z0-9-]+` \| \S.{5,130} \|", line) for line in lines)
+
+
+def test_tables_go_between_two_markers() -> None:
+    assert written(f"above\n{BEGIN}\nold\n{END}\nbelow") == f"above\n{BEGIN}\n\n{tables()}\n\n{END}\nbelow"
+    with pytest.raises(ValueError, match="needs one line"):
+        written(f"{END} {BEGIN}")
 
 
 def test_pictures_and_folders_named_exist() -> None:

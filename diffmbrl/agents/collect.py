@@ -41,12 +41,24 @@ class NoisySensor(eqx.Module):
         return perturbed(s, self.std, key)
 
 
+Axes = tuple[int | None, int | None]  # of an agent and its system
+
+
 class Acting(eqx.Module):
-    """What an agent does with what it has learned: carry -> policy, in its role `first`, `policy` or `best`."""
+    """What an agent does with what it has learned: carry -> policy, in its role `first`, `policy` or `best`.
+
+    `over` says, as `vmap` does, whether each seed has an agent, and a task, of its own, on a leading axis of every leaf.
+    """
 
     agent: Any
-    task: Task
+    task: Any
     role: str = eqx.field(static=True)
+    over: Axes = eqx.field(static=True, default=(None, None))
+
+    @property
+    def axes(self) -> "Acting":
+        """Its `in_axes`."""
+        return Acting(*self.over, self.role, self.over)
 
     def __call__(self, carry: Any) -> Any:
         return getattr(self.agent, self.role)(carry, self.task)
@@ -80,7 +92,7 @@ class Real(Protocol):
         """`steps` steps of each environment; every leaf of what is collected is [S, N, steps, ...]."""
         ...
 
-    def ready(self, function: Callable, *arguments: Any, **sizes: int) -> Callable:
+    def ready(self, function: Callable, *arguments: Any, **sizes: Any) -> Callable:
         """A jitted function of `arguments` that begins and collects, compiled as far as this system can be."""
         ...
 
@@ -112,17 +124,23 @@ class System(eqx.Module):
 
     def begin(self, who: Acting, carries: Any, keys: Key[Array, " S"], count: int, first: Int[Array, " S"]) -> "Place":
         """`begin`, for each seed."""
-        return jax.vmap(lambda carry, key, e: begin(who(carry), self, key, count, e))(carries, keys, first)
+        each = jax.vmap(
+            lambda system, who, carry, key, e: begin(who(carry), system, key, count, e),
+            in_axes=(who.over[1], who.axes, 0, 0, 0),
+        )
+        return each(self, who, carries, keys, first)
 
     def collect(
         self, who: Acting, carries: Any, places: "Place", keys: Key[Array, " S"], *, steps: int
     ) -> tuple["Place", "Collected"]:
         """`collect`, for each seed."""
-        return jax.vmap(lambda carry, place, key: collect(who(carry), self, place, key, steps=steps))(
-            carries, places, keys
+        each = jax.vmap(
+            lambda system, who, carry, place, key: collect(who(carry), system, place, key, steps=steps),
+            in_axes=(who.over[1], who.axes, 0, 0, 0),
         )
+        return each(self, who, carries, places, keys)
 
-    def ready(self, function: Callable, *arguments: Any, **sizes: int) -> Callable:
+    def ready(self, function: Callable, *arguments: Any, **sizes: Any) -> Callable:
         """All of it as one compiled program."""
         return function.lower(*arguments, **sizes).compile()  # type: ignore[attr-defined]
 

@@ -100,7 +100,7 @@ class HostSystem:
         found = Collected(*jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs, axis=2)), *rows))
         return HostPlaces(made, seen, memory, anew, t, episode, J), found
 
-    def ready(self, function: Callable, *arguments: Any, **sizes: int) -> Callable:
+    def ready(self, function: Callable, *arguments: Any, **sizes: Any) -> Callable:
         """The function as it stands, once a rehearsal, whose results are dropped, has compiled all that is jitted in it."""
         plain = function.__wrapped__  # type: ignore[attr-defined]
         plain(*(_Rehearsal(self.view) if x is self else x for x in arguments), **sizes)
@@ -138,14 +138,14 @@ class _Rehearsal(HostSystem):
 def _start(who: Acting, carries: Any, seeds: int, count: int) -> Any:
     """Memories before the first step, [seeds, count, ...]; None for a policy without."""
 
-    def one(carry: Any) -> Any:
+    def one(who: Acting, carry: Any) -> Any:
         policy = who(carry)
         if is_plan(policy):
             raise TypeError(f"a plan acts in one episode alone; got {type(policy).__name__}: put it into an MPC")
         memory = policy.start(who.task) if is_stateful(policy) else None
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), memory)
 
-    return jax.vmap(one, axis_size=seeds)(carries)
+    return jax.vmap(one, in_axes=(who.axes, 0), axis_size=seeds)(who, carries)
 
 
 @jax.jit
@@ -153,10 +153,9 @@ def _act(
     who: Acting, carries: Any, memory: Any, anew: Array, seen: Float[Array, "S N n"], keys: Key[Array, " S"], i: Array
 ) -> tuple[Float[Array, "S N m"], Any]:
     """Actions within the limits, and memories, for environment after environment of each seed."""
-    task = who.task
 
-    def seed(carry: Any, memory: Any, anew: Array, seen: Array, key: Any) -> tuple[Array, Any]:
-        policy = who(carry)
+    def seed(who: Acting, carry: Any, memory: Any, anew: Array, seen: Array, key: Any) -> tuple[Array, Any]:
+        policy, task = who(carry), who.task
 
         def one(memory: Any, anew: Array, s: Array, key: Any) -> tuple[Array, Any]:
             if is_stateful(policy):
@@ -169,7 +168,7 @@ def _act(
         drawn = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), i), anew.shape[0])
         return jax.vmap(one)(memory, anew, seen, drawn)
 
-    return jax.vmap(seed)(carries, memory, anew, seen, keys)
+    return jax.vmap(seed, in_axes=(who.axes, 0, 0, 0, 0, 0))(who, carries, memory, anew, seen, keys)
 
 
 def _reset(env: Any, seed: Any) -> np.ndarray:

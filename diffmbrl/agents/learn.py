@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from diffmbrl.agents.collect import Acting, Collected, Real, System
+from diffmbrl.agents.collect import Acting, Axes, Collected, Real, System
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task
+from diffmbrl.devices import agreed, along, local
 from diffmbrl.looks import Looks, Unwatched
 
 
@@ -99,17 +100,22 @@ def learn(
     capacity: int | None = None,
     on_record: Callable[[dict[str, Any], "Learned"], None] | None = None,
     looks: Looks | None = None,
+    in_axes: Axes = (None, None),
 ) -> Learned:
-    r"""Let an agent learn on a real system for so many real steps, or until `seconds` of iterations are spent.
+    r"""Let an agent learn on a real system for at most so many real steps, or until `seconds` of iterations are spent.
 
-    The system is a task, or what shows a task to the agent: a `System`, a `HostSystem`.
-    `keys` [S] are the seeds, side by side. Every iteration makes a record, each of its arrays with an axis of seeds:
-    `real_steps`; `seconds` and the process's `cpu_seconds` so far (updates and collection, compile time and evaluation apart);
-    `returns` [S, N k] of the episodes that ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not
-    finite or of an episode that was over before it began; `refused` updates, in which something that was finite came out not
-    finite (the carry of before is kept); what the agent says; and every `evaluate_every` iterations, and at the end,
-    `evaluation` [S, `evaluations`], the returns of `agent.best`, each from another start. `on_record` is given them all.
-    `looks` sees the state after each record, and has the one to go on from.
+    The system is a task, or what shows a task to the agent: a `System`, a `HostSystem`. `keys` [S] are the seeds, side by side;
+    shared out among devices (`devices.share`), so is all that they do. `in_axes` is of `agent` and `system`, as `vmap` has it:
+    0 where every leaf has a leading axis of S, so that each lane has hyperparameters or physical parameters of its own, and a
+    sweep is one program.
+
+    Every iteration makes a record, each of its arrays with an axis of seeds: `real_steps`; `seconds` and the process's
+    `cpu_seconds` so far (updates and collection, compile time and evaluation apart); `returns` [S, N k] of the episodes that
+    ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not finite or of an episode that was over before
+    it began; `refused` updates, in which something that was finite came out not finite (the carry of before is kept); what the
+    agent says; and every `evaluate_every` iterations, and at the end, `evaluation` [S, `evaluations`], the returns of
+    `agent.best`, each from another start. `on_record` is given them all. `looks` sees the state after each record, and has the
+    one to go on from.
 
     Shapes: every leaf of the carry and the buffer gets a leading axis of S. Raises: `ValueError` for sizes that do not fit, and
     if the warm-up leaves nothing in the buffer; `TypeError` if the policy is a plan.
@@ -128,21 +134,25 @@ def learn(
     records: list[dict[str, Any]] = []
     run, evaluate = None, None
 
+    def over() -> bool:
+        return done + agent.every > real_steps or spent >= seconds
+
     def recorded(record: dict[str, Any]) -> None:
         nonlocal evaluate
-        over = done >= real_steps or spent >= seconds
-        if evaluations and (over or iteration % evaluate_every == 0):
-            evaluate = evaluate or system.ready(_evaluate, agent, system, lanes.carry, keys, count=evaluations)
-            record["evaluation"] = np.asarray(evaluate(agent, system, lanes.carry, keys))
+        if evaluations and (over() or iteration % evaluate_every == 0):
+            given = (agent, system, lanes.carry, keys)
+            evaluate = evaluate or system.ready(_evaluate, *given, count=evaluations, in_axes=in_axes)
+            record["evaluation"] = np.asarray(local(evaluate(*given)))
         records.append(record)
         if on_record is not None:
             on_record(record, Learned(lanes.carry, lanes.buffer, records, done))
-        looks.look(lanes, done=done, iteration=iteration, spent=spent, worked=worked)
+        looks.look(local(lanes), done=done, iteration=iteration, spent=spent, worked=worked)
 
     if (kept := looks.kept) is None:
-        warm = system.ready(_warm, agent, system, keys, capacity=capacity)
+        warm = system.ready(_warm, agent, system, keys, capacity=capacity, in_axes=in_axes)
         lanes, fresh = warm(agent, system, keys)
-        left = np.asarray(lanes.buffer.size)
+        lanes = along(keys, lanes)
+        left = np.asarray(local(lanes.buffer.size))
         if left.min() < 1:
             raise ValueError(
                 f"of {agent.warmup} first steps of '{system.view.name}' none could be kept (seeds "
@@ -151,75 +161,91 @@ def learn(
         done, iteration, spent, worked = agent.warmup, 0, 0.0, 0.0
         recorded(_record(fresh, done, spent, worked))
     else:
-        lanes = looks.restore(jax.eval_shape(lambda: _warm(agent, system, keys, capacity)[0]))
+        shapes = jax.eval_shape(lambda: _warm(agent, system, keys, capacity, in_axes)[0])
+        lanes = along(keys, looks.restore(shapes))
         done, iteration, spent, worked = (kept[name] for name in ("done", "iteration", "spent", "worked"))
-    while done < real_steps and spent < seconds:
+    while not over():
         number = jnp.int32(iteration)
-        run = run or system.ready(_iterate, agent, system, lanes, keys, number)  # before the clock starts
+        # Before the clock starts.
+        run = run or system.ready(_iterate, agent, system, lanes, keys, number, in_axes=in_axes)
         begun, before = time.perf_counter(), time.process_time()
         lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
-        spent, worked = spent + time.perf_counter() - begun, worked + time.process_time() - before
+        lanes = along(keys, lanes)
+        spent, worked = agreed(spent + time.perf_counter() - begun), worked + time.process_time() - before
         done, iteration = done + agent.every, iteration + 1
-        recorded(_record(lanes.fresh, done, spent, worked) | {name: np.asarray(x) for name, x in said.items()})
+        recorded(_record(lanes.fresh, done, spent, worked) | {name: np.asarray(x) for name, x in local(said).items()})
     return Learned(lanes.carry, lanes.buffer, records, done)
 
 
-@partial(jax.jit, static_argnames="capacity")
-def _warm(agent: Agent, system: Real, keys: Key[Array, " S"], capacity: int) -> tuple[Lane, Collected]:
+@partial(jax.jit, static_argnames=("capacity", "in_axes"))
+def _warm(agent: Agent, system: Real, keys: Key[Array, " S"], capacity: int, in_axes: Axes) -> tuple[Lane, Collected]:
     """Each seed's carry and its first steps; the episodes then begin anew, so that a memory begins with its episode."""
     count, view = agent.environments, system.view
-    carries, key_begin, key_collect, key_again = _begun(agent, view, keys)
-    who = Acting(agent, view, "first")
+    carries, key_begin, key_collect, key_again = _begun(agent, view, keys, in_axes)
+    who = Acting(agent, view, "first", in_axes)
     places = system.begin(who, carries, key_begin, count, jnp.zeros(keys.shape, jnp.int32))
     places, fresh = system.collect(who, carries, places, key_collect, steps=agent.warmup // count)
-    empty = jax.vmap(lambda _: Buffer.empty(view, capacity))(keys)
+    empty = jax.vmap(lambda view, _: Buffer.empty(view, capacity), in_axes=(in_axes[1], 0))(view, keys)
     buffer = _added(empty, fresh)
     after = jnp.max(jnp.asarray(places.episode), axis=1) + 1
-    places = system.begin(Acting(agent, view, "policy"), carries, key_again, count, after)
+    places = system.begin(Acting(agent, view, "policy", in_axes), carries, key_again, count, after)
     latest = jax.tree.map(lambda x: x[:, :, -(agent.every // count) :], fresh)
     return Lane(carries, buffer, places, latest), fresh
 
 
-@jax.jit
-def _iterate(agent: Agent, system: Real, lanes: Lane, keys: Key[Array, " S"], number: Array) -> tuple[Lane, dict]:
+@partial(jax.jit, static_argnames="in_axes")
+def _iterate(
+    agent: Agent, system: Real, lanes: Lane, keys: Key[Array, " S"], number: Array, in_axes: Axes
+) -> tuple[Lane, dict]:
     """An update, and `every` steps with what came of it."""
-    carries, said, key_collect = _updated(agent, system.view, lanes.carry, lanes.buffer, lanes.fresh, keys, number)
-    who, steps = Acting(agent, system.view, "policy"), agent.every // agent.environments
+    view, before = system.view, (lanes.carry, lanes.buffer, lanes.fresh)
+    carries, said, key_collect = _updated(agent, view, *before, keys, number, in_axes)
+    who, steps = Acting(agent, view, "policy", in_axes), agent.every // agent.environments
     places, fresh = system.collect(who, carries, lanes.places, key_collect, steps=steps)
     return Lane(carries, _added(lanes.buffer, fresh), places, fresh), said
 
 
-@partial(jax.jit, static_argnames="count")
-def _evaluate(agent: Agent, system: Real, carries: Any, keys: Key[Array, " S"], count: int) -> Float[Array, "S count"]:
+@partial(jax.jit, static_argnames=("count", "in_axes"))
+def _evaluate(
+    agent: Agent, system: Real, carries: Any, keys: Key[Array, " S"], count: int, in_axes: Axes
+) -> Float[Array, "S count"]:
     """The return of the first episode from each of `count` starts: the same starts and noise at each evaluation."""
-    who = Acting(agent, system.view, "best")
+    who = Acting(agent, system.view, "best", in_axes)
     key_begin, key_collect = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2)))(keys).T
     places = system.begin(who, carries, key_begin, count, jnp.zeros(keys.shape, jnp.int32))
     _, found = system.collect(who, carries, places, key_collect, steps=system.horizon)
     return jnp.take_along_axis(found.J, jnp.argmax(found.steps.last, axis=2)[:, :, None], axis=2)[:, :, 0]
 
 
-@jax.jit
-def _begun(agent: Agent, view: Task, keys: Key[Array, " S"]) -> tuple[Any, ...]:
+@partial(jax.jit, static_argnames="in_axes")
+def _begun(agent: Agent, view: Task, keys: Key[Array, " S"], in_axes: Axes) -> tuple[Any, ...]:
     """Each seed's carry, and its keys of the warm-up."""
     split = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 0), 4))(keys).T
-    return jax.vmap(lambda key: agent.init(view, key))(split[0]), *split[1:]
+    begun = jax.vmap(lambda agent, view, key: agent.init(view, key), in_axes=(*in_axes, 0))
+    return begun(agent, view, split[0]), *split[1:]
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="in_axes")
 def _updated(
-    agent: Agent, view: Task, carries: Any, buffers: Buffer, fresh: Collected, keys: Key[Array, " S"], number: Array
+    agent: Agent,
+    view: Task,
+    carries: Any,
+    buffers: Buffer,
+    fresh: Collected,
+    keys: Key[Array, " S"],
+    number: Array,
+    in_axes: Axes,
 ) -> tuple[Any, dict, Key[Array, " S"]]:
     """The carries after an update, or as they were; what the agents say; the keys of the steps that follow."""
 
-    def one(carry, buffer, fresh, key):
+    def one(agent, view, carry, buffer, fresh, key):
         key_update, key_collect = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), number))
         learned, said = agent.update(carry, view, buffer, fresh, key_update)
         refused = _spoilt(carry, learned)
         kept = jax.tree.map(lambda x, y: jnp.where(refused, x, y), carry, learned)
         return kept, said | {"refused": refused.astype(jnp.int32)}, key_collect
 
-    return jax.vmap(one)(carries, buffers, fresh.steps, keys)
+    return jax.vmap(one, in_axes=(*in_axes, 0, 0, 0, 0))(agent, view, carries, buffers, fresh.steps, keys)
 
 
 @jax.jit
@@ -245,14 +271,15 @@ def _spoilt(before: Any, after: Any) -> Array:
 
 
 def _record(fresh: Collected, real_steps: int, seconds: float, cpu_seconds: float) -> dict[str, Any]:
-    ended, J = (np.asarray(x).reshape(x.shape[0], -1) for x in (fresh.steps.last, fresh.J))
+    ended, J, keep = local((fresh.steps.last, fresh.J, fresh.keep))
+    ended, J = (np.asarray(x).reshape(x.shape[0], -1) for x in (ended, J))
     return {
         "real_steps": real_steps,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "ended": ended,
         "returns": np.where(ended, J, np.nan),
-        "rejected": np.asarray(jnp.sum(~fresh.keep, axis=(1, 2))),
+        "rejected": np.sum(~np.asarray(keep), axis=(1, 2)),
     }
 
 

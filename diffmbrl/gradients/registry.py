@@ -24,40 +24,99 @@ class Estimator(NamedTuple):
     make: Callable[[Task], Gradient]
     draws: bool  # whether it needs a key: of noise on the actions or on the parameters
     differentiates: bool  # the dynamics or the reward; one that does not can climb where their derivatives are zero
+    words: str = ""  # what it is, in a line
 
 
 ESTIMATORS: dict[str, Estimator] = {
-    "bptt": Estimator(lambda task: BPTT(), draws=False, differentiates=True),
-    "bptt-smoothed": Estimator(lambda task: Smoothed(BPTT(), std=NOISE), draws=True, differentiates=True),
-    "truncated": Estimator(lambda task: BPTT(Truncated(20)), draws=False, differentiates=True),
-    "clipped-adjoint": Estimator(lambda task: BPTT(Clipped(1.0)), draws=False, differentiates=True),
-    "decayed-adjoint": Estimator(lambda task: BPTT(Decayed(0.95)), draws=False, differentiates=True),
+    "bptt": Estimator(
+        lambda task: BPTT(),
+        draws=False,
+        differentiates=True,
+        words="the exact gradient, by backpropagation through time",
+    ),
+    "bptt-smoothed": Estimator(
+        lambda task: Smoothed(BPTT(), std=NOISE),
+        draws=True,
+        differentiates=True,
+        words="the same under noise on the actions",
+    ),
+    "truncated": Estimator(
+        lambda task: BPTT(Truncated(20)), draws=False, differentiates=True, words="the adjoint cut every 20 steps"
+    ),
+    "clipped-adjoint": Estimator(
+        lambda task: BPTT(Clipped(1.0)),
+        draws=False,
+        differentiates=True,
+        words="the adjoint's norm clipped to 1 at each step",
+    ),
+    "decayed-adjoint": Estimator(
+        lambda task: BPTT(Decayed(0.95)), draws=False, differentiates=True, words="the adjoint times .95 at each step"
+    ),
     "likelihood-ratio": Estimator(
-        lambda task: Smoothed(LikelihoodRatio(), std=NOISE), draws=True, differentiates=False
+        lambda task: Smoothed(LikelihoodRatio(), std=NOISE),
+        draws=True,
+        differentiates=False,
+        words="score function, rewards to go; no derivative of dynamics or reward",
     ),
     "likelihood-ratio-episode": Estimator(
-        lambda task: Smoothed(LikelihoodRatio(Episode(), LeaveOneOut()), std=NOISE), draws=True, differentiates=False
+        lambda task: Smoothed(LikelihoodRatio(Episode(), LeaveOneOut()), std=NOISE),
+        draws=True,
+        differentiates=False,
+        words="the same of whole episodes, the other starts' mean as a baseline",
     ),
     "likelihood-ratio-loo": Estimator(
-        lambda task: Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=NOISE), draws=True, differentiates=False
+        lambda task: Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=NOISE),
+        draws=True,
+        differentiates=False,
+        words="rewards to go, the other starts' mean as a baseline",
     ),
     "likelihood-ratio-value": Estimator(
-        lambda task: Smoothed(LikelihoodRatio(baseline=Fitted()), std=NOISE), draws=True, differentiates=False
+        lambda task: Smoothed(LikelihoodRatio(baseline=Fitted()), std=NOISE),
+        draws=True,
+        differentiates=False,
+        words="rewards to go, a fitted value as a baseline",
     ),
-    "inverse-variance": Estimator(lambda task: Smoothed(InverseVariance(), std=NOISE), draws=True, differentiates=True),
+    "inverse-variance": Estimator(
+        lambda task: Smoothed(InverseVariance(), std=NOISE),
+        draws=True,
+        differentiates=True,
+        words="pathwise and score function, weighted by their variances for each parameter",
+    ),
     "inverse-variance-per-step": Estimator(
-        lambda task: Smoothed(InverseVariancePerStep(), std=NOISE), draws=True, differentiates=True
+        lambda task: Smoothed(InverseVariancePerStep(), std=NOISE),
+        draws=True,
+        differentiates=True,
+        words="the same for each time step",
     ),
     "total-propagation": Estimator(
-        lambda task: Smoothed(TotalPropagation(), std=NOISE), draws=True, differentiates=True
+        lambda task: Smoothed(TotalPropagation(), std=NOISE),
+        draws=True,
+        differentiates=True,
+        words="the same at every step of the backward pass",
     ),
-    "alpha-order": Estimator(lambda task: Smoothed(AlphaOrder(), std=NOISE), draws=True, differentiates=True),
+    "alpha-order": Estimator(
+        lambda task: Smoothed(AlphaOrder(), std=NOISE),
+        draws=True,
+        differentiates=True,
+        words="pathwise and score function, of least variance with a bounded bias",
+    ),
     "discontinuity-tested": Estimator(
-        lambda task: Smoothed(DiscontinuityTested(), std=NOISE), draws=True, differentiates=True
+        lambda task: Smoothed(DiscontinuityTested(), std=NOISE),
+        draws=True,
+        differentiates=True,
+        words="pathwise, and the score function where a test finds a jump",
     ),
-    "evolution": Estimator(lambda task: Evolution(std=0.05), draws=True, differentiates=False),
+    "evolution": Estimator(
+        lambda task: Evolution(std=0.05),
+        draws=True,
+        differentiates=False,
+        words="evolution strategies: noise on the parameters, in antithetic pairs",
+    ),
     "evolution-rank": Estimator(
-        lambda task: Evolution(std=0.05, shaping=CentredRanks()), draws=True, differentiates=False
+        lambda task: Evolution(std=0.05, shaping=CentredRanks()),
+        draws=True,
+        differentiates=False,
+        words="the same on the ranks of the returns",
     ),
 }
 

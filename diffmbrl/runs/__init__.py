@@ -10,7 +10,7 @@ from diffmbrl.runs.config import read_config, settled
 from diffmbrl.runs.folder import check_out, create, running, set_status
 from diffmbrl.runs.metrics import Writer, read
 from diffmbrl.runs.progress import Progress
-from diffmbrl.runs.report import health_text, learn_text, plan_text, rebuild, summarise
+from diffmbrl.runs.report import health_text, learn_text, plan_text, rebuild, summarise, sweep_text
 from diffmbrl.runs.session import EVERY, Session, underway
 from diffmbrl.runs.signals import exit_code
 from diffmbrl.runs.statistics import Estimate, estimate, interquartile_mean, interval
@@ -39,6 +39,7 @@ __all__ = [
     "set_status",
     "settled",
     "summarise",
+    "sweep_text",
     "table",
     "tracked",
     "underway",

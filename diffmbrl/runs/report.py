@@ -16,6 +16,7 @@ from diffmbrl.runs import (
     metrics,
     page,
     plan_report,
+    sweep_report,
     table,
     verdict,
     words,
@@ -44,6 +45,11 @@ def health_text(folder: Path) -> str:
 def learn_text(folder: Path) -> str:
     """The table of agents that learned, and what it says, for the terminal."""
     return learn_report.text(metrics.read(folder / "metrics.jsonl")[0])
+
+
+def sweep_text(folder: Path) -> str:
+    """The table of a sweep, for the terminal."""
+    return sweep_report.text(_json(folder / "config.json"), metrics.read(folder / "metrics.jsonl")[0])
 
 
 def rebuild(folder: Path) -> Path:
@@ -90,6 +96,7 @@ def _composed(
 ) -> str:
     """The page of any job."""
     composers = {"plan": plan_report.compose, "diagnose": health_report.compose, "learn": learn_report.compose}
+    composers["sweep"] = sweep_report.compose
     if compose_job := composers.get(str(config.get("job"))):
         return compose_job(config, provenance, records, remarks, figures)
     summary = table.summarise(arms.collect(records))

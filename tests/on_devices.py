@@ -1,0 +1,86 @@
+"""What `test_devices.py` runs in processes with devices of their own: a part of a batch on each, beside the whole on one.
+
+python -m tests.on_devices
+"""
+
+import json
+
+import chex
+import jax
+import numpy as np
+
+from diffmbrl import GaussNewton, Krylov, Neural, solve, tasks
+from diffmbrl import devices as on
+from diffmbrl.agents import Idle
+from diffmbrl.agents.learn import learn
+from diffmbrl.core import Task
+from diffmbrl.curvature import gauss_newton
+from diffmbrl.lanes import PlanLanes, PolicyLanes, draw, shared
+from diffmbrl.methods import METHODS
+from diffmbrl.solve import iterate
+
+TASK = tasks.cartpole_balance(horizon=5)
+STEPS = 3
+
+
+def gap(one, other) -> float:
+    """The largest relative difference of two trees."""
+    pairs = zip(*(jax.tree.leaves(on.local(tree)) for tree in (one, other)), strict=True)
+    floats = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs if x.dtype != np.bool_]
+    return max(float(np.max(np.abs(x - y)) / max(1e-3, np.max(np.abs(x)))) for x, y in floats)
+
+
+def product(policy, task: Task, s0):
+    model = gauss_newton(policy, task, s0)
+    return model.product(model.gradient), model.J
+
+
+def agree() -> dict:
+    """Differences between four devices and one, and what was compiled or traced more than once."""
+    mesh, out = on.mesh_of(4), {}
+    policy, s0 = Neural.init(TASK, hidden=(3,), key=jax.random.key(0)), TASK.starts(jax.random.key(1), 8)
+    divided = on.share(s0, mesh, what="starts")
+    once = jax.jit(chex.assert_max_traces(product, n=1))
+    out["product"] = max(
+        gap(jax.jit(product)(policy, TASK, s0), once(policy, TASK, x)) for x in (divided, on.along(divided, s0))
+    )
+    text = once.lower(policy, TASK, divided).compile().as_text()
+    out["reductions"] = text.count(" all-reduce(") + text.count(" all-reduce-start(")
+    solver = GaussNewton(system=Krylov(3))
+    one, _ = solve(solver, policy, TASK, s0, None, STEPS)
+    before = iterate._cache_size()
+    four, _ = solve(solver, policy, TASK, divided, None, STEPS)
+    out |= {"gauss-newton": gap(one, four), "programs of a solve": iterate._cache_size() - before}
+    out |= lanes() | agents(mesh)
+    return out
+
+
+def lanes() -> dict:
+    """Policies and plans of a comparison, evaluated."""
+    found = {}
+    for devices in (1, 4):
+        draws = shared(draw(TASK, 2, 4, 8, 0), devices)
+        row = METHODS["adam"]
+        policies = PolicyLanes([row.make(rate, 9, TASK) for rate in (1e-2, 3e-2)], TASK, (3,), draws, sequential=False)
+        plans = PlanLanes([METHODS["random-shooting"].make(None, 9, TASK)], TASK, draws)
+        for made in (policies, plans):
+            made.advance(0, 1)
+            made.advance(1, STEPS - 1)
+        found[devices] = [
+            {name: made.evaluate()[name] for name in ("train", "test", "J", "forward")} for made in (policies, plans)
+        ]
+    return dict(zip(("policies", "plans"), map(gap, found[1], found[4]), strict=True))
+
+
+def agents(mesh) -> dict:
+    """An agent's seeds; and of hyperparameters, a lane each."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    given = {"real_steps": 40, "evaluations": 2}
+    one = learn(Idle(warmup=20, every=10), TASK, keys, **given)
+    four = learn(Idle(warmup=20, every=10), TASK, on.share(keys, mesh, what="seeds"), **given)
+    return {"agents": gap(one.buffer.rows, four.buffer.rows), "buffers on": len(four.buffer.size.sharding.device_set)}
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    print(json.dumps(agree()))
