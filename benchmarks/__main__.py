@@ -24,7 +24,7 @@ BENCHMARKS = {
     "riccati": "the LQR sweep by scan and in parallel over time; implicit gradients of a plan as shares of its solve",
     "estimators": "each estimator's gradient as a multiple of its own forward and backward passes",
     "brax": "steps and gradients of Brax environments: compile and run times, and how far gradients are right",
-    "brax_peers": "Brax reacher and inverted pendulum by windows with a critic and by Brax's own APG, PPO and SAC",
+    "brax_peers": "Brax reacher and inverted pendulum by MPC, by windows with a critic and by Brax's own APG, PPO and SAC",
     "brax_runners": "Brax hopper and ant by windows with a critic, for a GPU",
     "health": "CPU seconds of a whole diagnosis, compilation cache empty and warm",
     "safe_horizon": "the steps up to which a float32 gradient is right, for the table of tasks",

@@ -1,9 +1,10 @@
-"""Brax's reacher and inverted pendulum learned by short windows with a critic, and by Brax's own APG, PPO and SAC.
+"""Brax's reacher and inverted pendulum learned by two of our methods, and by Brax's own APG, PPO and SAC.
 
-All on the generalized backend, one seed, and judged alike: Brax's return of an episode from 64 held-out starts (reacher: 50
-steps, T = 50; pendulum: 1000 steps, 1 each). CPU seconds are of the process, from building to the last update, compiling
-included. On the pendulum Brax's reward has no gradient, so that ours learns from `brax-inverted-pendulum-shaped` and APG, as it
-must, nothing. Rows are kept as they come: a stopped run goes on.
+Ours: `mpc`, iLQR through an ensemble learned from 600 real steps, and short windows with a critic through Brax. All on the
+generalized backend, one seed, and judged alike: Brax's return of an episode from 64 held-out starts (reacher: 50 steps;
+pendulum: 1000 steps, 1 each). CPU seconds are of the process, from building to the last update, compiling included. On the
+pendulum Brax's reward has no gradient, so that ours learn from `brax-inverted-pendulum-shaped`, and APG, as it must, nothing.
+Rows are kept as they come: a stopped run goes on.
 """
 
 import functools
@@ -19,6 +20,8 @@ import numpy as np
 import diffmbrl as d
 from benchmarks.brax_shim import trainers
 from benchmarks.record import path, save, table
+from diffmbrl.agents import learn
+from diffmbrl.agents.registry import make as make_agent
 from diffmbrl.optimizers.clipped import clipped_adam
 from diffmbrl.tasks import brax
 from diffmbrl.tasks.brax_rewards import brax_rewards
@@ -39,7 +42,7 @@ CASES = {
     "reacher": Case("reacher", "brax-reacher", "brax-reacher", 50),
     "inverted-pendulum": Case("inverted_pendulum", "brax-inverted-pendulum-shaped", "brax-inverted-pendulum", 100),
 }
-UPDATES = 150
+UPDATES, REAL_STEPS = 150, 600
 PEERS: dict[str, dict[str, Any]] = {
     "APG": {"policy_updates": 300, "horizon_length": 16, "num_envs": 16, "learning_rate": 3e-3},
     "PPO": {
@@ -74,13 +77,12 @@ SMALL = {
 def run(*, quick: bool) -> None:
     file = path("brax_peers", quick=quick)
     found = json.loads(file.read_text())["result"] if file.exists() else {}
-    for arm in ("short-horizon", *PEERS):
+    for arm in (*OURS, *PEERS):
         for name, case in CASES.items():
             if f"{name} {arm}" in found:
                 continue
-            learned = functools.partial(ours, case, 2 if quick else UPDATES)
-            train = learned if arm == "short-horizon" else functools.partial(theirs, arm, case, quick=quick)
-            found[f"{name} {arm}"] = judged(case, train, quick=quick)
+            train = OURS[arm] if arm in OURS else functools.partial(theirs, arm)
+            found[f"{name} {arm}"] = judged(case, functools.partial(train, case, quick=quick), quick=quick)
             print(name, arm, found[f"{name} {arm}"], flush=True)
             save("brax_peers", found, quick=quick)
     rows = [[name, *row.values()] for name, row in found.items()]
@@ -104,9 +106,17 @@ def judged(case: Case, train: Any, *, quick: bool) -> dict[str, float]:
     return {"mean": J.mean(), "worst": J.min(), "best": J.max(), "seconds": seconds, "resting": first.mean()}
 
 
-def ours(case: Case, updates: int) -> Any:
+def by_mpc(case: Case, *, quick: bool) -> Any:
+    """The agent `mpc` of the command line, its own defaults."""
+    task = d.tasks.make(case.learned)
+    agent = make_agent("mpc", task)
+    learned = learn(agent, task, jax.random.split(jax.random.key(0), 1), real_steps=150 if quick else REAL_STEPS)
+    return agent.best(jax.tree.map(lambda x: x[0], learned.carry), task)
+
+
+def by_windows(case: Case, *, quick: bool) -> Any:
     """Windows of 10 steps of 16 environments with a critic, noise at a learned price of entropy, from one first policy."""
-    task = d.tasks.make(case.learned, horizon=case.horizon)
+    task, updates = d.tasks.make(case.learned, horizon=case.horizon), 2 if quick else UPDATES
     rule = d.Descend(clipped_adam, learning_rate=1e-2, anneal=float(updates))
     noise = d.Noise(entropy=d.Entropy())
     made = d.ShortHorizon(rule, window=10, environments=16, noise=noise)
@@ -114,6 +124,9 @@ def ours(case: Case, updates: int) -> Any:
     learned, history = d.solve(made, policy, task, task.starts(jax.random.key(1), 64), jax.random.key(2), updates)
     print(f"J from {history.info.J[0]:.2f} to {history.info.J[-1]:.2f}; {history.stop}", flush=True)
     return learned
+
+
+OURS = {"mpc": by_mpc, "short-horizon": by_windows}
 
 
 def theirs(name: str, case: Case, *, quick: bool) -> Any:

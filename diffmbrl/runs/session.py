@@ -145,7 +145,7 @@ def underway(
                 terminable(),
                 running(folder),
                 Progress(arms, stream=stream) as progress,
-                tracked(writer.write, track, folder, read_config(folder), progress.note) as write,
+                tracked(writer.write, track, folder, read_config(folder) if track else {}, progress.note) as write,
             ):
                 for remark in remarks:
                     progress.note(remark)

@@ -10,10 +10,9 @@ def listing() -> str:
     for name, row in TASKS.items():
         task = row.make()
         what = (row.make.__doc__ or "").strip().splitlines()[0]
+        safe = "?" if row.safe_horizon is None else str(row.safe_horizon)
         flags = ["yes" if flag else "no" for flag in (row.smooth, row.differentiable_reward)]
-        rows.append(
-            (name, str(task.n), str(task.m), str(task.horizon), f"{task.dt:g}", *flags, str(row.safe_horizon), what)
-        )
+        rows.append((name, str(task.n), str(task.m), str(task.horizon), f"{task.dt:g}", *flags, safe, what))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
@@ -21,6 +20,7 @@ def listing() -> str:
     note = (
         "smooth: dynamics and reward are continuously differentiable. dr/da: the reward has a gradient in the action.\n"
         "safe horizon: steps up to which the float32 gradient through a small random policy agrees with float64 to 1%.\n"
+        "?: not measured.\n"
         "gym:ID, such as gym:Pendulum-v1, is any Gymnasium environment with Box spaces, as a real system for `learn`."
     )
     return "\n".join(line.rstrip() for line in lines) + "\n\n" + note

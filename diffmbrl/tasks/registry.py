@@ -46,9 +46,8 @@ class Row(NamedTuple):
     make: Callable[..., Task]
     smooth: bool  # dynamics and reward are continuously differentiable
     differentiable_reward: bool  # dr/da reaches the action within the horizon, directly or through the dynamics
-    safe_horizon: (
-        int  # steps to which a float32 gradient is right to 1%, up to 800: `python -m benchmarks safe_horizon`
-    )
+    # Steps to which a float32 gradient is right to 1%, up to 800: `python -m benchmarks safe_horizon`. None: not measured.
+    safe_horizon: int | None
     hidden: tuple[int, ...]  # hidden layers of the default policy
     states: tuple[str, ...]  # names and units of the n numbers of a state
     actions: tuple[str, ...]  # and of the m of an action
@@ -146,17 +145,17 @@ TASKS: dict[str, Row] = {
     # Brax's, on its generalized backend.
     "brax-inverted-pendulum": Row(brax_inverted_pendulum, False, False, 0, (32, 32), CART, ("force [300 N]",), bodies),
     "brax-inverted-pendulum-shaped": Row(
-        brax_inverted_pendulum_shaped, False, True, 0, (32, 32), CART, ("force [300 N]",), bodies
+        brax_inverted_pendulum_shaped, False, True, None, (32, 32), CART, ("force [300 N]",), bodies
     ),
     "brax-inverted-double-pendulum": Row(
-        brax_inverted_double_pendulum, False, True, 0, (32, 32), CART_AND_TWO, ("motor [1]",), bodies
+        brax_inverted_double_pendulum, False, True, None, (32, 32), CART_AND_TWO, ("motor [1]",), bodies
     ),
-    "brax-reacher": Row(brax_reacher, False, True, 0, (32, 32), ARM, motors(("shoulder", "elbow")), bodies),
-    "brax-swimmer": Row(brax_swimmer, False, True, 0, (64, 64), planar(TWO, SWIMS), motors(TWO), bodies),
-    "brax-halfcheetah": Row(brax_halfcheetah, False, True, 0, (64, 64), planar(LEGS), motors(LEGS), bodies),
-    "brax-hopper": Row(brax_hopper, False, True, 0, (64, 64), planar(LEG), motors(LEG), bodies),
-    "brax-walker2d": Row(brax_walker2d, False, True, 0, (64, 64), planar(LEGS), motors(LEGS), bodies),
-    "brax-ant": Row(brax_ant, False, True, 0, (64, 64), FREE_AND_EIGHT, motors(EIGHT), bodies),
+    "brax-reacher": Row(brax_reacher, False, True, None, (32, 32), ARM, motors(("shoulder", "elbow")), bodies),
+    "brax-swimmer": Row(brax_swimmer, False, True, None, (64, 64), planar(TWO, SWIMS), motors(TWO), bodies),
+    "brax-halfcheetah": Row(brax_halfcheetah, False, True, None, (64, 64), planar(LEGS), motors(LEGS), bodies),
+    "brax-hopper": Row(brax_hopper, False, True, None, (64, 64), planar(LEG), motors(LEG), bodies),
+    "brax-walker2d": Row(brax_walker2d, False, True, None, (64, 64), planar(LEGS), motors(LEGS), bodies),
+    "brax-ant": Row(brax_ant, False, True, None, (64, 64), FREE_AND_EIGHT, motors(EIGHT), bodies),
 }
 
 
