@@ -192,7 +192,7 @@ def test_compare_and_report(folder, capsys):
 
 def test_by_default_all_methods_that_are_marked(folder, monkeypatch):
     seen = []
-    monkeypatch.setattr("diffmbrl.compare.compare", lambda setting, out: seen.append(setting) or folder)
+    monkeypatch.setattr("diffmbrl.compare.compare", lambda setting, **_: seen.append(setting) or folder)
     monkeypatch.setattr("diffmbrl.runs.summarise", lambda folder: (_ for _ in ()).throw(ValueError("enough")))
     assert cli.main(["compare", "cartpole-balance"]) == 2
     [setting] = seen
