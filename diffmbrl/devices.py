@@ -6,7 +6,9 @@ accordingly, and where it takes a mean over the batch, as in a gradient or a pro
 
 $$N v = \tfrac1B \sum_i G_i^\top M_i G_i v = \tfrac1B \sum_{\text{devices}} \sum_{i \text{ on it}} G_i^\top M_i G_i v,$$
 
-it adds the devices' sums. Sums in another order differ by rounding, so a run on four devices agrees with one on one device
+it adds the devices' sums: three times in a model and a product, outside its loops over time. The gradient of a rollout in the
+parameters is added up in every step of the reverse pass, so there it is the network between devices that counts. Sums in
+another order differ by rounding, so a run on four devices agrees with one on one device
 as far as rounding does, and no further where the dynamics are chaotic.
 
 The axes of the mesh are of type Auto: with explicit ones, `vmap` of a `scan` fails.
