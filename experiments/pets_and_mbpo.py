@@ -59,7 +59,7 @@ class Size(NamedTuple):
     evaluations: int
 
 
-FULL = Size(("PETS", "iLQR", "MBPO", "SAC"), 5, 8, 25, 100, 5, 3, 64, 60, 1000, 700, 5000, 500, 8)
+FULL = Size(("PETS", "iLQR", "MBPO", "SAC"), 5, 8, 25, 100, 5, 3, 64, 60, 1000, 1000, 5000, 3000, 8)
 QUICK = Size(("iLQR", "MBPO"), 1, 2, 5, 8, 5, 1, 8, 2, 40, 250, 600, 5, 2)
 
 

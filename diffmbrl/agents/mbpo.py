@@ -57,7 +57,7 @@ class MBPO(eqx.Module):
 
     Branches should be as long as a mistake takes to show. On the cart-pole those of 1 to 10 steps reach the best return and
     lose it again: neither branches nor data come to the ends of the rail, where the critics extrapolate upwards, and the
-    policy drifts there. Those of 60 steps keep it longer.
+    policy drifts there. Those of 60 steps lose it on some seeds, at a rate of 1e-3; whole episodes at a rate of 3e-4 keep it.
 
     Reference: Janner et al. 2019, When to trust your model, algorithm 2; Kurutach et al. 2018, Model-ensemble trust-region
     policy optimization, algorithm 2, with PPO.

@@ -35,11 +35,11 @@ def _random(task: Task, *, warmup: int = 100, every: int = 100) -> Idle:
 
 
 def _mbpo(
-    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 1000, rounds: int = 5, length: int = 60,
-    discount: float = 0.99, rate: float = 1e-3, real: float = 0.05, units: int = 64,
+    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 3000, rounds: int = 5, length: int = 200,
+    discount: float = 0.99, rate: float = 3e-4, real: float = 0.05, units: int = 64,
 ) -> MBPO:  # fmt: skip
     learner = SAC(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), follow=as_float(0.01))
-    practice = Replayed(as_float(real), updates=updates, rounds=rounds, batch=128, branches=60, steps=60)
+    practice = Replayed(as_float(real), updates=updates, rounds=rounds, batch=128, branches=60, steps=200)
     return MBPO(learner, _small_world(units), branches_of(length), practice, warmup=warmup, every=every)
 
 
