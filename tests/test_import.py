@@ -1,4 +1,4 @@
-"""Importing the package: what it loads, what it sets, how long it takes."""
+"""Importing the package: what it loads, what it sets, and that it computes nothing."""
 
 import json
 import os
@@ -8,13 +8,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
-import json, os, sys, time
-import jax
-begun = time.perf_counter()
+import json, os, sys
 import diffmbrl
-seconds = time.perf_counter() - begun
+from jax._src.xla_bridge import backends_are_initialized
 roots = {name.partition(".")[0] for name in sys.modules}
-print(json.dumps({"seconds": seconds, "roots": sorted(roots), "flags": os.environ["XLA_FLAGS"]}))
+print(json.dumps({"computed": backends_are_initialized(), "roots": sorted(roots), "flags": os.environ["XLA_FLAGS"]}))
 """
 
 
@@ -36,8 +34,8 @@ def test_import_is_light():
     assert "diffmbrl" in facts["roots"]
     for heavy in ("brax", "matplotlib", "mujoco", "orbax", "tyro", "flax", "gymnasium"):
         assert heavy not in facts["roots"], heavy
-    # 2 s on an idle machine; twice that on a busy one.
-    assert facts["seconds"] < 4
+    # What is computed brings the devices up, and then neither their number nor other processes can be asked for.
+    assert not facts["computed"]
 
 
 def test_small_loops_are_compiled_whole_unless_the_user_says_otherwise():

@@ -37,7 +37,7 @@ class NearlyUpright(eqx.Module):
     r"""$1 - .45 (\theta / .2)^2 - .45 x^2 - .1 a^2$: not negative before the fall or the ends of the rail at 1 m."""
 
     body: Body = eqx.field(static=True)
-    weights: Float[Array, "3"] = parameter(jnp.asarray([0.45 / 0.2**2, 0.45, 0.1]))
+    weights: Float[Array, "3"] = parameter((0.45 / 0.2**2, 0.45, 0.1))
 
     def __call__(self, s: Float[Array, " n"], a: Float[Array, "1"]) -> Float[Array, ""]:
         x, angle = seen(self.body, s).q
