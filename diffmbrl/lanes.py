@@ -276,7 +276,7 @@ class PlanLanes:
         where = locate(plan, self.task, s0)
         return f"{where}, start {lane % self.starts}, seed {lane // self.starts}"
 
-    def _one(self, lane: int) -> tuple[Affine, State]:
+    def _one(self, lane: int) -> tuple[Affine | OpenLoop, State]:
         return local((_take(self.train[0], lane), _take(self.train[2], slice(lane, lane + 1))))
 
     def _lanes(self, plan: Affine | OpenLoop, s0: State, keys: Any):

@@ -109,6 +109,7 @@ def test_J_is_braxs_return_and_what_the_start_earns(name, x64):
     np.testing.assert_allclose(J, brax_rewards(task, trajectory).sum() + task.terminal(s0), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_gradient_is_central_differences(x64):
     task = spring()
     f = jax.jit(lambda s, a, physics: eqx.tree_at(lambda d: d.physics, task.dynamics, physics)(s, a))

@@ -222,6 +222,7 @@ def test_a_group_that_fails_keeps_no_other_from_running(tmp_path, monkeypatch):
     assert [r["status"] for r in read_records(folder / "metrics.jsonl")[0]] == ["missing", "finished"]
 
 
+@pytest.mark.slow
 def test_agents_in_processes_of_their_own(folder, capsys, monkeypatch):
     """From the file to the table; two groups, which differ in a size."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
