@@ -11,6 +11,7 @@ import pytest
 
 import diffmbrl
 from diffmbrl import cli
+from diffmbrl.commands import Tasks
 from diffmbrl.methods import METHODS
 from diffmbrl.tasks import TASKS
 
@@ -233,7 +234,7 @@ def test_interrupted(folder, monkeypatch, capsys):
     def interrupt(command):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.RUN, cli.Tasks, interrupt)
+    monkeypatch.setitem(cli.RUN, Tasks, interrupt)
     assert cli.main(["tasks"]) == 130
     assert capsys.readouterr().err == "diffmbrl: interrupted\n"
 

@@ -17,7 +17,7 @@ from diffmbrl.runs.track import Point, points
 
 def history(folder) -> list[dict[str, float]]:
     """Rows of an offline run of Weights & Biases: a log in blocks of 32 kB, of records in one piece or in several."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[import-not-found]
 
     [path] = (folder / "wandb").glob("offline-run-*/*.wandb")
     data, at, whole, rows = path.read_bytes(), 7, b"", []

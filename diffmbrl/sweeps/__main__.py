@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from diffmbrl.cli import _configure
+from diffmbrl.configure import configure
 from diffmbrl.sweeps.runner import work
 
 if __name__ == "__main__":
-    _configure(False)  # the sweep's own precision is in its folder
+    configure(False)  # the sweep's own precision is in its folder
     work(Path(sys.argv[1]), sys.argv[2:])
