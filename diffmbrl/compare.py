@@ -29,7 +29,7 @@ class Setting(NamedTuple):
     task: str
     methods: tuple[str, ...]
     horizon: int
-    parameters: dict[str, Any]  # numbers, and words such as a backend
+    parameters: dict[str, float | str]  # numbers, and words such as a backend
     hidden: tuple[int, ...]
     seeds: int
     starts: int

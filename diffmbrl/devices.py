@@ -39,8 +39,8 @@ def mesh_of(count: int) -> Mesh:
 
     Raises: `ValueError` if there are not so many, or if they leave out a process.
 
-    >>> mesh_of(1).shape
-    OrderedDict({'batch': 1})
+    >>> mesh_of(1).axis_names, mesh_of(1).size
+    (('batch',), 1)
     """
     devices = jax.devices()
     if not isinstance(count, int) or count < 1:

@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     policy: str | None  # RUN[:method[:seed]]
     scale: float | None  # of a random first policy's last layer, in multiples of its default
     hidden: tuple[int, ...]  # its layers
-    parameters: dict[str, Any]  # numbers, and words such as a backend
+    parameters: dict[str, float | str]  # numbers, and words such as a backend
     starts: int
     std: float
     key: int

@@ -39,7 +39,7 @@ class Setting(NamedTuple):
     horizon: int | None  # of the plan: the task's own, or for an MPC its window
     steps: int | None  # of an MPC's episode
     iterations: int | None  # updates of the plan, or in each step of an MPC
-    parameters: dict[str, Any]  # numbers, and words such as a backend
+    parameters: dict[str, float | str]  # numbers, and words such as a backend
     mismatch: dict[str, float]  # factors on the plant's parameters
     noise: float
     delay: int
@@ -142,7 +142,7 @@ def _plant(setting: Setting, model: Task) -> Task:
         for name, parameter in inspect.signature(TASKS[setting.task].make).parameters.items()
         if name != "horizon" and isinstance(parameter.default, (int, float))
     }
-    values = defaults | setting.parameters
+    values: dict[str, Any] = defaults | setting.parameters
     if setting.mismatch and not defaults:
         raise ValueError(f"task '{setting.task}' has no physical parameters to mismatch")
     for name, factor in setting.mismatch.items():

@@ -49,7 +49,7 @@ class Setting(NamedTuple):
     seeds: int
     evaluations: int | dict[str, int] | None  # starts of each, of all agents or of each
     horizon: int | None
-    parameters: dict[str, Any]  # numbers, and words such as a backend
+    parameters: dict[str, float | str]  # numbers, and words such as a backend
     noise: float  # of the process
     sensor_noise: float
     key: int
