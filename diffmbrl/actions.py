@@ -60,8 +60,7 @@ def _compare(command: Compare) -> int:
         devices=command.devices,
     )
     with alone(command.out) as (out, stream):
-        options = {"every": _seconds(command.checkpoint_every), "track": command.track}
-        return _compared(compare(setting, out=out, stream=stream, **options), stream)
+        return _compared(compare(setting, out=out, stream=stream, **_kept(command)), stream)
 
 
 def _compared(folder: Path, stream: Any = None) -> int:
@@ -90,7 +89,7 @@ def _plan(command: Plan) -> int:
         key=command.key,
         x64=command.x64,
     )
-    return _planned(plan(setting, out=command.out, every=_seconds(command.checkpoint_every), track=command.track))
+    return _planned(plan(setting, out=command.out, **_kept(command)))
 
 
 def _planned(folder: Path) -> int:
@@ -147,8 +146,7 @@ def _learn(command: Learn) -> int:
         devices=command.devices,
     )
     with alone(command.out) as (out, stream):
-        options = {"every": _seconds(command.checkpoint_every), "track": command.track}
-        return _learned(race(setting, out=out, stream=stream, **options), stream)
+        return _learned(race(setting, out=out, stream=stream, **_kept(command)), stream)
 
 
 def _race(command: Compare) -> int:
@@ -196,8 +194,7 @@ def _race(command: Compare) -> int:
         devices=command.devices,
     )
     with alone(command.out) as (out, stream):
-        options = {"every": _seconds(command.checkpoint_every), "track": command.track}
-        return _learned(race(setting, out=out, stream=stream, **options), stream)
+        return _learned(race(setting, out=out, stream=stream, **_kept(command)), stream)
 
 
 def _learned(folder: Path, stream: Any = None) -> int:
@@ -217,7 +214,7 @@ def _resume(command: Resume) -> int:
     if is_finished(command.run):
         print(f"'{command.run}' is finished: there is nothing to resume")
         return 0
-    folder = resume(command.run, every=_seconds(command.checkpoint_every), track=command.track)
+    folder = resume(command.run, **_kept(command))
     return {"compare": _compared, "learn": _learned, "plan": _planned}[config["job"]](folder)
 
 
@@ -226,11 +223,13 @@ def _shown(folder: Path, text: str, stream: Any = None) -> int:
     return 0
 
 
-def _seconds(every: float) -> float:
-    """Raises: `ValueError` if it is not a time between two checkpoints."""
-    if not 0 <= every < float("inf"):
-        raise ValueError(f"checkpoint-every must be a number of seconds of at least 0, got {every:g}")
-    return every
+def _kept(command: Compare | Plan | Learn | Resume) -> dict[str, Any]:
+    """What is kept of a run on its way. Raises: `ValueError` if there is no such time between two checkpoints."""
+    if not 0 <= command.checkpoint_every < float("inf"):
+        raise ValueError(
+            f"checkpoint-every must be a number of seconds of at least 0, got {command.checkpoint_every:g}"
+        )
+    return {"every": command.checkpoint_every, "track": command.track}
 
 
 def _sweep(command: Sweep) -> int:

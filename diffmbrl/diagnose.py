@@ -1,6 +1,5 @@
 """The health of a policy's gradient on a task, horizon by horizon: what `diffmbrl diagnose` runs."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from diffmbrl.diagnostics.health import Health, check, gradient_health
 from diffmbrl.diagnostics.verdict import BATCH, FLOAT32, TAIL, least_z, swell, verdict
 from diffmbrl.policies import Neural
 from diffmbrl.race import restore
-from diffmbrl.runs import Progress, Writer, check_out, courses, create, read, rebuild, running
+from diffmbrl.runs import Progress, Writer, check_out, courses, create, read, read_config, rebuild, running
 from diffmbrl.saved import load_policy, parse
 from diffmbrl.tasks import make
 
@@ -86,10 +85,7 @@ def prepare(setting: Setting) -> tuple[Task, Any, str]:
 def _trained(place: str, task: Task) -> tuple[Any, str]:
     """The policy that a run of `compare` or of `learn` left, and which it is."""
     folder, name, seed = parse(place)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"'{folder}' is not a run: it has no config.json that can be read") from None
+    config = read_config(folder)
     if config.get("job") != "learn":
         saved = load_policy(place, task)
         rate = "" if saved.rate is None else f" at rate {saved.rate:g}"

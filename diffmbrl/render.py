@@ -1,6 +1,5 @@
 """The best policy of a run, or its plan, moving: what `diffmbrl render` writes, one file that needs nothing else."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from diffmbrl.agents.collect import Acting
 from diffmbrl.core import State, Task
 from diffmbrl.race import restore
 from diffmbrl.rollout import returns, rollout
-from diffmbrl.runs import courses, words
+from diffmbrl.runs import courses, read_config, words
 from diffmbrl.runs.animation import animate, animation_page, gif
 from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.metrics import read
@@ -35,10 +34,7 @@ class Film(NamedTuple):
 
 def config_of(run: Path) -> dict[str, Any]:
     """The configuration of a run. Raises: `ValueError` if it is none, or of a job that leaves nothing to draw."""
-    try:
-        config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"'{run}' is not a run: it has no config.json that can be read") from None
+    config = read_config(run)
     if config.get("job") not in FILMS:
         raise ValueError(
             f"'{run}' is a run of '{config.get('job')}': only {', '.join(FILMS)} leave something that moves"

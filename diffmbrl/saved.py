@@ -20,7 +20,7 @@ import numpy as np
 
 from diffmbrl.core import Task
 from diffmbrl.policies import Neural
-from diffmbrl.runs import summarise, verdict
+from diffmbrl.runs import read_config, summarise, verdict
 from diffmbrl.runs.folder import write_atomic, write_json
 from diffmbrl.tasks.registry import known
 
@@ -94,10 +94,7 @@ def load_policy(place: str, task: Task) -> Saved:
     Raises: `ValueError` if there is none, if it is of another task, or if its file is not what was written.
     """
     folder, method, number = parse(place)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"'{folder}' is not a run: it has no config.json that can be read") from None
+    config = read_config(folder)
     if config.get("task") != task.name:
         raise ValueError(f"the policy of '{folder}' is of task '{config.get('task')}', not '{task.name}'")
     kept = sorted(path.stem for path in (folder / "policies").glob("*.json"))
