@@ -26,7 +26,10 @@ def folder(tmp_path, monkeypatch):
 
 
 BAD = {
-    "no command": ("", "expected a command: compare, plan, diagnose, learn, resume, sweep, report, render, agents, "),
+    "no command": (
+        "",
+        "expected a command: compare, plan, diagnose, learn, resume, sweep, report, render, agents, tasks, doctor; see",
+    ),
     "unknown command": ("comapre lqr", "unknown command 'comapre'; did you mean 'compare'?"),
     "no task": ("compare", "TASK"),
     "unknown task": ("compare lqrr", "unknown task 'lqrr'; did you mean 'lqr'?"),
