@@ -1,9 +1,9 @@
 """The default second-order method with nothing tuned, beside L-BFGS and Adam: twenty seeds of every task.
 
-`krylov-newton`, L-BFGS and Adam as the command line makes them, on 256 training and 256 held-out starts, float32. Adam runs its
-four rates on the first five seeds, and the rate of the lowest median training cost on all of them. A seed succeeds if at least
-95% of the held-out starts end well in the task's own words (`diffmbrl tasks`): upright or balanced and slow, hovering, near the
-origin. Costs are -return. CPU time is the process's for each seed, compile time apart.
+`krylov-newton`, `explored-newton`, L-BFGS and Adam as the command line makes them, on 256 training and 256 held-out starts,
+float32. Adam runs its four rates on the first five seeds, and the rate of the lowest median training cost on all of them. A
+seed succeeds if at least 95% of the held-out starts end well in the task's own words (`diffmbrl tasks`): upright or balanced
+and slow, hovering, near the origin. Costs are -return. CPU time is the process's for each seed, compile time apart.
 
 Seeds run five at a time, and what is done is in the results file: a run that was interrupted goes on from there.
 """
@@ -22,7 +22,7 @@ SETTINGS = (
     ("cartpole-balance", 200),
     ("cartpole-swingup", 200),
 )
-ARMS = ("krylov-newton", "lbfgs", "adam")
+ARMS = ("krylov-newton", "explored-newton", "lbfgs", "adam")
 SEEDS, STARTS = 20, 256
 
 

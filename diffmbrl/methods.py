@@ -21,6 +21,7 @@ from diffmbrl.optimizers import (
     LevenbergMarquardt,
     NewtonCG,
     Raced,
+    Relay,
     Sigma,
     SquareRoot,
 )
@@ -217,9 +218,7 @@ METHODS: dict[str, Method] = {
     ),
     # Noise at a learned price: without, a policy soon holds a hanging pole still, and stays there.
     "short-horizon": Method(
-        lambda rate, steps, task: ShortHorizon(
-            Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), noise=Noise(entropy=Entropy())
-        ),
+        lambda rate, steps, task: _short_horizon(rate, steps),
         1,
         "policy",
         1200,
@@ -230,6 +229,17 @@ METHODS: dict[str, Method] = {
         # Which of them hold the pole shows late: after 300 of 1200 updates in one run in ten, after 600 in all.
         race=0.5,
         words="short windows with a critic behind them, noise at a price of entropy",
+    ),
+    "explored-newton": Method(
+        lambda rate, steps, task: _explored_newton(rate, steps),
+        2,
+        "policy",
+        1240,
+        rates=(5e-3,),
+        default=False,
+        continuation="none",
+        own_gradient=True,
+        words="short-horizon's search, then Krylov-Newton through the whole horizon from what it found",
     ),
     "ilqr": Method(
         lambda rate, steps, task: ILQR.within(task),
@@ -358,6 +368,21 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     inner = row.make(rate, steps, task)
     made = inner if "none" in (continuation, row.continuation) else _continued(inner, row, task, steps, continuation)
     return Raced(made, updates=max(1, round(row.race * steps))) if row.race else made
+
+
+def _short_horizon(rate: float | None, steps: int) -> ShortHorizon:
+    return ShortHorizon(Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), noise=Noise(entropy=Entropy()))
+
+
+def _explored_newton(rate: float | None, steps: int) -> Relay:
+    """The last of the updates, one in 31, in second order: at first without the starts that are lost, then with all."""
+    last = max(2, steps // 31)
+    searching = max(1, steps - last)
+    search = Raced(_short_horizon(rate, searching), updates=max(1, searching // 2))
+    polish = Continuation(
+        KrylovNewton(), discounts=(1.0, 1.0), trusts=(30.0, math.inf), lengths=(last // 2, last - last // 2)
+    )
+    return Relay(search, polish, updates=searching)
 
 
 def _continued(inner: Solver, row: Method, task: Task, steps: int, continuation: str) -> Continuation:

@@ -10,6 +10,7 @@ from diffmbrl.optimizers.natural import NaturalGradient, Radii
 from diffmbrl.optimizers.newton import KrylovNewton
 from diffmbrl.optimizers.newton_cg import NewtonCG
 from diffmbrl.optimizers.raced import Raced
+from diffmbrl.optimizers.relay import Relay
 from diffmbrl.optimizers.sampled import Sampled
 from diffmbrl.optimizers.systems import Dense, Krylov, Preconditioned, Sigma, SquareRoot
 
@@ -29,6 +30,7 @@ __all__ = [
     "Preconditioned",
     "Raced",
     "Radii",
+    "Relay",
     "Sampled",
     "Sigma",
     "SquareRoot",

@@ -1,0 +1,102 @@
+"""One policy solver after another: the first looks for a basin, the second goes to its bottom."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from diffmbrl.core import Info, Solver, State, Task
+
+
+class RelayCarry(NamedTuple):
+    """Both carries, and how many updates were made; that of `then` begins with its first update."""
+
+    first: Any
+    then: Any
+    updates: Int[Array, ""]
+
+
+class Relay(eqx.Module):
+    r"""`updates` updates of one policy solver, and from the policy that it leaves, all further ones of another.
+
+    $$\theta_{i+1} = \mathrm{first}(\theta_i)\ \ (i < \text{updates}),\qquad
+      \theta_{i+1} = \mathrm{then}(\theta_i)\ \ \text{after that}$$
+
+    No local method leaves the basin that it begins in, however good its steps. Where the gradient of the first policy points to
+    no good one (a pole that hangs, and gains nothing by a small swing), a method that explores, noise on the actions and a
+    critic behind short windows, finds one; it then rests above its bottom, by the noise of its gradients and the errors of its
+    critic, where a second-order method on the exact objective does not. `then` starts afresh at the handover, and needs no
+    schedule of discounts: the closed loop is tame already.
+
+    `Info` has what both report: what only one does (a quadratic model, a violation) is left out.
+
+    Shapes: policy leaves any; `s0` [B, ...]. Cost: that of the solver whose turn it is.
+    Raises: `ValueError` if `updates` is below 1, or for a planner.
+    Reference: Levine and Koltun 2013 (a search that guides, then an optimisation of the policy itself).
+
+    >>> import jax, optax
+    >>> from diffmbrl import Descend, GaussNewton, Neural, solve, tasks
+    >>> task = tasks.pendulum_swingup(horizon=20)
+    >>> key = jax.random.key(0)
+    >>> solver = Relay(Descend(optax.adam, learning_rate=1e-2), GaussNewton(), updates=3)
+    >>> policy, history = solve(solver, Neural.init(task, key=key), task, task.starts(key, 8), None, steps=5)
+    >>> bool(history.info.J[-1] > history.info.J[0])
+    True
+    """
+
+    first: Any
+    then: Any
+    updates: Int[Array, ""]
+
+    def __init__(self, first: Solver, then: Solver, *, updates: int):
+        if updates < 1:
+            raise ValueError(f"updates must be at least 1, got {updates}")
+        for solver in (first, then):
+            if solver.kind != "policy":
+                raise ValueError(f"a relay hands on a policy; {type(solver).__name__} plans from one start")
+        self.first, self.then, self.updates = first, then, jnp.asarray(updates, jnp.int32)
+
+    @property
+    def kind(self) -> str:
+        """It takes a batch of starts."""
+        return "policy"
+
+    def init(self, policy: Any, task: Task) -> RelayCarry:
+        return RelayCarry(self.first.init(policy, task), self.then.init(policy, task), jnp.zeros((), jnp.int32))
+
+    def update(
+        self, policy: Any, carry: RelayCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Any, RelayCarry, Info]:
+        def lead(policy, carry):
+            policy, first, info = self.first.update(policy, carry.first, task, s0, key=key)
+            return policy, carry._replace(first=first), info
+
+        def follow(policy, carry):
+            afresh = self.then.init(policy, task)
+            then = jax.tree.map(lambda x, y: jnp.where(carry.updates == self.updates, x, y), afresh, carry.then)
+            policy, then, info = self.then.update(policy, then, task, s0, key=key)
+            return policy, carry._replace(then=then), info
+
+        forms = [jax.eval_shape(turn, policy, carry)[2] for turn in (lead, follow)]
+        shared = [name for name in Info._fields if all(getattr(form, name) is not None for form in forms)]
+
+        def known(info):
+            return info._replace(**{name: None for name in Info._fields if name not in shared})
+
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), known(forms[0]))
+
+        # Loops of at most one turn, not `cond`, of which `vmap` over seeds would run both branches.
+        def one(turn, asked, state):
+            def body(state):
+                _, (policy, carry, _) = state
+                policy, carry, info = turn(policy, carry)
+                return jnp.array(False), (policy, carry, known(info))
+
+            return jax.lax.while_loop(lambda state: state[0], body, (asked, state))[1]
+
+        leading = carry.updates < self.updates
+        state = one(lead, leading, (policy, carry, blank))
+        policy, carry, info = one(follow, ~leading, state)
+        return policy, carry._replace(updates=carry.updates + 1), info

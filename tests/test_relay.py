@@ -1,0 +1,63 @@
+"""One solver after another: each with its own updates, the second afresh from what the first has left."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from diffmbrl import ILQR, Descend, GaussNewton, Krylov, Neural, Relay, solve
+from tests.problems import bent, same, same_tree
+
+KEY = jax.random.key(9)
+FIRST, THEN = Descend(optax.adam, learning_rate=1e-2), GaussNewton(system=Krylov(4))
+
+
+@pytest.fixture(scope="module")
+def problem():
+    task = bent(horizon=6)
+    return Neural.init(task, hidden=[4], key=KEY), task, task.starts(KEY, 5)
+
+
+def test_it_is_the_first_and_then_the_second_from_there(problem):
+    policy, task, s0 = problem
+    both, history = solve(Relay(FIRST, THEN, updates=3), policy, task, s0, None, steps=5)
+    left, before = solve(FIRST, policy, task, s0, None, steps=3)
+    wanted, after = solve(THEN, left, task, s0, None, steps=2)
+    same_tree(both, wanted, rtol=1e-4, atol=1e-6)
+    for name in ("J", "gradient_norm", "damping", "accepted"):
+        each = [getattr(part.info, name) for part in (before, after)]
+        same(getattr(history.info, name), np.concatenate(each), rtol=1e-4, atol=1e-6)
+    for name in ("forward", "jvp", "vjp", "sequential"):
+        each = [getattr(part.info.work, name) for part in (before, after)]
+        np.testing.assert_array_equal(getattr(history.info.work, name), np.concatenate(each))
+
+
+def test_what_only_one_reports_is_left_out(problem):
+    policy, task, s0 = problem
+    relay = Relay(FIRST, THEN, updates=1)
+    assert jax.eval_shape(lambda: relay.update(policy, relay.init(policy, task), task, s0, key=None))[2].model is None
+    two = Relay(THEN, THEN, updates=1)
+    info = jax.eval_shape(lambda: two.update(policy, two.init(policy, task), task, s0, key=None))[2]
+    assert info.model is not None
+
+
+def test_the_updates_are_a_leaf(problem):
+    """So that a sweep over the handover is a `vmap`."""
+    policy, task, s0 = problem
+
+    @jax.jit
+    @jax.vmap
+    def J_after(updates):
+        relay = Relay(FIRST, THEN, updates=1)
+        relay = jax.tree.unflatten(jax.tree.structure(relay), [*jax.tree.leaves(relay)[:-1], updates])
+        moved, carry, _ = relay.update(policy, relay.init(policy, task), task, s0, key=None)
+        return relay.update(moved, carry, task, s0, key=None)[2].damping
+
+    assert (np.asarray(J_after(np.asarray([1, 2], np.int32))) > 0).tolist() == [True, False]
+
+
+def test_what_is_wrong_is_refused():
+    with pytest.raises(ValueError, match="updates must be at least 1, got 0"):
+        Relay(FIRST, THEN, updates=0)
+    with pytest.raises(ValueError, match="hands on a policy; ILQR plans from one start"):
+        Relay(FIRST, ILQR(), updates=1)
