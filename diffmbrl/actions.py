@@ -144,6 +144,7 @@ def _learn(command: Learn) -> int:
         x64=command.x64,
         given=tuple(command.given),
         devices=command.devices,
+        nonfinite=command.nonfinite,
     )
     with alone(command.out) as (out, stream):
         return _learned(race(setting, out=out, stream=stream, **_kept(command)), stream)
