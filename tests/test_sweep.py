@@ -208,6 +208,30 @@ def test_a_folder_of_something_else_is_left_alone(ran, tmp_path):
         sweep(found, out=tmp_path, say=lambda _: None)
 
 
+def test_a_folder_that_holds_something_else_than_a_sweep_wrote_is_refused(ran, tmp_path):
+    """By what a process or a job of a cluster runs; a point is known by what it sets, not by the name beside it."""
+    found, place, _ = ran
+    whole, config = json.loads((place / "config.json").read_text()), tmp_path / "config.json"
+    one = found.points[0].name
+    evil = [whole["points"][0] | {"name": "../../evil"}, *whole["points"][1:]]
+    for change, names, wanted in [
+        ({"job": "compare"}, [one], "is a run, but not of a sweep"),
+        ({"points": [{"name": one}]}, [one], "does not hold what a sweep writes"),
+        ({"points": evil}, ["../../evil"], "unknown point of the sweep '../../evil'"),
+        ({"of": "plan"}, [one], "unknown point of the sweep"),
+    ]:
+        config.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=wanted):
+            runner.work(tmp_path, names)
+    config.unlink()
+    config.symlink_to(place / "config.json")
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        runner.work(tmp_path, [one])
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        sweep(found, out=tmp_path, say=lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_group_that_fails_keeps_no_other_from_running(tmp_path, monkeypatch):
     found, said, true = asked(grid={"method": ["adam", "sgd"]}), [], runner.run
 
