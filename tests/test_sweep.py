@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -305,3 +306,22 @@ def test_slurm_is_given_the_commands_of_the_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run", lambda sweep, group, folder, facts: ran.append((sweep.job, group.points)))
     runner.work(folder, commands[0][4:])
     assert ran == [("compare", tuple(found.points[:2]))]
+
+
+@pytest.mark.slow
+def test_a_cluster_of_this_machine(folder, capsys, monkeypatch):
+    """submitit's own executor: jobs are submitted, run, and are collected afterwards."""
+    pytest.importorskip("submitit", reason="submitit is not installed: the extra `slurm`")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    (folder / "idle.toml").write_text(
+        'job = "learn"\n[setting]\ntask = "lqr"\nagent = "random"\nhorizon = 5\nseeds = 2\nreal_steps = 40\n'
+        "option.warmup = 20\nevaluations = 2\n[grid]\noption.every = [10, 20]\n"
+    )
+    assert cli.main(["sweep", "idle.toml", "--slurm", "cluster=local", "timeout_min=10"]) == 0
+    assert capsys.readouterr().out.count("\njob ") == 2
+    for _ in range(600):
+        if cli.main(["sweep", "idle.toml", "--processes", "0"]) == 0:
+            break
+        time.sleep(1)
+    records = read_records(folder / "runs" / "idle-sweep" / "metrics.jsonl")[0]
+    assert [record["status"] for record in records] == ["finished"] * 2
