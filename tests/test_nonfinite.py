@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import compare, plan, race
+from diffmbrl import cli, compare, plan, race
 from diffmbrl.agents import Idle
 from diffmbrl.agents.registry import AGENTS as REGISTRY
 from diffmbrl.agents.registry import Row as AgentRow
@@ -206,3 +206,14 @@ def test_learn_refuses_a_model_that_comes_out_not_finite_and_names_the_leaf(tmp_
     [named] = [r["nonfinite_in"] for r in rows if "nonfinite_in" in r]
     assert len(named) == 2
     assert named[0].startswith("carry.members.") and named[0].endswith(" in update 2, seed 0")
+
+
+def test_the_command_says_so_in_one_line_and_fails(patched, capsys, folder):
+    patched.setitem(TASKS, "clocked", TASKS["clocked"]._replace(make=lambda horizon=6: clocked(reward=STEP)))
+    words = "learn clocked --agent random --seeds 2 --real-steps 36 --evaluations 0 --nonfinite"
+    assert cli.main([*words.split(), "stop", "--out", "run"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith(f"diffmbrl: agent 'random' met a value that is not finite: r[{STEP}] of episode 0, seed 0")
+    assert cli.main([*words.split(), "ignore"]) == 2
+    assert "ignore" in capsys.readouterr().err
