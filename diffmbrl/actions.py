@@ -92,10 +92,10 @@ def _plan(command: Plan) -> int:
     return _planned(plan(setting, out=command.out, **_kept(command)))
 
 
-def _planned(folder: Path) -> int:
+def _planned(folder: Path, stream: Any = None) -> int:
     from diffmbrl.runs import plan_text
 
-    return _shown(folder, plan_text(folder))
+    return _shown(folder, plan_text(folder), stream)
 
 
 def _diagnose(command: Diagnose) -> int:
@@ -144,6 +144,7 @@ def _learn(command: Learn) -> int:
         x64=command.x64,
         given=tuple(command.given),
         devices=command.devices,
+        nonfinite=command.nonfinite,
     )
     with alone(command.out) as (out, stream):
         return _learned(race(setting, out=out, stream=stream, **_kept(command)), stream)
@@ -209,13 +210,15 @@ def _resume(command: Resume) -> int:
     config = read_config(command.run)
     devices = config.get("devices", 1)
     configure(config.get("x64") is True, devices if isinstance(devices, int) else 1)
+    from diffmbrl.devices import again
     from diffmbrl.resume import is_finished, resume
 
     if is_finished(command.run):
         print(f"'{command.run}' is finished: there is nothing to resume")
         return 0
-    folder = resume(command.run, **_kept(command))
-    return {"compare": _compared, "learn": _learned, "plan": _planned}[config["job"]](folder)
+    with again(command.run) as (place, stream):
+        folder = resume(place, stream=stream, **_kept(command))
+        return {"compare": _compared, "learn": _learned, "plan": _planned}[config["job"]](folder, stream)
 
 
 def _shown(folder: Path, text: str, stream: Any = None) -> int:

@@ -14,13 +14,16 @@ from diffmbrl.commands import Command
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; bad input gives one line on stderr and exit code 2."""
+    """Run a command; bad input gives one line on stderr and exit code 2, a value that is not finite and stops it 1."""
     try:
         command = _parse(sys.argv[1:] if arguments is None else arguments)
         return RUN[type(command)](command)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"diffmbrl: {_said(error)}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"diffmbrl: {_said(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         from diffmbrl.runs.signals import exit_code
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -152,6 +152,8 @@ class Learn:
     """Standard deviation of noise on every state as the agent sees it."""
     given: list[str] = field(default_factory=list)
     """Of a system `gym:ID`, what is given and not learned: `reward`, `end`."""
+    nonfinite: Literal["reject", "stop"] = "reject"
+    """What comes of a step or an update that is not finite: `reject` it, name it in the report and go on, or `stop` there."""
     key: int = 0
     """Number from which every random draw follows."""
     x64: bool = False

@@ -15,7 +15,7 @@ The axes of the mesh are of type Auto: with explicit ones, `vmap` of a `scan` fa
 
 Several processes (one a machine, or one a GPU) run the same program, each with all of the batch's values at hand and its own
 devices' part of the work: `begin` connects them by `jax.distributed`. What ends a run must not differ between them (`agreed`),
-and one of them writes it down (`alone`).
+and one of them writes it down (`alone`). A run that was interrupted is gone on with by as many processes (`again`).
 """
 
 import contextlib
@@ -155,6 +155,23 @@ def alone(out: Path | None) -> Iterator[tuple[Path | None, Any]]:
             yield scratch, nowhere
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def again(folder: Path) -> Iterator[tuple[Path, Any]]:
+    """Where this process goes on with a run: the first in its folder, the others in a copy of it that is thrown away.
+
+    All of them have to see the folder. None begins before every one has its copy.
+    """
+    with alone(folder) as (place, stream):
+        assert place is not None
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            if place != folder:
+                shutil.copytree(folder, place, symlinks=True, dirs_exist_ok=True)
+            multihost_utils.sync_global_devices("every process has the run")
+        yield place, stream
 
 
 def _mesh(batch: Any) -> Mesh | None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffmbrl.core import State, Task, keeps_limits
+from diffmbrl.diagnostics.nonfinite import named
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.planners import MPC, Predicted
 from diffmbrl.planners.episode import Episode, finish, proceed, start
@@ -233,8 +234,7 @@ def _control(setting: Setting, prepared: Prepared, run: Session) -> None:
         trajectory, info = (jax.tree.map(lambda x: x[index], tree) for tree in (trajectories, infos))  # noqa: B023
         norms = info.gradient_norm
         write({"kind": "updates", "start": index, "J": info.J, "gradient_norm": norms})
-        accepted = float(np.mean(np.asarray(info.accepted)))
-        last = {"stop": f"{plant.horizon} steps, {accepted:.0%} of last updates accepted", "seconds": seconds}
+        last = {"stop": _ended(trajectory, info), "seconds": seconds}
         last |= {
             "compile_seconds": compile_seconds,
             "iterations": (plant.horizon - 1) * iterations + max(iterations, FIRST),
@@ -243,6 +243,16 @@ def _control(setting: Setting, prepared: Prepared, run: Session) -> None:
         last |= {"nonfinite": int(np.sum(np.asarray(info.nonfinite))), "model_return": None}
         _write_result(write, index, model, plant, trajectory, last)
         _write_trajectory(write, index, model, trajectory, True, None)
+
+
+def _ended(trajectory: Any, info: Any) -> str:
+    """How an episode ended, and what was not finite on its way: on the plant, and in the model's rollouts."""
+    said = [f"{len(trajectory.r)} steps, {float(np.mean(np.asarray(info.accepted))):.0%} of last updates accepted"]
+    if (found := named(jax.tree.map(lambda x: x[None], trajectory))) is not None:
+        said.insert(0, f"nonfinite: {found[0]}[{found[1]}] of the plant")
+    if (met := np.flatnonzero(np.asarray(info.nonfinite))).size:
+        said.append(f"nonfinite: rollouts of the model at {met.size} steps, the first of them {met[0]}, were rejected")
+    return "; ".join(said)
 
 
 @jax.jit

@@ -35,6 +35,7 @@ from diffmbrl.tasks.registry import known, state_names
 
 LOOKS = 20  # evaluations along a run
 RACE = 3000  # real steps of several agents, by default
+NONFINITE = ("reject", "stop")
 SHOWN = ("model_error", "disagreement")  # of what an agent says, shown live
 
 
@@ -56,6 +57,7 @@ class Setting(NamedTuple):
     x64: bool
     given: tuple[str, ...] = ()  # of a system whose reward and end would be learned
     devices: int = 1  # that the seeds are shared out among
+    nonfinite: str = "reject"  # or "stop": what comes of a step or an update that is not finite
 
 
 class Prepared(NamedTuple):
@@ -143,6 +145,7 @@ def prepare(setting: Setting) -> Prepared:
         raise ValueError(f"budget must be a positive number of seconds, got {setting.budget:g}")
     if not 0 <= setting.key < 2**32:
         raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
+    known("way with what is not finite", setting.nonfinite, NONFINITE)
     system = _system(setting)
     agents = {name: judged(make_agent(name, system.view, setting.options), system.view) for name in names}
     steps = setting.real_steps or (AGENTS[names[0]].real_steps if len(names) == 1 else RACE)
@@ -231,6 +234,8 @@ def _run_agent(name: str, prepared: Prepared, setting: Setting, run: Session) ->
         write({"kind": "iteration", "method": name, "wall": run.seconds} | line)
         shown.update(_shown(line))
         said = [f"{what} {number}" for what, number in shown.items()]
+        if setting.nonfinite == "stop" and (found := record.get("nonfinite_in")):
+            raise FloatingPointError(f"agent '{name}' met a value that is not finite: {'; '.join(found)}")
         spent = f"{record['seconds']:.1f} s" if record["seconds"] else "compiling the update"
         progress.update(record["real_steps"], ", ".join([*said, spent]))
 
@@ -269,7 +274,8 @@ def _run_agent(name: str, prepared: Prepared, setting: Setting, run: Session) ->
 
 def _line(record: dict[str, Any]) -> dict[str, Any]:
     """An iteration's record as it is written: only returns of episodes that ended, what the agent says under one name."""
-    own = ("real_steps", "seconds", "cpu_seconds", "ended", "returns", "rejected", "refused", "evaluation")
+    counts = ("rejected", "refused", "nonfinite_in")
+    own = ("real_steps", "seconds", "cpu_seconds", "ended", "returns", *counts, "evaluation")
     line = {name: record[name] for name in own if name in record and name not in ("ended", "returns")}
     episodes = [J[ended].tolist() for J, ended in zip(record["returns"], record["ended"], strict=True)]
     return line | {"episodes": episodes, "said": {name: x for name, x in record.items() if name not in own}}

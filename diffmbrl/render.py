@@ -64,7 +64,11 @@ def render(
     config = config_of(run)
     if start < 0:
         raise ValueError(f"start must be at least 0, got {start}")
-    film = FILMS[config["job"]](run, config, method, seed, start)
+    try:
+        film = FILMS[config["job"]](run, config, method, seed, start)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"'{run}' does not hold what a run of {config['job']!r} writes ({what})") from error
     path = run / f"animation.{'gif' if as_gif else 'html'}" if out is None else Path(out)
     length = int(np.argmin(np.append(np.isfinite(film.s).all(1), False)))  # states before the first that is not finite
     if length < 2:

@@ -62,7 +62,7 @@ SOLVERS = [
     Row("lbfgs", Descend(optax.lbfgs, memory_size=5), monotone=True, models=False),
     Row("gauss-newton", GaussNewton(), monotone=True, exact_on_lqr=True),
     Row("gauss-newton, chunked", GaussNewton(system=Krylov(8), chunk=3), monotone=True, slow=True),
-    Row("gauss-newton, damped", GaussNewton(damping=LevenbergMarquardt()), monotone=True),
+    Row("gauss-newton, damped", GaussNewton(damping=LevenbergMarquardt()), monotone=True, slow=True),
     Row("dense gauss-newton", GaussNewton(system=Dense()), monotone=True, exact_on_lqr=True),
     Row(
         "dense gauss-newton, damped",
@@ -70,9 +70,9 @@ SOLVERS = [
         monotone=True,
         slow=True,
     ),
-    Row("square root gauss-newton", GaussNewton(system=SquareRoot()), monotone=True, exact_on_lqr=True),
+    Row("square root gauss-newton", GaussNewton(system=SquareRoot()), monotone=True, exact_on_lqr=True, slow=True),
     Row("sigma-metric", GaussNewton(system=Sigma(rank=8)), monotone=True),
-    Row("preconditioned gauss-newton", GaussNewton(system=Preconditioned(rank=4)), monotone=True),
+    Row("preconditioned gauss-newton", GaussNewton(system=Preconditioned(rank=4)), monotone=True, slow=True),
     Row(
         "gauss-newton in its blocks' metric",
         GaussNewton(system=Preconditioned(LeafBlocks(), rank=4)),
@@ -89,7 +89,7 @@ SOLVERS = [
     ),
     Row("krylov-newton", KrylovNewton(rank=12, structured=12), monotone=True, exact_on_lqr=True),
     Row("consensus", Consensus(rank=8), monotone=True),
-    Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2]), models=False),
+    Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2]), models=False, slow=True),
     Row(
         "continued lbfgs",
         Continuation(Descend(optax.lbfgs, memory_size=5), discounts=[0.8, 1.0], lengths=[2, 2]),

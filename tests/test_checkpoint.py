@@ -311,6 +311,8 @@ def test_a_run_stops_on_a_full_disk(run, monkeypatch):
     monkeypatch.undo()
     status = json.loads((run / "status.json").read_text())
     assert status["status"] == "failed" and "No space left on device" in status["reason"]
+    spent = status["checkpoints"]
+    assert spent["written"] == 1 and 0 < spent["seconds"] <= spent["of"]
     assert newest_valid(run / "checkpoints")[0].host["numbers"] == {"done": 1}
 
 

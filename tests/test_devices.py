@@ -15,7 +15,9 @@ import pytest
 from diffmbrl import cli, devices, tasks
 from diffmbrl.agents import Idle
 from diffmbrl.agents.learn import learn
+from diffmbrl.runs.checkpoint import newest_valid
 from diffmbrl.tasks import noisy
+from tests.test_resume import same, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 COORDINATED = {"JAX_NUM_PROCESSES": "2", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
@@ -47,31 +49,54 @@ def test_four_devices_agree_with_one():
     assert found["programs of a solve"] == 1 and found["buffers on"] == 4
 
 
-def both(tmp_path: Path, command: str) -> Path:
-    """One run by two processes on loopback with two devices each."""
+def pair(folder: Path, command: str) -> list[subprocess.Popen]:
+    """Two processes on loopback, with two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    run = tmp_path / "run"
-    given = ["diffmbrl.cli", *command.split(), "--devices", "4", "--out", str(run)]
-    processes = [
-        start(*given, cwd=tmp_path, JAX_COORDINATOR_ADDRESS=address, JAX_PROCESS_ID=str(i), **COORDINATED)
-        for i in (0, 1)
-    ]
-    first, second = map(ended, processes)
-    assert "report:" in first and "report:" not in second  # the first says what came out, and writes it
+        address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}"}
+    words = ["diffmbrl.cli", *command.split()]
+    return [start(*words, cwd=folder, JAX_PROCESS_ID=str(i), **address, **COORDINATED) for i in (0, 1)]
+
+
+def both(run: Path, command: str) -> str:
+    """A command to its end; what the first process said, which alone writes the run."""
+    first, second = map(ended, pair(run.parent, command))
+    assert "report:" in first and "report:" not in second
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
-    assert {path.name for path in tmp_path.iterdir()} == {"run"}
-    return run
+    assert {path.name for path in run.parent.iterdir()} <= {"run", "whole"}
+    return first
 
 
-def test_two_processes_learn_together(tmp_path):
-    run = both(tmp_path, "learn lqr --agent random --horizon 10 --seeds 4 --real-steps 200")
+LEARN = "learn lqr --agent random --horizon 10 --seeds 4 --real-steps 300 --devices 4 --out run"
+
+
+def test_two_processes_learn_together_and_checkpoint(tmp_path):
+    """The checkpoint has all seeds, those of the other process too."""
+    run = tmp_path / "run"
+    both(run, LEARN)
     with np.load(run / "buffers" / "random.npz") as file:
         shapes = {file[name].shape[0] for name in file.files}
     assert shapes == {4}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [len(line["evaluation"]) for line in lines if "evaluation" in line] == [4, 4]
+    assert [len(line["evaluation"]) for line in lines if "evaluation" in line] == [4, 4, 4]
+    kept, wrong = newest_valid(run / "checkpoints")
+    assert wrong == [] and kept.host["numbers"]["done"] == 300
+    assert {leaf["shape"][0] for leaf in kept.leaves} == {4}
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_killed_go_on_to_the_same_numbers(tmp_path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    command = LEARN.replace("300", "2000") + " --checkpoint-every 0"
+    both(whole, command.replace("--out run", "--out whole"))
+    killed = pair(tmp_path, command)
+    wait_for((run / "checkpoints" / "3").exists, killed[0])
+    for process in killed:
+        process.kill()
+        process.communicate()
+    assert json.loads((run / "status.json").read_text())["status"] == "running"
+    assert "resumed from checkpoint" in both(run, "resume run")
+    same(run, whole)
 
 
 @pytest.mark.slow
@@ -80,7 +105,8 @@ def test_two_processes_compare_together(tmp_path):
     command = (
         "compare cartpole-balance --horizon 5 --methods adam ilqr --lr 0.01 --hidden 3 --steps 5 --seeds 1 --starts 4"
     )
-    run = both(tmp_path, command)
+    run = tmp_path / "run"
+    both(run, f"{command} --devices 4 --out run")
     assert cli.main([*command.split(), "--out", str(tmp_path / "alone")]) == 0
     two, one = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

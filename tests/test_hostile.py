@@ -133,6 +133,20 @@ def test_out_is_where_the_caller_says_and_nowhere_else(folder, monkeypatch, caps
     assert "is not a folder" in refused(PLAN.replace("run", "../link").split(), capsys)
 
 
+def test_what_is_rendered_is_escaped_or_refused(run, capsys):
+    changed(run, planner=ATTACK)
+    assert cli.main(["render", "run"]) == 0
+    capsys.readouterr()
+    text = (run / "animation.html").read_text()
+    assert ATTACK not in text and "&lt;script&gt;alert(" in text
+    changed(run, task=ATTACK)
+    assert f"unknown task '{ATTACK}'" in refused(["render", "run"], capsys)
+    changed(run, task="lqr", parameters=3)
+    assert "does not hold what a run of 'plan' writes (" in refused(["render", "run"], capsys)
+    changed(run, job=ATTACK)
+    assert "leave something that moves" in refused(["render", "run"], capsys)
+
+
 @pytest.mark.parametrize("job", ["compare", "learn", "plan", "diagnose", ATTACK])
 def test_html_is_escaped_in_the_report_of_every_job(job, tmp_path):
     config = {"task": ATTACK, "job": job, "starts": 2, "planner": ATTACK, ATTACK: [ATTACK, {ATTACK: ATTACK}]}

@@ -236,9 +236,9 @@ def test_status_tells_how_the_run_ended(tmp_path):
     path = folder.create(tmp_path / "a", "t", "j", {})
     assert status(path)["status"] == "running"
     assert status(path)["ended"] is None
-    with folder.running(path):
-        pass
-    assert status(path)["status"] == "finished"
+    with folder.running(path) as facts:
+        facts["checkpoints"] = {"written": 3}
+    assert status(path)["status"] == "finished" and status(path)["checkpoints"] == {"written": 3}
     assert status(path)["started"]
     with pytest.raises(RuntimeError), folder.running(path):
         raise RuntimeError("boom")

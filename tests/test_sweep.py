@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -208,6 +209,30 @@ def test_a_folder_of_something_else_is_left_alone(ran, tmp_path):
         sweep(found, out=tmp_path, say=lambda _: None)
 
 
+def test_a_folder_that_holds_something_else_than_a_sweep_wrote_is_refused(ran, tmp_path):
+    """By what a process or a job of a cluster runs; a point is known by what it sets, not by the name beside it."""
+    found, place, _ = ran
+    whole, config = json.loads((place / "config.json").read_text()), tmp_path / "config.json"
+    one = found.points[0].name
+    evil = [whole["points"][0] | {"name": "../../evil"}, *whole["points"][1:]]
+    for change, names, wanted in [
+        ({"job": "compare"}, [one], "is a run, but not of a sweep"),
+        ({"points": [{"name": one}]}, [one], "does not hold what a sweep writes"),
+        ({"points": evil}, ["../../evil"], "unknown point of the sweep '../../evil'"),
+        ({"of": "plan"}, [one], "unknown point of the sweep"),
+    ]:
+        config.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=wanted):
+            runner.work(tmp_path, names)
+    config.unlink()
+    config.symlink_to(place / "config.json")
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        runner.work(tmp_path, [one])
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        sweep(found, out=tmp_path, say=lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_group_that_fails_keeps_no_other_from_running(tmp_path, monkeypatch):
     found, said, true = asked(grid={"method": ["adam", "sgd"]}), [], runner.run
 
@@ -281,3 +306,22 @@ def test_slurm_is_given_the_commands_of_the_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run", lambda sweep, group, folder, facts: ran.append((sweep.job, group.points)))
     runner.work(folder, commands[0][4:])
     assert ran == [("compare", tuple(found.points[:2]))]
+
+
+@pytest.mark.slow
+def test_a_cluster_of_this_machine(folder, capsys, monkeypatch):
+    """submitit's own executor: jobs are submitted, run, and are collected afterwards."""
+    pytest.importorskip("submitit", reason="submitit is not installed: the extra `slurm`")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    (folder / "idle.toml").write_text(
+        'job = "learn"\n[setting]\ntask = "lqr"\nagent = "random"\nhorizon = 5\nseeds = 2\nreal_steps = 40\n'
+        "option.warmup = 20\nevaluations = 2\n[grid]\noption.every = [10, 20]\n"
+    )
+    assert cli.main(["sweep", "idle.toml", "--slurm", "cluster=local", "timeout_min=10"]) == 0
+    assert capsys.readouterr().out.count("\njob ") == 2
+    for _ in range(600):
+        if cli.main(["sweep", "idle.toml", "--processes", "0"]) == 0:
+            break
+        time.sleep(1)
+    records = read_records(folder / "runs" / "idle-sweep" / "metrics.jsonl")[0]
+    assert [record["status"] for record in records] == ["finished"] * 2

@@ -192,6 +192,7 @@ class Collected(NamedTuple):
     J: Float[
         Array, "*S N k"
     ]  # return of the episode that ends with this step (`steps.last`); NaN where something was not finite
+    met: Int[Array, "*S N k"]  # values that were not finite in the rollouts of a policy that plans, before this step
 
 
 def begin(policy: Any, system: System, key: PRNGKeyArray, count: int, first: Int[Array, ""] | int = 0) -> Place:
@@ -246,7 +247,13 @@ def _step(policy: Any, system: System, place: Place, key: PRNGKeyArray, count: i
     on = Place(s_next, seen_next, memory, place.t + 1, place.episode, J)
     again = _fresh(policy, system, key_next, place.episode + count)
     after = jax.tree.map(lambda x, y: jnp.where(last, x, y), again, on)
-    return after, Collected(row, place.episode, place.t, finite & ~over, J)
+    return after, Collected(row, place.episode, place.t, finite & ~over, J, met(memory))
+
+
+def met(memory: Any) -> Int[Array, "*batch"]:
+    """How many values were not finite in the rollouts that a policy with this memory has just planned on; 0 for one without."""
+    info = getattr(memory, "info", None)
+    return jnp.zeros((), jnp.int32) if info is None else info.nonfinite.astype(jnp.int32)
 
 
 def _fresh(policy: Any, system: System, key: PRNGKeyArray, episode: Int[Array, ""]) -> Place:

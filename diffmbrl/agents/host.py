@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from diffmbrl.agents.collect import Acting, Collected, Unknown
+from diffmbrl.agents.collect import Acting, Collected, Unknown, met
 from diffmbrl.buffer import Transition
 from diffmbrl.core import Task, is_plan, is_stateful, where
 from diffmbrl.tasks.gymnasium import observed
@@ -91,7 +91,8 @@ class HostSystem:
             last = done | timeout | (t + 1 >= self.horizon) | ~finite
             J = np.where(finite, J + weights[t] * r, np.nan).astype(s.dtype)
             step: Any = (s, a, r, s_next.copy(), done, last)
-            rows.append((Transition(*step), episode.copy(), t.copy(), finite, J))
+            doubts = np.broadcast_to(np.asarray(met(memory)), t.shape)
+            rows.append((Transition(*step), episode.copy(), t.copy(), finite, J, doubts))
             seen, anew = s_next, last
             for at in np.argwhere(last):
                 seen[tuple(at)] = _reset(made[at[0]][at[1]], seeds[*at, i])

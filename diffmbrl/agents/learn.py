@@ -8,7 +8,7 @@ a system that is no JAX (`host.py`) the same lines run as they stand, and what i
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,10 +18,13 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from diffmbrl.agents.collect import Acting, Axes, Collected, Real, System
+from diffmbrl.agents.nonfinite import spoilt, steps_named, update_named
 from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task
 from diffmbrl.devices import agreed, along, local
 from diffmbrl.looks import Looks, Unwatched
+
+SPOILT = "spoilt leaves"  # beside what an agent says
 
 
 @runtime_checkable
@@ -112,10 +115,10 @@ def learn(
     Every iteration makes a record, each of its arrays with an axis of seeds: `real_steps`; `seconds` and the process's
     `cpu_seconds` so far (updates and collection, compile time and evaluation apart); `returns` [S, N k] of the episodes that
     ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not finite or of an episode that was over before
-    it began; `refused` updates, in which something that was finite came out not finite (the carry of before is kept); what the
-    agent says; and every `evaluate_every` iterations, and at the end, `evaluation` [S, `evaluations`], the returns of
-    `agent.best`, each from another start. `on_record` is given them all. `looks` sees the state after each record, and has the
-    one to go on from.
+    it began; `refused` updates, in which something that was finite came out not finite (the carry of before is kept); if there
+    were any, `nonfinite_in`, the names of the first such values of each seed; what the agent says; and every `evaluate_every`
+    iterations, and at the end, `evaluation` [S, `evaluations`], the returns of `agent.best`, each from another start.
+    `on_record` is given them all. `looks` sees the state after each record, and has the one to go on from.
 
     Shapes: every leaf of the carry and the buffer gets a leading axis of S. Raises: `ValueError` for sizes that do not fit, and
     if the warm-up leaves nothing in the buffer; `TypeError` if the policy is a plan.
@@ -154,9 +157,10 @@ def learn(
         lanes = along(keys, lanes)
         left = np.asarray(local(lanes.buffer.size))
         if left.min() < 1:
+            why = "; ".join(steps_named(fresh)) or "every episode was over before its first step"
             raise ValueError(
                 f"of {agent.warmup} first steps of '{system.view.name}' none could be kept (seeds "
-                f"{np.flatnonzero(left < 1)}): they were not finite, or every episode was over before its first step"
+                f"{np.flatnonzero(left < 1)}): {why}"
             )
         done, iteration, spent, worked = agent.warmup, 0, 0.0, 0.0
         recorded(_record(fresh, done, spent, worked))
@@ -173,7 +177,9 @@ def learn(
         lanes = along(keys, lanes)
         spent, worked = agreed(spent + time.perf_counter() - begun), worked + time.process_time() - before
         done, iteration = done + agent.every, iteration + 1
-        recorded(_record(lanes.fresh, done, spent, worked) | {name: np.asarray(x) for name, x in local(said).items()})
+        said = {name: np.asarray(x) for name, x in local(said).items()}
+        named = update_named(lanes.carry, said.pop(SPOILT), iteration)
+        recorded(_record(lanes.fresh, done, spent, worked, named) | said)
     return Learned(lanes.carry, lanes.buffer, records, done)
 
 
@@ -241,9 +247,10 @@ def _updated(
     def one(agent, view, carry, buffer, fresh, key):
         key_update, key_collect = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), number))
         learned, said = agent.update(carry, view, buffer, fresh, key_update)
-        refused = _spoilt(carry, learned)
+        leaves = spoilt(carry, learned)
+        refused = jnp.any(leaves)
         kept = jax.tree.map(lambda x, y: jnp.where(refused, x, y), carry, learned)
-        return kept, said | {"refused": refused.astype(jnp.int32)}, key_collect
+        return kept, said | {"refused": refused.astype(jnp.int32), SPOILT: leaves}, key_collect
 
     return jax.vmap(one, in_axes=(*in_axes, 0, 0, 0, 0))(agent, view, carries, buffers, fresh.steps, keys)
 
@@ -262,17 +269,14 @@ def _added(buffers: Buffer, fresh: Collected) -> Buffer:
     return jax.vmap(one)(buffers, fresh)
 
 
-def _spoilt(before: Any, after: Any) -> Array:
-    """Whether something that was finite is not any more."""
-    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    floats = [(x, y) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.floating)]
-    spoilt = [jnp.any(jnp.isfinite(x) & ~jnp.isfinite(y)) for x, y in floats]
-    return jnp.any(jnp.stack(spoilt)) if spoilt else jnp.zeros((), bool)
-
-
-def _record(fresh: Collected, real_steps: int, seconds: float, cpu_seconds: float) -> dict[str, Any]:
-    ended, J, keep = local((fresh.steps.last, fresh.J, fresh.keep))
+def _record(
+    fresh: Collected, real_steps: int, seconds: float, cpu_seconds: float, named: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`named` are the updates' values that were not finite, to which those of the steps are added."""
+    ended, J, keep, doubts = local((fresh.steps.last, fresh.J, fresh.keep, fresh.met))
     ended, J = (np.asarray(x).reshape(x.shape[0], -1) for x in (ended, J))
+    if not np.all(keep) or np.any(doubts):
+        named = [*named, *steps_named(fresh)]
     return {
         "real_steps": real_steps,
         "seconds": seconds,
@@ -280,7 +284,7 @@ def _record(fresh: Collected, real_steps: int, seconds: float, cpu_seconds: floa
         "ended": ended,
         "returns": np.where(ended, J, np.nan),
         "rejected": np.sum(~np.asarray(keep), axis=(1, 2)),
-    }
+    } | ({"nonfinite_in": list(named)} if named else {})
 
 
 def check(agent: Agent, keys: Key[Array, "..."], real_steps: int, evaluations: int, evaluate_every: int) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from diffmbrl.core import State, Task, is_plan
+from diffmbrl.core import State, Task, Trajectory, is_plan
 from diffmbrl.rollout import expected, rollouts
 
 
@@ -24,27 +24,29 @@ def locate(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) 
     """
     if jax.tree.leaves(s0)[0].ndim == jax.tree.leaves(task.state_shape)[0].ndim:
         s0 = jax.tree.map(lambda x: x[None], s0)
-    trajectory = jax.jit(rollouts)(policy, task, s0, key)
-    named = [("s", trajectory.s), ("a", trajectory.a), ("r", trajectory.r)]
-    found = []
-    for order, (name, tree) in enumerate(named):
-        bad = _bad(tree)
-        if bad.any():
-            start, t = min(np.argwhere(bad), key=lambda place: place[1])
-            found.append((int(t), order, f"{name}[{t}] of start {start}"))
-    if found:
-        return min(found)[2]
-    last = np.stack(
-        [~np.isfinite(np.asarray(x)).reshape(x.shape[0], -1).all(1) for x in jax.tree.leaves(trajectory.s_T)]
-    )
-    if last.any():
-        return f"s[{task.horizon}] of start {int(np.argwhere(last.any(0))[0, 0])}"
+    if (found := named(jax.jit(rollouts)(policy, task, s0, key))) is not None:
+        return "{}[{}] of start {}".format(*found)
     gradient = jax.jit(jax.grad(expected))(policy, task, s0, key)
     name = nonfinite_leaf(gradient)
     if name is not None:
         what = "plan" if is_plan(policy) else "policy"
         return f"dJ/dtheta in {what}{name}, though every state, action and reward of the rollouts is finite"
     return "the return of the objective in force, though the rollouts and the gradient of the full objective are finite"
+
+
+def named(trajectories: Trajectory) -> tuple[str, int, int] | None:
+    """Of trajectories [B, ...], the first tensor that is not finite (s, a or r), its time step and its row; None if all are."""
+    found = []
+    for order, (name, tree) in enumerate(zip("sar", trajectories[:3], strict=True)):
+        bad = _bad(tree)
+        if bad.any():
+            row, t = min(np.argwhere(bad), key=lambda place: place[1])
+            found.append((int(t), order, name, int(row)))
+    if found:
+        t, _, name, row = min(found)
+        return name, t, row
+    last = _bad(jax.tree.map(lambda x: x[:, None], trajectories.s_T))[:, 0]
+    return ("s", trajectories.r.shape[1], int(np.argmax(last))) if last.any() else None
 
 
 def nonfinite_leaf(tree: Any, *, allow_infinite: bool = False) -> str | None:

@@ -37,6 +37,7 @@ class Course:
     refused: Array = field(default_factory=lambda: np.zeros((0, 1)))  # [I, S], updates
     said: dict[str, Array] = field(default_factory=dict)  # [I, S] each, NaN where it said nothing
     foresight: dict[str, Any] | None = None
+    nonfinite: list[str] = field(default_factory=list)  # names of the first values that were not, of each record
     stop: str = ""
 
     @property
@@ -186,6 +187,7 @@ def _fill(course: Course, rows: list[dict[str, Any]]) -> None:
     course.rejected, course.refused = (
         np.array([_seeds(row.get(name, 0), seeds) for row in rows]) for name in ("rejected", "refused")
     )
+    course.nonfinite = [str(name) for row in rows for name in row.get("nonfinite_in", [])]
     names = dict.fromkeys(name for row in rows for name in row.get("said", {}))
     said = {name: np.array([_seeds(row.get("said", {}).get(name), seeds) for row in rows]) for name in names}
     course.said = {name: x for name, x in said.items() if not np.isnan(x).all()}

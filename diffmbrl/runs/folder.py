@@ -75,8 +75,8 @@ def create(out: Path | None, task: str, job: str, config: dict[str, Any]) -> Pat
     return path
 
 
-def set_status(folder: Path, status: str, *, reason: str | None = None) -> None:
-    """Records in `status.json` how the run stands; the time it started stays."""
+def set_status(folder: Path, status: str, *, reason: str | None = None, **facts: Any) -> None:
+    """Records in `status.json` how the run stands, and what else there is to say of it; the time it started stays."""
     if status not in STATUSES:
         raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status!r}")
     try:
@@ -84,28 +84,32 @@ def set_status(folder: Path, status: str, *, reason: str | None = None) -> None:
     except (OSError, ValueError):
         started = None
     ended = None if status == "running" else now()
-    write_json(folder / "status.json", {"status": status, "reason": reason, "started": started, "ended": ended})
+    write_json(folder / "status.json", {"status": status, "reason": reason, "started": started, "ended": ended} | facts)
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[Path]:
-    """Marks the run finished on leaving, interrupted on Ctrl-C or SIGTERM, failed with its reason on any other exception."""
+def running(folder: Path) -> Iterator[dict[str, Any]]:
+    """Marks the run finished on leaving, interrupted on Ctrl-C or SIGTERM, failed with its reason on any other exception.
+
+    What is put into the dictionary meanwhile is recorded beside.
+    """
+    facts: dict[str, Any] = {}
     try:
-        yield folder
+        yield facts
     except KeyboardInterrupt as error:
         by = "by SIGTERM" if isinstance(error, Terminated) else "by the user"
-        _ended(folder, "interrupted", f"interrupted {by}")
+        _ended(folder, "interrupted", f"interrupted {by}", facts)
         raise
     except BaseException as error:
-        _ended(folder, "failed", f"{type(error).__name__}: {error}")
+        _ended(folder, "failed", f"{type(error).__name__}: {error}", facts)
         raise
-    set_status(folder, "finished")
+    set_status(folder, "finished", **facts)
 
 
-def _ended(folder: Path, status: str, reason: str) -> None:
+def _ended(folder: Path, status: str, reason: str, facts: dict[str, Any]) -> None:
     """On a full disk the exception that is on its way says more than the one of its record."""
     with contextlib.suppress(OSError):
-        set_status(folder, status, reason=reason)
+        set_status(folder, status, reason=reason, **facts)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,6 +12,7 @@ from diffmbrl.runs.page import cell, escape, prose
 from diffmbrl.runs.plan_report import of_kind
 
 Record = dict[str, Any]
+NAMED = 3  # values that were not finite, by name
 
 
 def compose(config: Record, provenance: Record, records: list[Record], remarks: list[str], folder: Path) -> str:
@@ -120,6 +121,10 @@ def _cautions(rows: list[Row], provenance: Record) -> list[str]:
         if row.refused:
             made = f"{words.count(row.refused)} {'update' if row.refused == 1 else 'updates'}"
             out.append(f"{who}: {made} came out not finite and were refused; the agent stayed as it was.")
+        if found := row.course.nonfinite:
+            more = len(found) - NAMED
+            said = "; ".join(found[:NAMED]) + (f"; and {words.count(more)} more in metrics.jsonl" if more > 0 else "")
+            out.append(f"{who}: not finite: {said}.")
         if row.course.measured and (bad := _broken(row.course)):
             out.append(
                 f"{who} ends with a return that is not finite on {bad} of {row.course.seeds} seeds: they count as minus "

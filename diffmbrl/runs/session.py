@@ -37,7 +37,8 @@ class _Look(NamedTuple):
 class Session:
     """What the loops of a run are given; it is their `Looks`.
 
-    `every` seconds a look is kept as a checkpoint (0: each look), and the last one when the run ends, however it ends.
+    `every` seconds a look is kept as a checkpoint (0: each look), and the last one when the run ends, however it ends. How many
+    there were, and the seconds that they took of those of this process, is in `status.json`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Session:
         progress: Progress,
         every: float,
         kept: checkpoint.Kept | None,
+        facts: dict[str, Any],
     ):
         self.folder, self.progress, self.write = folder, progress, write
         self._writer, self._every = writer, every
@@ -55,6 +57,8 @@ class Session:
         self._arm = 0 if kept is None else kept.host["arm"]
         self._latest: _Look | None = None
         self._saved, self._took = time.monotonic(), 0.0
+        self._facts = facts  # for the run's status
+        self._opened, self._written, self._saving = time.monotonic(), 0, 0.0
         self._before = 0.0 if kept is None else kept.host["seconds"]  # spent on the present arm by other processes
         self._begun = time.monotonic()
         self.begins = kept is None  # nothing is recorded yet
@@ -113,6 +117,9 @@ class Session:
             self._step += 1
         self._saved = time.monotonic()
         self._took = self._saved - begun
+        self._written, self._saving = self._written + 1, self._saving + self._took
+        spent = {"seconds": round(self._saving, 3), "of": round(self._saved - self._opened, 3)}
+        self._facts["checkpoints"] = {"written": self._written, **spent}
 
     def _seen(self, state: Any, numbers: dict[str, Any] | None) -> None:
         self._latest = _Look(self._arm, state, numbers, self._writer.mark(), self.seconds)
@@ -143,13 +150,13 @@ def underway(
         try:
             with (
                 terminable(),
-                running(folder),
+                running(folder) as facts,
                 Progress(arms, stream=stream) as progress,
                 tracked(writer.write, track, folder, read_config(folder) if track else {}, progress.note) as write,
             ):
                 for remark in remarks:
                     progress.note(remark)
-                run = Session(folder, writer, write, progress, every, kept)
+                run = Session(folder, writer, write, progress, every, kept, facts)
                 try:
                     yield run
                 except BaseException as error:

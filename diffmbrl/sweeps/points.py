@@ -136,7 +136,7 @@ def parse(given: dict[str, Any], *, name: str = "sweep") -> Sweep:
     for combination in itertools.product(*grid.values()):
         for i in range(count):
             values = {key: _draw(key, given, seed, i) for key, given in ranges.items()}
-            point = _point(job, x64, setting | dict(zip(grid, combination, strict=True)) | values)
+            point = make_point(job, x64, setting | dict(zip(grid, combination, strict=True)) | values)
             found[point.name] = point
     return Sweep(name, job, x64, lanes, (*grid, *ranges), tuple(found.values()))
 
@@ -221,6 +221,7 @@ def _draw(key: str, given: tuple[Any, Any, str], seed: int, i: int) -> Any:
     return float(f"{math.exp(x) if scale == 'log' else x:.6g}")
 
 
-def _point(job: str, x64: bool, setting: dict[str, Any]) -> Point:
+def make_point(job: str, x64: bool, setting: dict[str, Any]) -> Point:
+    """A setting under its name."""
     text = json.dumps({"job": job, "x64": x64} | dict(sorted(setting.items())), sort_keys=True)
     return Point(hashlib.sha256(text.encode()).hexdigest()[:12], setting)

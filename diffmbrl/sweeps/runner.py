@@ -17,12 +17,13 @@ from typing import Any
 
 import jax
 
-from diffmbrl.runs import check_out, create, provenance, read, rebuild, set_status
+from diffmbrl.runs import check_out, create, provenance, read, read_config, rebuild, set_status
 from diffmbrl.runs.folder import ROOT, write_atomic, write_json
 from diffmbrl.runs.metrics import to_json
 from diffmbrl.sweeps.groups import Group, groups
-from diffmbrl.sweeps.points import Point, Sweep
+from diffmbrl.sweeps.points import Point, Sweep, make_point
 from diffmbrl.sweeps.work import run
+from diffmbrl.tasks.registry import known
 
 Say = Callable[[str], None]
 
@@ -83,13 +84,31 @@ def collect(asked: Sweep, folder: Path) -> bool:
 
 
 def work(folder: Path, names: list[str]) -> None:
-    """Run these points of a sweep's folder, which compile together: what a process or a job of a cluster does."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    jax.config.update("jax_enable_x64", config["x64"])
-    points = tuple(Point(point["name"], point["setting"]) for point in config["points"] if point["name"] in names)
-    asked = Sweep(config["name"], config["of"], config["x64"], config["lanes"], tuple(config["varied"]), points)
-    for group in groups(asked, list(points)):
+    """Run these points of a sweep's folder, which compile together: what a process or a job of a cluster does.
+
+    Raises: `ValueError` if `folder` holds no sweep, or one without one of the points.
+    """
+    asked = _reread(folder, names)
+    jax.config.update("jax_enable_x64", asked.x64)
+    for group in groups(asked, list(asked.points)):
         run(asked, group, folder / "points", provenance.collect())
+
+
+def _reread(folder: Path, names: list[str]) -> Sweep:
+    """The sweep of a folder's config, with these of its points alone: each must have the name that its setting hashes to."""
+    config = read_config(folder)
+    if config.get("job") != "sweep":
+        raise ValueError(f"{str(folder)!r} is a run, but not of a sweep")
+    try:
+        found = tuple(make_point(config["of"], config["x64"], point["setting"]) for point in config["points"])
+        asked = Sweep(config["name"], config["of"], config["x64"], config["lanes"], tuple(config["varied"]), found)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(folder)!r} does not hold what a sweep writes ({type(error).__name__}: {error})"
+        ) from None
+    for name in names:
+        known("point of the sweep", name, [point.name for point in found])
+    return asked._replace(points=tuple(point for point in found if point.name in names))
 
 
 def _open(asked: Sweep, folder: Path) -> None:
@@ -100,7 +119,7 @@ def _open(asked: Sweep, folder: Path) -> None:
     config |= {"common": common, "points": listed}
     if not (folder / "config.json").is_file():
         create(folder, asked.name, "sweep", config)
-    elif json.loads((folder / "config.json").read_text(encoding="utf-8")).get("job") != "sweep":
+    elif read_config(folder).get("job") != "sweep":
         check_out(folder)
         raise ValueError(f"{str(folder)!r} is a run, but not of a sweep: choose another folder")
     else:

@@ -190,6 +190,8 @@ def known(what: str, name: str, names: Any) -> str:
         raise ValueError(
             f"'{name}' is a real system, whose dynamics cannot be called: `diffmbrl learn` and `compare --learned` take it"
         )
+    if not names:
+        raise ValueError(f"unknown {what} '{name}': there are none")
     lower = {known.lower(): known for known in names}
     nearest = lower[get_close_matches(name.lower(), list(lower), n=1, cutoff=0.0)[0]]
     raise ValueError(f"unknown {what} '{name}'; did you mean '{nearest}'? There are: {', '.join(names)}")
