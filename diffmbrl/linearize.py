@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
@@ -98,11 +99,7 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
     z = jnp.concatenate([x, trajectory.a], axis=1)
     z = z if task.done is None else jnp.where(alive[:-1, None], z, z[0])
     with jax.default_matmul_precision("highest"):
-        _, push = jax.linearize(lambda z: jax.vmap(step)(z, jnp.arange(task.horizon)), z)
-        # One tangent after another, all time steps at once: what is known of the trajectory is then evaluated once, before the
-        # loop. Of all tangents at once XLA makes one function on a CPU that evaluates it again for every entry.
-        columns = jax.lax.map(lambda e: push(jnp.broadcast_to(e, z.shape)), jnp.eye(z.shape[1], dtype=z.dtype))
-        F = jnp.moveaxis(columns, 0, -1)
+        F = jax.vmap(jax.jacfwd(step))(z, jnp.arange(task.horizon))
         c, H = (jax.vmap(derivative(cost))(z, task.weights[:-1]) for derivative in (jax.grad, jax.hessian))
         c_T, H_T = final(jnp.where(alive[-1], x_T, x[0]) if task.done is not None else x_T)
     if task.done is not None:
@@ -233,7 +230,7 @@ def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
     A, B, c_s, c_a, H, c_T, H_T = linearization
     n, m = B.shape[1:3]
     batch = A.shape[3:]
-    eye = jnp.eye(m, dtype=A.dtype).reshape(m, m, *(1,) * len(batch))
+    eye = np.eye(m, dtype=A.dtype).reshape(m, m, *(1,) * len(batch))
 
     def step(carry, x):
         V, v, slope, definite = carry
@@ -292,7 +289,8 @@ def eliminate(Q: Float[Array, "m m *batch"], R: Float[Array, "m k *batch"]) -> t
         solution = jax.scipy.linalg.cho_solve((factor, True), R)
         return jnp.moveaxis(solution, (-2, -1), (0, 1)), jnp.all(jnp.isfinite(factor), axis=(-2, -1))
     rows = jnp.concatenate([Q, R], axis=1)
-    index = jnp.arange(m).reshape(m, *(1,) * (rows.ndim - 1))
+    # Of numpy, a constant of the program: XLA would compute it in kernels of their own before the loop.
+    index = np.arange(m).reshape(m, *(1,) * (rows.ndim - 1))
     positive = jnp.ones(Q.shape[2:], bool)
     for i in range(m):
         positive = positive & (rows[i, i] > 0)
