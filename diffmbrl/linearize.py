@@ -85,6 +85,11 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
         key_s = None if key is None else jax.random.split(jax.random.fold_in(key, t))[1]
         return ravel_pytree(task.dynamics(unravel(z[:n]), z[n:], key=key_s))[0]
 
+    def jacobian(z, t):
+        # What the tangents share is evaluated once, before them.
+        _, push = jax.linearize(lambda z: step(z, t), z)
+        return jax.vmap(push, out_axes=1)(jnp.eye(z.size, dtype=z.dtype))
+
     def cost(z, w):
         return -w * task.reward(unravel(z[:n]), z[n:])
 
@@ -99,7 +104,7 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
     z = jnp.concatenate([x, trajectory.a], axis=1)
     z = z if task.done is None else jnp.where(alive[:-1, None], z, z[0])
     with jax.default_matmul_precision("highest"):
-        F = jax.vmap(jax.jacfwd(step))(z, jnp.arange(task.horizon))
+        F = each_step(jacobian, task)(z, jnp.arange(task.horizon))
         c, H = (jax.vmap(derivative(cost))(z, task.weights[:-1]) for derivative in (jax.grad, jax.hessian))
         c_T, H_T = final(jnp.where(alive[-1], x_T, x[0]) if task.done is not None else x_T)
     if task.done is not None:
@@ -111,6 +116,18 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
     # One projection for all: jaxlib's batched eigh waits on XLA's thread pool, and two of them at a time can lock it for good.
     H = project(jnp.concatenate([H, jnp.pad(H_T, (0, H.shape[-1] - n))[None]]))
     return Linearization(F[:, :, :n], F[:, :, n:], c[:, :n], c[:, n:], H[:-1], c_T, H[-1, :n, :n])
+
+
+def each_step(f: Callable[..., Array], task: Task) -> Callable[..., Array]:
+    """f at every time step: all at once, or on a CPU one after another where the dynamics are arithmetic alone.
+
+    XLA makes one function of such a loop there, where all steps at once are a kernel for each quantity: up to a third faster,
+    and half as long to compile (12-state quadrotor). Matrices, as networks have, are multiplied by all steps at once.
+    """
+    matrices = any(jnp.ndim(x) > 1 for x in jax.tree.leaves(task.dynamics))
+    if matrices or jax.default_backend() != "cpu":
+        return jax.vmap(f)
+    return lambda *given: jax.lax.map(lambda x: f(*x), given)
 
 
 def feedback(policy: Any, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Float[Array, "T m n"]:

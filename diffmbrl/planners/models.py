@@ -5,7 +5,6 @@ $$H_t = \nabla^2 c_t + \sum_i \lambda_{t+1,i} \nabla^2 f_i,\qquad \lambda_t = c_
 is the Hessian of the Hamiltonian in (s, a), and the LQR problem with it is Newton's method on the actions.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -15,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task, Trajectory
-from diffmbrl.linearize import Linearization, closed_loop, feedback, flat_states, linearize, matmul
+from diffmbrl.linearize import Linearization, closed_loop, each_step, feedback, flat_states, linearize, matmul
 from diffmbrl.rollout import returns, rollout
 
 
@@ -83,20 +82,9 @@ def hamiltonian(
     z = z if task.done is None else jnp.where(alive[:, None], z, z[0])
     times = jnp.arange(task.horizon)
     with jax.default_matmul_precision("highest"):
-        H = _each(hessian)(z, costates, task.weights[:-1], times)
+        H = each_step(hessian, task)(z, costates, task.weights[:-1], times)
     H = (H + jnp.swapaxes(H, 1, 2)) / 2
     return H if task.done is None else jnp.where(alive[:, None, None], H, jnp.zeros_like(H))
-
-
-def _each(f: Callable[..., Array]) -> Callable[..., Array]:
-    """f at every time step: all at once, but on a CPU one after another.
-
-    XLA makes one function of such a loop there, in a third of the time that the kernels for all steps take to compile, and
-    with the Hessians of trajectory_problems.py it ran a quarter to a third faster.
-    """
-    if jax.default_backend() == "cpu":
-        return lambda *given: jax.lax.map(lambda x: f(*x), given)
-    return jax.vmap(f)
 
 
 class Expansion(NamedTuple):
