@@ -86,9 +86,9 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
         return ravel_pytree(task.dynamics(unravel(z[:n]), z[n:], key=key_s))[0]
 
     def jacobian(z, t):
-        # What the tangents share is evaluated once, before them.
+        # What the tangents share is evaluated once, before them; of numpy's eye XLA knows the zeros.
         _, push = jax.linearize(lambda z: step(z, t), z)
-        return jax.vmap(push, out_axes=1)(jnp.eye(z.size, dtype=z.dtype))
+        return jax.vmap(push, out_axes=1)(np.eye(z.size, dtype=z.dtype))
 
     def cost(z, w):
         return -w * task.reward(unravel(z[:n]), z[n:])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -73,9 +74,9 @@ def hamiltonian(
         return jnp.vdot(costate, ravel_pytree(task.dynamics(s, a, key=key_s))[0]) - w * task.reward(s, a)
 
     def hessian(z, *given):
-        # What the tangents share is evaluated once, before them.
+        # As the Jacobians in linearize.py.
         _, push = jax.linearize(lambda z: jax.grad(value)(z, *given), z)
-        return jax.vmap(push)(jnp.eye(z.size, dtype=z.dtype))
+        return jax.vmap(push)(np.eye(z.size, dtype=z.dtype))
 
     # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
     z = jnp.concatenate([x, trajectory.a], axis=1)
