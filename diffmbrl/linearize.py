@@ -66,7 +66,7 @@ def flat_states(states: State) -> tuple[Array, Callable[[Array], State]]:
 
 
 def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Linearization:
-    r"""A, B, the gradients and Hessians of the costs along one trajectory, all time steps at once.
+    r"""A, B, the gradients and Hessians of the costs along one trajectory; no time step waits for another (`each_step`).
 
     `key` must be the rollout's, so that noisy dynamics are linearised at the noise that was drawn.
     Cost per step: n + m tangents of f, one gradient and n + m Hessian columns of r.
