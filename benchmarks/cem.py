@@ -4,6 +4,9 @@ Seven networks of four hidden layers of 200 and two heads, untrained, on the car
 horizon 15, five iterations, float32. The products are those of all layers for 7 x 1000 particles, 75 times, in the fastest
 of three layouts. mbrl-lib (`pip install mbrl torch`) plans on networks of the same sizes and activation; it may be missing.
 
+CEM took 1.42 of its products and .60 of mbrl-lib's time. Half of mbrl-lib's would be 1.18 of the products, which leaves 18% of
+them for all that is no product: activations of four layers, particles' noise, rewards, draws and refits.
+
 iLQR on the members' mean earns less here, judged by the particles, because it solves another problem. The members are not
 trained and agree on nothing, so their mean moves as none of them does, and what is best for it is bad for each. On members of
 4x64 iLQR raises the return of the mean from -6.9 (resting) to -4.7, within the limits by tanh or by `Boxed`, and so does Adam

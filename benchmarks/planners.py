@@ -23,7 +23,7 @@ from benchmarks.timing import medians
 from benchmarks.trajectory_problems import PROBLEMS, problem
 from diffmbrl.core import Task
 
-HORIZON, MOST, INNER, SOLVES = 100, 500, 200, 10
+HORIZON, MOST, INNER, SOLVES, FEW = 100, 500, 200, 10, 20
 PLANNERS = {"ilqr": d.ILQR, "ddp": d.DDP}
 
 
@@ -126,28 +126,32 @@ def _rollouts(task: Task) -> Any:
 
 
 def _many_starts(batches: tuple[int, ...]) -> dict[str, Any]:
-    """`plans` of iLQR to a relative change of 1e-6."""
-    rows = []
+    """`plans` of iLQR to a relative change of 1e-6; of the most starts up to 1024 also FEW updates each, whatever they gain."""
+    rows, equal = [], max(batch for batch in batches if batch <= 1024)
     for name in PROBLEMS:
         task = problem(name, HORIZON)
         noise = jax.random.normal(jax.random.key(1), (max(batches), task.n), task.a_low.dtype)
         starts = task.initial(jax.random.key(0)) + 0.1 * noise
         jax.block_until_ready(_rollouts(task)())
         rollout = medians({"": _rollouts(task)}, clock=time.process_time)[""] / INNER
-        row: list[Any] = [name, f"{rollout * 1e6:.2f}"]
-        found = None
-        for batch in batches:
-            solve = partial(d.plans, d.ILQR(), task, starts[:batch], relative=1e-6)
-            solve(steps=1)  # compiles
-            begun = time.process_time()
-            found = solve(steps=300)
-            row.append(batch / (time.process_time() - begun))
-        assert found is not None
-        rows.append([*row, float(found.iterations.mean()), str(found.iterations.max()), found.useful, _ends(found)])
+        rates, solves = zip(*(_rate(task, starts[:batch], steps=300, relative=1e-6) for batch in batches), strict=True)
+        found, few = solves[-1], _rate(task, starts[:equal], steps=FEW, relative=0.0)[0]
+        ended = [float(found.iterations.mean()), str(found.iterations.max()), found.useful, _ends(found)]
+        rows.append([name, f"{rollout * 1e6:.2f}", *rates, *ended, few])
         print(".", end="", flush=True)
     head = ["", "rollout, us", *(f"{batch} starts" for batch in batches), "iterations", "most", "useful", "ended by"]
+    head.append(f"{equal} starts, {FEW} updates")
     print(f"\nSolves per CPU second, x0 + .1 N(0, I), to a relative change of 1e-6\n\n{table(head, rows)}\n")
     return {"columns": head, "rows": rows}
+
+
+def _rate(task: Task, starts: jax.Array, *, steps: int, relative: float) -> tuple[float, d.Plans]:
+    """Solves per CPU second, and what they found."""
+    solve = partial(d.plans, d.ILQR(), task, starts, relative=relative)
+    solve(steps=1)  # compiles
+    begun = time.process_time()
+    found = solve(steps=steps)
+    return len(starts) / (time.process_time() - begun), found
 
 
 def _ends(found: d.Plans) -> str:

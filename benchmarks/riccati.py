@@ -4,6 +4,10 @@ Two tables. The sweeps on random LQR problems of n states and max(1, n / 3) acti
 its optimum, where J changes no more (1e-12), and to 0.1% of it, on the systems of trajectory_problems.py, float64, T = 100,
 against the gradient of one function of its plan with respect to the start and every leaf of the task, in CPU time; the
 gradient's error is its distance to central differences of neighbours solved anew.
+
+The quadrotor's gradient costs a fifth of its solve, which takes 16 updates of 130 us: as much as 3.5 updates. Its parts, us,
+timed apart: 180 the Hessians of the Hamiltonian, 70 the Jacobians, 95 the Riccati sweep, 100 the linear passes, 100 the pull
+back to the task's leaves. An update has the Jacobians and the sweep too, and no second derivative of twelve states.
 """
 
 import time

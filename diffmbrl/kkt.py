@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffmbrl.linearize import Linearization, Sweep, eliminate
-from diffmbrl.parallel_riccati import SCAN, Sweeps, along
+from diffmbrl.linearize import Linearization, Sweep, eliminate, matvec
+from diffmbrl.parallel_riccati import SCAN, Sweeps
 
 
 class Step(NamedTuple):
@@ -51,24 +51,25 @@ def solve_with_gaps(
     n = A.shape[1]
     # What the closed loop makes of the gaps; the rest of the step starts at 0 and has none. Open loop, an unstable system
     # would blow the gaps up and cancel them again.
-    moved, moved_T = _drift(A, B, sweep.K, gaps)
-    moved_a = along(sweep.K, moved)
-    Hz = along(H, jnp.concatenate([moved, moved_a], axis=1))
-    q_a = sweeps.adjoint(A, B, sweep.K, c_s + Hz[:, :n], c_a + Hz[:, n:] + damping * moved_a, c_T + along(H_T, moved_T))
+    moved, moved_a, moved_T = _drift(A, B, sweep.K, gaps)
+    Hz = jax.vmap(matvec)(H, jnp.concatenate([moved, moved_a], axis=1))
+    q_a = sweeps.adjoint(
+        A, B, sweep.K, c_s + Hz[:, :n], c_a + Hz[:, n:] + damping * moved_a, c_T + matvec(H_T, moved_T)
+    )
     # Elimination mixes Q and its right-hand side, so that only with the inverse is k seen to be linear in q.
     eye = jnp.eye(B.shape[2], dtype=A.dtype)
-    k = -along(jax.vmap(lambda Q: eliminate(Q, eye)[0])(sweep.Q_aa), q_a)
+    k = -jax.vmap(lambda Q, q: matvec(eliminate(Q, eye)[0], q))(sweep.Q_aa, q_a)
     s, a, s_T = sweeps.respond(A, B, sweep.K, k)
     return Step(moved + s, moved_a + a, moved_T + s_T, k)
 
 
-def _drift(A: Array, B: Array, K: Array, gaps: Array) -> tuple[Array, Array]:
-    """[T, n] and the last: the closed loop's response to d_0 .. d_T."""
-    closed = A + jnp.einsum("tij,tjk->tik", B, K, precision="highest")
+def _drift(A: Array, B: Array, K: Array, gaps: Array) -> tuple[Array, Array, Array]:
+    """States [T, n], actions [T, m] and the last state: the closed loop's response to d_0 .. d_T."""
 
     def step(s, x):
-        F, d = x
-        return along(F, s) + d, s
+        A, B, K, d = x
+        a = matvec(K, s)
+        return matvec(A, s) + matvec(B, a) + d, (s, a)
 
-    s_T, s = jax.lax.scan(step, gaps[0], (closed, gaps[1:]))
-    return s, s_T
+    s_T, (s, a) = jax.lax.scan(step, gaps[0], (A, B, K, gaps[1:]))
+    return s, a, s_T

@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import Affine, Descend, OpenLoop, solve, tasks, value
+from diffmbrl import ILQR, Affine, Descend, OpenLoop, solve, tasks, value
+from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.planners import Projection, Shooting, Tanh
-from tests.problems import optimal_actions, riccati, same
+from tests.problems import bent, optimal_actions, riccati, same
 
 KEY = jax.random.key(0)
 LBFGS = Descend(optax.lbfgs, memory_size=10)
@@ -21,6 +22,15 @@ def test_the_optimum_of_a_linear_quadratic_task():
     same(value(plan, task, s0), riccati(task).J(s0), rtol=1e-5)
     np.testing.assert_allclose(plan.a, optimal_actions(task, s0), atol=5e-3)
     assert history.info.gradient_norm[-1] < 1e-3 * history.info.gradient_norm[0]
+
+
+def test_it_reaches_ilqrs_optimum(x64):
+    """On the task where iLQR, DDP and multiple shooting agree (test_ilqr.py, test_multiple_shooting.py)."""
+    task, s0 = bent(horizon=8), jnp.asarray([0.9, -0.3])
+    plan, _ = solve(in_double(Shooting(LBFGS)), OpenLoop.zeros(task), task, s0, None, 200, tolerance=1e-7)
+    best, _ = solve(in_double(ILQR()), Affine.zeros(task), task, s0, None, 200, tolerance=1e-7)
+    np.testing.assert_allclose(value(plan, task, s0), value(best, task, s0), rtol=1e-12)
+    assert np.linalg.norm(jax.grad(value)(plan, task, s0).a) < 1e-6
 
 
 def test_one_start_is_descend_on_the_plan():

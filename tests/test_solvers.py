@@ -44,6 +44,12 @@ def case(row: Row, *, double: bool = False, seed: int = 0) -> Case:
     return Case(solver, policy, solver.init(policy, task), task, s0)
 
 
+def of_planners() -> list[Any]:
+    """Those whose own tests have no horizon of one step are not slow."""
+    rows = [row for row in SOLVERS if row.kind == "plan" and not isinstance(row.solver, Continuation)]
+    return [row if row.name == "shooting" else pytest.param(row, marks=pytest.mark.slow) for row in rows]
+
+
 TRACES: list[Any] = []
 
 
@@ -248,6 +254,15 @@ BAD = {
     "reward": lambda task, s0: (changed(task, scale=np.inf), s0),
     "gradient": lambda task, s0: (changed(task, kink=100.0), s0),
 }
+
+
+@pytest.mark.parametrize("row", of_planners(), ids=lambda row: row.name)
+def test_one_step_is_a_horizon(row):
+    task = bent(horizon=1)
+    s0, rest = task.initial(KEY), Affine.zeros(task)
+    plan, history = solve(row.solver, rest, task, s0, KEY, STEPS)
+    assert plan.a.shape == (1, 1) and np.all(np.isfinite(history.info.J)) and not history.info.nonfinite.any()
+    assert value(plan, task, s0) > value(rest, task, s0)
 
 
 @every_solver

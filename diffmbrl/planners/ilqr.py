@@ -113,10 +113,11 @@ class ILQR(eqx.Module):
         found = Affine(sweep.K, trial.a, trial.s, policy.low, policy.high)
         plan = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), found, policy)
         adapted = self.damping.after(damping, accepted, trial.tried)
-        # What is not finite says nothing of the damping, nor does a step that fails to gain what J's rounding would hide.
+        # What is not finite says nothing of the damping. A step that fails to gain what J's rounding would hide says nothing
+        # but that its sweep was definite.
         finite = jnp.isfinite(J) & jnp.isfinite(norm)
         hidden = ~accepted & sweep.definite & (-sweep.slope / 2 <= ROUNDING * jnp.finfo(J.dtype).eps * jnp.abs(J))
-        carry = jnp.where(finite & ~hidden, adapted, carry).astype(carry.dtype)
+        carry = jnp.where(finite, jnp.where(hidden, damping, adapted), carry).astype(carry.dtype)
         T = task.horizon
         info = Info(
             J=J,

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task, Trajectory
-from diffmbrl.linearize import Linearization, closed_loop, feedback, flat_states, linearize, matmul
+from diffmbrl.linearize import Linearization, closed_loop, each_step, feedback, flat_states, linearize, matmul
 from diffmbrl.rollout import returns, rollout
 
 
@@ -72,16 +73,17 @@ def hamiltonian(
         s, a = unravel(z[:n]), z[n:]
         return jnp.vdot(costate, ravel_pytree(task.dynamics(s, a, key=key_s))[0]) - w * task.reward(s, a)
 
+    def hessian(z, *given):
+        # As the Jacobians in linearize.py.
+        _, push = jax.linearize(lambda z: jax.grad(value)(z, *given), z)
+        return jax.vmap(push)(np.eye(z.size, dtype=z.dtype))
+
     # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
     z = jnp.concatenate([x, trajectory.a], axis=1)
     z = z if task.done is None else jnp.where(alive[:, None], z, z[0])
     times = jnp.arange(task.horizon)
     with jax.default_matmul_precision("highest"):
-        slopes = jax.vmap(jax.grad(value))
-        _, push = jax.linearize(lambda z: slopes(z, costates, task.weights[:-1], times), z)
-        # One tangent after another: see linearize.py.
-        columns = jax.lax.map(lambda e: push(jnp.broadcast_to(e, z.shape)), jnp.eye(z.shape[1], dtype=z.dtype))
-    H = jnp.moveaxis(columns, 0, -1)
+        H = each_step(hessian, task)(z, costates, task.weights[:-1], times)
     H = (H + jnp.swapaxes(H, 1, 2)) / 2
     return H if task.done is None else jnp.where(alive[:, None, None], H, jnp.zeros_like(H))
 
