@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffmbrl.buffer import Transition
+from diffmbrl.buffer import Transition, flat
 from diffmbrl.core import Task
 from diffmbrl.models import (
     NetworkDynamics,
@@ -23,7 +23,7 @@ from diffmbrl.models import (
 )
 from diffmbrl.models.normalizer import standard
 from diffmbrl.nets import GRU, LSTM
-from experiments.learned import annealed_adam, single
+from experiments.learned import annealed_adam
 
 
 class Whole(eqx.Module):
@@ -102,7 +102,7 @@ ARMS = {
 
 def fitted(arm: Arm, task: Task, windows: Transition, key: Any, *, units: int, epochs: int) -> Any:
     """A model of the form, trained on windows [episodes, length] of transitions, or on each of them alone."""
-    rows = windows if arm.remembers else single(windows)
+    rows = windows if arm.remembers else flat(windows)
     count = rows.a.shape[0]
     batch = max(1, 256 // windows.a.shape[1]) if arm.remembers else 256
     steps = -(-round(0.9 * count) // batch) * epochs
