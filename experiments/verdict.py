@@ -50,10 +50,11 @@ ROWS = {
     "1.5: MPC": Row("mpc"),
     "2.0: Adam, continued": Row("bptt", lambda iterations: {"continued": 30 * iterations}),
     "2.0: Newton": Row("second-order", lambda iterations: {"continued": 0}),
-    "MBPO": Row("mbpo"),
+    "MBPO": Row("mbpo", lambda iterations: {"updates": 1000}),
     "PPO in the model": Row("model-ppo"),
     "SAC": Row("sac", more=5),
     "PPO": Row("ppo", more=25),
+    "MBPO, long branches": Row("mbpo", lambda iterations: {"length": 200}),
 }
 EVERY = 200  # real steps of an iteration of the agents that this file sets up
 
@@ -168,7 +169,7 @@ def _sentence(name: str, found: Any) -> str:
     return f"{name}, median last return, seeds within a tenth of the best: {'; '.join(words)}."
 
 
-SHORT = {"2.0: ": "", "short horizon": "short windows", "continued": "cont.", "in the": "in"}
+SHORT = {"2.0: ": "", "long branches": "long", "short horizon": "short windows", "continued": "cont.", "in the": "in"}
 
 
 def _short(row: str) -> str:

@@ -117,6 +117,14 @@ def test_the_schedule():
     assert found == [1, 1, 8, 15, 15]
 
 
+def test_branches_are_long_where_a_fall_ends_them_and_short_where_nothing_does():
+    lengths = {task.name: make("mbpo", task).length for task in (TASK, tasks.cartpole_balance())}
+    assert {name: int(length(jnp.asarray(0))) for name, length in lengths.items()} == {
+        "cartpole-continuous": 200,
+        "cartpole-balance": 20,
+    }
+
+
 class Explodes(eqx.Module):
     """A model whose every prediction is infinite."""
 
@@ -152,6 +160,7 @@ def test_a_model_that_explodes_is_counted_and_the_learner_learns_from_real_rows(
         (lambda: Replayed(updates=10, rounds=3), r"updates \(10\) must be a multiple of rounds \(3\)"),
         (lambda: Replayed(batch=0), "batch must be a whole number of at least 1, got 0"),
         (lambda: Streamed(steps=0), "steps must be a whole number of at least 1, got 0"),
+        (lambda: make("mbpo", TASK, {"length": -3}), "length must be at least 1 step of the model, got -3"),
         (lambda: World(members=3, elites=4), "elites must be at most the number of members, 3; got 4"),
     ],
 )
