@@ -1,6 +1,6 @@
 """Transitions of a system, and the replay buffer that keeps the latest of them: a pytree of fixed size."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -123,6 +123,11 @@ class Buffer(eqx.Module):
     def _row(self, age: Int[Array, "..."]) -> Int[Array, "..."]:
         """Where the row of an age is, 0 the oldest."""
         return (self.added - self.size + age) % self.capacity
+
+
+def flat(rows: Any) -> Any:
+    """Rows [N, k, ...] of N environments, or branches, as [N k, ...]: all of the first, then all of the second."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
 
 def _poisoned(rows: Transition, ok: Bool[Array, ""]) -> Transition:

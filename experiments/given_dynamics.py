@@ -14,7 +14,6 @@ median over starts) of the policy that L-BFGS, its discounts raised to 1, makes 
 that it makes by backpropagation through the true system.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,32 +21,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl.buffer import Transition
 from diffmbrl.core import Task
 from diffmbrl.gradients import BPTT
 from diffmbrl.methods import METHODS, solver
-from diffmbrl.models import (
-    NetworkDynamics,
-    Normalizer,
-    RecurrentDynamics,
-    SimplexMLP,
-    Training,
-    bounded_spectrum,
-    remembering,
-    train,
-)
+from diffmbrl.models import remembering
 from diffmbrl.models.evaluate import jacobian_error, jacobians, step_errors
-from diffmbrl.models.normalizer import standard
-from diffmbrl.nets import GRU, LSTM
 from diffmbrl.policies import Neural
 from diffmbrl.rollout import values
 from diffmbrl.runs.figures import INK, MUTED, Style, style_of
 from diffmbrl.solve import solve
 from diffmbrl.tasks import make
-from experiments.learned import annealed_adam, random_windows, single
+from experiments.learned import random_windows
+from experiments.model_forms import ARMS, fitted
 from experiments.record import array
 from experiments.sheet import heading, log_limits, sheet, title
 
@@ -76,78 +64,6 @@ class Size(NamedTuple):
     updates: int
 
 
-class Whole(eqx.Module):
-    """The features, and the state itself: who is to say where an angle is must know how often it has turned."""
-
-    features: Callable
-
-    def __call__(self, s):
-        return jnp.concatenate([self.features(s), s])
-
-
-class Absolute(eqx.Module):
-    """A normaliser whose target is the next state, at mean 0 and deviation 1, instead of the change."""
-
-    inner: Normalizer
-    mean: jax.Array
-    std: jax.Array
-
-    @classmethod
-    def init(cls, task: Task) -> "Absolute":
-        seen = eqx.tree_at(lambda t: t.features, task, Whole(task.features))
-        return cls(Normalizer.init(seen), jnp.zeros(task.n), jnp.ones(task.n))
-
-    @property
-    def size(self):
-        return self.inner.size
-
-    def inputs(self, s, a):
-        return self.inner.inputs(s, a)
-
-    def target(self, s, s_next):
-        return (s_next - self.mean) / self.std
-
-    def step(self, s, y):
-        return self.mean + self.std * y
-
-    def average(self, x):
-        return jnp.mean(x)
-
-    def fitted(self, rows, data):
-        return Absolute(self.inner.fitted(rows, data), *standard(rows.s_next, data))
-
-
-class Arm(NamedTuple):
-    """A form of model: how it is drawn, whether it sees windows, and the largest norm of its matrices, if it has one."""
-
-    draw: Callable
-    bound: float | None = None
-    remembers: bool = False
-
-
-def _network(task: Task, key: Any, units: int, **options: Any) -> NetworkDynamics:
-    options |= {"hidden": (units, units), "activation": jnp.tanh, "output_scale": 1.0}
-    return NetworkDynamics.init(task, key=key, **options)
-
-
-def _plain(task: Task, key: Any, units: int) -> NetworkDynamics:
-    return _network(task, key, units, normalizer=Absolute.init(task))
-
-
-def _recurrent(task: Task, key: Any, units: int, *, draw: Callable) -> RecurrentDynamics:
-    # As many weights as two layers of `units`, roughly: a GRU has 3 of h x h, an LSTM 4.
-    return RecurrentDynamics.init(task, key=key, hidden=units // 2, draw=draw)
-
-
-ARMS = {
-    "plain": Arm(_plain),
-    "plain, bounded": Arm(_plain, bound=1.0),
-    "residual": Arm(_network),
-    "residual, bounded": Arm(_network, bound=1.0),
-    "residual, simplex": Arm(partial(_network, draw=SimplexMLP.init)),
-    "GRU": Arm(partial(_recurrent, draw=GRU.init), remembers=True),
-    "LSTM": Arm(partial(_recurrent, draw=LSTM.init), remembers=True),
-}
 FULL = Size(("pendulum-swingup", "cartpole-balance"), tuple(ARMS), 50, 3, 100, 50, 32, 150, 8, 128, (8, 8), 150)
 QUICK = FULL._replace(
     tasks=FULL.tasks[:1],
@@ -189,8 +105,8 @@ def _arm(name: str, arm: str, seed: int, size: Size) -> dict[str, Any]:
         policy = _improved(policies[0], task, task, s0, size.updates)
         before = _typical(policies[0], task, test_starts)
         return {"return": _typical(policy, task, test_starts), "return before": before}
-    fitted, test = (random_windows(task, k, episodes=size.episodes, length=size.window) for k in keys[3:5])
-    f = _fitted(ARMS[arm], task, fitted, keys[5], size)
+    seen, test = (random_windows(task, k, episodes=size.episodes, length=size.window) for k in keys[3:5])
+    f = fitted(ARMS[arm], task, seen, keys[5], units=size.units, epochs=size.epochs)
     model = remembering(task, f) if ARMS[arm].remembers else eqx.tree_at(lambda t: t.dynamics, task, f)
     start = jax.vmap(f.start)(s0) if ARMS[arm].remembers else s0
     found = _judged(f, task.dynamics, test, size.window // 2)
@@ -204,27 +120,6 @@ def _arm(name: str, arm: str, seed: int, size: Size) -> dict[str, Any]:
         "return": _typical(policy, task, test_starts),
         "return in the model": _typical(_seeing(policy, model), model, start),
     }
-
-
-def _fitted(arm: Arm, task: Task, windows: Transition, key: Any, size: Size) -> Any:
-    rows = windows if arm.remembers else single(windows)
-    count = rows.a.shape[0]
-    batch = max(1, 256 // size.window) if arm.remembers else 256
-    steps = -(-round(0.9 * count) // batch) * size.epochs
-    limits: dict[str, Any] = {"epochs": size.epochs, "patience": size.epochs, "batch": batch, "bootstrap": False}
-    if arm.bound is None:
-        training = Training(annealed_adam, rate=5e-3, steps=steps, **limits)
-    else:
-        training = Training(_bounded, rate=5e-3, steps=steps, bound=arm.bound, **limits)
-    key_net, key = jax.random.split(key)
-    f = jax.tree.map(lambda x: x[None], arm.draw(task, key_net, size.units))
-    trained, curves = train(f, rows, count, key, training)
-    assert not np.any(curves.rejected)
-    return jax.tree.map(lambda x: x[0], trained)
-
-
-def _bounded(rate: Any, steps: int, bound: Any) -> optax.GradientTransformation:
-    return bounded_spectrum(annealed_adam, rate=rate, steps=steps, bound=bound)
 
 
 @partial(jax.jit, static_argnames="steps")

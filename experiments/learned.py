@@ -35,11 +35,6 @@ def random_windows(task: Task, key: Any, *, episodes: int, length: int) -> Trans
     return Transition(s, a, r, s_next, no, no)
 
 
-def single(windows: Transition) -> Transition:
-    """The steps of all windows, one a row."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), windows)
-
-
 def annealed_adam(rate: Any, steps: int) -> optax.GradientTransformation:
     """Adam, its rate falling to 0 along a cosine over so many updates."""
     return optax.adam(optax.cosine_decay_schedule(rate, steps))

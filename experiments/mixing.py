@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from diffmbrl.buffer import flat
 from diffmbrl.core import Box, Task, reweighted
 from diffmbrl.gradients import (
     BPTT,
@@ -39,7 +40,7 @@ from diffmbrl.models import GaussianDynamics, Training, train
 from diffmbrl.policies import Neural
 from diffmbrl.runs.figures import log_axis, name_ends, style_of
 from diffmbrl.tasks import make
-from experiments.learned import annealed_adam, random_windows, single
+from experiments.learned import annealed_adam, random_windows
 from experiments.record import array
 from experiments.sheet import band, heading, log_limits, sheet, title
 
@@ -111,7 +112,7 @@ class Map(eqx.Module):
 def _learned() -> GaussianDynamics:
     """A model of the balanced cart-pole."""
     task = make("cartpole-balance")
-    rows = single(random_windows(task, jax.random.key(10), episodes=100, length=50))
+    rows = flat(random_windows(task, jax.random.key(10), episodes=100, length=50))
     f = GaussianDynamics.init(task, hidden=(32, 32), key=jax.random.key(11))
     updates = {"rule": annealed_adam, "rate": 5e-3, "steps": 1800, "epochs": 100, "patience": 100}
     trained, _ = train(

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from diffmbrl import tasks
-from diffmbrl.agents import MBPO, SAC, Growing, Replayed, Streamed, World, imagine, learn
+from diffmbrl.agents import MBPO, PPO, SAC, Growing, OffPolicy, OnPolicy, Replayed, Streamed, World, imagine, learn
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.registry import make
-from diffmbrl.buffer import Buffer, Transition
+from diffmbrl.buffer import Buffer, Transition, flat
 from diffmbrl.models import NetworkDynamics, Training
 from diffmbrl.tasks.cartpole import CartPole
 
@@ -101,7 +101,7 @@ def test_an_empty_buffer_is_an_error_and_one_smaller_than_a_batch_is_not():
 
 def test_rows_are_real_with_the_probability_given():
     buffer = filled(TASK, r=7.0)
-    rows, keep = (jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x) for x in imagined(carts(1.0)))
+    rows, keep = flat(imagined(carts(1.0)))
     for share in (0.0, 0.3, 1.0):
         real = np.asarray(Replayed(batch=5000, real=share).mixed(rows, keep, buffer, KEY).r) == 7
         assert abs(real.mean() - share) < (0.03 if 0 < share < 1 else 1e-9)
@@ -115,6 +115,14 @@ def test_the_schedule():
     length = Growing(low=1.0, high=15.0, begin=20.0, end=100.0)
     found = [int(length(jnp.asarray(k))) for k in (0, 20, 60, 100, 10_000)]
     assert found == [1, 1, 8, 15, 15]
+
+
+def test_branches_are_long_where_a_fall_ends_them_and_short_where_nothing_does():
+    lengths = {task.name: make("mbpo", task).length for task in (TASK, tasks.cartpole_balance())}
+    assert {name: int(length(jnp.asarray(0))) for name, length in lengths.items()} == {
+        "cartpole-continuous": 200,
+        "cartpole-balance": 20,
+    }
 
 
 class Explodes(eqx.Module):
@@ -152,12 +160,29 @@ def test_a_model_that_explodes_is_counted_and_the_learner_learns_from_real_rows(
         (lambda: Replayed(updates=10, rounds=3), r"updates \(10\) must be a multiple of rounds \(3\)"),
         (lambda: Replayed(batch=0), "batch must be a whole number of at least 1, got 0"),
         (lambda: Streamed(steps=0), "steps must be a whole number of at least 1, got 0"),
+        (lambda: make("mbpo", TASK, {"length": -3}), "length must be at least 1 step of the model, got -3"),
         (lambda: World(members=3, elites=4), "elites must be at most the number of members, 3; got 4"),
     ],
 )
 def test_sizes(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+@pytest.mark.parametrize(
+    "agent, words",
+    [
+        (MBPO(SAC(hidden=(8,)), practice=Streamed()), r"SAC learns from transitions \[N\], not from streams"),
+        (MBPO(PPO(hidden=(8,)), practice=Replayed()), r"PPO learns from its own streams .* \[N, h\], not .* \[256\]"),
+        (OffPolicy(PPO(hidden=(8,))), r"PPO learns from its own streams .* \[N, h\], not .* \[256\]"),
+        (OnPolicy(SAC(hidden=(8,))), r"SAC learns from transitions \[N\], not from streams of steps \[4, 16\]"),
+    ],
+)
+def test_a_learner_is_told_which_practice_is_its_own(agent, words):
+    buffer = filled(TASK)
+    fresh = jax.tree.map(lambda x: jnp.broadcast_to(x[:16], (4, *x[:16].shape)), buffer.rows)
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda: agent.update(agent.init(TASK, KEY), TASK, buffer, fresh, KEY))
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_scores_conclusion_and_figure_follow_the_numbers() -> None:
     np.testing.assert_allclose(scored["2.0: Adam"][:, 0], [0, 1 / 8])
     said = verdict.conclude({"t": found})
     assert "hybrid -2 (3 of 3 seeds, 90% after 20 steps and 2 s)" in said
-    assert "2.0: Adam -9 (0 of 3 seeds)" in said and "PPO nan (0 of 3 seeds)" in said
+    assert "2.0: Adam -9 (0 of 3 seeds)" in said and "PPO -inf (0 of 3 seeds, not finite on 3)" in said
     assert "Not measured: " in said and "MBPO" in said
     assert len(verdict.paint({"t": found}).axes) == 2
     # Until random actions are measured there is no scale, and nothing is said.

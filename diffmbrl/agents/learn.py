@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from diffmbrl.agents.collect import Acting, Axes, Collected, Real, System
 from diffmbrl.agents.nonfinite import spoilt, steps_named, update_named
-from diffmbrl.buffer import Buffer, Transition
+from diffmbrl.buffer import Buffer, Transition, flat
 from diffmbrl.core import Task
 from diffmbrl.devices import agreed, along, local
 from diffmbrl.looks import Looks, Unwatched
@@ -259,12 +259,8 @@ def _updated(
 def _added(buffers: Buffer, fresh: Collected) -> Buffer:
     """Each seed's buffer with the steps of one environment after another."""
 
-    def flat(x):
-        return x.reshape(-1, *x.shape[2:])
-
     def one(buffer, fresh):
-        steps, episode, t, keep = (jax.tree.map(flat, x) for x in fresh[:4])
-        return buffer.add(steps, episode, t, keep)
+        return buffer.add(*flat(fresh[:4]))
 
     return jax.vmap(one)(buffers, fresh)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.explored import ExploredMPC
 from diffmbrl.agents.world import World
-from diffmbrl.buffer import Buffer, Transition
+from diffmbrl.buffer import Buffer, Transition, flat
 from diffmbrl.core import Task, as_float, is_concrete
 from diffmbrl.models import EndModel, Ensemble, Mean, NetworkDynamics, Training, TSInfinity
 from diffmbrl.models.ensemble import Propagation
@@ -150,7 +150,7 @@ class MPCAgent(eqx.Module):
         def chosen(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda x, y: jnp.where(wanted, x, y), new, old)
 
-        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), fresh)
+        rows = flat(fresh)
         kept = jnp.mean(jax.vmap(lambda f: jax.vmap(f.row_loss)(rows))(carry.elites))
         said |= {"model_error": jnp.where(wanted, said["model_error"], kept)}
         found = MPCCarry(chosen(members, carry.members), chosen(elites, carry.elites), carry.updates + 1)

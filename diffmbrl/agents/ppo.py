@@ -58,7 +58,7 @@ class PPO(eqx.Module):
 
     Shapes: steps `[N, h]`, which need not begin or end with episodes. A row that is not finite, or that starts past the end of
     an episode, does not count. Cost: per epoch a gradient of both networks at N h rows.
-    Raises: `ValueError` if there are fewer rows than mini-batches.
+    Raises: `ValueError` if there are fewer rows than mini-batches, or for transitions that make no streams.
     Reference: Schulman et al. 2017, Proximal policy optimization algorithms, equations 7 and 11; Williams 1992.
 
     >>> from diffmbrl import tasks
@@ -109,6 +109,11 @@ class PPO(eqx.Module):
         self, state: PPOState, task: Task, steps: Transition, key: PRNGKeyArray
     ) -> tuple[PPOState, dict[str, Array]]:
         """Fit the critic to the returns, and improve the actor on their advantages."""
+        if steps.r.ndim != 2:
+            raise ValueError(
+                f"PPO learns from its own streams of steps [N, h], not from transitions {list(steps.r.shape)}: let it practise "
+                "with Streamed() in a model and with OnPolicy on the real system; Replayed() and OffPolicy are for SAC"
+            )
         key_critic, key_actor = jax.random.split(key)
         x, x_next = (_features(task, s) for s in (steps.s, steps.s_next))
         keep = _counts(task, steps)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.imagine import imagine
 from diffmbrl.agents.model_free import at_least_one
-from diffmbrl.buffer import Buffer, Transition
+from diffmbrl.buffer import Buffer, Transition, flat
 from diffmbrl.core import Task, parameter
 
 
@@ -50,7 +50,7 @@ class Replayed(eqx.Module):
             key_branches, key_updates = jax.random.split(key)
             policy = learner.policy(state, task)
             sizes = {"branches": self.branches, "steps": self.steps, "length": length}
-            rows, keep = jax.tree.map(_flat, imagine(policy, task, members, buffer, key_branches, **sizes))
+            rows, keep = flat(imagine(policy, task, members, buffer, key_branches, **sizes))
 
             def step(state, key):
                 key_mix, key_update = jax.random.split(key)
@@ -112,7 +112,3 @@ def _said(scanned: tuple[Any, tuple[dict[str, Array], Array]]) -> tuple[Any, dic
     """The last state, the last losses and all rows that were not finite."""
     state, (losses, rejected) = scanned
     return state, {name: x[-1] for name, x in losses.items()} | {"imagined_rejected": jnp.sum(rejected)}
-
-
-def _flat(x: Array) -> Array:
-    return x.reshape(-1, *x.shape[2:])

@@ -35,9 +35,11 @@ def _random(task: Task, *, warmup: int = 100, every: int = 100) -> Idle:
 
 
 def _mbpo(
-    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 3000, rounds: int = 5, length: int = 200,
+    task: Task, *, warmup: int = 200, every: int = 50, updates: int = 3000, rounds: int = 5, length: int = 0,
     discount: float = 0.99, rate: float = 3e-4, real: float = 0.05, units: int = 64,
 ) -> MBPO:  # fmt: skip
+    # Whole episodes where a fall ends them; where nothing does, a branch that runs away is all that the critics see.
+    length = length or (20 if task.done is None else 200)
     learner = SAC(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), follow=as_float(0.01))
     practice = Replayed(as_float(real), updates=updates, rounds=rounds, batch=128, branches=60, steps=200)
     return MBPO(learner, _small_world(units), branches_of(length), practice, warmup=warmup, every=every)
@@ -96,7 +98,11 @@ AGENTS: dict[str, Row] = {
     "second-order": Row(second_order, "2.0 with Krylov-Newton, its discount rising", 2000),
     "short-horizon": Row(short_horizon, "2.0 with short windows and a critic", 2000),
     "hybrid": Row(hybrid, "a policy that proposes, CEM that improves, a critic at the end of its plans", 2000, 4),
-    "mbpo": Row(_mbpo, "SAC on branches of an ensemble, which start at real states", 1000),
+    "mbpo": Row(
+        _mbpo,
+        "SAC on branches of an ensemble from real states (length 0: 200 steps, or 20 without an end)",
+        1000,
+    ),
     "model-ppo": Row(_model_ppo, "PPO on branches of an ensemble", 1000),
     "model-reinforce": Row(_model_reinforce, "the policy gradient on branches of an ensemble", 1000, default=False),
     "sac": Row(_sac, "soft actor-critic on the real system alone", 10_000),

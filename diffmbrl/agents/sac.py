@@ -88,7 +88,12 @@ class SAC(eqx.Module):
     def update(
         self, state: SACState, task: Task, batch: Transition, key: PRNGKeyArray
     ) -> tuple[SACState, dict[str, Array]]:
-        """One step of Adam on all three losses, and one of the targets."""
+        """One step of Adam on all three losses, and one of the targets. Raises: `ValueError` for what are streams of steps."""
+        if batch.r.ndim != 1:
+            raise ValueError(
+                f"SAC learns from transitions [N], not from streams of steps {list(batch.r.shape)}: let it practise with "
+                "Replayed() in a model and with OffPolicy on the real system; Streamed() and OnPolicy are for PPO"
+            )
         (_, said), gradient = jax.value_and_grad(self.loss, has_aux=True)(
             (state.actor, state.critics, state.log_alpha), state.targets, task, batch, key
         )

@@ -135,14 +135,16 @@ def _foresight(courses: list[Course], looks: dict[str, Style], scene: dict[str, 
                 (error[:, going].min(axis=0), error[:, going].max(axis=0)),
             )
             bands.append(Band(looks[course.method], k[going], middle, *ends))
-            spreads.append((looks[course.method], k[going], np.median(spread[:, going], axis=0)))
+            if np.any(spread > 0):  # a model without noise, planned on at its mean, has none
+                spreads.append((looks[course.method], k[going], np.median(spread[:, going], axis=0)))
         _positive(axis, [*(y for band in bands for y in (band.low, band.high)), *(y for *_, y in spreads)])
         for style, k, y in spreads:
             axis.plot(k, _shown(np.where(y > 0, y, np.nan)), color=style.colour, linewidth=1.1, linestyle="--")
         lines = [_band(axis, band) for band in bands]
         axis.set_xlabel("steps ahead")
         axis.set_ylabel("error, in standard deviations of the states")
-        figures.key(axis, [("error", {"linewidth": 2.0}), ("spread of the particles", {"linestyle": "--"})])
+        if spreads:
+            figures.key(axis, [("error", {"linewidth": 2.0}), ("spread of the particles", {"linestyle": "--"})])
         figures.name_ends(axis, lines)
 
     caption = (

@@ -49,12 +49,13 @@ def sentences(rows: list[Row]) -> list[str]:
     if not ranked:
         return ["No return was measured: no episode has ended."]
     first, *others = ranked
+    seeds = words.few(min(row.course.seeds for row in ranked))
     after = f"after {words.count(first.steps)} real steps"
     if not others:
         lead = f"{first.course.label} ends with a return of {words.estimate(first.final)} {after}"
         came = first.course.means[0]
         lead += f"; it began with {words.number(float(came))}." if len(first.course.means) > 1 else "."
-        return [lead, *_steps(ranked), *_models(ranked), *_seeds(ranked)]
+        return [lead, *_steps(ranked), *_models(ranked), *seeds]
     lead = f"{first.course.label} has the highest return, {words.estimate(first.final)} {after}."
     level = [row.course.label for row in others if row.final.high >= first.final.low]
     if level:
@@ -62,7 +63,7 @@ def sentences(rows: list[Row]) -> list[str]:
         lead += f" The {overlap.format(words.join(level))} it: these seeds do not separate them."
     else:
         lead += f" Next is {others[0].course.label} with {words.estimate(others[0].final)}."
-    return [lead, *_steps(ranked), *_models(ranked), *_seeds(ranked)]
+    return [lead, *_steps(ranked), *_models(ranked), *seeds]
 
 
 def _steps(ranked: list[Row]) -> list[str]:
@@ -98,15 +99,6 @@ def _models(ranked: list[Row]) -> list[str]:
                 f"{', '.join(said)} {'step' if ahead == [0] else 'steps'}."
             )
     return out
-
-
-def _seeds(ranked: list[Row]) -> list[str]:
-    seeds = min(row.course.seeds for row in ranked)
-    if seeds == 1:
-        return ["One seed: no interval, and no claim beyond this seed."]
-    return (
-        [f"With {seeds} seeds an interval is the range that was seen, and covers less than 95%."] if seeds < 5 else []
-    )
 
 
 def _cautions(rows: list[Row], provenance: Record) -> list[str]:

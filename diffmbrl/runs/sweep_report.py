@@ -101,10 +101,7 @@ def sentences(config: Record, rows: list[Row]) -> list[str]:
         out.append(best)
         edges = _edges(first, [first, *others])
         out += [f"Its {name} is the {side} that was tried: a wider sweep may do better." for name, side in edges]
-    seeds = min(len(row.earned) for row in measured)
-    if 1 < seeds < 5:
-        out.append(f"With {seeds} seeds an interval is the range that was seen, and covers less than 95%.")
-    return out + (["One seed: no interval, and no claim beyond this seed."] if seeds == 1 else [])
+    return out + words.few(min(len(row.earned) for row in measured))
 
 
 def _told(row: Row) -> str:

@@ -14,7 +14,7 @@ def sentences(summary: Summary) -> list[str]:
     if not policies:
         return ["No policy was evaluated, so there is nothing to compare.", *_planners(summary, policies)]
     parts = [_best(policies), *_fastest(summary, policies), *_planners(summary, policies)]
-    return parts + _overfitting(policies) + _seeds(policies)
+    return parts + _overfitting(policies) + words.few(min(row.arm.seeds for row in policies))
 
 
 def leader(summary: Summary) -> Row | None:
@@ -116,12 +116,3 @@ def _overfitting(policies: list[Row]) -> list[str]:
                 f"held-out ones ({words.number(row.visited.value)} where its training return was best)."
             )
     return out
-
-
-def _seeds(policies: list[Row]) -> list[str]:
-    seeds = min(row.arm.seeds for row in policies)
-    if seeds == 1:
-        return ["One seed: no interval, and no claim about methods beyond this seed."]
-    if seeds < 5:
-        return [f"With {seeds} seeds an interval is the range that was seen, and covers less than 95%."]
-    return []

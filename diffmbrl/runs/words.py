@@ -68,6 +68,19 @@ def seconds(x: float | int | None) -> str:
     return f"{x:.{2 if x < 10 else 1 if x < 100 else 0}f} s"
 
 
+def few(seeds: int) -> list[str]:
+    """What to bear in mind with fewer than five seeds, in a sentence; nothing with more.
+
+    >>> few(1), few(5)
+    (['One seed: no interval, and no claim beyond this seed.'], [])
+    """
+    if seeds == 1:
+        return ["One seed: no interval, and no claim beyond this seed."]
+    return (
+        [f"With {seeds} seeds an interval is the range that was seen, and covers less than 95%."] if seeds < 5 else []
+    )
+
+
 def share(x: float | int | None) -> str:
     """A share as a percentage."""
     return NONE if x is None or not math.isfinite(x) else f"{100 * x:.0f}%"
