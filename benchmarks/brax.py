@@ -21,19 +21,19 @@ from diffmbrl.diagnostics.spectrum import in_double
 
 COSTS = [
     ("brax-inverted-pendulum", "generalized"),
-    ("brax-inverted-pendulum", "spring"),
     ("brax-reacher", "generalized"),
     ("brax-inverted-double-pendulum", "generalized"),
     ("brax-swimmer", "generalized"),
     ("brax-halfcheetah", "generalized"),
+    ("brax-hopper", "generalized"),
+    ("brax-walker2d", "generalized"),
+    ("brax-ant", "generalized"),
+    ("brax-inverted-pendulum", "spring"),
     ("brax-inverted-pendulum", "positional"),
     ("brax-inverted-pendulum", "mjx"),
     ("brax-reacher", "spring"),
-    ("brax-halfcheetah", "spring"),
-    ("brax-hopper", "generalized"),
     ("brax-hopper", "spring"),
-    ("brax-walker2d", "generalized"),
-    ("brax-ant", "generalized"),
+    ("brax-halfcheetah", "spring"),
     ("brax-ant", "spring"),
 ]
 SAFE = (
