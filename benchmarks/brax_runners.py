@@ -49,7 +49,7 @@ def learn(name: str, *, quick: bool) -> dict[str, list[float]]:
 
     # The carry goes on from chunk to chunk.
     update = jax.jit(lambda policy, carry, task, s0, key: made.update(policy, carry, task, s0, key=key))
-    carry = jax.jit(made.init)(policy, task)
+    carry = jax.jit(lambda policy, task: made.init(policy, task))(policy, task)
     compiled = update.lower(policy, carry, task, starts, jax.random.key(3)).compile()
     returns, seconds, spent = [float(judge(policy, task, held_out))], [0.0], 0.0
     begun = time.perf_counter()
