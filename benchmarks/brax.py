@@ -21,25 +21,26 @@ from diffmbrl.diagnostics.spectrum import in_double
 
 COSTS = [
     ("brax-inverted-pendulum", "generalized"),
-    ("brax-inverted-pendulum", "spring"),
     ("brax-reacher", "generalized"),
     ("brax-inverted-double-pendulum", "generalized"),
     ("brax-swimmer", "generalized"),
     ("brax-halfcheetah", "generalized"),
+    ("brax-hopper", "generalized"),
+    ("brax-walker2d", "generalized"),
+    ("brax-ant", "generalized"),
+    ("brax-inverted-pendulum", "spring"),
     ("brax-inverted-pendulum", "positional"),
     ("brax-inverted-pendulum", "mjx"),
     ("brax-reacher", "spring"),
-    ("brax-halfcheetah", "spring"),
-    ("brax-hopper", "generalized"),
     ("brax-hopper", "spring"),
-    ("brax-walker2d", "generalized"),
-    ("brax-ant", "generalized"),
+    ("brax-halfcheetah", "spring"),
     ("brax-ant", "spring"),
 ]
 SAFE = (
     "brax-inverted-pendulum-shaped",
     "brax-reacher",
     "brax-inverted-double-pendulum",
+    "brax-hopper",
     "brax-swimmer",
     "brax-halfcheetah",
 )
@@ -50,13 +51,13 @@ def run(*, quick: bool) -> None:
     file = path("brax", quick=quick)
     found = json.loads(file.read_text())["result"] if file.exists() else {"costs": {}, "errors": {}}
     horizons = HORIZONS[:2] if quick else HORIZONS
-    for name, backend in COSTS[:2] if quick else COSTS:
-        if f"{name} {backend}" not in found["costs"]:
-            found["costs"][f"{name} {backend}"] = costs(name, backend)
-            save("brax", found, quick=quick)
     for name in SAFE[:1] if quick else SAFE:
         if name not in found["errors"]:
             found["errors"][name] = worst_errors(name, horizons)
+            save("brax", found, quick=quick)
+    for name, backend in COSTS[:2] if quick else COSTS:
+        if f"{name} {backend}" not in found["costs"]:
+            found["costs"][f"{name} {backend}"] = costs(name, backend)
             save("brax", found, quick=quick)
     head = ["", "n", "step: compile [CPU s]", "run [us]", "gradient: compile [CPU s]", "run [us]"]
     print(table(head, [[name, *row.values()] for name, row in found["costs"].items()]))

@@ -142,7 +142,7 @@ def test_tasks(folder, capsys):
     for name, row in TASKS.items():
         [line] = [line for line in lines if line.split()[:1] == [name]]
         task = row.make()
-        assert line.split()[1:4] == [str(task.n), str(task.m), str(task.horizon)]
+        assert line.split()[1:5] == [str(task.n), str(task.m), str(task.horizon), f"{task.dt:g}"]
     assert err == "" and list(folder.iterdir()) == []
 
 

@@ -4,7 +4,8 @@ The state is a vector [n] of the smallest set of floats from which Brax's own st
 Brax carries (mass matrices, contacts, joint frames) is a function of them. Which they are depends on the backend:
 
 * generalized: q, qd. One step from the state made again differs from Brax's by 1e-6 (float32; its inverse of the mass matrix
-  is iterated from the last one, here it starts exact), and by 6e-5 at a halfcheetah's joint rates of 20 rad/s;
+  is iterated from the last one, here it starts exact), and by 6e-5 at a halfcheetah's joint rates of 20 rad/s. Brax's own
+  inverse X can be lost in one fast step (a walker's, |M X - 1| from 4e-12 to .66): its steps then differ from these;
 * mjx: q, qd, and the acceleration at which its solver starts, since one iteration does not forget it;
 * spring, positional: the place, quaternion, angular velocity and velocity of each link's centre of mass. q and qd would not
   do: these engines hold joints by springs and corrections, and what lies between two links is part of the motion. Made again

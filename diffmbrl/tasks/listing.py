@@ -1,5 +1,7 @@
 """The tasks as a table of text."""
 
+import inspect
+
 from diffmbrl.tasks.registry import TASKS
 
 
@@ -8,11 +10,13 @@ def listing() -> str:
     head = ("task", "n", "m", "T", "dt [s]", "smooth", "dr/da", "safe horizon", "")
     rows: list[tuple[str, ...]] = [head]
     for name, row in TASKS.items():
-        task = row.make()
+        horizon = inspect.signature(row.make).parameters["horizon"].default
+        dt = row.make().dt if row.dt is None else row.dt
         what = (row.make.__doc__ or "").strip().splitlines()[0]
         safe = "?" if row.safe_horizon is None else str(row.safe_horizon)
         flags = ["yes" if flag else "no" for flag in (row.smooth, row.differentiable_reward)]
-        rows.append((name, str(task.n), str(task.m), str(task.horizon), f"{task.dt:g}", *flags, safe, what))
+        sizes = (len(row.states), len(row.actions), horizon)
+        rows.append((name, *map(str, sizes), f"{dt:g}", *flags, safe, what))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows

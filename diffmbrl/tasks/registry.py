@@ -52,6 +52,7 @@ class Row(NamedTuple):
     states: tuple[str, ...]  # names and units of the n numbers of a state
     actions: tuple[str, ...]  # and of the m of an action
     draw: Callable[[Task, np.ndarray], list[drawing.Shape]]  # one state as shapes in metres
+    dt: float | None = None  # seconds of a step, where the task takes long to build; None: the task says it
 
 
 ANGLES = ("first [rad]", "second [rad]", "first rate [rad/s]", "second rate [rad/s]")
@@ -143,19 +144,21 @@ TASKS: dict[str, Row] = {
         drawing.math_test,
     ),
     # Brax's, on its generalized backend.
-    "brax-inverted-pendulum": Row(brax_inverted_pendulum, False, False, 0, (32, 32), CART, ("force [300 N]",), bodies),
+    "brax-inverted-pendulum": Row(
+        brax_inverted_pendulum, False, False, 0, (32, 32), CART, ("force [300 N]",), bodies, 0.04
+    ),
     "brax-inverted-pendulum-shaped": Row(
-        brax_inverted_pendulum_shaped, False, True, None, (32, 32), CART, ("force [300 N]",), bodies
+        brax_inverted_pendulum_shaped, False, True, None, (32, 32), CART, ("force [300 N]",), bodies, 0.04
     ),
     "brax-inverted-double-pendulum": Row(
-        brax_inverted_double_pendulum, False, True, None, (32, 32), CART_AND_TWO, ("motor [1]",), bodies
+        brax_inverted_double_pendulum, False, True, None, (32, 32), CART_AND_TWO, ("motor [1]",), bodies, 0.02
     ),
-    "brax-reacher": Row(brax_reacher, False, True, None, (32, 32), ARM, motors(("shoulder", "elbow")), bodies),
-    "brax-swimmer": Row(brax_swimmer, False, True, None, (64, 64), planar(TWO, SWIMS), motors(TWO), bodies),
-    "brax-halfcheetah": Row(brax_halfcheetah, False, True, None, (64, 64), planar(LEGS), motors(LEGS), bodies),
-    "brax-hopper": Row(brax_hopper, False, True, None, (64, 64), planar(LEG), motors(LEG), bodies),
-    "brax-walker2d": Row(brax_walker2d, False, True, None, (64, 64), planar(LEGS), motors(LEGS), bodies),
-    "brax-ant": Row(brax_ant, False, True, None, (64, 64), FREE_AND_EIGHT, motors(EIGHT), bodies),
+    "brax-reacher": Row(brax_reacher, False, True, None, (32, 32), ARM, motors(("shoulder", "elbow")), bodies, 0.02),
+    "brax-swimmer": Row(brax_swimmer, False, True, None, (64, 64), planar(TWO, SWIMS), motors(TWO), bodies, 0.04),
+    "brax-halfcheetah": Row(brax_halfcheetah, False, True, None, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.05),
+    "brax-hopper": Row(brax_hopper, False, True, None, (64, 64), planar(LEG), motors(LEG), bodies, 0.008),
+    "brax-walker2d": Row(brax_walker2d, False, True, None, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.008),
+    "brax-ant": Row(brax_ant, False, True, None, (64, 64), FREE_AND_EIGHT, motors(EIGHT), bodies, 0.05),
 }
 
 
