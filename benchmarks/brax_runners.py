@@ -2,7 +2,8 @@
 
 Windows of 32 steps, 256 environments, episodes of 1000 steps; at most `SECONDS` of updates each, measured every 50 updates:
 Brax's return of 1000 steps from 128 held-out starts, and wall-clock seconds without compiling. Its quick form was run from
-start to end on a CPU (hopper, spring backend, two updates); whole, it has not yet been run. The same from the command line, at its own settings:
+start to end on a CPU (hopper, spring backend, two updates); whole, it has not yet been run. The same from the command line,
+at its own settings:
 
     diffmbrl compare brax-hopper --methods short-horizon --horizon 1000 --starts 256 --seeds 1
     diffmbrl learn brax-ant --agent ppo --real-steps 10000000
