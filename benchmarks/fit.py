@@ -5,8 +5,8 @@ products of an epoch are those of the layers, forward and backward, for every ba
 layouts; those of a rollout are the forward ones, each row through the one member that it is given. A rollout is of 7000 rows
 over 15 steps, noise drawn, members drawn anew for each row and step. On a core with AVX-512 those products run at 92 GFLOP/s,
 near its peak, and bound the rollout at 3 times mbrl-lib's rows. Beside them, of .26 CPU s, activations take .04, the two heads'
-noise .05, drawing the members .04. Blocks of 125 to 1000 rows, either layout and other forms of the same
-activation are within 3% of each other. mbrl-lib (`pip install mbrl torch`) trains and rolls out
+noise .05, drawing the members .04. Blocks of 125 to 1000 rows, either layout and other forms of the same activation are within
+8% of each other. mbrl-lib (`pip install mbrl torch`) trains and rolls out
 networks of the same sizes and activation, with one thread, as its own trainer and `ModelEnv` do; it may be missing.
 """
 
