@@ -28,7 +28,8 @@ class Relay(eqx.Module):
     no good one (a pole that hangs, and gains nothing by a small swing), a method that explores, noise on the actions and a
     critic behind short windows, finds one; it then rests above its bottom, by the noise of its gradients and the errors of its
     critic, where a second-order method on the exact objective does not. `then` starts afresh at the handover, and needs no
-    schedule of discounts: the closed loop is tame already.
+    schedule of discounts: the closed loop is tame already. Updates that were rejected count, too: a search that has come to
+    grief is handed on at its time.
 
     `Info` has what both report: what only one does (a quadratic model, a violation) is left out.
 
