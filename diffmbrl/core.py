@@ -317,6 +317,14 @@ def where(condition: Bool[Array, "..."], x: Any, y: Any) -> Any:
     return jax.tree.map(pick, x, y)
 
 
+def only_if(asked: Bool[Array, ""], turn: Callable[[Any], Any], state: Any) -> Any:
+    """`turn(state)` if it is asked for, else the state: a loop of at most one turn.
+
+    Under `vmap` a `cond` runs both branches, for all lanes; a loop runs if any lane asks.
+    """
+    return jax.lax.while_loop(lambda loop: loop[0], lambda loop: (jnp.array(False), turn(loop[1])), (asked, state))[1]
+
+
 def all_finite(tree: Any) -> Bool[Array, ""]:
     """Whether all numbers of all float leaves are finite."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]

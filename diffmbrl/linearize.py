@@ -23,7 +23,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Trajectory, is_plan
+from diffmbrl.core import State, Task, Trajectory, is_plan, only_if
 
 INLINE = 16  # dimensions up to which tiny matrix products and eliminations are written out as arithmetic
 
@@ -158,15 +158,13 @@ def project(H: Float[Array, "N d d"]) -> Float[Array, "N d d"]:
     easy = is_diagonal | jnp.all(diagonal >= radius, axis=-1)
     result = jnp.where(is_diagonal[..., None, None], clipped, H)
 
-    def eigen(loop):
-        _, result = loop
+    def eigen(result):
         # Of `result`, which is H where it matters: of H itself XLA would hoist it out of the loop and run it always.
         values, vectors = jnp.linalg.eigh(result)
         full = jnp.einsum("...ij,...j,...kj->...ik", vectors, jnp.maximum(values, 0), vectors, precision="highest")
-        return jnp.array(False), jnp.where(easy[..., None, None], result, full)
+        return jnp.where(easy[..., None, None], result, full)
 
-    # A while loop of at most one turn, not `cond`: under `vmap` a `cond` runs both branches, a loop runs if any lane asks.
-    return jax.lax.while_loop(lambda loop: loop[0], eigen, (~jnp.all(easy), result))[1]
+    return only_if(~jnp.all(easy), eigen, result)
 
 
 def adjoint(

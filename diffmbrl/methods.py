@@ -218,7 +218,9 @@ METHODS: dict[str, Method] = {
     ),
     # Noise at a learned price: without, a policy soon holds a hanging pole still, and stays there.
     "short-horizon": Method(
-        lambda rate, steps, task: _short_horizon(rate, steps),
+        lambda rate, steps, task: ShortHorizon(
+            Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), noise=Noise(entropy=Entropy())
+        ),
         1,
         "policy",
         1200,
@@ -231,7 +233,7 @@ METHODS: dict[str, Method] = {
         words="short windows with a critic behind them, noise at a price of entropy",
     ),
     "explored-newton": Method(
-        lambda rate, steps, task: _explored_newton(rate, steps),
+        lambda rate, steps, task: _explored_newton(rate, steps, task),
         2,
         "policy",
         1240,
@@ -370,15 +372,11 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     return Raced(made, updates=max(1, round(row.race * steps))) if row.race else made
 
 
-def _short_horizon(rate: float | None, steps: int) -> ShortHorizon:
-    return ShortHorizon(Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), noise=Noise(entropy=Entropy()))
-
-
-def _explored_newton(rate: float | None, steps: int) -> Relay:
+def _explored_newton(rate: float | None, steps: int, task: Task) -> Relay:
     """The last of the updates, one in 31, in second order: at first without the starts that are lost, then with all."""
     last = max(2, steps // 31)
     searching = max(1, steps - last)
-    search = Raced(_short_horizon(rate, searching), updates=max(1, searching // 2))
+    search = solver(METHODS["short-horizon"], task, rate=rate, steps=searching, continuation="default")
     polish = Continuation(
         KrylovNewton(), discounts=(1.0, 1.0), trusts=(30.0, math.inf), lengths=(last // 2, last - last // 2)
     )

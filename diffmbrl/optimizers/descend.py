@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Gradient, Info, State, Task, all_finite, as_float
+from diffmbrl.core import Gradient, Info, State, Task, all_finite, as_float, only_if
 from diffmbrl.gradients.bptt import BPTT
 from diffmbrl.rollout import expected
 
@@ -158,10 +158,7 @@ class Descend(eqx.Module):
         if stored is None:
             return *evaluate(), jnp.ones((), jnp.int32)
         stale = ~(jnp.isfinite(value) & (fingerprint == carry.fingerprint))
-        # A loop of at most one turn rather than `cond`, which would run both branches under `vmap`.
-        _, value, gradient = jax.lax.while_loop(
-            lambda loop: loop[0], lambda loop: (jnp.array(False), *evaluate()), (stale, value, stored)
-        )
+        value, gradient = only_if(stale, lambda _: evaluate(), (value, stored))
         return value, gradient, stale.astype(jnp.int32)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, count_work
+from diffmbrl.core import Info, Solver, State, Task, count_work, only_if
 from diffmbrl.optimizers.sampled import in_turn
 from diffmbrl.rollout import expected
 
@@ -91,17 +91,9 @@ class Raced(eqx.Module):
         blank = jax.eval_shape(lambda: self._alone(policy, carry, task, s0, key))[2]
         info = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
 
-        # Loops of at most one turn, not `cond`, of which `vmap` over seeds would run both branches.
-        def one(branch, asked, state):
-            def body(state):
-                _, (policy, carry, _) = state
-                return jnp.array(False), branch(policy, carry, task, s0, key)
-
-            return jax.lax.while_loop(lambda state: state[0], body, (asked, state))[1]
-
         racing = carry.updates < self.updates
-        state = one(self._race, racing, (policy, carry, info))
-        return one(self._alone, ~racing, state)
+        state = only_if(racing, lambda state: self._race(state[0], state[1], task, s0, key), (policy, carry, info))
+        return only_if(~racing, lambda state: self._alone(state[0], state[1], task, s0, key), state)
 
     def _alone(self, policy: Any, carry: RacedCarry, task: Task, s0: State, key: PRNGKeyArray | None):
         inner = jax.tree.map(lambda x: x[0], carry.carries)

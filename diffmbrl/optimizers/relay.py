@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task
+from diffmbrl.core import Info, Solver, State, Task, only_if
 
 
 class RelayCarry(NamedTuple):
@@ -88,16 +88,14 @@ class Relay(eqx.Module):
 
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), known(forms[0]))
 
-        # Loops of at most one turn, not `cond`, of which `vmap` over seeds would run both branches.
-        def one(turn, asked, state):
-            def body(state):
-                _, (policy, carry, _) = state
-                policy, carry, info = turn(policy, carry)
-                return jnp.array(False), (policy, carry, known(info))
+        def reported(turn):
+            def one(state):
+                policy, carry, info = turn(*state[:2])
+                return policy, carry, known(info)
 
-            return jax.lax.while_loop(lambda state: state[0], body, (asked, state))[1]
+            return one
 
         leading = carry.updates < self.updates
-        state = one(lead, leading, (policy, carry, blank))
-        policy, carry, info = one(follow, ~leading, state)
+        state = only_if(leading, reported(lead), (policy, carry, blank))
+        policy, carry, info = only_if(~leading, reported(follow), state)
         return policy, carry._replace(updates=carry.updates + 1), info

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from diffmbrl.core import only_if
+
 Square = Float[Array, "_ _"]
 Sides = tuple[Square | None, ...]  # one matrix for each axis of a leaf; None for an axis that is not rotated
 
@@ -116,18 +118,17 @@ def _refresh(
     """Eigenvectors of the factors before the first step; after it, when their turn has come, one power iteration nearer."""
 
     def if_due(due: Array, bases: tuple[Sides, ...], better: Callable[[Square, Square], Square]) -> tuple[Sides, ...]:
-        def turn(loop):
-            flat, structure = jax.tree.flatten(loop[1])
+        def turn(bases):
+            flat, structure = jax.tree.flatten(bases)
             out, last = [], jnp.zeros(())
             for Q, F in zip(flat, jax.tree.leaves(factors), strict=True):
                 # 0 times the last result makes one wait for another: two batched decompositions at once can each hold the
                 # threads that the other needs, on a CPU, for ever.
                 out.append(better(Q, F + 0 * last.astype(F.dtype)))
                 last = out[-1][0, 0]
-            return jnp.array(False), jax.tree.unflatten(structure, out)
+            return jax.tree.unflatten(structure, out)
 
-        # A loop of at most one turn, not `cond`: under `vmap` a `cond` runs both branches.
-        return jax.lax.while_loop(lambda loop: loop[0], turn, (due, bases))[1]
+        return only_if(due, turn, bases)
 
     bases = if_due(updates == 0, bases, lambda Q, F: jnp.linalg.eigh(F)[1])
     later = (updates > 0) & (updates % every == 0)
