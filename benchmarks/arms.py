@@ -38,14 +38,18 @@ def task_of(case: Case) -> d.Task:
 
 
 class Ledger:
-    """The seeds that were run, in a results file: what an interrupted benchmark has done it does not do again."""
+    """The seeds that were run, in a results file: what an interrupted benchmark has done it does not do again.
+
+    Several processes may fill one file, each with other cases.
+    """
 
     def __init__(self, name: str, *, quick: bool):
         self.name, self.quick = name, quick
-        file = path(name, quick=quick)
-        self.seeds: list[dict[str, Any]] = (
-            [] if quick or not file.exists() else json.loads(file.read_text())["result"]["seeds"]
-        )
+        self.seeds: list[dict[str, Any]] = [] if quick else self._kept()
+
+    def _kept(self) -> list[dict[str, Any]]:
+        file = path(self.name, quick=self.quick)
+        return json.loads(file.read_text())["result"]["seeds"] if file.exists() else []
 
     def of(self, case: Case) -> list[dict[str, Any]]:
         """The seeds of one case."""
@@ -55,7 +59,9 @@ class Ledger:
     def run(self, case: Case, *, first: int = 0) -> None:
         """Run five seeds and save, unless they are there."""
         if not any(run["seed"] == first for run in self.of(case)):
-            self.seeds += _run(case, first, self.quick)
+            found = _run(case, first, self.quick)
+            # Read again: another process may have added to the file meanwhile, with other cases.
+            self.seeds = (self.seeds if self.quick else self._kept()) + found
             save(self.name, {"columns": HEAD, "rows": self.rows(), "seeds": self.seeds}, quick=self.quick)
 
     def tuned(self, case: Case) -> Case:
