@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import Solver, State, Task, Trajectory, where
 from diffmbrl.kkt import solve_with_gaps
-from diffmbrl.linearize import Linearization, flat_states, linearize
+from diffmbrl.linearize import Linearization, flat_states, linearize, matvec
 from diffmbrl.parallel_riccati import choose
 from diffmbrl.planners.models import hamiltonian
 from diffmbrl.policies import Affine, first_plan
@@ -152,6 +153,8 @@ class _Point(NamedTuple):
     trajectory: Trajectory
     costates: Float[Array, "T n"]  # of s_1 .. s_T
     lin: Linearization  # exact Hessians; held actions cut out
+    B: Float[Array, "T n m"]  # with those, and the columns of the Hessians that belong to actions
+    across: Float[Array, "T n+m m"]
     sweep: Any
     at_low: Bool[Array, "T m"]
     at_high: Bool[Array, "T m"]
@@ -173,8 +176,9 @@ def _derivative(primals: Any, tangents: Any) -> Any:
     a_dot = jnp.where(point.at_low, task_dot.a_low, jnp.where(point.at_high, task_dot.a_high, zero))
     free = ~(point.at_low | point.at_high)
     n = point.lin.A.shape[1]
-    along, changes = _first_order(point.trajectory, point.costates, key), (task_dot, a_dot)
-    c, moved, c_T = jax.jvp(along, (task, point.trajectory.a), changes)[1]
+    c, moved, c_T = jax.jvp(_first_order(point.trajectory, point.costates, key), (task,), (task_dot,))[1]
+    c = c + jax.vmap(matvec)(point.across, a_dot)
+    moved = moved + jax.vmap(matvec)(point.B, a_dot)
 
     lin = point.lin._replace(c_s=c[:, :n], c_a=jnp.where(free, c[:, n:], zero), c_T=c_T)
     gaps = jnp.concatenate([ravel_pytree(s0_dot)[0][None], moved])
@@ -209,9 +213,10 @@ def _point(task: Task, s0: State, plan: Affine, key: Any) -> _Point:
     at_low, at_high = near_low & (g > 0) & ~ended, near_high & (g < 0) & ~ended
     free = (~(at_low | at_high | ended)).astype(a.dtype)
     H, H_T = hamiltonian(task, trajectory, costates, key), _last_hessian(task, trajectory)
+    across = H[:, :, n:]
     mask = jnp.concatenate([jnp.ones((task.horizon, n), a.dtype), free], axis=1)
-    H = H * mask[:, :, None] * mask[:, None, :] + jnp.eye(n + m, dtype=a.dtype) * (1 - mask)[:, None]
-    lin = Linearization(lin.A, lin.B * free[:, None], lin.c_s, g * free, H, lin.c_T, H_T)
+    H = jnp.where(mask[:, :, None] * mask[:, None, :] > 0, H, np.eye(n + m, dtype=a.dtype))
+    B, lin = lin.B, Linearization(lin.A, lin.B * free[:, None], lin.c_s, g * free, H, lin.c_T, H_T)
     sweep = sweeps.riccati(
         lin._replace(c_s=jnp.zeros_like(lin.c_s), c_T=jnp.zeros_like(lin.c_T)), jnp.zeros((), a.dtype)
     )
@@ -219,7 +224,7 @@ def _point(task: Task, s0: State, plan: Affine, key: Any) -> _Point:
     held = _Held(
         alive.astype(a.dtype), jnp.linalg.norm(g * free), jnp.max(jnp.abs(step)), sweep.definite.astype(a.dtype)
     )
-    return _Point(trajectory, costates, lin, sweep, at_low, at_high, held)
+    return _Point(trajectory, costates, lin, B, across, sweep, at_low, at_high, held)
 
 
 def _at(a: Array, limit: Array) -> Array:
@@ -227,12 +232,12 @@ def _at(a: Array, limit: Array) -> Array:
 
 
 def _first_order(trajectory: Trajectory, costates: Array, key: Any) -> Any:
-    """The function (task, actions) -> gradients of the Hamiltonian [T, n+m], next states [T, n], gradient of the last cost."""
+    """The function of the task -> gradients of the Hamiltonian [T, n+m], next states [T, n], gradient of the last cost."""
     x, unravel = flat_states(trajectory.s)
     x_T = ravel_pytree(trajectory.s_T)[0]
     n, alive = x.shape[1], trajectory.alive
 
-    def first_order(task, actions):
+    def first_order(task):
         def step(s, a, w, costate, alive, t):
             z = jnp.concatenate([s, a])
             c = jax.grad(_hamiltonian)(z, task, w, costate, unravel, key, t)
@@ -243,7 +248,7 @@ def _first_order(trajectory: Trajectory, costates: Array, key: Any) -> Any:
         states = jnp.where(alive[:-1, None], x, x[0])
         with jax.default_matmul_precision("highest"):
             times = jnp.arange(task.horizon)
-            c, moved = jax.vmap(step)(states, actions, task.weights[:-1], costates, alive[:-1], times)
+            c, moved = jax.vmap(step)(states, trajectory.a, task.weights[:-1], costates, alive[:-1], times)
             c_T = jax.grad(_last)(jnp.where(alive[-1], x_T, x[0]), task, unravel)
         return c, moved, jnp.where(alive[-1], c_T, jnp.zeros_like(c_T))
 

@@ -74,9 +74,9 @@ def hamiltonian(
         return jnp.vdot(costate, ravel_pytree(task.dynamics(s, a, key=key_s))[0]) - w * task.reward(s, a)
 
     def hessian(z, *given):
-        # As the Jacobians in linearize.py.
+        # As the Jacobians in linearize.py. Rows or columns are the same; on the last axis the tangents are contiguous.
         _, push = jax.linearize(lambda z: jax.grad(value)(z, *given), z)
-        return jax.vmap(push)(np.eye(z.size, dtype=z.dtype))
+        return jax.vmap(push, out_axes=1)(np.eye(z.size, dtype=z.dtype))
 
     # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
     z = jnp.concatenate([x, trajectory.a], axis=1)
@@ -84,7 +84,6 @@ def hamiltonian(
     times = jnp.arange(task.horizon)
     with jax.default_matmul_precision("highest"):
         H = each_step(hessian, task)(z, costates, task.weights[:-1], times)
-    H = (H + jnp.swapaxes(H, 1, 2)) / 2
     return H if task.done is None else jnp.where(alive[:, None, None], H, jnp.zeros_like(H))
 
 
