@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Affine, Descend, OpenLoop, rollout, solve, tasks, value
+from diffmbrl import ILQR, Affine, Descend, MultipleShooting, OpenLoop, rollout, solve, tasks, value
 from diffmbrl.models import TS1, Ensemble, GaussianDynamics, Mean, NetworkDynamics, TSInfinity, particles, spread
 from diffmbrl.planners import CEM, Sampling, Shooting, scores
 from tests.problems import bent, same
@@ -139,14 +139,18 @@ def _one(planner, task):
     return plan, info
 
 
-def test_ilqr_plans_through_the_mean_and_through_particles():
+def test_derivatives_plan_through_the_mean_and_through_particles():
+    """iLQR and multiple shooting, which must end at the same plan."""
     task = through(Ensemble(draw(NetworkDynamics), Mean()))
-    plan, history = solve(ILQR(), Affine.zeros(task), task, S0, None, 6)
-    assert history.info.J[-1] > history.info.J[0] + 0.01 and np.all(np.diff(history.info.J) >= -1e-6)
     kept = particles(through(Ensemble(draw(NetworkDynamics), TSInfinity())), E)
-    plan, history = solve(ILQR(), Affine.zeros(kept), kept, spread(S0, kept, E), None, 6)
-    assert plan.K.shape == (T, 1, 2 * E)
-    assert history.info.J[-1] > history.info.J[0] + 0.01 and np.all(np.diff(history.info.J) >= -1e-6)
+    for problem, s0 in ((task, S0), (kept, spread(S0, kept, E))):
+        found = []
+        for planner in (ILQR(), MultipleShooting()):
+            plan, history = solve(planner, Affine.zeros(problem), problem, s0, None, 30, relative=1e-7)
+            assert plan.K.shape == (T, 1, problem.n)
+            assert history.info.J[-1] > history.info.J[0] + 0.01 and np.all(np.diff(history.info.J) >= -1e-6)
+            found.append(plan.a)
+        same(*found, atol=1e-2)
 
 
 def test_wrong_arguments():
