@@ -16,6 +16,7 @@ from diffmbrl.optimizers import (
     Dense,
     Descend,
     GaussNewton,
+    KeepBest,
     Krylov,
     KrylovNewton,
     LevenbergMarquardt,
@@ -236,12 +237,12 @@ METHODS: dict[str, Method] = {
         lambda rate, steps, task: _explored_newton(rate, steps, task),
         2,
         "policy",
-        1240,
+        1340,
         rates=(5e-3,),
         default=False,
         continuation="none",
         own_gradient=True,
-        words="short-horizon's search, then Krylov-Newton through the whole horizon from what it found",
+        words="short-horizon's search, then Krylov-Newton from what it found, without a schedule and with; the best of all",
     ),
     "ilqr": Method(
         lambda rate, steps, task: ILQR.within(task),
@@ -373,14 +374,11 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
 
 
 def _explored_newton(rate: float | None, steps: int, task: Task) -> Relay:
-    """The last of the updates, one in 31, in second order: at first without the starts that are lost, then with all."""
-    last = max(2, steps // 31)
+    """Of 1340 updates the last 140 are of second order: without a schedule and with, and the best of all is kept."""
+    last = max(8, steps * 140 // 1340)
     searching = max(1, steps - last)
     search = solver(METHODS["short-horizon"], task, rate=rate, steps=searching, continuation="default")
-    polish = Continuation(
-        KrylovNewton(), discounts=(1.0, 1.0), trusts=(30.0, math.inf), lengths=(last // 2, last - last // 2)
-    )
-    return Relay(search, polish, updates=searching)
+    return Relay(search, KeepBest(Continuation.resumed(KrylovNewton(), last)), updates=searching)
 
 
 def _continued(inner: Solver, row: Method, task: Task, steps: int, continuation: str) -> Continuation:

@@ -6,6 +6,7 @@ from diffmbrl.optimizers.damping import LevenbergMarquardt, Path, TrustRegion
 from diffmbrl.optimizers.descend import Descend
 from diffmbrl.optimizers.gate import Gate
 from diffmbrl.optimizers.gauss_newton import GaussNewton
+from diffmbrl.optimizers.keep_best import KeepBest
 from diffmbrl.optimizers.natural import NaturalGradient, Radii
 from diffmbrl.optimizers.newton import KrylovNewton
 from diffmbrl.optimizers.newton_cg import NewtonCG
@@ -21,6 +22,7 @@ __all__ = [
     "Descend",
     "Gate",
     "GaussNewton",
+    "KeepBest",
     "Krylov",
     "KrylovNewton",
     "LevenbergMarquardt",

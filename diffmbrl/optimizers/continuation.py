@@ -18,6 +18,7 @@ TRUSTED = (
     (10.0, 10.0, 10.0, 10.0, 30.0, jnp.inf),
     (0.36, 0.13, 0.13, 0.15, 0.08, 0.15),
 )
+UNDISCOUNTED = ((1.0, 1.0), (30.0, jnp.inf), (1 / 7, 1 / 7))  # of `resumed`, before those of `trusted`
 TOLERANCE, PATIENCE = 0.02, 5  # progress below 2% in 5 updates ends a stage of `trusted`
 HELD = 0.9  # share of the starts whose growth must allow the next discount
 
@@ -53,8 +54,8 @@ class Continuation(eqx.Module):
     starts that still go wrong otherwise dominate the mean, and their curvature the second-order model. Policies only, as kappa.
 
     `stages` gives, for each stage, its discount, its horizon (a count of steps; beyond T it masks nothing, and below it the
-    terminal reward is off) and the number of updates. Use `discounted`, `trusted` or `measured(solver, steps)` for a default
-    schedule over a number of updates.
+    terminal reward is off) and the number of updates. Use `discounted`, `trusted`, `resumed` or `measured(solver, steps)` for a
+    default schedule over a number of updates.
 
     Cost: the inner solver's; with `trusts` or `kappa` a rollout and its linearisation more at each update.
     Raises: `ValueError` if the schedule is empty, of unequal lengths, has a discount outside (0, 1], a bound below 1 or a stage
@@ -145,6 +146,18 @@ class Continuation(eqx.Module):
         discounts, trusts, shares = TRUSTED
         lengths = _lengths(shares, steps)
         return cls(solver, discounts=discounts, trusts=trusts, lengths=lengths, tolerance=TOLERANCE)
+
+    @classmethod
+    def resumed(cls, solver: Solver, steps: int) -> "Continuation":
+        """For a policy that was trained before: two sevenths of the updates without discounts, then the stages of `trusted`.
+
+        A discount leads out of a basin that only noise has found; without one the few starts that were lost stay lost. Which of
+        the two a task wants shows at the end alone: wrap it in `KeepBest`. No stage ends early.
+        Raises: `ValueError` if there are fewer updates than stages.
+        """
+        discounts, trusts, shares = ((*first, *then) for first, then in zip(UNDISCOUNTED, TRUSTED, strict=True))
+        lengths = _lengths([share * (1 if k < 2 else 5 / 7) for k, share in enumerate(shares)], steps)
+        return cls(solver, discounts=discounts, trusts=trusts, lengths=lengths)
 
     @classmethod
     def measured(cls, solver: Solver, steps: int, *, kappa: float = 1.0) -> "Continuation":

@@ -1,0 +1,72 @@
+"""The best policy that a solver has been at, whatever its schedule does on the way."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from diffmbrl.core import Info, Solver, State, Task, count_work
+from diffmbrl.rollout import expected
+
+
+class Walk(NamedTuple):
+    """Where the solver is, which need not be the best that it has been at."""
+
+    policy: Any
+    inner: Any
+
+
+class KeepBest(eqx.Module):
+    r"""Any policy solver, of whose policies the one with the largest return of the task itself is returned.
+
+    $$\theta_{i+1} = \begin{cases} \vartheta_{i+1} & J(\vartheta_{i+1}) > J(\theta_i) \\ \theta_i & \text{else} \end{cases},
+    \qquad \vartheta_{i+1} = \mathrm{solver}(\vartheta_i),\quad \vartheta_0 = \theta_0$$
+
+    The solver walks on from its own policy. A schedule of discounts may cross a worse policy on its way to a better one, or
+    give up for good a basin that it began in; which of the two it was is known only at its end. So the return never falls,
+    and a policy from which the schedule only leads away comes back as it was given.
+
+    `Info` is the solver's but for J, of the policy given on the task itself, and `accepted`, whether that was bettered.
+
+    Shapes: policy leaves any; `s0` [B, ...]. Cost: the solver's and two rollouts.
+    Raises: `ValueError` for a planner, whose plans are each judged on their own.
+    Reference: Nocedal and Wright 2006, section 3.1 (non-monotone searches keep what they have passed).
+
+    >>> import jax, optax
+    >>> from diffmbrl import Descend, Neural, solve, tasks
+    >>> task = tasks.pendulum_swingup(horizon=20)
+    >>> key = jax.random.key(0)
+    >>> wild = KeepBest(Descend(optax.sgd, learning_rate=1.0))
+    >>> policy, history = solve(wild, Neural.init(task, key=key), task, task.starts(key, 8), None, steps=5)
+    >>> bool((history.info.J[1:] >= history.info.J[:-1]).all())
+    True
+    """
+
+    solver: Any
+
+    def __init__(self, solver: Solver):
+        if solver.kind != "policy":
+            raise ValueError(f"KeepBest judges policies by many starts; {type(solver).__name__} plans from one")
+        self.solver = solver
+
+    @property
+    def kind(self) -> str:
+        """It takes a batch of starts."""
+        return "policy"
+
+    def init(self, policy: Any, task: Task) -> Walk:
+        return Walk(policy, self.solver.init(policy, task))
+
+    def update(
+        self, policy: Any, carry: Walk, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Any, Walk, Info]:
+        reached, inner, info = self.solver.update(carry.policy, carry.inner, task, s0, key=key)
+        # The same noise for both, and no J kept from other noise or other starts.
+        J, J_reached = expected(policy, task, s0, key), expected(reached, task, s0, key)
+        better = jnp.isfinite(J_reached) & ~(J_reached <= J)  # than what is not finite, anything finite
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), reached, policy)
+        steps = 2 * jax.tree.leaves(s0)[0].shape[0] * task.horizon
+        work = jax.tree.map(jnp.add, info.work, count_work(forward=steps, sequential=1))
+        return best, Walk(reached, inner), info._replace(J=J, accepted=better, work=work)
