@@ -2,8 +2,8 @@
 
 Of each environment and backend: CPU seconds to trace and compile one step f(s, a), and its reverse-mode derivative, for a batch
 of 16 with no compilation cache; then microseconds for each of the 16. Of each on its generalized backend the gradient of J,
-whole rollouts of a default policy, in float32 beside float64: the safe horizon is the largest of HORIZONS up to which they agree
-to 1% on each seed. A horizon is a mask of weights here, so that one compiled gradient serves all. A stopped run goes on.
+whole rollouts of a default policy, in float32 beside float64: the safe horizon is the largest of HORIZONS up to which they
+agree to 1% on each seed. A horizon is a mask of weights here, so that one compiled gradient serves all. A stopped run goes on.
 """
 
 import json

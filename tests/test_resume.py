@@ -252,7 +252,7 @@ def test_killed_and_resumed(folder, capsys):
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(folder):
-    """Of a run that none of the processes would end: each is killed at work, and the next goes on from a later checkpoint."""
+    """Of a run that none of the processes would end: each is killed at work, and the next loses no checkpoint."""
     words = WORDS.replace("--steps 90", "--steps 12800 --budget 1e6")
     assert cli.main([*words.split(), "--out", "whole"]) == 0
     draws = random.Random(0)
