@@ -158,7 +158,7 @@ TASKS: dict[str, Row] = {
     "brax-swimmer": Row(brax_swimmer, False, True, 100, (64, 64), planar(TWO, SWIMS), motors(TWO), bodies, 0.04),
     "brax-halfcheetah": Row(brax_halfcheetah, False, True, 100, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.05),
     "brax-hopper": Row(brax_hopper, False, True, 10, (64, 64), planar(LEG), motors(LEG), bodies, 0.008),
-    "brax-walker2d": Row(brax_walker2d, False, True, None, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.008),
+    "brax-walker2d": Row(brax_walker2d, False, True, 10, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.008),
     "brax-ant": Row(brax_ant, False, True, None, (64, 64), FREE_AND_EIGHT, motors(EIGHT), bodies, 0.05),
 }
 
