@@ -1,9 +1,9 @@
 """Brax's environments as tasks: what their steps and gradients cost to compile and to run, and how far gradients are right.
 
 Of each environment and backend: CPU seconds to trace and compile one step f(s, a), and its reverse-mode derivative, for a batch
-of 16 with no compilation cache; then microseconds for each of the 16. Of the smaller ones the gradient of J, whole rollouts of
-a default policy, in float32 beside float64: the safe horizon is the largest of HORIZONS at which they agree to 1% on each seed.
-A horizon is a mask of weights here, so that one compiled gradient serves all. A stopped run goes on.
+of 16 with no compilation cache; then microseconds for each of the 16. Of each on its generalized backend the gradient of J,
+whole rollouts of a default policy, in float32 beside float64: the safe horizon is the largest of HORIZONS up to which they
+agree to 1% on each seed. A horizon is a mask of weights here, so that one compiled gradient serves all. A stopped run goes on.
 """
 
 import json
@@ -43,6 +43,8 @@ SAFE = (
     "brax-hopper",
     "brax-swimmer",
     "brax-halfcheetah",
+    "brax-walker2d",
+    "brax-ant",
 )
 HORIZONS, SEEDS, STARTS, TOLERANCE, BATCH = (5, 10, 25, 50, 100), 3, 4, 0.01, 16
 

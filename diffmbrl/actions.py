@@ -71,7 +71,8 @@ def _compared(folder: Path, stream: Any = None) -> int:
 
 
 def _plan(command: Plan) -> int:
-    configure(command.x64)
+    configure(command.x64, command.devices)
+    from diffmbrl.devices import alone
     from diffmbrl.plan import Setting, plan
 
     setting = Setting(
@@ -88,8 +89,10 @@ def _plan(command: Plan) -> int:
         starts=command.starts,
         key=command.key,
         x64=command.x64,
+        devices=command.devices,
     )
-    return _planned(plan(setting, out=command.out, **_kept(command)))
+    with alone(command.out) as (out, stream):
+        return _planned(plan(setting, out=out, stream=stream, **_kept(command)), stream)
 
 
 def _planned(folder: Path, stream: Any = None) -> int:

@@ -89,6 +89,9 @@ class Plan:
     """Seconds between two checkpoints, from which `diffmbrl resume` goes on; 0: at each look."""
     track: list[str] = field(default_factory=list)
     """Where the run is followed beside its metrics.jsonl: `tensorboard`, `wandb` (offline)."""
+    devices: int = 1
+    """Devices that the samples of a planner that draws are shared out among; of another planner with --mpc, the starts. On a
+    CPU, parts of the host."""
     out: Path | None = None
     """Run folder; by default runs/<task>-plan-<hash>."""
 

@@ -1,7 +1,8 @@
 r"""One batch over many devices, by where its arrays lie alone: the programs are the same, and plain `jit` divides them.
 
 A mesh has one axis, "batch". What has a batch axis (start states, seeds) is put on the mesh with that axis shared out
-evenly; what all of the batch needs (policy, task, solver) is copied to every device. XLA divides every compiled function
+evenly; what all of the batch needs (policy, task, solver) is copied to every device. A batch that is made within a compiled
+function (the samples of a population) is shared out there (`divided`). XLA divides every compiled function
 accordingly, and where it takes a mean over the batch, as in a gradient or a product with the Gauss-Newton matrix,
 
 $$N v = \tfrac1B \sum_i G_i^\top M_i G_i v = \tfrac1B \sum_{\text{devices}} \sum_{i \text{ on it}} G_i^\top M_i G_i v,$$
@@ -99,6 +100,16 @@ def along(batch: Any, tree: Any) -> Any:
     return tree if mesh is None else _put(tree, NamedSharding(mesh, PartitionSpec(BATCH)))
 
 
+def divided(tree: Any, mesh: Mesh | None) -> Any:
+    """Within a compiled function: the leading axis of every leaf shared out among the devices; as it is for None."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(BATCH)))
+
+
+def gathered(tree: Any, mesh: Mesh | None) -> Any:
+    """Within a compiled function: the tree whole on every device; as it is for None."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def local(tree: Any) -> Any:
     """The tree whole on one device of this process, whatever devices it was on: to look at, save or go on with."""
 
@@ -134,9 +145,12 @@ def begin(count: int) -> None:
         jax.distributed.initialize(address, **given)  # pyright: ignore[reportArgumentType]
 
 
-def agreed(number: float) -> float:
-    """The first process's number, in all of them: what ends a run by its clock must end it everywhere at once."""
-    if jax.process_count() == 1:
+def agreed(number: float, batch: Any = None) -> float:
+    """The first process's number, in all of them: what ends a run by its clock must end it everywhere at once.
+
+    With a `batch` that lies on one device there is nothing to agree on: each process has work of its own.
+    """
+    if jax.process_count() == 1 or (batch is not None and _mesh(batch) is None):
         return number
     from jax.experimental import multihost_utils
 

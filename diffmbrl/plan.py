@@ -1,5 +1,6 @@
 """Planning and control from a few starts: what `diffmbrl plan` runs."""
 
+import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -10,11 +11,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from diffmbrl.core import State, Task, keeps_limits
+from diffmbrl.devices import agreed, along, beside, check, copied, local, mesh_of, share
 from diffmbrl.diagnostics.nonfinite import named
 from diffmbrl.methods import METHODS, solver
-from diffmbrl.planners import MPC, Predicted
+from diffmbrl.planners import MPC, Predicted, Sampling
 from diffmbrl.planners.episode import Episode, finish, proceed, start
 from diffmbrl.policies import Affine, first_plan, resting_action, squash
 from diffmbrl.rollout import returns, rollout
@@ -47,6 +50,7 @@ class Setting(NamedTuple):
     starts: int
     key: int
     x64: bool
+    devices: int = 1  # that a population's samples are shared out among, or else a controller's starts
 
 
 class Prepared(NamedTuple):
@@ -57,6 +61,7 @@ class Prepared(NamedTuple):
     solver: Any
     horizon: int
     iterations: int
+    mesh: Mesh
 
 
 def plan(
@@ -120,7 +125,7 @@ def prepare(setting: Setting) -> Prepared:
                 raise ValueError(f"--{name} is for a controller: give --mpc too")
     if setting.delay < 0:
         raise ValueError(f"delay must be at least 0 steps, got {setting.delay}")
-    length = setting.steps if setting.mpc else setting.horizon
+    mesh, length = mesh_of(setting.devices), setting.steps if setting.mpc else setting.horizon
     model = make(setting.task, horizon=length, **setting.parameters)
     plant = noisy(_plant(setting, model), std=setting.noise)
     if setting.delay:
@@ -128,12 +133,30 @@ def prepare(setting: Setting) -> Prepared:
     if not setting.mpc:
         iterations = row.steps if setting.iterations is None else setting.iterations
         made = solver(row, model, rate=None, steps=iterations, continuation="default")
-        return Prepared(model, plant, made, model.horizon, iterations)
+        return Prepared(model, plant, _divided(made, setting, mesh), model.horizon, iterations, mesh)
     # Of the window's horizon: a continuation grows to that, within the first step, and then stays.
     H = min(WINDOW, model.horizon) if setting.horizon is None else setting.horizon
     window = make(setting.task, horizon=H, **setting.parameters)
     made = solver(row, window, rate=None, steps=FIRST, continuation="default")
-    return Prepared(model, plant, made, H, 1 if setting.iterations is None else setting.iterations)
+    iterations = 1 if setting.iterations is None else setting.iterations
+    return Prepared(model, plant, _divided(made, setting, mesh), H, iterations, mesh)
+
+
+def _divided(made: Any, setting: Setting, mesh: Mesh) -> Any:
+    """The planner, whose samples the devices share if it draws any; of another they share a controller's starts."""
+    if mesh.size == 1:
+        return made
+    if isinstance(made, Sampling):
+        return dataclasses.replace(made, mesh=mesh)
+    if not setting.mpc:
+        drawing = ", ".join(name for name, row in METHODS.items() if row.kind == "plan" and row.order == 0)
+        raise ValueError(
+            f"{_name(setting)} plans from one start after another, on one device, got {mesh.size}: devices share the samples "
+            f"of {drawing}, the starts of a controller (--mpc), or those of `diffmbrl compare {setting.task} --methods "
+            f"{_name(setting)}`"
+        )
+    check(setting.starts, mesh.size, "starts")
+    return made
 
 
 def _plant(setting: Setting, model: Task) -> Task:
@@ -168,7 +191,7 @@ def _keys(setting: Setting) -> Any:
 def _plans(setting: Setting, prepared: Prepared, run: Session) -> None:
     """Each start planned on its own, and the plan with its feedback followed on the plant."""
     write, progress = run.write, run.progress
-    model, plant, made, _, iterations = prepared
+    model, plant, made, _, iterations, mesh = prepared
     keeps = keeps_limits(made)
     inside, outside = (task if keeps else squashed(task) for task in (model, plant))
     draws, noise = _keys(setting)
@@ -176,7 +199,10 @@ def _plans(setting: Setting, prepared: Prepared, run: Session) -> None:
         progress.arm(f"start {index}", iterations)
         # Planners of gradients take no key: theirs would draw the model's noise, which has none.
         key = jax.random.fold_in(draws, index) if METHODS[_name(setting)].order == 0 else None
+        if mesh.size > 1:
+            s0, key = copied((s0, key), mesh)
         found, history = solve(made, first_plan(made, inside), inside, s0, key, iterations, looks=run)
+        found, s0 = local((found, s0))
         inner = _follow(found, inside, s0, None)
         trajectory = _follow(found, outside, s0, noise[index])
         info = history.info
@@ -195,7 +221,7 @@ def _plans(setting: Setting, prepared: Prepared, run: Session) -> None:
 def _control(setting: Setting, prepared: Prepared, run: Session) -> None:
     """All starts at once, the planner in the loop on the plant."""
     write, progress = run.write, run.progress
-    model, plant, made, horizon, iterations = prepared
+    model, plant, made, horizon, iterations, mesh = prepared
     starts, (draws, noise) = _starts(setting, model), _keys(setting)
     if setting.delay:
         queue = jnp.tile(resting_action(model), (setting.starts, setting.delay, 1))
@@ -209,27 +235,33 @@ def _control(setting: Setting, prepared: Prepared, run: Session) -> None:
         seen=Predicted(model.dynamics) if setting.delay else None,
         key=draws if METHODS[_name(setting)].order == 0 else None,
     )
+    lay = beside if isinstance(made, Sampling) else along
+    given = (mpc, plant)
+    if mesh.size > 1:
+        given = copied(given, mesh)
+        batch = (starts, noise)
+        starts, noise = copied(batch, mesh) if lay is beside else share(batch, mesh, what="starts")
     progress.arm(f"mpc of {_name(setting)}", plant.horizon)
     progress.update(0, "compiling")
     begun = time.perf_counter()
     t, seconds, count = 0, 0.0, 1
     if (kept := run.kept) is None:
-        episodes = _begin(mpc, plant, starts)
+        episodes = lay(starts, _begin(*given, starts))
     else:
-        episodes = run.restore(jax.eval_shape(_begin, mpc, plant, starts))
+        episodes = lay(starts, run.restore(jax.eval_shape(_begin, *given, starts)))
         t, seconds = kept["t"], kept["seconds"]
-    compiled = _proceed.lower(mpc, plant, starts, episodes, noise, jnp.int32(t), jnp.int32(count)).compile()
+    compiled = _proceed.lower(*given, starts, episodes, noise, jnp.int32(t), jnp.int32(count)).compile()
     compile_seconds = time.perf_counter() - begun
     while t < plant.horizon:
         started = time.perf_counter()
         count = min(count, plant.horizon - t)
-        episodes = jax.block_until_ready(compiled(mpc, plant, starts, episodes, noise, jnp.int32(t), jnp.int32(count)))
-        took = time.perf_counter() - started
+        episodes = jax.block_until_ready(compiled(*given, starts, episodes, noise, jnp.int32(t), jnp.int32(count)))
+        episodes, took = lay(starts, episodes), agreed(time.perf_counter() - started)
         t, seconds = t + count, seconds + took
-        run.look(episodes, t=t, seconds=seconds)
+        run.look(local(episodes), t=t, seconds=seconds)
         progress.update(t, f"{seconds:.2f} s")
         count = count * 2 if took < LOOK else count
-    trajectories, infos = jax.vmap(finish)(episodes)
+    trajectories, infos = jax.vmap(finish)(local(episodes))
     for index in range(setting.starts):
         trajectory, info = (jax.tree.map(lambda x: x[index], tree) for tree in (trajectories, infos))  # noqa: B023
         norms = info.gradient_norm

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import Info, Solver, State, Task, is_plan
-from diffmbrl.devices import beside, local
+from diffmbrl.devices import agreed, beside, local
 from diffmbrl.diagnostics.nonfinite import locate, nonfinite_leaf
 from diffmbrl.diagnostics.reach import refuse_without_gradient
 from diffmbrl.looks import Looks, Unwatched
@@ -81,8 +81,9 @@ def solve(
         one = jax.eval_shape(partial(run, first=jnp.int32(0), count=jnp.int32(1), before=before), policy, carry)
         infos = [jax.tree.map(lambda x, n=n: np.zeros((n, *x.shape[1:]), x.dtype), one[2]) for n in kept["rows"]]
         state = looks.restore({"now": one[:2], "last": one[:2], "before": before, "infos": infos})
-        (policy, carry), before, chunks = state["now"], state["before"], state["infos"]
-        starts = [(*state["last"], kept["last"])]
+        policy, carry = beside(s0, state["now"])
+        before, chunks = state["before"], state["infos"]
+        starts = [(*beside(s0, state["last"]), kept["last"])]
     stop = f"{steps} updates"
     while done < steps:
         started = time.perf_counter()
@@ -92,7 +93,7 @@ def solve(
             run(policy, carry, first=jnp.int32(done), count=jnp.int32(count), before=before)
         )
         (policy, carry), (info, made) = beside(s0, (policy, carry)), local((info, made))
-        took = time.perf_counter() - started
+        took = agreed(time.perf_counter() - started, s0)
         spent += took
         made = int(made)
         chunks.append(jax.tree.map(lambda x, made=made: np.asarray(x)[:made], info))
@@ -118,7 +119,7 @@ def solve(
             break
         chunks = _merged(chunks)
         state = {"now": (policy, carry), "last": starts[-1][:2], "before": before, "infos": chunks}
-        looks.look(state, done=done, spent=spent, last=starts[-1][2], rows=[len(chunk.J) for chunk in chunks])
+        looks.look(local(state), done=done, spent=spent, last=starts[-1][2], rows=[len(chunk.J) for chunk in chunks])
         # About five looks a second, whatever the problem's size.
         count = count * 2 if took < 0.1 else max(1, count // 2) if took > 0.4 else count
     info = jax.tree.map(lambda *xs: np.concatenate(xs), *chunks)

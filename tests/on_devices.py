@@ -3,13 +3,17 @@
 python -m tests.on_devices
 """
 
+import io
 import json
+import sys
+import tempfile
+from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 
-from diffmbrl import GaussNewton, Krylov, Neural, solve, tasks
+from diffmbrl import GaussNewton, Krylov, Neural, OpenLoop, Sampling, solve, tasks
 from diffmbrl import devices as on
 from diffmbrl.agents import Idle
 from diffmbrl.agents.learn import learn
@@ -17,6 +21,8 @@ from diffmbrl.core import Task
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.lanes import PlanLanes, PolicyLanes, draw, shared
 from diffmbrl.methods import METHODS
+from diffmbrl.plan import Setting, plan
+from diffmbrl.runs import metrics
 from diffmbrl.solve import iterate
 
 TASK = tasks.cartpole_balance(horizon=5)
@@ -51,7 +57,7 @@ def agree() -> dict:
     before = iterate._cache_size()
     four, _ = solve(solver, policy, TASK, divided, None, STEPS)
     out |= {"gauss-newton": gap(one, four), "programs of a solve": iterate._cache_size() - before}
-    out |= lanes() | agents(mesh)
+    out |= lanes() | agents(mesh) | population(mesh)
     return out
 
 
@@ -81,6 +87,27 @@ def agents(mesh) -> dict:
     return {"agents": gap(one.buffer.rows, four.buffer.rows), "buffers on": len(four.buffer.size.sharding.device_set)}
 
 
+def population(mesh) -> dict:
+    """The samples of a planner: what goes around in an update, and runs on one device and on four."""
+    planner, blank, s0 = Sampling(samples=8, mesh=mesh), OpenLoop.zeros(TASK), TASK.initial(jax.random.key(1))
+    update = jax.jit(lambda plan, carry, s0, key: planner.update(plan, carry, TASK, s0, key=key))
+    text = update.lower(blank, planner.init(blank, TASK), on.copied(s0, mesh), jax.random.key(2)).compile().as_text()
+    sent = text.count(" all-gather("), text.count(" all-reduce("), f"f32[2,{TASK.horizon},1]" in text
+    before = iterate._cache_size()
+    one, four = planned(1), planned(4)
+    return {"population": gap(one, four), "sent": sent, "programs of a plan": iterate._cache_size() - before}
+
+
+def planned(devices: int) -> list:
+    """States and actions of a run of `diffmbrl plan`."""
+    setting = Setting("lqr", "cem", False, 4, None, 2, {}, {}, 0.01, 0, 1, 0, False, devices)
+    with tempfile.TemporaryDirectory() as place:
+        folder = plan(setting, out=Path(place) / "run", stream=io.StringIO())
+        records = metrics.read(folder / "metrics.jsonl")[0]
+    return [[np.asarray(x["s"]), np.asarray(x["a"])] for x in records if x["kind"] == "trajectory"]
+
+
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+    sys.modules["diffmbrl.runs.session"].rebuild = lambda folder: folder  # type: ignore[attr-defined]  # figures take long
     print(json.dumps(agree()))

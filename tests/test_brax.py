@@ -238,7 +238,10 @@ def test_it_is_planned_for(name):
     task = spring()
     planner = solver(METHODS[name], task, rate=None, steps=8, continuation="none")
     s0 = task.initial(KEY)
-    trajectory = jax.jit(rollout)(MPC.init(planner, task, horizon=3, iterations=1), task, s0, KEY)
+    # Near upright, resting is the best of the first draws: what draws needs some updates to beat it.
+    key, count = (KEY, 20) if METHODS[name].order == 0 else (None, 1)
+    controller = MPC.init(planner, task, horizon=3, iterations=count, key=key)
+    trajectory = jax.jit(rollout)(controller, task, s0, KEY)
     assert np.all(np.isfinite(trajectory.s)) and np.any(trajectory.a != 0)
 
 

@@ -15,6 +15,7 @@ import pytest
 from diffmbrl import cli, devices, tasks
 from diffmbrl.agents import Idle
 from diffmbrl.agents.learn import learn
+from diffmbrl.runs import metrics
 from diffmbrl.runs.checkpoint import newest_valid
 from diffmbrl.tasks import noisy
 from tests.test_resume import same, wait_for
@@ -45,6 +46,9 @@ def test_four_devices_agree_with_one():
     assert found["product"] < 1e-6 and found["reductions"] > 0  # a Gauss-Newton product is added up across them
     # Three updates multiply what one rounds, by a matrix that is solved.
     assert found["gauss-newton"] < 1e-3
+    # Of a population the returns alone go around, once an update; each device rolls out its two of eight.
+    assert found["sent"] == [1, 0, True] and found["programs of a plan"] == 2  # on one device, and on four
+    assert found["population"] < 1e-5
     assert found["policies"] < 1e-5 and found["plans"] < 1e-5 and found["agents"] < 1e-5
     assert found["programs of a solve"] == 1 and found["buffers on"] == 4
 
@@ -119,6 +123,29 @@ def test_two_processes_compare_together(tmp_path):
             np.testing.assert_allclose(x["test"], y["test"], rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("planner", ["mppi", "ilqr"])
+def test_two_processes_control_together(planner, tmp_path):
+    """Of one the samples are shared, of the other the starts; the numbers of one process, to rounding, and so when killed."""
+    command = f"plan cartpole-balance --mpc --planner {planner} --steps 30 --horizon 4 --starts 4 --checkpoint-every 0"
+    run = tmp_path / "run"
+    killed = pair(tmp_path, f"{command} --devices 4 --out run")
+    wait_for((run / "checkpoints" / "2").exists, killed[0])
+    for process in killed:
+        process.kill()
+        process.communicate()
+    assert "resumed from checkpoint" in both(run, "resume run")
+    assert cli.main([*command.split(), "--out", str(tmp_path / "alone")]) == 0
+    two, one = (
+        [x for x in metrics.read(folder / "metrics.jsonl")[0] if x["kind"] == "trajectory"]
+        for folder in (run, tmp_path / "alone")
+    )
+    assert len(two) == len(one) == 4
+    for x, y in zip(two, one, strict=True):
+        for name in ("s", "a"):
+            np.testing.assert_allclose(x[name], y[name], rtol=1e-3, atol=1e-3)
+
+
 def test_every_lane_may_have_hyperparameters_and_a_system_of_its_own():
     """A lane of many is the run alone."""
     keys, mass = jax.random.split(jax.random.key(0), 2), (1.0, 2.0)
@@ -140,6 +167,8 @@ def test_every_lane_may_have_hyperparameters_and_a_system_of_its_own():
 def test_a_batch_that_does_not_divide_names_the_nearest():
     with pytest.raises(ValueError, match=r"10 starts cannot be shared out evenly among 4 devices; .* 8 or 12"):
         devices.check(10, 4, "starts")
+    with pytest.raises(ValueError, match=r"250 samples cannot be shared out evenly among 4 devices; .* 248 or 252"):
+        devices.check(250, 4, "samples")
     with pytest.raises(ValueError, match=r"3 seeds cannot be shared out evenly among 4 devices; .*: 4$"):
         devices.check(3, 4, "seeds")
 
@@ -148,6 +177,7 @@ REFUSED = {
     "compare lqr --devices 0": "devices must be a whole number of at least 1, got 0",
     "compare lqr --devices 4": "devices must be at most the 1 cpu there are, got 4; XLA_FLAGS=--xla_force_host",
     "learn lqr --agent random --devices 4": "devices must be at most the 1 cpu there are, got 4",
+    "plan lqr --planner cem --devices 4": "devices must be at most the 1 cpu there are, got 4",
 }
 
 

@@ -2,8 +2,10 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from diffmbrl import cli, tasks
 from diffmbrl.methods import METHODS
@@ -72,6 +74,7 @@ def test_a_controller_on_a_late_and_noisy_plant(folder, capsys):
         ({"key": -1}, "key must be a whole number from 0"),
         ({"steps": 5}, "--steps is for a controller: give --mpc too"),
         ({"delay": 1}, "--delay is for a controller: give --mpc too"),
+        ({"devices": 0}, "devices must be a whole number of at least 1, got 0"),
         ({"mpc": True, "delay": -1}, "delay must be at least 0 steps, got -1"),
         ({"mpc": True, "horizon": 0}, "horizon must be a whole number of at least 1, got 0"),
         ({"noise": -0.5}, "std of the noise must be finite and not negative, got -0.5"),
@@ -92,6 +95,18 @@ def test_mismatch_and_parameters_multiply():
     model, plant = prepared.model.dynamics, prepared.plant.dynamics.inner
     assert float(model.m_p) == pytest.approx(0.2) and float(plant.m_p) == pytest.approx(0.3)
     assert float(plant.l) == pytest.approx(1.0) and float(plant.m_c) == float(model.m_c)
+
+
+def test_what_devices_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr("diffmbrl.plan.mesh_of", lambda count: Mesh(np.array(jax.devices()[:1] * count), ("batch",)))
+    for change, message in [
+        ({}, "ilqr plans from one start after another, on one device, got 3: devices share the samples of"),
+        ({"mpc": True}, "2 starts cannot be shared out evenly among 3 devices; the nearest that can: 3"),
+        ({"planner": "cem"}, "256 samples cannot be shared out evenly among 3 devices; the nearest that can: 255"),
+    ]:
+        with pytest.raises(ValueError) as refused:
+            prepare(SETTING._replace(devices=3, **change))
+        assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.kind == "plan"])

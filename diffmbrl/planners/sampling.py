@@ -6,9 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Info, State, Task, as_float, count_work, is_concrete
+from diffmbrl.devices import check, gathered
 from diffmbrl.planners.draw import TruncatedNormal
 from diffmbrl.planners.refit import CEM
 from diffmbrl.planners.scoring import check_plan, clouded, scores, with_actions
@@ -49,14 +51,17 @@ class Sampling(eqx.Module):
     always within the limits. `particles` scores the mean return of so many particles (`models.particles`), whose futures
     through stochastic dynamics or an `Ensemble` differ; None follows one state. Dynamics and reward are never differentiated.
 
+    With a `mesh` (`devices.mesh_of`) its devices share the rollouts of the `samples`, and all of them have the returns: sent
+    around once an update, never within a rollout. The plans are those of one device, to rounding.
+
     For a receding horizon, `shift(carry)` moves the search one step on: the mean and the elites lose their first action and
     repeat their last, and the deviation begins anew.
 
     Shapes: `s0` of one start; plans `OpenLoop` or `Affine` (of which the actions it takes are the start, and whose gains become
-    0); `vmap` for many. Cost: two rollouts one after another, of `samples` + 1 and 1 sequences of `particles` each; for an
-    `Affine` plan one more.
-    Raises: `ValueError` without a key, for more kept than samples, or where an action has no limits and `std` is not given;
-    `TypeError` for a policy that is not such a plan.
+    0); `vmap` for many. Cost: two rollouts one after another, of `samples` and 2 sequences of `particles` each; for an `Affine`
+    plan one more.
+    Raises: `ValueError` without a key, for more kept than samples, samples that the devices do not divide, or where an action
+    has no limits and `std` is not given; `TypeError` for a policy that is not such a plan.
     Reference: Rubinstein and Kroese 2004 (CEM); Williams et al. 2017 (MPPI); Pinneri et al. 2020 (iCEM).
 
     >>> import jax
@@ -75,6 +80,7 @@ class Sampling(eqx.Module):
     samples: int = eqx.field(static=True)
     keep: int = eqx.field(static=True)
     particles: int | None = eqx.field(static=True)
+    mesh: Mesh | None = eqx.field(static=True)
     keeps_limits: ClassVar[bool] = True
 
     def __init__(
@@ -87,11 +93,12 @@ class Sampling(eqx.Module):
         particles: int | None = None,
         share: float | Array = 0.25,
         std: Any = None,
+        mesh: Mesh | None = None,
     ):
         self.draw = TruncatedNormal() if draw is None else draw
         self.refit = CEM(elites=max(1, samples // 10)) if refit is None else refit
         self.share, self.std = as_float(share), None if std is None else as_float(std)
-        self.samples, self.keep, self.particles = samples, keep, particles
+        self.samples, self.keep, self.particles, self.mesh = samples, keep, particles, mesh
         if keep < 0 or samples < keep + 2:
             raise ValueError(
                 f"samples must be at least 2 more than the {keep} kept: the plan given and one drawn; got {samples}"
@@ -103,6 +110,8 @@ class Sampling(eqx.Module):
             raise ValueError(f"particles must be at least 1, or None for the state itself; got {particles}")
         if not (bool(self.share > 0) and (self.std is None or bool(jnp.all(self.std > 0)))):
             raise ValueError(f"share and std must be positive, got {share} and {std}")
+        if mesh is not None:
+            check(samples, mesh.size, "samples")
 
     @property
     def kind(self) -> str:
@@ -155,16 +164,17 @@ class Sampling(eqx.Module):
 
         fresh = self.samples - 1 - self.keep
         drawn = self.draw(key_draw, fresh, carry.mean, carry.std, task.a_low, task.a_high)
-        sequences = jnp.concatenate([_within(given, task)[None], carry.elites, drawn])
-        J, nonfinite = scores(jnp.concatenate([given[None], sequences]), cloud, starts, key)
-        J_given, J = J[0], J[1:]
+        # Whole, to be learned from: of a divided one, XLA divides what a refit does with it, down to each sum of a bisection.
+        sequences = gathered(jnp.concatenate([_within(given, task)[None], carry.elites, drawn]), self.mesh)
+        J, nonfinite = scores(sequences, cloud, starts, key, mesh=self.mesh)
         found = jnp.any(jnp.isfinite(J))
 
         mean, std = self.refit(carry.mean, carry.std, sequences, J)
         mean = _within(mean, task)
-        J_mean, nonfinite_mean = scores(mean[None], cloud, starts, key)
+        # The plan as it was given, which the limits may have cut among the samples.
+        (J_given, J_mean), nonfinite_others = scores(jnp.stack([given, mean]), cloud, starts, key)
         best = jnp.argmax(J)
-        a = jnp.where(J_mean[0] > J[best], mean, sequences[best])
+        a = jnp.where(J_mean > J[best], mean, sequences[best])
         elites = sequences[jax.lax.top_k(J, self.keep)[1]]
 
         # Where nothing is finite there is nothing to learn.
@@ -181,7 +191,7 @@ class Sampling(eqx.Module):
             accepted=jnp.any(jnp.stack(changed)),
             damping=jnp.zeros_like(J_given),
             inner_iterations=jnp.ones((), jnp.int32),
-            nonfinite=nonfinite + nonfinite_mean,
+            nonfinite=nonfinite + nonfinite_others,
             work=count_work(forward=T * rolled, sequential=2 + int(isinstance(policy, Affine))),
         )
         return plan, keep(SamplingCarry(mean, std, elites, carry.start), carry), info

@@ -4,20 +4,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task
+from diffmbrl.devices import divided, gathered
 from diffmbrl.models.particles import particles, spread
 from diffmbrl.policies import Affine, OpenLoop
 from diffmbrl.rollout import value
 
 
 def scores(
-    sequences: Float[Array, "N T m"], task: Task, s0: State, key: PRNGKeyArray | None
+    sequences: Float[Array, "N T m"], task: Task, s0: State, key: PRNGKeyArray | None, *, mesh: Mesh | None = None
 ) -> tuple[Float[Array, " N"], Int[Array, ""]]:
     """The return of each sequence from one start, -inf where it is not finite, and how many were not.
 
-    All are scored under one key: the same noise, and the same members of an ensemble, so that what differs is the actions.
+    All are scored under one key: the same noise, and the same members of an ensemble, so that what differs is the actions. The
+    devices of a `mesh` share the sequences.
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -26,7 +29,8 @@ def scores(
     >>> J.shape, int(nonfinite)
     ((3,), 0)
     """
-    J = jax.vmap(lambda a: value(OpenLoop(a), task, s0, key, remat=None))(sequences)
+    J = jax.vmap(lambda a: value(OpenLoop(a), task, s0, key, remat=None))(divided(sequences, mesh))
+    J = gathered(J, mesh)
     finite = jnp.isfinite(J)
     return jnp.where(finite, J, -jnp.inf), jnp.sum(~finite, dtype=jnp.int32)
 

@@ -46,7 +46,8 @@ class Row(NamedTuple):
     make: Callable[..., Task]
     smooth: bool  # dynamics and reward are continuously differentiable
     differentiable_reward: bool  # dr/da reaches the action within the horizon, directly or through the dynamics
-    # Steps to which a float32 gradient is right to 1%, up to 800: `python -m benchmarks safe_horizon`. None: not measured.
+    # Steps to which a float32 gradient is right to 1%, up to 800: `python -m benchmarks safe_horizon`; of Brax's bodies, whose
+    # gradients take long to compile, up to 100: `python -m benchmarks brax`. None: not measured.
     safe_horizon: int | None
     hidden: tuple[int, ...]  # hidden layers of the default policy
     states: tuple[str, ...]  # names and units of the n numbers of a state
@@ -148,16 +149,16 @@ TASKS: dict[str, Row] = {
         brax_inverted_pendulum, False, False, 0, (32, 32), CART, ("force [300 N]",), bodies, 0.04
     ),
     "brax-inverted-pendulum-shaped": Row(
-        brax_inverted_pendulum_shaped, False, True, None, (32, 32), CART, ("force [300 N]",), bodies, 0.04
+        brax_inverted_pendulum_shaped, False, True, 100, (32, 32), CART, ("force [300 N]",), bodies, 0.04
     ),
     "brax-inverted-double-pendulum": Row(
-        brax_inverted_double_pendulum, False, True, None, (32, 32), CART_AND_TWO, ("motor [1]",), bodies, 0.02
+        brax_inverted_double_pendulum, False, True, 100, (32, 32), CART_AND_TWO, ("motor [1]",), bodies, 0.02
     ),
-    "brax-reacher": Row(brax_reacher, False, True, None, (32, 32), ARM, motors(("shoulder", "elbow")), bodies, 0.02),
-    "brax-swimmer": Row(brax_swimmer, False, True, None, (64, 64), planar(TWO, SWIMS), motors(TWO), bodies, 0.04),
-    "brax-halfcheetah": Row(brax_halfcheetah, False, True, None, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.05),
-    "brax-hopper": Row(brax_hopper, False, True, None, (64, 64), planar(LEG), motors(LEG), bodies, 0.008),
-    "brax-walker2d": Row(brax_walker2d, False, True, None, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.008),
+    "brax-reacher": Row(brax_reacher, False, True, 100, (32, 32), ARM, motors(("shoulder", "elbow")), bodies, 0.02),
+    "brax-swimmer": Row(brax_swimmer, False, True, 100, (64, 64), planar(TWO, SWIMS), motors(TWO), bodies, 0.04),
+    "brax-halfcheetah": Row(brax_halfcheetah, False, True, 100, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.05),
+    "brax-hopper": Row(brax_hopper, False, True, 10, (64, 64), planar(LEG), motors(LEG), bodies, 0.008),
+    "brax-walker2d": Row(brax_walker2d, False, True, 10, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.008),
     "brax-ant": Row(brax_ant, False, True, None, (64, 64), FREE_AND_EIGHT, motors(EIGHT), bodies, 0.05),
 }
 
