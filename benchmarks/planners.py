@@ -153,12 +153,14 @@ def _many_starts(batches: tuple[int, ...]) -> dict[str, Any]:
 def _near(task: Task, starts: jax.Array) -> list[Any]:
     """Solves per CPU second to .1% of the optimum, the relative change that ends them, and the share that is there."""
     optimum = np.asarray(_rate(task, starts, steps=MOST, relative=1e-9)[1].J)
+    tried: list[list[Any]] = []
     for relative in TOLERANCES:
         rate, found = _rate(task, starts, steps=MOST, relative=relative)
         share = float(np.mean(optimum - np.asarray(found.J) <= NEAR * np.abs(optimum)))
+        tried.append([rate, f"{relative:g}", share])
         if share >= SHARE:
             break
-    return [rate, f"{relative:g}", share]
+    return tried[-1]
 
 
 def _rate(task: Task, starts: jax.Array, *, steps: int, relative: float) -> tuple[float, d.Plans]:
