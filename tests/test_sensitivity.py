@@ -159,3 +159,14 @@ def test_a_plan_has_no_other_starts_to_compare():
     with pytest.raises(ValueError, match="6 stages need at least 6 updates, got 5"):
         Continuation.trusted(GaussNewton(), 5)
     assert sum(Continuation.trusted(GaussNewton(), 6).lengths.tolist()) == 6
+
+
+def test_the_schedule_of_a_trained_policy_is_the_whole_task_and_then_that_of_trust():
+    resumed, trusted = Continuation.resumed(GaussNewton(), 140), Continuation.trusted(GaussNewton(), 100)
+    for name in ("discounts", "trusts", "lengths"):
+        np.testing.assert_array_equal(getattr(resumed, name)[2:], getattr(trusted, name))
+    assert resumed.discounts[:2].tolist() == [1, 1] and resumed.trusts[:2].tolist() == [30, np.inf]
+    assert resumed.lengths[:2].tolist() == [20, 20] and resumed.tolerance == -np.inf  # no stage ends early
+    assert Continuation.resumed(GaussNewton(), 8).lengths.tolist() == [1] * 8
+    with pytest.raises(ValueError, match="8 stages need at least 8 updates, got 7"):
+        Continuation.resumed(GaussNewton(), 7)
