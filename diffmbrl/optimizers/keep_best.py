@@ -32,7 +32,7 @@ class KeepBest(eqx.Module):
 
     Shapes: policy leaves any; `s0` [B, ...]. Cost: the solver's and two rollouts.
     Raises: `ValueError` for a planner, whose plans are each judged on their own.
-    Reference: Nocedal and Wright 2006, section 3.1 (non-monotone searches keep what they have passed).
+    Reference: Chamberlain et al. 1982, the watchdog technique (steps need not improve; the best point is what one returns to).
 
     >>> import jax, optax
     >>> from diffmbrl import Descend, Neural, solve, tasks
