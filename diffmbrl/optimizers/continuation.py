@@ -18,7 +18,6 @@ TRUSTED = (
     (10.0, 10.0, 10.0, 10.0, 30.0, jnp.inf),
     (0.36, 0.13, 0.13, 0.15, 0.08, 0.15),
 )
-UNDISCOUNTED = ((1.0, 1.0), (30.0, jnp.inf), (1 / 7, 1 / 7))  # of `resumed`, before those of `trusted`
 TOLERANCE, PATIENCE = 0.02, 5  # progress below 2% in 5 updates ends a stage of `trusted`
 HELD = 0.9  # share of the starts whose growth must allow the next discount
 
@@ -155,9 +154,9 @@ class Continuation(eqx.Module):
         the two a task wants shows at the end alone: wrap it in `KeepBest`. No stage ends early.
         Raises: `ValueError` if there are fewer updates than stages.
         """
-        discounts, trusts, shares = ((*first, *then) for first, then in zip(UNDISCOUNTED, TRUSTED, strict=True))
-        lengths = _lengths([share * (1 if k < 2 else 5 / 7) for k, share in enumerate(shares)], steps)
-        return cls(solver, discounts=discounts, trusts=trusts, lengths=lengths)
+        discounts, trusts, shares = TRUSTED
+        lengths = _lengths((1 / 7, 1 / 7, *(5 / 7 * share for share in shares)), steps)
+        return cls(solver, discounts=(1.0, 1.0, *discounts), trusts=(30.0, jnp.inf, *trusts), lengths=lengths)
 
     @classmethod
     def measured(cls, solver: Solver, steps: int, *, kappa: float = 1.0) -> "Continuation":

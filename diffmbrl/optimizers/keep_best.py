@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, count_work
+from diffmbrl.core import Info, Solver, State, Task, count_work, where
 from diffmbrl.rollout import expected
 
 
@@ -66,7 +66,7 @@ class KeepBest(eqx.Module):
         # The same noise for both, and no J kept from other noise or other starts.
         J, J_reached = expected(policy, task, s0, key), expected(reached, task, s0, key)
         better = jnp.isfinite(J_reached) & ~(J_reached <= J)  # than what is not finite, anything finite
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), reached, policy)
+        best = where(better, reached, policy)
         steps = 2 * jax.tree.leaves(s0)[0].shape[0] * task.horizon
         work = jax.tree.map(jnp.add, info.work, count_work(forward=steps, sequential=1))
         return best, Walk(reached, inner), info._replace(J=J, accepted=better, work=work)
