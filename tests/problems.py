@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from diffmbrl import Task, tasks
+from diffmbrl import Neural, Task, tasks
 from diffmbrl.core import Box
 
 
@@ -147,6 +147,18 @@ def bent(*, horizon: int = 8, ends: bool = False) -> Task:
         name="bent", dynamics=Bent(), reward=BentReward(), terminal=BentTerminal(), done=Beyond() if ends else None,
         initial=Box([-1.2, -0.5], [1.2, 0.5]), a_low=[-jnp.inf], a_high=[jnp.inf], horizon=horizon, dt=0.2,
     )  # fmt: skip
+
+
+def small(key: Any, starts: int) -> tuple[Neural, Task, Any]:
+    """A policy of few parameters, the bent task, and start states."""
+    task = bent(horizon=6)
+    return Neural.init(task, hidden=[4], key=key), task, task.starts(key, starts)
+
+
+@jax.jit
+def update(solver, policy, carry, task, s0):
+    """One update without noise."""
+    return solver.update(policy, carry, task, s0, key=None)
 
 
 def changed(task: Task, **leaves: Any) -> Task:

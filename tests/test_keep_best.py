@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Continuation, Descend, GaussNewton, KeepBest, Krylov, Neural, Relay, expected, solve
-from tests.problems import bent, same, same_tree
+from diffmbrl import ILQR, Continuation, Descend, GaussNewton, KeepBest, Krylov, Relay, expected, solve
+from tests.problems import same, same_tree, small, update
 
 KEY = jax.random.key(3)
 WILD = Descend(optax.sgd, learning_rate=3.0)
@@ -14,13 +14,7 @@ WILD = Descend(optax.sgd, learning_rate=3.0)
 
 @pytest.fixture(scope="module")
 def problem():
-    task = bent(horizon=6)
-    return Neural.init(task, hidden=[4], key=KEY), task, task.starts(KEY, 5)
-
-
-@jax.jit
-def update(solver, policy, carry, task, s0):
-    return solver.update(policy, carry, task, s0, key=None)
+    return small(KEY, 5)
 
 
 def test_the_walk_is_the_solvers_own_and_the_best_of_it_is_returned(problem):

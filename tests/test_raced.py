@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import ILQR, Continuation, GaussNewton, Krylov, Neural, Raced, expected, solve
-from tests.problems import bent, same, same_tree
+from diffmbrl import ILQR, Continuation, GaussNewton, Krylov, Raced, expected, solve
+from tests.problems import same, same_tree, small, update
 
 KEY = jax.random.key(8)
 INNER = GaussNewton(system=Krylov(4))
@@ -14,13 +14,7 @@ INNER = GaussNewton(system=Krylov(4))
 
 @pytest.fixture(scope="module")
 def problem():
-    task = bent(horizon=6)
-    return Neural.init(task, hidden=[4], key=KEY), task, task.starts(KEY, 6)
-
-
-@jax.jit
-def update(solver, policy, carry, task, s0):
-    return solver.update(policy, carry, task, s0, key=None)
+    return small(KEY, 6)
 
 
 def lane(tree, k):

@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Descend, GaussNewton, Krylov, Neural, Relay, solve
-from tests.problems import bent, same, same_tree
+from diffmbrl import ILQR, Descend, GaussNewton, Krylov, Relay, solve
+from tests.problems import same, same_tree, small
 
 KEY = jax.random.key(9)
 FIRST, THEN = Descend(optax.adam, learning_rate=1e-2), GaussNewton(system=Krylov(4))
@@ -14,8 +14,7 @@ FIRST, THEN = Descend(optax.adam, learning_rate=1e-2), GaussNewton(system=Krylov
 
 @pytest.fixture(scope="module")
 def problem():
-    task = bent(horizon=6)
-    return Neural.init(task, hidden=[4], key=KEY), task, task.starts(KEY, 5)
+    return small(KEY, 5)
 
 
 def test_it_is_the_first_and_then_the_second_from_there(problem):
