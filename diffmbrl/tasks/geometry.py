@@ -49,8 +49,8 @@ class Solids(NamedTuple):
 def solids(sys: Any, *, azimuth: float = 0.4, elevation: float | None = None) -> Solids:
     """What there is to draw of a Brax `System`. Without an `elevation` [rad] what lies flat is seen from above.
 
-    >>> from brax import envs
-    >>> ant = solids(envs.get_environment("ant", backend="positional").sys)
+    >>> from diffmbrl.tasks.brax import Body, environment
+    >>> ant = solids(environment(Body("ant", "positional")).sys)
     >>> len(ant.each), ant.follow, ant.level
     (17, True, 0.0)
     """
