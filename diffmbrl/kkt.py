@@ -52,7 +52,8 @@ def solve_with_gaps(
     # What the closed loop makes of the gaps; the rest of the step starts at 0 and has none. Open loop, an unstable system
     # would blow the gaps up and cancel them again.
     moved, moved_a, moved_T = _drift(A, B, sweep.K, gaps)
-    Hz = jax.vmap(matvec)(H, jnp.concatenate([moved, moved_a], axis=1))
+    # Over all steps at once a product of matrices is one kernel; written out as arithmetic it took six times as long.
+    Hz = jnp.einsum("tij,tj->ti", H, jnp.concatenate([moved, moved_a], axis=1), precision="highest")
     q_a = sweeps.adjoint(
         A, B, sweep.K, c_s + Hz[:, :n], c_a + Hz[:, n:] + damping * moved_a, c_T + matvec(H_T, moved_T)
     )

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import Solver, State, Task, Trajectory, where
 from diffmbrl.kkt import solve_with_gaps
-from diffmbrl.linearize import Linearization, flat_states, linearize, matvec
+from diffmbrl.linearize import Linearization, flat_states, linearize
 from diffmbrl.parallel_riccati import choose
 from diffmbrl.planners.models import hamiltonian
 from diffmbrl.policies import Affine, first_plan
@@ -177,8 +177,8 @@ def _derivative(primals: Any, tangents: Any) -> Any:
     free = ~(point.at_low | point.at_high)
     n = point.lin.A.shape[1]
     c, moved, c_T = jax.jvp(_first_order(point.trajectory, point.costates, key), (task,), (task_dot,))[1]
-    c = c + jax.vmap(matvec)(point.across, a_dot)
-    moved = moved + jax.vmap(matvec)(point.B, a_dot)
+    c = c + jnp.einsum("tij,tj->ti", point.across, a_dot, precision="highest")
+    moved = moved + jnp.einsum("tij,tj->ti", point.B, a_dot, precision="highest")
 
     lin = point.lin._replace(c_s=c[:, :n], c_a=jnp.where(free, c[:, n:], zero), c_T=c_T)
     gaps = jnp.concatenate([ravel_pytree(s0_dot)[0][None], moved])

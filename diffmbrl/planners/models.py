@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task, Trajectory
 from diffmbrl.linearize import Linearization, closed_loop, each_step, feedback, flat_states, linearize, matmul
 from diffmbrl.rollout import returns, rollout
+from diffmbrl.sparsity import compression
 
 
 class Model(NamedTuple):
@@ -37,7 +37,8 @@ class FirstOrder(eqx.Module):
 
 
 class SecondOrder(eqx.Module):
-    """Newton's model: the Hessians of the Hamiltonian as well, in parallel over time. Costs n + m more tangents of f' lambda.
+    """Newton's model: the Hessians of the Hamiltonian as well, in parallel over time. Costs n + m more tangents of f' lambda,
+    or as few as tell the entries apart (`sparsity.py`).
 
     They are used as they are or not at all. Damped until the sweep is positive definite, they took 46 to 168 iterations to
     0.1% of the optimum on pendulum, acrobot and quadrotor, and projected to be positive semidefinite 20 to 67, where iLQR takes
@@ -73,17 +74,18 @@ def hamiltonian(
         s, a = unravel(z[:n]), z[n:]
         return jnp.vdot(costate, ravel_pytree(task.dynamics(s, a, key=key_s))[0]) - w * task.reward(s, a)
 
-    def hessian(z, *given):
-        # As the Jacobians in linearize.py. Rows or columns are the same; on the last axis the tangents are contiguous.
+    def tangents(z, *given):
+        # As the Jacobians in linearize.py; on the last axis the tangents are contiguous.
         _, push = jax.linearize(lambda z: jax.grad(value)(z, *given), z)
-        return jax.vmap(push, out_axes=1)(np.eye(z.size, dtype=z.dtype))
+        return jax.vmap(push, out_axes=1)(seeds)
 
     # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
     z = jnp.concatenate([x, trajectory.a], axis=1)
     z = z if task.done is None else jnp.where(alive[:, None], z, z[0])
-    times = jnp.arange(task.horizon)
+    given = costates, task.weights[:-1], jnp.arange(task.horizon)
+    seeds, expand = compression(lambda z: jax.grad(value)(z, *(x[0] for x in given)), z[0])
     with jax.default_matmul_precision("highest"):
-        H = each_step(hessian, task)(z, costates, task.weights[:-1], times)
+        H = expand(each_step(tangents, task)(z, *given))
     return H if task.done is None else jnp.where(alive[:, None, None], H, jnp.zeros_like(H))
 
 
