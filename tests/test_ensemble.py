@@ -85,6 +85,25 @@ def test_particles_of_noisy_members_differ_and_follow_the_key():
     assert not np.any(one == other) and np.ptp(one[:, 0]) > 1e-3
 
 
+def test_the_deviation_is_that_of_the_bent_logarithm(x64):
+    """In closed form or by two softplus, far below its bounds, between them and far above; with its derivatives."""
+    task = tasks.lqr()
+    f = GaussianDynamics.init(task, hidden=[], key=jax.random.key(0), log_std=(-3.0, 0.5))
+    f = eqx.tree_at(lambda f: f.normalizer.scale, f, jnp.asarray([2.0, 0.5]))
+
+    def deviations(raw, f):
+        net = eqx.tree_at(lambda net: net.biases[-1], f.net, jnp.concatenate([jnp.zeros(2), jnp.full(2, raw)]))
+        f = eqx.tree_at(lambda f: f.net, f, net)
+        s, a = jnp.zeros(2), jnp.zeros(1)
+        return f.moments(s, a)[1], f.normalizer.scale * jnp.exp(f.heads(s, a)[1])
+
+    for raw in (-40.0, -3.0, -1.0, 0.5, 2.0, 40.0):
+        found, wanted = deviations(raw, f)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+        found, wanted = jax.jacrev(deviations)(raw, f)
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-15)
+
+
 def test_gaussian_members_have_the_moments_they_say():
     f = GaussianDynamics.init(TASK, hidden=[5], key=KEY)
     mean, std = f.moments(S0, jnp.ones(1))

@@ -65,14 +65,21 @@ class GaussianDynamics(eqx.Module):
 
     def heads(self, s: Float[Array, " n"], a: Float[Array, " m"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """Mean and log standard deviation of the scaled change."""
-        mean, raw = jnp.split(self.net(self.normalizer.inputs(s, a)), 2)
+        mean, raw = self._outputs(s, a)
         raw = self.log_std_high - jax.nn.softplus(self.log_std_high - raw)
         return mean, self.log_std_low + jax.nn.softplus(raw - self.log_std_low)
 
     def moments(self, s: Float[Array, " n"], a: Float[Array, " m"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """Mean and standard deviation of the next state."""
-        mean, log_std = self.heads(s, a)
-        return self.normalizer.step(s, mean), self.normalizer.scale * jnp.exp(log_std)
+        mean, raw = self._outputs(s, a)
+        # exp of what `heads` bends, in closed form: bent by two softplus it took an eighth of CEM's time on an ensemble.
+        low, high = jnp.exp(self.log_std_low), jnp.exp(self.log_std_high)
+        std = low + high * jax.nn.sigmoid(raw - self.log_std_high)
+        return self.normalizer.step(s, mean), self.normalizer.scale * std
+
+    def _outputs(self, s: Array, a: Array) -> list[Array]:
+        """Of the network: the mean, and what becomes the log standard deviation."""
+        return jnp.split(self.net(self.normalizer.inputs(s, a)), 2)
 
     def __call__(
         self, s: Float[Array, " n"], a: Float[Array, " m"], *, key: PRNGKeyArray | None = None
