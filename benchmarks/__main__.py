@@ -10,7 +10,7 @@ BENCHMARKS = {
     "planners": "iLQR and DDP against Crocoddyl, CasADi and diffilqrax to 0.1% of the optimum, and from many starts",
     "rematerialisation": "gradient memory and time against the segments of the scan that are recomputed",
     "first_vs_second": "every optimiser on every task at four horizons, with the same continuation",
-    "robust": "the default second-order method, L-BFGS and Adam on every task, twenty seeds, nothing tuned",
+    "robust": "explored-newton on every task, twenty seeds, nothing tuned, beside krylov-newton, L-BFGS and Adam",
     "wide": "wall-clock to L-BFGS's final cost at 1024 starts, on the device at hand",
     "scipy_lbfgs": "L-BFGS of scipy around one compiled gradient against optax's, compiled whole",
     "mpc": "step times of receding-horizon control with iLQR, and its return beside the open-loop plan's",

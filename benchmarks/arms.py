@@ -133,8 +133,13 @@ def _run(case: Case, first: int, quick: bool) -> list[dict[str, Any]]:
 
 def _gradients(made: Any, work: dict[str, float], steps: int, parameters: int, case: Case) -> float:
     """Work in BPTT gradients of the training starts; NaN for a matrix formed whole, which is no number of them."""
+    if isinstance(made, d.Relay):
+        searching = min(int(made.updates), steps)
+        search, last = _searched(made.first, searching, case), steps - searching
+        judging = 2 * FORWARD * last  # of KeepBest
+        return search + judging + _gradients(made.then, work, last, parameters, case)
     inner = made
-    while isinstance(inner, d.Continuation | d.Raced):
+    while isinstance(inner, d.Continuation | d.Raced | d.KeepBest):
         inner = inner.solver
     batch_steps = case.starts * case.horizon
     if isinstance(inner, d.Descend):
@@ -151,3 +156,11 @@ def _gradients(made: Any, work: dict[str, float], steps: int, parameters: int, c
         race = entered * (plain + hessian) + (made.entrants + 1) * FORWARD if racing else 0.0
         return racing * race + (steps - racing) * (plain + share * hessian)
     return float("nan")
+
+
+def _searched(raced: Any, steps: int, case: Case) -> float:
+    """Short windows: forward, recomputed and back, and a rollout of as many starts to judge; all entrants in the race."""
+    windows = raced.solver
+    share = windows.environments * (windows.window / case.horizon + FORWARD) / case.starts
+    racing = min(int(raced.updates), steps)
+    return (racing * raced.entrants + steps - racing) * share

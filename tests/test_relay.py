@@ -1,6 +1,10 @@
 """One solver after another: each with its own updates, the second afresh from what the first has left."""
 
+from typing import ClassVar
+
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -38,6 +42,35 @@ def test_what_only_one_reports_is_left_out(problem):
     two = Relay(THEN, THEN, updates=1)
     info = jax.eval_shape(lambda: two.update(policy, two.init(policy, task), task, s0, key=None))[2]
     assert info.model is not None
+
+
+class Lost(eqx.Module):
+    """A gradient that is not finite from an update on."""
+
+    after: int = eqx.field(static=True)
+    kind: ClassVar[str] = "policy"
+
+    def init(self, policy, task):
+        return FIRST.init(policy, task), jnp.zeros((), jnp.int32)
+
+    def update(self, policy, carry, task, s0, *, key):
+        inner, done = carry
+        moved, inner, info = FIRST.update(policy, inner, task, s0, key=key)
+        lost = done >= self.after
+        info = info._replace(
+            gradient_norm=jnp.where(lost, jnp.nan, info.gradient_norm), nonfinite=lost.astype(jnp.int32)
+        )
+        moved = jax.tree.map(lambda x: jnp.where(lost, jnp.nan, x), moved)
+        return moved, (inner, done + 1), info
+
+
+def test_a_search_that_is_lost_is_handed_on_at_once(problem):
+    """From the policy that it had, in the update that was lost; the run goes on."""
+    policy, task, s0 = problem
+    both, history = solve(Relay(Lost(after=2), THEN, updates=50), policy, task, s0, None, steps=4)
+    wanted, _ = solve(Relay(FIRST, THEN, updates=2), policy, task, s0, None, steps=4)
+    same_tree(both, wanted, rtol=1e-4, atol=1e-6)
+    assert history.updates == 4 and history.info.nonfinite.tolist() == [0, 0, 1, 0]
 
 
 def test_the_updates_are_a_leaf(problem):

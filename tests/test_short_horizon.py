@@ -22,6 +22,7 @@ from diffmbrl import (
     expected,
     rollout,
     rollouts,
+    solve,
     tasks,
 )
 from diffmbrl.gradients.critic import Critic, fit, inputs, moments, td_lambda
@@ -93,6 +94,28 @@ def test_rescaling_a_critic_changes_no_value(x64):
     same(jax.vmap(other)(x), jax.vmap(critic)(x), rtol=1e-12)
     assert np.ptp(jax.vmap(critic)(x)) > 0.1
     same(x[:, -1], np.full(5, 7 / 200))
+
+
+def test_a_critic_is_held_where_no_target_was(x64):
+    """It is itself within six deviations; beyond, finite and without a slope."""
+    critic = Critic.init(tasks.lqr(), hidden=(8,), key=KEY)
+    critic = eqx.tree_at(lambda c: c.net.weights[-1], critic, jnp.ones((1, 8))).rescaled(number(-1.0), number(0.7))
+    near, far = jnp.zeros(3), jnp.full(3, 1e3)
+    assert abs(critic.net(near)[0]) < 6 < abs(critic.net(far)[0])
+    same(critic.held(near), critic(near), rtol=0)
+    same(jax.grad(critic.held)(near), jax.grad(critic)(near), rtol=0)
+    assert not np.isfinite(critic(far)) and abs(critic.held(far)) < np.exp(1 + 6 * 0.7)
+    same(jax.grad(critic.held)(far), np.zeros(3))
+
+
+def test_an_unstable_system_does_not_end_the_search():
+    """Its critic was infinite after three updates, in a state of 150, and every update from then on was rejected."""
+    task = tasks.random_lqr(jax.random.key(0), 8, 3, stability="unstable", horizon=50)
+    train, _, keys = draw(task, 10, 256, 1, 0)
+    search = METHODS["short-horizon"].make(5e-3, 1200, task)
+    policy = Neural.init(task, hidden=(16, 16), key=keys[9])
+    _, history = solve(search, policy, task, train[9], None, steps=20)
+    assert history.updates == 20 and not history.info.nonfinite.any()
 
 
 def test_the_scale_follows_the_targets_and_stays_positive(x64):

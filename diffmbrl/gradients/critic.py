@@ -13,6 +13,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from diffmbrl.core import State, Task
 from diffmbrl.nets import MLP
 
+LIMIT = (
+    6.0  # deviations from the mean: beyond is what no target was, and symexp of what a network makes of it overflows
+)
+
 
 class Critic(eqx.Module):
     r"""$V(x) = \mathrm{symexp}(\mu + \varsigma\,\mathrm{net}(x))$, `x` the task's features and the share of the horizon passed.
@@ -46,6 +50,14 @@ class Critic(eqx.Module):
 
     def __call__(self, x: Float[Array, " k"]) -> Float[Array, ""]:
         return symexp(self.mean + self.std * self.net(x)[0])
+
+    def held(self, x: Float[Array, " k"]) -> Float[Array, ""]:
+        """V with the network's output held within `LIMIT` deviations, beyond which it has no slope.
+
+        For a critic whose moments follow its targets: in a state that an unstable system has run away to, the exponential of
+        what the network makes of it would be infinite.
+        """
+        return symexp(self.mean + self.std * jnp.clip(self.net(x)[0], -LIMIT, LIMIT))
 
     def rescaled(self, mean: Float[Array, ""], std: Float[Array, ""]) -> "Critic":
         """The same values at another mean and scale of the network."""

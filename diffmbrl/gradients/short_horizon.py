@@ -190,7 +190,7 @@ class ShortHorizon(eqx.Module):
             task,
             s0,
             environments,
-            carry.target,
+            carry.target.held,
             length=self.window,
             discount=self.discount,
             key=key,

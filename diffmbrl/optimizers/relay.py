@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, only_if
+from diffmbrl.core import Info, Solver, State, Task, only_if, where
 
 
 class RelayCarry(NamedTuple):
@@ -28,8 +28,8 @@ class Relay(eqx.Module):
     no good one (a pole that hangs, and gains nothing by a small swing), a method that explores, noise on the actions and a
     critic behind short windows, finds one; it then rests above its bottom, by the noise of its gradients and the errors of its
     critic, where a second-order method on the exact objective does not. `then` starts afresh at the handover, and needs no
-    schedule of discounts: the closed loop is tame already. Updates that were rejected count, too: a search that has come to
-    grief is handed on at its time.
+    schedule of discounts: the closed loop is tame already. A search whose J or gradient is not finite, which ends a run, is
+    handed on at once, from the policy that it had; `Info.nonfinite` counts it.
 
     `Info` has what both report: what only one does (a quadratic model, a violation) is left out.
 
@@ -71,8 +71,10 @@ class Relay(eqx.Module):
         self, policy: Any, carry: RelayCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, RelayCarry, Info]:
         def lead(policy, carry):
-            policy, first, info = self.first.update(policy, carry.first, task, s0, key=key)
-            return policy, carry._replace(first=first), info
+            moved, first, info = self.first.update(policy, carry.first, task, s0, key=key)
+            lost = ~_finite(info)
+            updates = jnp.where(lost, self.updates, carry.updates)
+            return where(lost, policy, moved), carry._replace(first=first, updates=updates), info
 
         def follow(policy, carry):
             afresh = self.then.init(policy, task)
@@ -96,6 +98,14 @@ class Relay(eqx.Module):
             return one
 
         leading = carry.updates < self.updates
-        state = only_if(leading, reported(lead), (policy, carry, blank))
-        policy, carry, info = only_if(~leading, reported(follow), state)
+        policy, carry, info = only_if(leading, reported(lead), (policy, carry, blank))
+        lost = jnp.where(carry.updates >= self.updates, info.nonfinite, 0)
+        policy, carry, info = only_if(carry.updates >= self.updates, reported(follow), (policy, carry, info))
+        info = info._replace(nonfinite=info.nonfinite + lost)
         return policy, carry._replace(updates=carry.updates + 1), info
+
+
+def _finite(info: Info) -> Bool[Array, ""]:
+    """Whether a run would go on after this update."""
+    finite = jnp.isfinite(info.J)
+    return finite if info.gradient_norm is None else finite & jnp.isfinite(info.gradient_norm)
