@@ -100,7 +100,7 @@ def _follow(jaxpr: Any, given: list[Any], d: int) -> list[Any]:
     """The patterns of a jaxpr's outputs, of those of its inputs; its constants depend on nothing."""
     known = dict(zip(jaxpr.invars, given, strict=True))
 
-    def of(var):
+    def of(var: Any) -> Any:
         if isinstance(var, Literal) or var not in known:
             return np.zeros((*var.aval.shape, d), bool)
         return known[var]
@@ -152,7 +152,7 @@ def _through(equation: Any, given: list[Any], d: int) -> list[Any]:
     if name == "pad":
         return [_padded(given[0], given[1], params["padding_config"], shapes[0])]
     if name == "dot_general":
-        return [_product(*given, params["dimension_numbers"])]
+        return [_product(given[0], given[1], params["dimension_numbers"])]
     anything = np.zeros(d, bool)
     for x in given:
         anything = anything | x.reshape(-1, d).any(axis=0)

@@ -13,9 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from diffmbrl.core import State, Task
 from diffmbrl.nets import MLP
 
-LIMIT = (
-    6.0  # deviations from the mean: beyond is what no target was, and symexp of what a network makes of it overflows
-)
+LIMIT = 6.0  # deviations of symlog of the targets from their mean, beyond which none of them was
 
 
 class Critic(eqx.Module):

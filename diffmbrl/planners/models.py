@@ -37,8 +37,9 @@ class FirstOrder(eqx.Module):
 
 
 class SecondOrder(eqx.Module):
-    """Newton's model: the Hessians of the Hamiltonian as well, in parallel over time. Costs n + m more tangents of f' lambda,
-    or as few as tell the entries apart (`sparsity.py`).
+    """Newton's model: the Hessians of the Hamiltonian as well, in parallel over time.
+
+    Costs n + m more tangents of f' lambda, or as few as tell the entries of the Hessians apart (`sparsity.py`).
 
     They are used as they are or not at all. Damped until the sweep is positive definite, they took 46 to 168 iterations to
     0.1% of the optimum on pendulum, acrobot and quadrotor, and projected to be positive semidefinite 20 to 67, where iLQR takes
@@ -83,7 +84,8 @@ def hamiltonian(
     z = jnp.concatenate([x, trajectory.a], axis=1)
     z = z if task.done is None else jnp.where(alive[:, None], z, z[0])
     given = costates, task.weights[:-1], jnp.arange(task.horizon)
-    seeds, expand = compression(lambda z: jax.grad(value)(z, *(x[0] for x in given)), z[0])
+    one = [jnp.zeros(x.shape[1:], x.dtype) for x in given]
+    seeds, expand = compression(lambda z: jax.grad(value)(z, *one), jnp.zeros(z.shape[1:], z.dtype))
     with jax.default_matmul_precision("highest"):
         H = expand(each_step(tangents, task)(z, *given))
     return H if task.done is None else jnp.where(alive[:, None, None], H, jnp.zeros_like(H))
