@@ -101,9 +101,9 @@ def _follow(jaxpr: Any, given: list[Any], d: int) -> list[Any]:
     known = dict(zip(jaxpr.invars, given, strict=True))
 
     def of(var: Any) -> Any:
-        if isinstance(var, Literal) or var not in known:
-            return np.zeros((*var.aval.shape, d), bool)
-        return known[var]
+        shape: tuple[int, ...] = getattr(var.aval, "shape", ())
+        constant = isinstance(var, Literal) or var not in known
+        return np.zeros((*shape, d), bool) if constant else known[var]
 
     for equation in jaxpr.eqns:
         patterns = [of(var) for var in equation.invars]
