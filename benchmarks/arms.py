@@ -60,14 +60,18 @@ class Ledger:
         """Run five seeds and save, unless they are there."""
         if not any(run["seed"] == first for run in self.of(case)):
             found = _run(case, first, self.quick)
-            # Read again: another process may have added to the file meanwhile, with other cases.
-            self.seeds = (self.seeds if self.quick else self._kept()) + found
+            # Read again: another process may have added to the file meanwhile, even the same.
+            self.seeds = self.seeds if self.quick else self._kept()
+            there = {run["seed"] for run in self.of(case)}
+            self.seeds = self.seeds + [run for run in found if run["seed"] not in there]
             save(self.name, {"columns": HEAD, "rows": self.rows(), "seeds": self.seeds}, quick=self.quick)
 
     def tuned(self, case: Case) -> Case:
         """The case at the rate of the table with the lowest median training cost on the first five seeds."""
-        medians = {}
-        for rate in METHODS[case.arm].rates:
+        medians, rates = {}, METHODS[case.arm].rates
+        if len(rates) == 1:
+            return case._replace(rate=rates[0])
+        for rate in rates:
             self.run(case._replace(rate=rate))
             costs = np.asarray(
                 [float(run["train"]) for run in self.of(case._replace(rate=rate)) if run["seed"] < TOGETHER]
