@@ -40,7 +40,7 @@ def task_of(case: Case) -> d.Task:
 class Ledger:
     """The seeds that were run, in a results file: what an interrupted benchmark has done it does not do again.
 
-    Several processes may fill one file, each with other cases.
+    Several processes may fill one file.
     """
 
     def __init__(self, name: str, *, quick: bool):

@@ -325,6 +325,12 @@ def only_if(asked: Bool[Array, ""], turn: Callable[[Any], Any], state: Any) -> A
     return jax.lax.while_loop(lambda loop: loop[0], lambda loop: (jnp.array(False), turn(loop[1])), (asked, state))[1]
 
 
+def goes_on(info: Info) -> Bool[Array, "*batch"]:
+    """Whether J and the gradient of an update are finite; a run ends where they are not."""
+    finite = jnp.isfinite(info.J)
+    return finite if info.gradient_norm is None else finite & jnp.isfinite(info.gradient_norm)
+
+
 def all_finite(tree: Any) -> Bool[Array, ""]:
     """Whether all numbers of all float leaves are finite."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]

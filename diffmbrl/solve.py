@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, is_plan
+from diffmbrl.core import Info, Solver, State, Task, goes_on, is_plan
 from diffmbrl.devices import agreed, beside, local
 from diffmbrl.diagnostics.nonfinite import locate, nonfinite_leaf
 from diffmbrl.diagnostics.reach import refuse_without_gradient
@@ -156,9 +156,9 @@ def iterate(
     )
 
     def ended(row, before):
-        over = ~jnp.isfinite(row.J)
+        over = ~goes_on(row)
         if row.gradient_norm is not None:
-            over = over | ~jnp.isfinite(row.gradient_norm) | (row.gradient_norm <= tolerance)
+            over = over | (row.gradient_norm <= tolerance)
         if before is None or relative is None:
             return over
         return over | ((jnp.abs(row.J - before) <= relative.astype(row.J.dtype) * jnp.abs(row.J)) & (relative > 0))

@@ -29,7 +29,7 @@ ELEMENTWISE = frozenset((
 # fmt: on
 REDUCTIONS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"))
 RESHAPES = frozenset(("reshape", "squeeze", "expand_dims"))
-CALLS = frozenset(("jit", "pjit", "closed_call", "checkpoint", "remat2"))
+CALLS = frozenset(("jit", "pjit"))
 
 
 def compression(

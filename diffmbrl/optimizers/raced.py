@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, count_work, only_if
+from diffmbrl.core import Info, Solver, State, Task, count_work, goes_on, only_if
 from diffmbrl.optimizers.sampled import in_turn
 from diffmbrl.rollout import expected
 
@@ -112,9 +112,7 @@ class Raced(eqx.Module):
         policies, carries, infos = jax.vmap(update)(carry.policies, carry.carries)
         before = expected(policy, task, s0, key)
         J = jax.vmap(lambda pi: expected(pi, task, s0, key))(policies)
-        finite = jnp.isfinite(J) & jnp.isfinite(infos.J)
-        if infos.gradient_norm is not None:
-            finite = finite & jnp.isfinite(infos.gradient_norm)
+        finite = jnp.isfinite(J) & goes_on(infos)
         best = jnp.argmax(jnp.where(finite, J, -jnp.inf))
         # Where nothing is finite there is nothing to learn, and the race is where it was.
         going = jnp.isfinite(before) & jnp.any(finite)

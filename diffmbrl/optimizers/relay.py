@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, only_if, where
+from diffmbrl.core import Info, Solver, State, Task, goes_on, only_if, where
 
 
 class RelayCarry(NamedTuple):
@@ -72,7 +72,7 @@ class Relay(eqx.Module):
     ) -> tuple[Any, RelayCarry, Info]:
         def lead(policy, carry):
             moved, first, info = self.first.update(policy, carry.first, task, s0, key=key)
-            lost = ~_finite(info)
+            lost = ~goes_on(info)
             updates = jnp.where(lost, self.updates, carry.updates)
             return where(lost, policy, moved), carry._replace(first=first, updates=updates), info
 
@@ -103,9 +103,3 @@ class Relay(eqx.Module):
         policy, carry, info = only_if(carry.updates >= self.updates, reported(follow), (policy, carry, info))
         info = info._replace(nonfinite=info.nonfinite + lost)
         return policy, carry._replace(updates=carry.updates + 1), info
-
-
-def _finite(info: Info) -> Bool[Array, ""]:
-    """Whether a run would go on after this update."""
-    finite = jnp.isfinite(info.J)
-    return finite if info.gradient_norm is None else finite & jnp.isfinite(info.gradient_norm)
