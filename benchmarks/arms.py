@@ -40,11 +40,11 @@ def task_of(case: Case) -> d.Task:
 class Ledger:
     """The seeds that were run, in a results file: what an interrupted benchmark has done it does not do again.
 
-    Several processes may fill one file.
+    Several processes may fill one file. A seed has its costs at so many `looks` on the way.
     """
 
-    def __init__(self, name: str, *, quick: bool):
-        self.name, self.quick = name, quick
+    def __init__(self, name: str, *, quick: bool, looks: int = 1):
+        self.name, self.quick, self.looks = name, quick, looks
         self.seeds: list[dict[str, Any]] = [] if quick else self._kept()
 
     def _kept(self) -> list[dict[str, Any]]:
@@ -59,12 +59,16 @@ class Ledger:
     def run(self, case: Case, *, first: int = 0) -> None:
         """Run five seeds and save, unless they are there."""
         if not any(run["seed"] == first for run in self.of(case)):
-            found = _run(case, first, self.quick)
+            found = _run(case, first, self.quick, self.looks)
             # Read again: another process may have added to the file meanwhile, even the same.
             self.seeds = self.seeds if self.quick else self._kept()
             there = {run["seed"] for run in self.of(case)}
             self.seeds = self.seeds + [run for run in found if run["seed"] not in there]
-            save(self.name, {"columns": HEAD, "rows": self.rows(), "seeds": self.seeds}, quick=self.quick)
+            self.save()
+
+    def save(self, **more: Any) -> None:
+        """Write the file: the rows, `more` tables and the seeds."""
+        save(self.name, {"columns": HEAD, "rows": self.rows(), **more, "seeds": self.seeds}, quick=self.quick)
 
     def tuned(self, case: Case) -> Case:
         """The case at the rate of the table with the lowest median training cost on the first five seeds."""
@@ -111,7 +115,7 @@ HEAD = [
 ]
 
 
-def _run(case: Case, first: int, quick: bool) -> list[dict[str, Any]]:
+def _run(case: Case, first: int, quick: bool, looks: int) -> list[dict[str, Any]]:
     row, task = METHODS[case.arm], task_of(case)
     steps = max(6, row.steps // 10) if quick else row.steps
     train, test, keys = draw(task, first + TOGETHER, case.starts, HELD_OUT, 0)
@@ -120,18 +124,27 @@ def _run(case: Case, first: int, quick: bool) -> list[dict[str, Any]]:
     hidden = d.tasks.TASKS["lqr" if case.task.startswith("lqr") else case.task].hidden
     lanes = PolicyLanes([made], task, hidden, draws, sequential=row.sequential)
     compiling = lanes.compile()
-    cpu, wall = all_updates(lanes, steps)
-    look = lanes.evaluate()
+    ends = np.unique(np.linspace(0, steps, looks + 1).astype(int)[1:]).tolist()
+    done, cpu, wall, seen = 0, [0.0], [0.0], []
+    for end in ends:
+        spent = all_updates(lanes, end - done, done=done)
+        done = end
+        cpu.append(cpu[-1] + spent[0] / TOGETHER)
+        wall.append(wall[-1] + spent[1] / TOGETHER)
+        seen.append(lanes.evaluate())
     shared = case._asdict() | {"updates": steps, "compile": compiling, "parameters": lanes.parameters}
-    shared |= {"cpu": cpu / TOGETHER, "wall": wall / TOGETHER}
+    shared |= {"cpu": cpu[-1], "wall": wall[-1]}
     runs = []
     for k in range(TOGETHER):
+        look = seen[-1]
         work = {name: float(look[name][0, k]) for name in ("sequential", "forward", "jvp", "vjp", "nonfinite")}
         costs = {"train": -float(look["train"][0, k]), "test": -float(look["test"][0, k])}
         gradients = _gradients(made, work, steps, lanes.parameters, case)
-        runs.append(
-            shared | costs | work | {"seed": first + k, "success": float(look["success"][0, k]), "gradients": gradients}
-        )
+        found = {"seed": first + k, "success": float(look["success"][0, k]), "gradients": gradients}
+        curve = {"cpu": cpu[1:], "sequential": [float(x["sequential"][0, k]) for x in seen]}
+        curve |= {name: [-float(x[name][0, k]) for x in seen] for name in ("train", "test")}
+        curve = {name: [float(f"{x:.5g}") for x in values] for name, values in curve.items()}
+        runs.append(shared | costs | work | found | ({"curve": curve} if looks > 1 else {}))
     return runs
 
 

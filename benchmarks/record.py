@@ -1,6 +1,7 @@
 """Results: a JSON file beside a printed table, with where and when they were measured."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ def save(name: str, result: dict[str, Any], *, quick: bool) -> Path:
     file = path(name, quick=quick)
     provenance = collect(seeds=None, time=None)
     provenance.pop("argv", None)
-    file.write_text(json.dumps(to_json({"result": result, "provenance": provenance}), indent=1) + "\n")
+    text = json.dumps(to_json({"result": result, "provenance": provenance}), indent=1)
+    # A list of numbers or names takes one line, not one for each.
+    text = re.sub(r"\[\n +([^\[\]{}]*?)\n *\]", lambda found: "[" + re.sub(r",\n +", ", ", found[1]) + "]", text)
+    file.write_text(text + "\n")
     return file
 
 
