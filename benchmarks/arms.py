@@ -116,6 +116,8 @@ HEAD = [
 
 
 def _run(case: Case, first: int, quick: bool, looks: int) -> list[dict[str, Any]]:
+    # Programs of the runs before: of hundreds of them a process may have no more maps of memory than the system allows.
+    jax.clear_caches()
     row, task = METHODS[case.arm], task_of(case)
     steps = max(6, row.steps // 10) if quick else row.steps
     train, test, keys = draw(task, first + TOGETHER, case.starts, HELD_OUT, 0)
