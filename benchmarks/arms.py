@@ -58,6 +58,7 @@ class Ledger:
 
     def run(self, case: Case, *, first: int = 0) -> None:
         """Run five seeds and save, unless they are there."""
+        self.seeds = self.seeds if self.quick else self._kept()
         if not any(run["seed"] == first for run in self.of(case)):
             found = _run(case, first, self.quick, self.looks)
             # Read again: another process may have added to the file meanwhile, even the same.

@@ -5,7 +5,8 @@ on 256 training and 256 held-out starts, float32. Of Adam's four rates that of t
 seed succeeds if at least 95% of the held-out starts end well in the task's own words (`diffmbrl tasks`): upright or balanced
 and slow, hovering, near the origin. Costs are -return. CPU time is the process's for each seed, compile time apart.
 
-Seeds run five at a time, and what is done is in the results file: a run that was interrupted goes on from there.
+Seeds run five at a time, and what is done is in the results file: a run that was interrupted goes on from there. On a CPU
+`NPROC=1`, one thread, takes the least CPU time.
 """
 
 from benchmarks.arms import HEAD, TOGETHER, Case, Ledger
