@@ -131,7 +131,7 @@ MEASURES = {
 
 def paint(numbers: Any) -> Any:
     """A row for each horizon: cost against iterations, evaluations and time, and the sweep of learning rates."""
-    figure, axes = sheet(len(numbers["horizons"]), (0.05, 0.05, 1.25, 0.75))
+    figure, axes = sheet(len(numbers["horizons"]), (0.05, 0.05, 1.25, 1.25))
     heading(figure, f"{numbers['task']}: first order (dashed) against second order (solid)")
     styles = {name: style_of(name.replace("gauss-newton", "G-N"), index=i) for i, name in enumerate(numbers["order"])}
     for row, (T, runs) in zip(axes, numbers["horizons"].items(), strict=True):
