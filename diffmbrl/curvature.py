@@ -157,10 +157,6 @@ def hessian(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None)
     The rollout and its reverse pass are linearised once; a product costs a tangent of both, about 2.4 BPTT gradients, and the
     linearisation keeps what they need: memory grows with B T.
 
-    Formed as Gauss-Newton's, from the Hamiltonian's Hessians by linear recursions and the network's own products at all states
-    at once, a product took as long on the pendulum and 1.3 times less on the quadrotor (64 starts, T = 100, one thread), and
-    its compilation 1.3 to 1.7 times longer.
-
     Reference: Pearlmutter 1994.
 
     >>> import jax
