@@ -1,6 +1,7 @@
 """One method on one task from several seeds, as every comparison of optimisers here runs and records it."""
 
 import json
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -128,23 +129,20 @@ def _run(case: Case, first: int, quick: bool, looks: int) -> list[dict[str, Any]
     lanes = PolicyLanes([made], task, hidden, draws, sequential=row.sequential)
     compiling = lanes.compile()
     ends = np.unique(np.linspace(0, steps, looks + 1).astype(int)[1:]).tolist()
-    done, cpu, wall, seen = 0, [0.0], [0.0], []
-    for end in ends:
-        spent = all_updates(lanes, end - done, done=done)
-        done = end
-        cpu.append(cpu[-1] + spent[0] / TOGETHER)
-        wall.append(wall[-1] + spent[1] / TOGETHER)
+    spent, seen = [], []
+    for done, end in pairwise([0, *ends]):
+        spent.append(all_updates(lanes, end - done, done=done))
         seen.append(lanes.evaluate())
+    cpu, wall = (np.cumsum(spent, axis=0) / TOGETHER).T.tolist()
     shared = case._asdict() | {"updates": steps, "compile": compiling, "parameters": lanes.parameters}
     shared |= {"cpu": cpu[-1], "wall": wall[-1]}
-    runs = []
+    runs, look = [], seen[-1]
     for k in range(TOGETHER):
-        look = seen[-1]
         work = {name: float(look[name][0, k]) for name in ("sequential", "forward", "jvp", "vjp", "nonfinite")}
         costs = {"train": -float(look["train"][0, k]), "test": -float(look["test"][0, k])}
         gradients = _gradients(made, work, steps, lanes.parameters, case)
         found = {"seed": first + k, "success": float(look["success"][0, k]), "gradients": gradients}
-        curve = {"cpu": cpu[1:], "sequential": [float(x["sequential"][0, k]) for x in seen]}
+        curve = {"cpu": cpu, "sequential": [float(x["sequential"][0, k]) for x in seen]}
         curve |= {name: [-float(x[name][0, k]) for x in seen] for name in ("train", "test")}
         curve = {name: [float(f"{x:.5g}") for x in values] for name, values in curve.items()}
         runs.append(shared | costs | work | found | ({"curve": curve} if looks > 1 else {}))

@@ -12,8 +12,7 @@ final test costs: the ratio of those medians, and how many sequential passes and
 was within 5% of that best, the best's own beside them. Costs are looked at sixteen times on the way.
 
 In full this takes some ten hours on two cores. What is done is in the results file: a run that was interrupted goes on from
-there, short horizons first. On a GPU it is the same command. On a CPU
-`NPROC=1`, one thread, takes the least CPU time.
+there, short horizons first. On a GPU it is the same command. On a CPU `NPROC=1`, one thread, takes the least CPU time.
 """
 
 from collections.abc import Iterator
@@ -47,18 +46,19 @@ TARGETS = ["task, T, continuation, method", "test / best first", "passes", "of t
 
 def run(*, quick: bool) -> None:
     ledger = Ledger("first_vs_second", quick=quick, looks=LOOKS)
+    horizons, starts = ((20,), 32) if quick else (HORIZONS, STARTS)
     chosen: list[Case] = []
-    for horizon in (20,) if quick else HORIZONS:
+    for horizon in horizons:
         for name in TASKS[:1] if quick else TASKS:
             for arm, continuation in ARMS[:3] if quick else ARMS:
-                shortest = Case(name, 20 if quick else HORIZONS[0], arm, continuation, 32 if quick else STARTS)
+                shortest = Case(name, horizons[0], arm, continuation, starts)
                 case = ledger.tuned(shortest)._replace(horizon=horizon)
                 ledger.run(case)
                 chosen.append(case)
                 print(table(HEAD, [ledger.row(case)]).splitlines()[-1], flush=True)
     rows = list(against_first(ledger, chosen))
     ledger.save(targets={"columns": TARGETS, "rows": rows})
-    print(f"\nMedians over seeds; float32; {32 if quick else STARTS} starts\n\n{table(HEAD, ledger.rows())}")
+    print(f"\nMedians over seeds; float32; {starts} starts\n\n{table(HEAD, ledger.rows())}")
     print(f"\nUntil within {WITHIN - 1:.0%} of the best of first order\n\n{table(TARGETS, rows)}")
 
 
