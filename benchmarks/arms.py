@@ -1,7 +1,6 @@
 """One method on one task from several seeds, as every comparison of optimisers here runs and records it."""
 
 import json
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +8,7 @@ import numpy as np
 
 import diffmbrl as d
 from benchmarks.record import path, save
-from benchmarks.timing import all_updates
-from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.lanes import PolicyLanes, course, draw
 from diffmbrl.methods import METHODS, solver
 
 HELD_OUT, TOGETHER = 256, 5  # held-out starts; seeds that run side by side
@@ -127,14 +125,10 @@ def _run(case: Case, first: int, quick: bool, looks: int) -> list[dict[str, Any]
     made = solver(row, task, rate=case.rate, steps=steps, continuation=case.continuation)
     hidden = d.tasks.TASKS["lqr" if case.task.startswith("lqr") else case.task].hidden
     lanes = PolicyLanes([made], task, hidden, draws, sequential=row.sequential)
-    compiling = lanes.compile()
-    ends = np.unique(np.linspace(0, steps, looks + 1).astype(int)[1:]).tolist()
-    spent, seen = [], []
-    for done, end in pairwise([0, *ends]):
-        spent.append(all_updates(lanes, end - done, done=done))
-        seen.append(lanes.evaluate())
-    cpu, wall = (np.cumsum(spent, axis=0) / TOGETHER).T.tolist()
-    shared = case._asdict() | {"updates": steps, "compile": compiling, "parameters": lanes.parameters}
+    whole = course(lanes, steps, looks=looks)
+    cpu, wall = ((np.asarray(x[1:]) / TOGETHER).tolist() for x in (whole.cpu, whole.wall))
+    seen = whole.looks[1:]
+    shared = case._asdict() | {"updates": steps, "compile": whole.compile, "parameters": lanes.parameters}
     shared |= {"cpu": cpu[-1], "wall": wall[-1]}
     runs, look = [], seen[-1]
     for k in range(TOGETHER):

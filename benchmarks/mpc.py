@@ -25,7 +25,6 @@ from diffmbrl.lanes import PlanLanes
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.plan import FIRST, WINDOW
 from diffmbrl.planners import MPC, act
-from diffmbrl.solve import CHUNK
 
 TASKS = {"pendulum-swingup": "gravity", "cartpole-swingup": "m_c", "quadrotor2d": "mass"}
 UPDATES = (1, 2, 3)
@@ -128,8 +127,7 @@ def returns(
 def planned(made: Any, task: Task, s0: Any, updates: int) -> tuple[Any, Task]:
     """A plan from each start, and the task that they are plans of."""
     lanes = PlanLanes([made], task, (s0[None], s0[:1], jax.random.split(jax.random.key(0), 1)))
-    for done in range(0, updates, CHUNK):
-        lanes.advance(done, min(CHUNK, updates - done))
+    lanes.advance(0, updates)
     return lanes.train[0], lanes.task
 
 

@@ -24,7 +24,6 @@ from diffmbrl.krylov import lanczos
 from diffmbrl.lanes import PolicyLanes, draw
 from diffmbrl.optimizers.damping import scale
 from diffmbrl.preconditioners import Jacobi, Kronecker, LeafBlocks, SignedJacobi
-from diffmbrl.solve import CHUNK
 
 NAMES, STARTS, SEEDS, UPDATES, RANK = ("cartpole-balance", "pendulum-swingup"), 64, 2, 150, 30
 RUNS = ("leaf blocks", "Kronecker", "diagonal")  # and none
@@ -77,10 +76,8 @@ def _run(name, task, draws, system, metric, updates, points) -> tuple[dict[str, 
     stops = {made: point for point, (made, _) in points.items()}
     for stop in sorted({*stops, updates}):
         begun = time.process_time()
-        while done < stop:
-            count = min(CHUNK, stop - done)
-            lanes.advance(done, count)
-            done += count
+        lanes.advance(done, stop - done)
+        done = stop
         cpu += time.process_time() - begun
         if stop in stops:
             kept[stops[stop]] = lanes.policies

@@ -20,9 +20,8 @@ from scipy.optimize import minimize
 
 import diffmbrl as d
 from benchmarks.record import save, table
-from benchmarks.timing import all_updates
 from diffmbrl.core import State, Task, reweighted
-from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.lanes import PolicyLanes, course, draw
 
 TASKS, HORIZON, STARTS, SEEDS, STEPS, MEMORY = ("cartpole-balance", "pendulum-swingup"), 100, 128, 3, 600, 20
 HEAD = ["task, L-BFGS of", "train", "test", "train worst", "test worst", "success", "gradients", "sequential", "CPU s"]
@@ -122,9 +121,8 @@ def by_optax(name: str, steps: int, seeds: int) -> dict[str, Any]:
     task = d.tasks.make(name, horizon=HORIZON)
     solver = d.Continuation.discounted(d.Descend(optax.lbfgs, memory_size=MEMORY), steps)
     lanes = PolicyLanes([solver], task, d.tasks.TASKS[name].hidden, draw(task, seeds, STARTS, 256, 0), sequential=True)
-    compiling = lanes.compile()
-    cpu, _ = all_updates(lanes, steps)
-    look = lanes.evaluate()
+    whole = course(lanes, steps, looks=1)
+    look = whole.looks[-1]
     return {
         "task": name,
         "horizon": HORIZON,
@@ -136,8 +134,8 @@ def by_optax(name: str, steps: int, seeds: int) -> dict[str, Any]:
         "success": look["success"][0].tolist(),
         "gradients": float(np.median(look["vjp"][0])) / (STARTS * HORIZON),
         "sequential": float(np.median(look["sequential"][0])),
-        "cpu": cpu,
-        "compile": compiling,
+        "cpu": whole.cpu[-1],
+        "compile": whole.compile,
     }
 
 

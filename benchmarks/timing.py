@@ -7,23 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffmbrl.lanes import PolicyLanes
-from diffmbrl.solve import CHUNK
-
 
 def compile_seconds(function: Callable, *arguments: Any) -> float:
     """The first call's wall-clock, which traces and compiles."""
     begun = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - begun
-
-
-def all_updates(lanes: PolicyLanes, steps: int, *, done: int = 0) -> tuple[float, float]:
-    """Make so many updates of a method's lanes; CPU seconds of the process and wall-clock, compile time apart."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    for first in range(done, done + steps, CHUNK):
-        lanes.advance(first, min(CHUNK, done + steps - first))
-    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def medians(

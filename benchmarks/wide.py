@@ -6,7 +6,6 @@ with, compile time and evaluation apart; its passes are rollouts and sweeps one 
 `pip install '.[cuda12]'` and the same command.
 """
 
-import time
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 
 import diffmbrl as d
 from benchmarks.record import save, table
-from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.lanes import PolicyLanes, course, draw
 from diffmbrl.methods import METHODS, solver
 
 TASKS = ("cartpole-balance", "pendulum-swingup")
@@ -52,21 +51,18 @@ def _curve(name: str, arm: str, starts: int, horizon: int, seed: int, quick: boo
     lanes = PolicyLanes(
         [made], task, d.tasks.TASKS[name].hidden, (train[seed:], test, keys[seed:]), sequential=row.sequential
     )
-    curve: dict[str, Any] = {"task": name, "arm": arm, "seed": seed, "compile": lanes.compile()}
-    curve |= {"update": [], "seconds": [], "passes": [], "test": []}
-    spent, done = 0.0, 0
-    while done < steps:
-        count = min(-(-steps // LOOKS), steps - done)
-        begun = time.perf_counter()
-        lanes.advance(done, count)
-        spent += time.perf_counter() - begun
-        done += count
-        look = lanes.evaluate()
-        curve["update"].append(done)
-        curve["seconds"].append(spent)
-        curve["passes"].append(float(look["sequential"][0, 0]))
-        curve["test"].append(-float(look["test"][0, 0]))
-    return curve
+    run = course(lanes, steps, looks=LOOKS)
+    looks = run.looks[1:]
+    return {
+        "task": name,
+        "arm": arm,
+        "seed": seed,
+        "compile": run.compile,
+        "update": run.updates[1:],
+        "seconds": run.wall[1:],
+        "passes": [float(look["sequential"][0, 0]) for look in looks],
+        "test": [-float(look["test"][0, 0]) for look in looks],
+    }
 
 
 def _first(curve: dict[str, Any], goal: float) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Training runs of an experiment: one method at its learning rates, all seeds at once, looked at on the way."""
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,8 +7,7 @@ import jax
 import numpy as np
 
 from diffmbrl.core import Solver
-from diffmbrl.lanes import PolicyLanes, draw
-from diffmbrl.solve import CHUNK
+from diffmbrl.lanes import PolicyLanes, course, draw
 from diffmbrl.tasks import make
 
 HELD_OUT = 256
@@ -43,23 +41,15 @@ def train(
         draw(task, seeds, starts, HELD_OUT, 0),
         sequential=arm.sequential,
     )
-    compiling = lanes.compile()
-    every = max(1, min(CHUNK, -(-arm.steps // looks)))
-    seen, update, cpu = [lanes.evaluate()], [0], [0.0]
-    while update[-1] < arm.steps:
-        count = min(every, arm.steps - update[-1])
-        begun = time.process_time()
-        lanes.advance(update[-1], count)
-        cpu.append(cpu[-1] + (time.process_time() - begun) / len(rates))
-        update.append(update[-1] + count)
-        seen.append(lanes.evaluate())
+    run = course(lanes, arm.steps, looks=looks)
+    seen = run.looks
     final = _costs(seen[-1]["train"])
     best = int(np.argmin(np.median(final, axis=1)))
     last = seen[-1]
     out = {
-        "update": update,
-        "cpu": cpu,
-        "compile": compiling,
+        "update": run.updates,
+        "cpu": [seconds / len(rates) for seconds in run.cpu],
+        "compile": run.compile,
         "parameters": lanes.parameters,
         "rate": rates[best],
         "rates": list(arm.rates),

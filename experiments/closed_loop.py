@@ -26,7 +26,6 @@ from diffmbrl.planners.windows import Clocked
 from diffmbrl.policies import OpenLoop
 from diffmbrl.rollout import returns, rollout, value
 from diffmbrl.runs.figures import name_ends, style_of
-from diffmbrl.solve import CHUNK
 from diffmbrl.tasks import make, squashed
 from experiments.record import array
 from experiments.sheet import band, heading, log_limits, sheet, title
@@ -197,8 +196,7 @@ def _policies(task: Task, size: Size) -> Any:
     noise = jax.random.normal(jax.random.key(2), train.shape)
     made = solver(row, task, rate=None, steps=size.policy_updates, continuation="default")
     lanes = PolicyLanes([made], task, size.hidden, (train + size.spread * noise, test, keys), sequential=row.sequential)
-    for done in range(0, size.policy_updates, CHUNK):
-        lanes.advance(done, min(CHUNK, size.policy_updates - done))
+    lanes.advance(0, size.policy_updates)
     return lanes.policies
 
 

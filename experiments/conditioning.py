@@ -92,8 +92,7 @@ def _policies(name: str, size: Size) -> Any:
     made = solver(METHODS["lbfgs"], task, rate=None, steps=size.trained_steps, continuation="discounts")
     lanes = PolicyLanes([made], task, size.hidden, draws, sequential=True)
     initial = jax.vmap(lambda k: Neural.init(task, hidden=size.hidden, key=k))(draws[2])
-    for done in range(0, size.trained_steps, 50):
-        lanes.advance(done, min(50, size.trained_steps - done))
+    lanes.advance(0, size.trained_steps)
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), initial, lanes.policies)
 
 

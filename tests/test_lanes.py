@@ -1,5 +1,6 @@
 """Many runs as one program are the same runs one at a time."""
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 
 from diffmbrl import ILQR, Affine, Descend, GaussNewton, Krylov, Neural, expected, rollouts, solve, tasks, values
 from diffmbrl.curvature import gauss_newton
-from diffmbrl.lanes import PlanLanes, PolicyLanes, draw
+from diffmbrl.lanes import PlanLanes, PolicyLanes, course, draw
+from diffmbrl.solve import CHUNK
 from diffmbrl.tasks import squashed
 
 TASK = tasks.cartpole_balance(horizon=6)
@@ -150,6 +152,37 @@ def test_a_seed_that_breaks_is_named_and_stops_alone():
     assert lanes.evaluate()["nonfinite"].tolist() == [[0, 1], [0, 1]]
     close(take(lanes.policies, 1), take(before, 1), rtol=0, atol=0)
     assert np.abs(take(lanes.policies, 0).net.weights[0] - take(before, 0).net.weights[0]).max() > 0
+
+
+def adam():
+    return PolicyLanes(SOLVERS["adam"][0], TASK, HIDDEN, DRAWS, sequential=False)
+
+
+def test_more_updates_than_one_call_of_the_program_makes():
+    whole, parts = adam(), adam()
+    whole.advance(0, CHUNK + 3)
+    for done in range(CHUNK + 3):
+        parts.advance(done, 1)
+    close(whole.policies, parts.policies, rtol=0, atol=0)
+    for name in ("sequential", "vjp"):
+        np.testing.assert_array_equal(whole.evaluate()[name], parts.evaluate()[name])
+
+
+def test_a_course_looks_before_and_after_each_share():
+    run, lanes = course(adam(), 7, looks=3), adam()
+    assert run.updates == [0, 2, 4, 7]
+    for look, (done, end) in zip(run.looks, [(0, 0), *pairwise(run.updates)], strict=True):
+        lanes.advance(done, end - done)
+        close(look, lanes.evaluate(), rtol=0, atol=0)
+    for spent in (run.cpu, run.wall):
+        assert spent[0] == 0 and np.all(np.diff(spent) > 0)
+    assert run.compile > 0
+
+
+def test_a_course_has_at_most_a_look_for_each_update():
+    assert course(adam(), 2, looks=5).updates == [0, 1, 2]
+    with pytest.raises(ValueError, match="looks must be at least 1, got 0"):
+        course(adam(), 2, looks=0)
 
 
 # Plans.

@@ -31,7 +31,7 @@ from diffmbrl import (
     values,
 )
 from diffmbrl.core import is_stateful
-from diffmbrl.lanes import _evaluate
+from diffmbrl.lanes.policies import _evaluate
 from diffmbrl.planners import Damping
 from diffmbrl.planners.mpc import planning_task, shifted
 from diffmbrl.tasks.plant import Delayed, delayed, noisy
