@@ -13,8 +13,9 @@ from diffmbrl.core import State, Task
 from diffmbrl.race import restore
 from diffmbrl.rollout import returns, rollout
 from diffmbrl.runs import courses, read_config, words
-from diffmbrl.runs.animation import animate, animation_page, gif
+from diffmbrl.runs.animation import animate, animation_page
 from diffmbrl.runs.folder import write_atomic
+from diffmbrl.runs.gif import gif
 from diffmbrl.runs.metrics import read
 from diffmbrl.runs.page import escape, prose
 from diffmbrl.runs.plan_report import of_kind

@@ -98,7 +98,9 @@ def test_mismatch_and_parameters_multiply():
 
 
 def test_what_devices_cannot_share_is_refused(monkeypatch):
-    monkeypatch.setattr("diffmbrl.plan.mesh_of", lambda count: Mesh(np.array(jax.devices()[:1] * count), ("batch",)))
+    monkeypatch.setattr(
+        "diffmbrl.plan.setting.mesh_of", lambda count: Mesh(np.array(jax.devices()[:1] * count), ("batch",))
+    )
     for change, message in [
         ({}, "ilqr plans from one start after another, on one device, got 3: devices share the samples of"),
         ({"mpc": True}, "2 starts cannot be shared out evenly among 3 devices; the nearest that can: 3"),

@@ -14,7 +14,8 @@ from PIL import Image
 from diffmbrl import compare, plan, race
 from diffmbrl.render import render
 from diffmbrl.runs import read
-from diffmbrl.runs.animation import animate, gif
+from diffmbrl.runs.animation import animate
+from diffmbrl.runs.gif import gif
 from diffmbrl.runs.plan_report import _shape, shape_record
 from diffmbrl.tasks import geometry
 from diffmbrl.tasks.drawing import Line, Polygon, Rod

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from diffmbrl.runs import figures, frame, gallery, page, words
-from diffmbrl.runs.animation import animate, gif
+from diffmbrl.runs.animation import animate
+from diffmbrl.runs.gif import gif
 from diffmbrl.runs.page import cell, escape, prose
 from diffmbrl.runs.plans import plan_figure
 from diffmbrl.runs.table import aligned

@@ -1,0 +1,6 @@
+"""The named methods: what `--method` and `--planner` choose among."""
+
+from diffmbrl.methods.row import CONTINUATIONS, Method, estimated, schedule, solver
+from diffmbrl.methods.table import METHODS, method
+
+__all__ = ["CONTINUATIONS", "METHODS", "Method", "estimated", "method", "schedule", "solver"]
