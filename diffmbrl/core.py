@@ -106,6 +106,9 @@ class Info(NamedTuple):
     merit: Float[Array, "*batch"] | None = (
         None  # what a line search raises where that is not J: gaps, constraints included
     )
+    final: Bool[Array, "*batch"] | None = (
+        None  # of a schedule: whether the objective in force was its last, so that to have converged is to be done
+    )
 
 
 @runtime_checkable
@@ -329,6 +332,11 @@ def goes_on(info: Info) -> Bool[Array, "*batch"]:
     """Whether J and the gradient of an update are finite; a run ends where they are not."""
     finite = jnp.isfinite(info.J)
     return finite if info.gradient_norm is None else finite & jnp.isfinite(info.gradient_norm)
+
+
+def is_final(info: Info) -> Bool[Array, "*batch"]:
+    """Whether the objective of an update was the last of its schedule, where there is one; only there a run can converge."""
+    return jnp.ones(jnp.shape(info.J), bool) if info.final is None else info.final
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, goes_on, is_plan
+from diffmbrl.core import Info, Solver, State, Task, goes_on, is_final, is_plan
 from diffmbrl.devices import agreed, beside, local
 from diffmbrl.diagnostics.nonfinite import locate, nonfinite_leaf
 from diffmbrl.diagnostics.reach import refuse_without_gradient
@@ -43,7 +43,8 @@ def solve(
 ) -> tuple[Any, History]:
     """Run `solver` from `policy` on `task`: up to `steps` updates, or `seconds` of them, or until it has converged.
 
-    It has when |dJ/dtheta| is at most `tolerance`, or when an accepted update changed J by at most `relative` |J| (0: never).
+    It has when |dJ/dtheta| is at most `tolerance`, or when an accepted update changed J by at most `relative` |J| (0: never);
+    under a schedule, `Continuation`, in its last stage.
 
     A policy solver takes `s0` [B, ...] and improves the mean return; a plan solver takes one start state. `key` drives the
     noise of policy and dynamics, update i using `fold_in(key, i)`; None means no noise. A return or gradient that is not finite
@@ -101,17 +102,18 @@ def solve(
         last = jax.tree.map(lambda x: x[-1], chunks[-1])
         norm = np.inf if last.gradient_norm is None else last.gradient_norm
         change = _relative_change(chunks[-1], before)
-        before = jnp.where(last.accepted, last.J, jnp.nan).astype(before.dtype)
+        final = last.final is None or bool(last.final)
+        before = jnp.where(last.accepted & final, last.J, jnp.nan).astype(before.dtype)
         if done == made and norm == 0:
             refuse_without_gradient(task)
         if not (np.isfinite(last.J) and (np.isfinite(norm) or last.gradient_norm is None)):
             stop = f"nonfinite: {locate(policy, task, s0, _key(key, done - 1))} (update {done})"
             policy = _rewind(run, starts, done - 2)
             break
-        if norm <= tolerance:
+        if norm <= tolerance and final:
             stop = f"converged: gradient norm {norm:.3g} is at most {tolerance:g}"
             break
-        if change <= relative and relative > 0:
+        if change <= relative and relative > 0 and final:
             stop = f"converged: relative change of J {change:.3g} is at most {relative:g}"
             break
         if spent >= seconds:
@@ -156,12 +158,13 @@ def iterate(
     )
 
     def ended(row, before):
-        over = ~goes_on(row)
+        converged = jnp.zeros(row.J.shape, bool)
         if row.gradient_norm is not None:
-            over = over | (row.gradient_norm <= tolerance)
-        if before is None or relative is None:
-            return over
-        return over | ((jnp.abs(row.J - before) <= relative.astype(row.J.dtype) * jnp.abs(row.J)) & (relative > 0))
+            converged = converged | (row.gradient_norm <= tolerance)
+        if before is not None and relative is not None:
+            small = jnp.abs(row.J - before) <= relative.astype(row.J.dtype) * jnp.abs(row.J)
+            converged = converged | (small & (relative > 0))
+        return ~goes_on(row) | (converged & is_final(row))
 
     def going(state):
         *_, i, over = state
@@ -174,7 +177,7 @@ def iterate(
         info = jax.tree.map(lambda rows, x: jax.lax.dynamic_update_index_in_dim(rows, x, i, 0), info, row)
         over = ended(row, before)
         if before is not None:
-            before = jnp.where(row.accepted, row.J, jnp.nan).astype(before.dtype)
+            before = jnp.where(row.accepted & is_final(row), row.J, jnp.nan).astype(before.dtype)
         return policy, carry, info, before, i + 1, over
 
     start = (policy, carry, empty, before, jnp.zeros((), jnp.int32), jnp.array(False))
@@ -210,10 +213,11 @@ def check(solver: Any, policy: Any, task: Task, s0: State, steps: int) -> None:
 
 
 def _relative_change(info: Info, before: Any) -> float:
-    """|J - J before| / |J| of the last update but one if that was accepted, else NaN; `before` is as for `iterate`."""
+    """|J - J before| / |J| after an accepted update of the same objective, else NaN; `before` is as for `iterate`."""
     J = info.J[-1]
     if len(info.J) > 1:
-        before = info.J[-2] if info.accepted[-2] else np.nan
+        comparable = info.accepted[-2] and (info.final is None or info.final[-2])
+        before = info.J[-2] if comparable else np.nan
     return float(np.abs(J - before) / np.abs(J)) if J != 0 else np.nan
 
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmbrl import ILQR, Affine, Continuation, Descend, GaussNewton, Linear, solve, tasks
+from diffmbrl import ILQR, Affine, Continuation, Descend, GaussNewton, Linear, Relay, plans, solve, tasks
 from diffmbrl.core import Info, count_work
 from diffmbrl.optimizers.continuation import DISCOUNTS, SHARES
+from diffmbrl.planners.batch import Status
 from tests.problems import bent
 
 KEY = jax.random.key(0)
@@ -35,7 +36,7 @@ class Recorder(eqx.Module):
     def update(self, policy: Any, carry: Any, task: Any, s0: Any, *, key: Any) -> Any:
         TRACES.append(1)
         J = jnp.sum(task.weights * (1 + jnp.arange(task.horizon + 1, dtype=task.weights.dtype)))
-        info = Info(J, jnp.ones(()), jnp.array(False), jnp.zeros(()), carry, jnp.zeros((), jnp.int32), count_work())
+        info = Info(J, jnp.ones(()), jnp.array(True), jnp.zeros(()), carry, jnp.zeros((), jnp.int32), count_work())
         return policy, carry + 1, info
 
 
@@ -236,3 +237,30 @@ def test_fewer_updates_than_stages():
     with pytest.raises(ValueError, match="5 stages need at least 5 updates, got 4"):
         Continuation.discounted(ADAM, 4)
     assert Continuation.discounted(ADAM, 5).lengths.tolist() == [1] * 5
+
+
+def test_no_change_is_convergence_in_the_last_stage_alone():
+    """The recorder's J is that of its stage: from one update to the next nothing changes, but at the two ends of stages."""
+    solver = Continuation(Recorder(), discounts=[0.5, 0.9, 1.0], lengths=[3, 3, 3])
+    _, history = solve(solver, Linear.zeros(TASK), TASK, TASK.starts(KEY, 2), None, 20, relative=1e-3)
+    assert history.stop == "converged: relative change of J 0 is at most 0.001" and history.updates == 8
+
+
+@pytest.mark.parametrize("by", [{"tolerance": 1e-2}, {"relative": 1e-3}])
+def test_plans_converge_in_the_last_stage_alone(by):
+    """Of the first stage, one step, the gradient at resting actions is exactly 0. That is no end."""
+    task = tasks.pendulum_swingup(horizon=10)
+    s0 = task.starts(KEY, 2)
+    solver = Continuation.growing(ILQR(), 60, horizon=10, stages=10)
+    found = plans(solver, task, s0, steps=100, **({"relative": 0.0} | by))
+    assert set(found.status.tolist()) <= {Status.GRADIENT, Status.RELATIVE} and np.all(found.iterations > 54)
+    _, history = solve(solver, Affine.zeros(task), task, s0[0], None, 100, **by)
+    assert "converged" in history.stop and history.updates == found.iterations[0]
+    assert history.info.gradient_norm[0] == 0
+    assert history.info.final.tolist() == [False] * 54 + [True] * (history.updates - 54)
+
+
+def test_what_is_final_of_nested_schedules():
+    inner = Continuation(Recorder(), discounts=[0.5, 1.0], lengths=[1, 1])
+    assert run(Continuation(inner, discounts=[0.9, 1.0], lengths=[3, 2]), 6).final.tolist() == [False] * 4 + [True] * 2
+    assert run(Relay(Recorder(), inner, updates=2), 5).final.tolist() == [False] * 3 + [True] * 2

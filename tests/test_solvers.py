@@ -220,9 +220,10 @@ def test_it_keeps_the_precision(row, double):
         whole = np.dtype(np.int32)
         norm_type = float_type if row.gradients else None
         expected_types = Info(float_type, norm_type, np.dtype(bool), float_type, whole, whole, (whole,) * 4)
-        plain = info._replace(model=None, violation=None, merit=None)
+        plain = info._replace(model=None, violation=None, merit=None, final=None)
         assert [x.dtype for x in jax.tree.leaves(plain)] == jax.tree.leaves(expected_types)
         assert {x.dtype for x in jax.tree.leaves((info.violation, info.merit))} <= {float_type}
+        assert info.final is None or info.final.dtype == bool
         assert all(x.shape == () for x in jax.tree.leaves(info._replace(model=None)))
         assert {x.dtype for x in jax.tree.leaves(info.model)} <= {float_type}
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, Work, count_work, keeps_limits, renewed, reweighted
+from diffmbrl.core import Info, Solver, State, Task, Work, count_work, is_final, keeps_limits, renewed, reweighted
 from diffmbrl.policies import first_plan
 from diffmbrl.sensitivity import growth, sensitivity, trust
 
@@ -208,13 +208,14 @@ class Continuation(eqx.Module):
         eased = self.in_force(policy, task, s0, stage, key=key)
         allowed = self._allowed(policy, task, s0, stage, key)
         policy, inner, info = self.solver.update(policy, inner, eased, s0, key=key)
-        info = info._replace(work=jax.tree.map(jnp.add, info.work, self._work(task, s0)))
+        last = stage >= self.lengths.size - 1
+        info = info._replace(work=jax.tree.map(jnp.add, info.work, self._work(task, s0)), final=last & is_final(info))
         # Info.J is measured before the update, so at a look it is the fruit of the `patience` updates since the last one.
         looking = made % self.patience == 0
         rise = self.tolerance.astype(mark.dtype) * jnp.abs(mark)
         stalled = looking & (made > 0) & (info.J.astype(mark.dtype) - mark < rise)
         ends = jnp.cumulative_sum(self.lengths, dtype=jnp.int32)[stage]
-        over = (stage < self.lengths.size - 1) & (stalled | allowed | (updates + 1 >= ends))
+        over = ~last & (stalled | allowed | (updates + 1 >= ends))
         mark = jnp.where(looking, info.J.astype(mark.dtype), mark)
         made = jnp.where(over, 0, made + 1)
         return policy, ContinuationCarry(inner, updates + 1, stage + over.astype(jnp.int32), made, mark), info

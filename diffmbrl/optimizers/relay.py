@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, goes_on, only_if, where
+from diffmbrl.core import Info, Solver, State, Task, goes_on, is_final, only_if, where
 
 
 class RelayCarry(NamedTuple):
@@ -72,6 +72,7 @@ class Relay(eqx.Module):
     ) -> tuple[Any, RelayCarry, Info]:
         def lead(policy, carry):
             moved, first, info = self.first.update(policy, carry.first, task, s0, key=key)
+            info = info._replace(final=jnp.zeros((), bool))  # what comes has not begun
             lost = ~goes_on(info)
             updates = jnp.where(lost, self.updates, carry.updates)
             return where(lost, policy, moved), carry._replace(first=first, updates=updates), info
@@ -80,7 +81,7 @@ class Relay(eqx.Module):
             afresh = self.then.init(policy, task)
             then = jax.tree.map(lambda x, y: jnp.where(carry.updates == self.updates, x, y), afresh, carry.then)
             policy, then, info = self.then.update(policy, then, task, s0, key=key)
-            return policy, carry._replace(then=then), info
+            return policy, carry._replace(then=then), info._replace(final=is_final(info))
 
         forms = [jax.eval_shape(turn, policy, carry)[2] for turn in (lead, follow)]
         shared = [name for name in Info._fields if all(getattr(form, name) is not None for form in forms)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, is_plan
+from diffmbrl.core import Solver, State, Task, is_final, is_plan
 from diffmbrl.planners.models import Expansion, expansion
 from diffmbrl.policies import first_plan
 from diffmbrl.rollout import split, value
@@ -22,8 +22,8 @@ class Status(IntEnum):
     """Why planning from one start ended."""
 
     RUNNING = 0  # it has not: only inside a run
-    GRADIENT = 1  # the gradient norm is at most `tolerance`
-    RELATIVE = 2  # an accepted update changed J by at most `relative` |J|
+    GRADIENT = 1  # the gradient norm is at most `tolerance`; under a schedule, in its last stage
+    RELATIVE = 2  # an accepted update changed J by at most `relative` |J|; likewise
     BUDGET = 3  # all updates were made
     STALLED = 4  # an update changed neither plan nor damping: no step helps, however short
     NONFINITE = 5  # J or its gradient is not finite; the plan is the last one of which they were
@@ -172,8 +172,9 @@ def _advance(what: Any, lane: _Lane, limit: Int[Array, ""], most: Int[Array, ""]
         plan, carry, info = planner.update(lane.plan, lane.carry, task, lane.s0, key=key)
         norm = jnp.full_like(info.J, jnp.inf) if info.gradient_norm is None else info.gradient_norm
         finite = jnp.isfinite(info.J) & (True if info.gradient_norm is None else jnp.isfinite(norm))
-        converged = norm <= tolerance
-        still = (jnp.abs(info.J - lane.before) <= relative * jnp.abs(info.J)) & (relative > 0)
+        final = is_final(info)
+        converged = final & (norm <= tolerance)
+        still = final & (jnp.abs(info.J - lane.before) <= relative * jnp.abs(info.J)) & (relative > 0)
         # With noise the next update has another.
         stuck = ~info.accepted & _equal(carry, lane.carry) & (key is None)
         over = lane.iterations + 1 >= limit
@@ -185,7 +186,7 @@ def _advance(what: Any, lane: _Lane, limit: Int[Array, ""], most: Int[Array, ""]
         # What ends a run because of what was measured ends it with the plan that was measured.
         keep = ~finite | converged | still
         plan, carry = jax.tree.map(lambda new, old: jnp.where(keep, old, new), (plan, carry), (lane.plan, lane.carry))
-        before = jnp.where(info.accepted, info.J, jnp.nan).astype(info.J.dtype)
+        before = jnp.where(info.accepted & final, info.J, jnp.nan).astype(info.J.dtype)
         return _Lane(plan, carry, lane.s0, lane.key, info.J, norm, before, status, lane.iterations + 1)
 
     return jax.lax.while_loop(going, update, lane)
