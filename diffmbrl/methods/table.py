@@ -202,11 +202,13 @@ METHODS: dict[str, Method] = {
         own_gradient=True,
         words="short-horizon's search, then Krylov-Newton from what it found, without a schedule and with; the best of all",
     ),
+    # Fifteen updates for each of twenty horizons: with five, of 32 starts of the cart-pole's swing-up 15 do not get there (means
+    # 20.6 and 6.0), and where they do nothing is left to gain, the last of them are cheap.
     "ilqr": Method(
         lambda rate, steps, task: ILQR.within(task),
         2,
         "plan",
-        100,
+        300,
         continuation="growing",
         words="iterative LQR, within the limits of the actions",
     ),
@@ -259,7 +261,7 @@ METHODS: dict[str, Method] = {
         lambda rate, steps, task: ILQR.within(task, model=SecondOrder()),
         2,
         "plan",
-        100,
+        300,
         default=False,
         continuation="growing",
         words="iLQR with the second derivatives of the dynamics",
@@ -268,7 +270,7 @@ METHODS: dict[str, Method] = {
         lambda rate, steps, task: MultipleShooting(),
         2,
         "plan",
-        100,
+        300,
         default=False,
         continuation="growing",
         words="states and actions together, from states that the dynamics do not follow; meets constraints",

@@ -173,7 +173,8 @@ class Continuation(eqx.Module):
         A plan has no feedback of its own before its first sweep, so from resting actions an unstable system has left the
         region of interest long before T, and a discount does not bring it back; each new piece of a growing plan starts
         where the last one ended. Measured for iLQR from zero actions on `cartpole-balance`, T = 100, 100 updates, 64 starts:
-        median cost .36, against 14 without and 27 with the discounts.
+        median cost .36, against 14 without and 27 with the discounts. Each stage must do its part: on `cartpole-swingup` the
+        mean of 32 starts is 20.6 after 100 updates in twenty stages, 10.2 after 200 and 6.0 after 300 (without stages 9.3).
         """
         stages = max(1, min(stages, steps, horizon))
         horizons = [-(-horizon * (k + 1) // stages) for k in range(stages)]
