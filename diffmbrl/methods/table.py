@@ -202,8 +202,8 @@ METHODS: dict[str, Method] = {
         own_gradient=True,
         words="short-horizon's search, then Krylov-Newton from what it found, without a schedule and with; the best of all",
     ),
-    # Fifteen updates for each of twenty horizons: with five, of 32 starts of the cart-pole's swing-up 15 do not get there (means
-    # 20.6 and 6.0), and where they do nothing is left to gain, the last of them are cheap.
+    # Fifteen updates for each of twenty horizons: with five, 15 of 32 starts of the cart-pole's swing-up do not get there (20.6
+    # on average in place of 6.0).
     "ilqr": Method(
         lambda rate, steps, task: ILQR.within(task),
         2,
