@@ -58,7 +58,7 @@ def test_members_kept_for_a_rollout_earn_their_mean(count):
     same(value(PLAN, particles(task, count), spread(S0, task, count), KEY), np.mean(each), rtol=1e-5)
 
 
-@pytest.mark.parametrize("count", [3, 5, 7])
+@pytest.mark.parametrize("count", [3, *(pytest.param(count, marks=pytest.mark.slow) for count in (5, 7))])
 def test_a_member_drawn_anew_is_drawn_evenly(count):
     """One step of members that add their own number: the particles show which they had."""
     members = jax.vmap(lambda e: tasks.lqr(mass=1.0 + e).dynamics)(jnp.arange(3, dtype=float))

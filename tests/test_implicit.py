@@ -166,6 +166,7 @@ def test_forward_and_reverse_agree_under_vmap_and_jit(x64):
     close(by_lane[1], gradient(plan, task, start())[1], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_it_is_the_planner_differentiated_step_by_step(x64):
     task, _ = bent_plan()
     planner = in_double(ILQR())

@@ -122,7 +122,9 @@ def ending():
     return changed(bent(ends=True), noise=0.3)
 
 
-@pytest.mark.parametrize("kind", [Linear.zeros, OpenLoop.zeros], ids=["policy", "plan"])
+@pytest.mark.parametrize(
+    "kind", [Linear.zeros, pytest.param(OpenLoop.zeros, marks=pytest.mark.slow)], ids=["policy", "plan"]
+)
 def test_weights_of_one_and_zero_give_the_parts(kind):
     task = ending()
     policy = Gaussian.around(jax.tree.map(lambda x: x + 0.3, kind(task)), task, std=0.4)

@@ -147,8 +147,8 @@ def test_compare_stops_the_lane_and_names_it(what, tmp_path, patched):
 @pytest.mark.parametrize("what", NAMES)
 def test_plan_stops_and_a_controller_goes_on_and_both_name_it(what, mpc, tmp_path, patched):
     if what == "policy":  # a plan has no features: its planner spoils it
-        honest = plan.solver
-        patched.setattr(plan, "solver", lambda *given, **options: Forgets(honest(*given, **options)))
+        honest = plan.setting.solver
+        patched.setattr(plan.setting, "solver", lambda *given, **options: Forgets(honest(*given, **options)))
     planned(tmp_path / "run", mpc=mpc, **({} if what == "policy" else {what: STEP}))
     if mpc:
         assert said(tmp_path / "run").startswith(f"nonfinite: {NAMES[what]} of the plant; 6 steps, ")

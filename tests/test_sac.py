@@ -144,6 +144,7 @@ class First(eqx.Module):
         return (jnp.abs(s[0] - jnp.arange(3, dtype=s.dtype)) < 0.5).astype(s.dtype)
 
 
+@pytest.mark.slow
 def test_gradients_are_central_differences(x64):
     task = tasks.cartpole_continuous()
     learner = SAC(hidden=(4,), activation=jnp.tanh)
