@@ -190,7 +190,8 @@ def test_animations_are_small(name):
     text = animate(
         frames(task, s), a, dt=task.dt, a_low=task.a_low, a_high=task.a_high, action_names=row.actions, title=name
     )
-    assert len(text) < 130_000  # the ant, of fifteen bodies: 123,000
+    most = 130_000 if name == "brax-ant" else 120_000  # of fifteen bodies, 123,000
+    assert len(text) < most
     Tags(text)
 
 
