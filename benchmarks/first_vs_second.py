@@ -1,11 +1,11 @@
 """First against second order on policy parameters: every task, four horizons, every arm with the same continuation.
 
 Five seeds, 64 training and 256 held-out starts, float32; each arm with its own number of updates, under the schedule of trust
-(`Continuation.trusted`), which is that of second-order methods by default; L-BFGS and Adam under their own default, discounts,
-as well, and `explored-newton`, which has a schedule of its own, as it is. Methods with a learning rate run all those of the
-table at the shortest horizon, and the best by the median of its final training cost everywhere. Costs are -return; a seed
-succeeds as in `robust`. One gradient is a BPTT gradient of the starts; a second-order update counts as what it costs in them.
-CPU time is the process's for each seed, compile time apart.
+(`Continuation.trusted`), which is that of second-order methods by default; two of either order under discounts, the default of
+first order, as well, and `explored-newton`, which has a schedule of its own, as it is. Methods with a learning rate run all
+those of the table at the shortest horizon, and the best by the median of its final training cost everywhere. Costs are -return;
+a seed succeeds as in `robust`. One gradient is a BPTT gradient of the starts; a second-order update counts as what it costs in
+them. CPU time is the process's for each seed, compile time apart.
 
 The second table measures every arm against the best of first and quasi-Newton order on that task and horizon, by the median of
 final test costs: the ratio of those medians, and how many sequential passes and CPU seconds it took until the median over seeds
@@ -32,6 +32,8 @@ ARMS = (
     ("gauss-newton", "trust"),
     ("adam-decay", "trust"),
     ("lbfgs", "discounts"),
+    ("krylov-newton", "discounts"),
+    ("gauss-newton", "discounts"),
     ("adam-decay", "discounts"),
     ("explored-newton", "default"),
     ("muon", "trust"),
