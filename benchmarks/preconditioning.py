@@ -70,7 +70,7 @@ def run(*, quick: bool) -> None:
 
 def _run(name, task, draws, system, metric, updates, points) -> tuple[dict[str, Any], dict[str, Any]]:
     """A whole run, and its policies at the points where they are asked for."""
-    solver = d.Continuation.trusted(d.GaussNewton(system=system), updates)
+    solver = d.Continuation.trusted(d.GaussNewton(system=system), updates, horizon=task.horizon)
     lanes = PolicyLanes([solver], task, d.tasks.TASKS[name].hidden, draws, sequential=False)
     compiling, cpu, done, kept = lanes.compile(), 0.0, 0, {}
     stops = {made: point for point, (made, _) in points.items()}
@@ -96,7 +96,7 @@ def _run(name, task, draws, system, metric, updates, points) -> tuple[dict[str, 
 
 def _spaces(name, task, train, policies, points, updates) -> list[dict[str, Any]]:
     """At each point and for each metric, the Krylov spaces of growing dimension."""
-    schedule = d.Continuation.trusted(d.GaussNewton(), updates)
+    schedule = d.Continuation.trusted(d.GaussNewton(), updates, horizon=task.horizon)
     found = []
     for metric, system in systems(RANK).items():
         for point, (_, stage) in points.items():

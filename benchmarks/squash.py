@@ -61,8 +61,12 @@ PLACES = {
     "plant, logit cost": (with_logit_cost, squashed),
 }
 ARMS = {
-    "gauss-newton": (lambda steps: d.Continuation.trusted(d.GaussNewton(system=d.Krylov(10)), steps), 150, False),
-    "lbfgs": (lambda steps: d.Continuation.discounted(d.Descend(optax.lbfgs, memory_size=20), steps), 600, True),
+    "gauss-newton": (
+        lambda steps, T: d.Continuation.trusted(d.GaussNewton(system=d.Krylov(10)), steps, horizon=T),
+        150,
+        False,
+    ),
+    "lbfgs": (lambda steps, T: d.Continuation.discounted(d.Descend(optax.lbfgs, memory_size=20), steps), 600, True),
 }
 HEAD = [
     "task, method, squash",
@@ -118,7 +122,7 @@ def _run(name: str, arm: str, place: str, quick: bool) -> dict[str, Any]:
     task = d.tasks.make(name, horizon=50 if quick else HORIZON)
     trained, judged = (change(task) for change in PLACES[place])
     draws = draw(task, SEEDS, STARTS, 256, 0)
-    lanes = PolicyLanes([make(steps)], trained, d.tasks.TASKS[name].hidden, draws, sequential=sequential)
+    lanes = PolicyLanes([make(steps, task.horizon)], trained, d.tasks.TASKS[name].hidden, draws, sequential=sequential)
     start = _look(lanes.policies, judged, lanes.test)
     whole = course(lanes, steps, looks=1)
     end = _look(lanes.policies, judged, lanes.test)

@@ -34,13 +34,13 @@ EXPECTED = (
     "trust in the sensitivity of each start, stages that end when progress does) ends lower than the same by the clock, "
     "and those lower than none."
 )
-# A schedule is one row: from a solver and its number of updates to the solver that is run.
+# A schedule is one row: from a solver, its number of updates and the horizon to the solver that is run.
 SCHEDULES = {
-    "none": lambda solver, steps: solver,
-    "discounts": Continuation.discounted,
-    "measured": Continuation.measured,
-    "clocked trust": lambda solver, steps: _by_the_clock(Continuation.trusted(solver, steps)),
-    "trust": Continuation.trusted,
+    "none": lambda solver, steps, T: solver,
+    "discounts": lambda solver, steps, T: Continuation.discounted(solver, steps),
+    "measured": lambda solver, steps, T: Continuation.measured(solver, steps),
+    "clocked trust": lambda solver, steps, T: _by_the_clock(Continuation.trusted(solver, steps, horizon=T)),
+    "trust": lambda solver, steps, T: Continuation.trusted(solver, steps, horizon=T),
 }
 RANK = 40  # of Lanczos for the ends of a spectrum
 FLAT = 1.05  # growth of an eigenvalue from one horizon to the next that counts as none
@@ -105,7 +105,8 @@ def measure(size: Size, parts: Any):
             spectra[name][str(T)] = parts(part, partial(_spectrum, name, T, size))
     runs = {}
     for schedule, make_solver in SCHEDULES.items():
-        arm = Arm(lambda _, steps, made=make_solver: made(GaussNewton(system=Krylov(10)), steps), size.updates)
+        made = partial(make_solver, GaussNewton(system=Krylov(10)), T=size.training_horizon)
+        arm = Arm(lambda _, steps, made=made: made(steps), size.updates)
         options: dict[str, Any] = {
             "horizon": size.training_horizon,
             "hidden": size.hidden,

@@ -157,16 +157,25 @@ def test_a_plan_has_no_other_starts_to_compare():
     with pytest.raises(ValueError, match="a plan has only one: use horizons"):
         Continuation(ILQR(), discounts=[1.0], lengths=[1], trusts=[10.0])
     with pytest.raises(ValueError, match="6 stages need at least 6 updates, got 5"):
-        Continuation.trusted(GaussNewton(), 5)
-    assert sum(Continuation.trusted(GaussNewton(), 6).lengths.tolist()) == 6
+        Continuation.trusted(GaussNewton(), 5, horizon=100)
+    assert sum(Continuation.trusted(GaussNewton(), 6, horizon=100).lengths.tolist()) == 6
+
+
+@pytest.mark.parametrize("T", [4, 50, 100, 400])
+def test_no_more_is_left_of_the_terminal_reward_over_a_short_horizon(T):
+    first, *_, last = Continuation.trusted(GaussNewton(), 60, horizon=T).discounts.tolist()
+    assert last == 1.0
+    np.testing.assert_allclose(first, 0.9 if T >= 100 else 0.9 ** (100 / T), rtol=1e-6)
+    assert first**T <= 0.9**100 * (1 + 1e-5)
 
 
 def test_the_schedule_of_a_trained_policy_is_the_whole_task_and_then_that_of_trust():
-    resumed, trusted = Continuation.resumed(GaussNewton(), 140), Continuation.trusted(GaussNewton(), 100)
+    resumed = Continuation.resumed(GaussNewton(), 140, horizon=60)
+    trusted = Continuation.trusted(GaussNewton(), 100, horizon=60)
     for name in ("discounts", "trusts", "lengths"):
         np.testing.assert_array_equal(getattr(resumed, name)[2:], getattr(trusted, name))
     assert resumed.discounts[:2].tolist() == [1, 1] and resumed.trusts[:2].tolist() == [30, np.inf]
     assert resumed.lengths[:2].tolist() == [20, 20] and resumed.tolerance == -np.inf  # no stage ends early
-    assert Continuation.resumed(GaussNewton(), 8).lengths.tolist() == [1] * 8
+    assert Continuation.resumed(GaussNewton(), 8, horizon=100).lengths.tolist() == [1] * 8
     with pytest.raises(ValueError, match="8 stages need at least 8 updates, got 7"):
-        Continuation.resumed(GaussNewton(), 7)
+        Continuation.resumed(GaussNewton(), 7, horizon=100)

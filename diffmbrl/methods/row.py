@@ -67,11 +67,9 @@ def _continued(inner: Solver, row: Method, task: Task, steps: int, continuation:
     if row.kind == "plan":
         return Continuation.growing(inner, steps, horizon=task.horizon)
     chosen = row.continuation if continuation == "default" else continuation
-    return {
-        "discounts": Continuation.discounted,
-        "trust": Continuation.trusted,
-        "measured": Continuation.measured,
-    }[chosen](inner, steps)
+    if chosen == "trust":
+        return Continuation.trusted(inner, steps, horizon=task.horizon)
+    return {"discounts": Continuation.discounted, "measured": Continuation.measured}[chosen](inner, steps)
 
 
 def estimated(name: str, row: Method, estimators: Sequence[str]) -> list[tuple[str, Method]]:

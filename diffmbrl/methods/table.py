@@ -295,4 +295,5 @@ def _explored_newton(rate: float | None, steps: int, task: Task) -> Relay:
     last = max(8, steps * 140 // 1340)
     searching = max(1, steps - last)
     search = solver(METHODS["short-horizon"], task, rate=rate, steps=searching, continuation="default")
-    return Relay(search, KeepBest(Continuation.resumed(KrylovNewton(), last)), updates=searching)
+    then = Continuation.resumed(KrylovNewton(), last, horizon=task.horizon)
+    return Relay(search, KeepBest(then), updates=searching)
