@@ -23,11 +23,12 @@ from jaxtyping import Array, Float
 from diffmbrl.core import count_work
 from diffmbrl.curvature import gauss_newton
 from diffmbrl.krylov import lanczos
-from diffmbrl.methods import METHODS
+from diffmbrl.methods import METHODS, solver
 from diffmbrl.optimizers import Continuation, Dense, GaussNewton, Krylov, Sigma
 from diffmbrl.optimizers.damping import Choice, best_of, scale, take
 from diffmbrl.rollout import expected
 from diffmbrl.runs.figures import effort_axis, name_ends, style_of
+from diffmbrl.tasks import make
 from experiments.arms import Arm, train
 from experiments.record import array
 from experiments.sheet import band, heading, log_limits, sheet, title
@@ -107,24 +108,22 @@ QUICK = FULL._replace(
 )
 
 
-def arms(size: Size) -> dict[str, Arm]:
+def arms(size: Size, task: Any) -> dict[str, Arm]:
     """The methods, all with the same discounts."""
 
-    def continued(make: Any) -> Any:
-        return lambda rate, steps: Continuation.discounted(make(rate), steps)
-
-    def second(system: Any) -> Arm:
-        return Arm(continued(lambda _: GaussNewton(system=system)), size.updates)
+    def second(inner: Any) -> Arm:
+        return Arm(lambda _, steps: Continuation.discounted(inner, steps), size.updates)
 
     def first(name: str) -> Arm:
         row = METHODS[name]
-        return Arm(continued(row.make), size.descents, row.rates, row.sequential)
+        made = partial(solver, row, task, continuation="discounts")
+        return Arm(lambda rate, steps: made(rate=rate, steps=steps), size.descents, row.rates, row.sequential)
 
     return {
-        "imitate gradient": Arm(continued(lambda _: GradientImitation()), size.updates),
-        "imitate planner": second(Sigma(1e-3)),
-        "Gauss-Newton": second(Krylov(10)),
-        "dense G-N": second(Dense()),
+        "imitate gradient": second(GradientImitation()),
+        "imitate planner": second(GaussNewton(system=Sigma(1e-3))),
+        "Gauss-Newton": second(GaussNewton(system=Krylov(10))),
+        "dense G-N": second(GaussNewton(system=Dense())),
         "descent": first("sgd"),
         "Adam": first("adam"),
         "L-BFGS": first("lbfgs"),
@@ -136,7 +135,7 @@ def measure(size: Size, parts: Any):
     numbers: dict[str, Any] = {}
     for name in size.tasks:
         numbers[name] = {}
-        for label, arm in arms(size).items():
+        for label, arm in arms(size, make(name, horizon=size.horizon)).items():
             options: dict[str, Any] = {k: getattr(size, k) for k in ("horizon", "seeds", "starts", "hidden", "looks")}
             part = {"task": name, "arm": label, "updates": arm.steps, "rates": arm.rates} | options
             numbers[name][label] = parts(part, partial(train, arm, name, **options))
@@ -180,8 +179,8 @@ def paint(numbers: Any) -> Any:
         "sequential": "sequential passes over the horizon",
         "cpu": "CPU time of all seeds [s]",
     }
-    styles = {label: style_of(label, index=i) for i, label in enumerate(arms(FULL))}
     for row, (name, runs) in zip(axes, numbers.items(), strict=True):
+        styles = {label: style_of(label, index=i) for i, label in enumerate(runs)}
         lines = []
         for axis, (measure_, xlabel) in zip(row, measures.items(), strict=True):
             effort_axis(axis, [np.asarray(run[measure_], float) for run in runs.values()], xlabel)

@@ -108,6 +108,14 @@ def test_how_far_a_closed_loop_holds_follows_the_numbers() -> None:
     assert "MPC holds to 0.1 " in said and "policy holds to 2 " in said
 
 
+def test_every_arm_of_imitation_makes_a_solver() -> None:
+    task = d.tasks.lqr(horizon=6)
+    for arm in imitation.arms(imitation.QUICK, task).values():
+        for rate in arm.rates or [None]:
+            made = arm.make(rate, arm.steps)
+            assert isinstance(made, d.Continuation) and made.discounts[0] == np.float32(0.8)
+
+
 def test_imitation_of_a_gradient_step_regresses_onto_it(x64: None) -> None:
     task = d.tasks.lqr(horizon=6)
     policy = d.Linear(jnp.array([[0.1, -0.2]]), jnp.array([0.3]))
