@@ -116,8 +116,11 @@ def arms(size: Size, task: Any) -> dict[str, Arm]:
 
     def first(name: str) -> Arm:
         row = METHODS[name]
-        made = partial(solver, row, task, continuation="discounts")
-        return Arm(lambda rate, steps: made(rate=rate, steps=steps), size.descents, row.rates, row.sequential)
+
+        def made(rate: Any, steps: int) -> Any:
+            return solver(row, task, rate=rate, steps=steps, continuation="discounts")
+
+        return Arm(made, size.descents, row.rates, row.sequential)
 
     return {
         "imitate gradient": second(GradientImitation()),

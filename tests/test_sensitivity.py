@@ -169,6 +169,12 @@ def test_no_more_is_left_of_the_terminal_reward_over_a_short_horizon(T):
     assert first**T <= 0.9**100 * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("T", [100, 400])
+def test_from_a_hundred_steps_on_the_discounts_of_trust_are_the_same(T):
+    made = Continuation.trusted(GaussNewton(), 60, horizon=T)
+    np.testing.assert_array_equal(made.discounts, np.asarray([0.9, 0.95, 0.98, 1, 1, 1], made.discounts.dtype))
+
+
 def test_the_schedule_of_a_trained_policy_is_the_whole_task_and_then_that_of_trust():
     resumed = Continuation.resumed(GaussNewton(), 140, horizon=60)
     trusted = Continuation.trusted(GaussNewton(), 100, horizon=60)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -67,9 +68,11 @@ def _continued(inner: Solver, row: Method, task: Task, steps: int, continuation:
     if row.kind == "plan":
         return Continuation.growing(inner, steps, horizon=task.horizon)
     chosen = row.continuation if continuation == "default" else continuation
-    if chosen == "trust":
-        return Continuation.trusted(inner, steps, horizon=task.horizon)
-    return {"discounts": Continuation.discounted, "measured": Continuation.measured}[chosen](inner, steps)
+    return {
+        "discounts": Continuation.discounted,
+        "trust": partial(Continuation.trusted, horizon=task.horizon),
+        "measured": Continuation.measured,
+    }[chosen](inner, steps)
 
 
 def estimated(name: str, row: Method, estimators: Sequence[str]) -> list[tuple[str, Method]]:
