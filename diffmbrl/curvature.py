@@ -21,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
-from diffmbrl.linearize import Linearization, adjoint, closed_loop, feedback, linearize, respond, riccati
+from diffmbrl.linearize import Linearization, adjoint, closed_loop, feedback, linearize, matvec, respond, riccati
 from diffmbrl.policies import Gaussian
 from diffmbrl.rollout import expected, returns, rollout, split, weights_axis
 
@@ -245,13 +245,9 @@ def curve(lin: Linearization, K: Float[Array, "T m n B"], w: Float[Array, "T m B
     """M w for each rollout: forward through L, times H, back through its transpose."""
     n = lin.c_s.shape[1]
     s, a, s_T = respond(lin.A, lin.B, K, w)
-    y = _times(lin.H, jnp.concatenate([s, a], axis=1))
-    y_T = _times(lin.H_T[None], s_T[None])[0]
+    y = jax.vmap(matvec)(lin.H, jnp.concatenate([s, a], axis=1))
+    y_T = matvec(lin.H_T, s_T)
     return adjoint(lin.A, lin.B, K, y[:, :n], y[:, n:], y_T)
-
-
-def _times(H: Float[Array, "T d d B"], z: Float[Array, "T d B"]) -> Float[Array, "T d B"]:
-    return sum((H[:, :, k] * z[:, k, None] for k in range(1, z.shape[1])), H[:, :, 0] * z[:, 0, None])
 
 
 def actions(policy: Any, s: State, keys: Key[Array, " B"] | None, chunk: int | None) -> Float[Array, "T m B"]:

@@ -17,11 +17,15 @@ from diffmbrl import Affine, Gaussian, Linear, Neural, OpenLoop, rollout, rollou
 from diffmbrl.core import Box, Task
 from diffmbrl.linearize import (
     INLINE,
+    SUMMED,
     Linearization,
     adjoint,
+    closed_loop,
     feedback,
     flat_states,
     linearize,
+    matmul,
+    matvec,
     project,
     respond,
     riccati,
@@ -258,6 +262,32 @@ def test_riccati_is_the_dense_solution(n, m, x64):
         close(pulled.ravel(), g, atol=1e-9 * np.abs(g).max())
         assert sweep.slope == pytest.approx(float(g @ w.ravel()), rel=1e-9)
         assert sweep.slope == pytest.approx(-float(curvature), rel=1e-9)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("j", [1, SUMMED, SUMMED + 1, INLINE, INLINE + 1])
+def test_products_are_numpys_in_every_form(j, batch, x64):
+    normal = np.random.default_rng(j).normal
+    X, Y, y = normal(size=(4, j, *batch)), normal(size=(j, 5, *batch)), normal(size=(j, *batch))
+    close(jax.jit(matmul)(X, Y), np.einsum("ij...,jk...->ik...", X, Y))
+    close(jax.jit(matvec)(X, y), np.einsum("ij...,j...->i...", X, y))
+
+
+@pytest.mark.parametrize("n, m", [(1, 1), (5, 3), (INLINE + 1, 2)])
+def test_a_closed_loop_is_the_change_of_variables(n, m, x64):
+    """z = Z (s, w) with Z = (I, 0; K, I); along stacked trajectories as along one."""
+    lins = [random_linearization(seed, 4, n, m) for seed in range(2)]
+    K = np.random.default_rng(5).normal(size=(2, 4, m, n))
+    stacked = jax.jit(closed_loop)(jax.tree.map(lambda *x: jnp.stack(x, axis=-1), *lins), jnp.moveaxis(K, 0, -1))
+    for i, lin in enumerate(lins):
+        Z = np.tile(np.eye(n + m), (4, 1, 1))
+        Z[:, n:, :n] = K[i]
+        c = np.concatenate([lin.c_s, lin.c_a], axis=1)
+        wanted = lin._replace(
+            A=lin.A + lin.B @ K[i], c_s=np.einsum("Txz,Tx->Tz", Z, c)[:, :n], H=Z.swapaxes(1, 2) @ lin.H @ Z
+        )
+        jax.tree.map(close, jax.jit(closed_loop)(lin, K[i]), wanted)
+        jax.tree.map(lambda x, y, i=i: close(x[..., i], y), stacked, wanted)
 
 
 def test_a_batch_of_sweeps_is_a_loop(x64):
