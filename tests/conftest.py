@@ -40,6 +40,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("diffmbrl", deadline=None, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.load_profile("diffmbrl")
 
+# Tracing makes millions of objects and hardly a cycle: with Python's thresholds looking for them takes a twelfth of its time.
+gc.set_threshold(50_000, 20, 50)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is held against every task is slow for Brax's: each takes tens of seconds to compile. test_brax.py is not."""
