@@ -9,7 +9,8 @@ them. CPU time is the process's for each seed, compile time apart.
 
 The second table measures every arm against the best of first and quasi-Newton order on that task and horizon, by the median of
 final test costs: the ratio of those medians, and how many sequential passes and CPU seconds it took until the median over seeds
-was within 5% of that best, the best's own beside them. Costs are looked at sixteen times on the way.
+was within 5% of that best; beside them the least that a method of first order took which also ends there. Costs are looked at
+sixteen times on the way.
 
 In full this takes some ten hours on two cores. What is done is in the results file: a run that was interrupted goes on from
 there, short horizons first. On a GPU it is the same command. On a CPU `NPROC=1`, one thread, takes the least CPU time.
@@ -43,7 +44,7 @@ ARMS = (
     ("consensus", "trust"),
 )
 STARTS, LOOKS, WITHIN = 64, 16, 1.05
-TARGETS = ["task, T, continuation, method", "test / best first", "passes", "of the best", "CPU s", "of the best"]
+TARGETS = ["task, T, continuation, method", "test / best first", "passes", "least of first", "CPU s", "least of first"]
 
 
 def run(*, quick: bool) -> None:
@@ -65,14 +66,21 @@ def run(*, quick: bool) -> None:
 
 
 def against_first(ledger: Ledger, cases: list[Case]) -> Iterator[list[Any]]:
-    """A row for each case, beside the first-order case of the same task and horizon with the lowest median of test costs."""
+    """A row for each case, beside the first-order cases of the same task and horizon that end within the target."""
     for case in cases:
-        rivals = [x for x in cases if (x.task, x.horizon) == (case.task, case.horizon) and METHODS[x.arm].order == 1]
-        best = min(rivals, key=lambda x: _final(ledger, x))
-        target = WITHIN * _final(ledger, best)
-        passes, cpu = zip(*(_reached(ledger, x, target) for x in (case, best)), strict=True)
+        rivals = {
+            x: _final(ledger, x)
+            for x in cases
+            if (x.task, x.horizon) == (case.task, case.horizon) and METHODS[x.arm].order == 1
+        }
+        best = min(rivals.values())
+        target = WITHIN * best
+        passes, cpu = _reached(ledger, case, target)
+        # Of many that end there one is cheapest, and it need not be the one that ends a thousandth lower.
+        least = zip(*(_reached(ledger, x, target) for x, final in rivals.items() if final <= target), strict=True)
+        least_passes, least_cpu = map(min, least)
         label = f"{case.task} {case.horizon} {case.continuation} {case.arm}"
-        yield [label, _final(ledger, case) / _final(ledger, best), *passes, *cpu]
+        yield [label, _final(ledger, case) / best, passes, least_passes, cpu, least_cpu]
 
 
 def _final(ledger: Ledger, case: Case) -> float:
