@@ -32,7 +32,6 @@ def filled(capacity: int, lengths: list[int], chunk: int = 3) -> Buffer:
 
 
 @hypothesis.given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=6), length=st.integers(1, 4))
-@hypothesis.settings(max_examples=10)  # each of its shapes compiles
 def test_windows_are_consecutive_steps_of_one_episode(lengths, length):
     capacity = 12
     buffer = filled(capacity, lengths)
