@@ -224,7 +224,8 @@ def closed_loop(lin: Linearization, K: Float[Array, "T m n *batch"]) -> Lineariz
     def step(A, B, c_s, c_a, H, K):
         # Z^T H Z by its blocks: of its products with the ones and zeros of Z, XLA would work out each.
         HZ = H[:, :n] + matmul(H[:, n:], K)
-        H_ss, H_as = HZ[:n] + matmul(transpose(K), HZ[n:]), HZ[n:]
+        H_as = HZ[n:]
+        H_ss = HZ[:n] + matmul(transpose(K), H_as)
         above, below = jnp.concatenate([H_ss, transpose(H_as)], axis=1), jnp.concatenate([H_as, H[n:, n:]], axis=1)
         return A + matmul(B, K), c_s + matvec(transpose(K), c_a), jnp.concatenate([above, below])
 

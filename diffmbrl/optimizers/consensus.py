@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from diffmbrl.core import Info, State, Task, Trajectory, as_float, count_work, is_plan, parameter, reweighted
 from diffmbrl.curvature import TIME_FIRST, Model, Vector, actions, gauss_newton
 from diffmbrl.krylov import lanczos
-from diffmbrl.linearize import Linearization, closed_loop, feedback, flat_states, linearize, matmul, riccati
+from diffmbrl.linearize import Linearization, closed_loop, feedback, flat_states, linearize, matmul, matvec, riccati
 from diffmbrl.optimizers.damping import Choice, Evaluate, Path, Proposals, best_of, take
 from diffmbrl.rollout import expected, returns, rollout, split, weights_axis
 
@@ -285,7 +285,7 @@ class _Rounds:
 
     def _price(self, trajectory: Trajectory, w: Float[Array, "T m B"]) -> Float[Array, "T m B"]:
         """S w, of the steps before the end of the episode."""
-        return self._alive(trajectory)[:, None] * jax.vmap(matmul)(self.S, w[:, :, None])[:, :, 0]
+        return self._alive(trajectory)[:, None] * jax.vmap(matvec)(self.S, w)
 
     def _augmented(self, trajectory: Trajectory, J: Array, w: Array, u: Array) -> Float[Array, " B"]:
         return -J + self.rho / 2 * jnp.sum((w + u) * self._price(trajectory, w + u), axis=(0, 1))
