@@ -69,15 +69,26 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     jax.config.update("jax_enable_x64", x64)
 
 
-# Every compiled program maps memory, and a process may have 65,530 mappings (Linux's default); beyond, XLA crashes.
-MOST_MAPPINGS = 30_000
+# Every compiled program maps memory, and a process may have 65,530 mappings (Linux's default); beyond, XLA crashes. Long before
+# that it is slow: JAX keeps over a gigabyte of a thousand small programs, and the next one takes twice as long to compile.
+MOST_MAPPINGS, FEW_MAPPINGS = 6_000, 1_500
+
+
+def _forget_programs(beyond: int) -> None:
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > beyond:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
-def _few_programs() -> Iterator[None]:
-    """Forget compiled programs between two tests when there are too many."""
+def _after_a_test() -> Iterator[None]:
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
-        jax.clear_caches()
-        gc.collect()
+    _forget_programs(MOST_MAPPINGS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _after_a_file() -> Iterator[None]:
+    """The next file has shapes of its own."""
+    yield
+    _forget_programs(FEW_MAPPINGS)
