@@ -108,41 +108,49 @@ def test_the_hessian_of_the_hamiltonian_is_newtons(x64):
     """L' H L with the exact H is the Hessian of the cost in the actions, by automatic differentiation."""
     task = bent(horizon=4)
     s0, a = jnp.asarray([0.9, -0.3]), jnp.linspace(-1.0, 1.0, 4)[:, None]
-    trajectory = rollout(OpenLoop(a), task, s0)
-    lin = linearize(task, trajectory)
-    exact = lin._replace(
-        H=hamiltonian(task, trajectory, costates(lin)), H_T=-jax.hessian(task.terminal)(trajectory.s_T)
-    )
-    flat = jax.hessian(lambda a: -value(OpenLoop(a[:, None]), task, s0))(a[:, 0])
-    # Riccati's feedforward is the first step of the closed loop: with the damping that makes it definite, solve densely.
-    mu = jnp.asarray(50.0)
-    gradient = -jax.grad(lambda a: value(OpenLoop(a[:, None]), task, s0))(a[:, 0])
-    sweep = riccati(exact, mu)
-    step, s = [], jnp.zeros(2)
+    mu = jnp.asarray(50.0)  # the damping that makes it definite
+
+    @jax.jit
+    def solved():
+        trajectory = rollout(OpenLoop(a), task, s0)
+        lin = linearize(task, trajectory)
+        H, H_T = hamiltonian(task, trajectory, costates(lin)), -jax.hessian(task.terminal)(trajectory.s_T)
+        return lin, riccati(lin._replace(H=H, H_T=H_T), mu)
+
+    def cost(a):
+        return -value(OpenLoop(a[:, None]), task, s0)
+
+    gradient, flat = jax.jit(lambda a: (jax.grad(cost)(a), jax.hessian(cost)(a)))(a[:, 0])
+    lin, sweep = jax.tree.map(np.asarray, solved())
+    # Riccati's feedforward is the first step of the closed loop.
+    step, s = [], np.zeros(2)
     for t in range(4):
         step.append((sweep.K[t] @ s + sweep.k[t])[0])
         s = lin.A[t] @ s + lin.B[t] @ step[-1][None]
-    same(jnp.stack(step), -jnp.linalg.solve(flat + mu * jnp.eye(4), gradient), rtol=1e-8)
+    same(np.stack(step), -np.linalg.solve(flat + mu * np.eye(4), gradient), rtol=1e-8)
 
 
 def test_damping_in_state_space_is_a_penalty_on_the_states(x64):
     """-(M + mu L_s' L_s)^-1 g, densely."""
     task = tasks.random_lqr(jax.random.key(1), 3, 2, stability="stable", horizon=5)
     s0, mu = task.initial(KEY), jnp.asarray(0.7)
-    trajectory = rollout(OpenLoop.zeros(task), task, s0)
-    lin = linearize(task, trajectory)
-    sweep = StateDamped()(lin, mu, None)
 
     def states(w):
         tau = rollout(OpenLoop(w.reshape(5, 2)), task, s0)
         return jnp.concatenate([tau.s[1:].ravel(), tau.s_T])
 
+    def cost(w):
+        return -value(OpenLoop(w.reshape(5, 2)), task, s0)
+
+    @jax.jit
+    def followed():
+        trajectory = rollout(OpenLoop.zeros(task), task, s0)
+        sweep = StateDamped()(linearize(task, trajectory), mu, None)
+        return rollout(Affine(sweep.K, sweep.k, trajectory.s), task, s0).a
+
     zero = jnp.zeros(10)
-    L_s = jax.jacobian(states)(zero)
-    M = -jax.hessian(lambda w: value(OpenLoop(w.reshape(5, 2)), task, s0))(zero)
-    g = -jax.grad(lambda w: value(OpenLoop(w.reshape(5, 2)), task, s0))(zero)
-    followed = rollout(Affine(sweep.K, sweep.k, trajectory.s), task, s0).a
-    same(followed.ravel(), -jnp.linalg.solve(M + mu * L_s.T @ L_s, g), rtol=1e-8)
+    L_s, M, g = (np.asarray(jax.jit(of)(zero)) for of in (jax.jacobian(states), jax.hessian(cost), jax.grad(cost)))
+    same(followed().ravel(), -np.linalg.solve(M + mu * L_s.T @ L_s, g), rtol=1e-8)
 
 
 # Limits on the actions.

@@ -89,13 +89,13 @@ def test_a_model_with_a_memory_goes_through_rollouts_and_linearisation():
     task, plan = remembering(TASK, f), OpenLoop(0.3 * jnp.ones((6, 1)))
     s0 = task.initial(KEY)
     assert isinstance(s0, Remembered) and not np.any(s0.h)
-    trajectory = rollout(plan, task, s0)
-    state = s0
+    trajectory = jax.jit(rollout)(plan, task, s0)
+    step, state = jax.jit(lambda state, a: (TASK.reward(state.s, a), f(state, a))), s0
     for t in range(6):
         same(trajectory.s.s[t], state.s, rtol=1e-5)
-        same(trajectory.r[t], TASK.reward(state.s, plan.a[t]), rtol=1e-4)
-        state = f(state, plan.a[t])
-    assert linearize(task, trajectory).A.shape == (6, 6, 6)
+        r, state = step(state, plan.a[t])
+        same(trajectory.r[t], r, rtol=1e-4)
+    assert jax.jit(linearize)(task, trajectory).A.shape == (6, 6, 6)
     policy = Neural.init(task, hidden=[4], key=KEY)
     on_states = eqx.tree_at(lambda p: p.features, policy, TASK.features)
     same(policy(s0), on_states(s0.s))

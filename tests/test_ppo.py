@@ -26,6 +26,7 @@ KEY = jax.random.key(0)
 N, H = 3, 7
 
 
+@partial(jax.jit, static_argnames="ends")
 def streams(task, key=KEY, ends=True):
     """Streams of steps, one after another, with ends of both kinds."""
     keys = jax.random.split(key, 6)
@@ -40,6 +41,7 @@ def streams(task, key=KEY, ends=True):
     return Transition(s, a, r, s_next, done, done | cut)
 
 
+@jax.jit
 def learned(task, learner):
     """A state whose networks matter."""
     key = jax.random.key(1)
@@ -50,8 +52,14 @@ def learned(task, learner):
     return state._replace(actor=actor, critic=critic)
 
 
+@jax.jit
 def features(task, steps):
     return tuple(jax.vmap(jax.vmap(task.features))(s) for s in (steps.s, steps.s_next))
+
+
+@jax.jit
+def returns(learner, *x):
+    return learner.returns(*x)
 
 
 def test_advantages_are_the_sum_of_discounted_errors(x64):
@@ -61,8 +69,8 @@ def test_advantages_are_the_sum_of_discounted_errors(x64):
     steps, state = streams(task), learned(task, learner)
     assert np.any(steps.done) and np.any(steps.last & ~steps.done)
     x, x_next = features(task, steps)
-    G, V = learner.returns(state.critic, x, x_next, steps, jnp.ones((N, H), bool))
-    V_next = jax.vmap(jax.vmap(state.critic))(x_next)
+    G, V = returns(learner, state.critic, x, x_next, steps, jnp.ones((N, H), bool))
+    V_next = jax.jit(jax.vmap(jax.vmap(state.critic)))(x_next)
     delta = steps.r + 0.9 * jnp.where(steps.done, 0, V_next) - V
     for i in range(N):
         for t in range(H):
@@ -82,13 +90,13 @@ def test_a_row_that_does_not_count_cuts_the_trace_and_changes_nothing_else(x64):
     broken = steps._replace(r=steps.r.at[0, 3].set(jnp.nan), s_next=steps.s_next.at[0, 3].set(jnp.inf))
     x, x_next = features(task, steps)
     keep = jnp.ones((N, H), bool).at[0, 3].set(False)
-    G, V = learner.returns(state.critic, x, x_next, broken, keep)
+    G, V = returns(learner, state.critic, x, x_next, broken, keep)
     assert np.all(np.isfinite(G)) and G[0, 3] == V[0, 3]
     # The step before is valued as if the episode had been cut off after it.
     cut = steps._replace(last=steps.last.at[0, 2].set(True), s_next=steps.s_next.at[0, 2].set(steps.s[0, 3]))
-    other, _ = learner.returns(state.critic, x, features(task, cut)[1], cut, jnp.ones((N, H), bool))
+    other, _ = returns(learner, state.critic, x, features(task, cut)[1], cut, jnp.ones((N, H), bool))
     matched = broken._replace(s_next=broken.s_next.at[0, 2].set(steps.s[0, 3]))
-    G, _ = learner.returns(state.critic, x, jnp.nan_to_num(features(task, matched)[1], posinf=0), matched, keep)
+    G, _ = returns(learner, state.critic, x, jnp.nan_to_num(features(task, matched)[1], posinf=0), matched, keep)
     same(G[0, :3], other[0, :3])
     A = jax.random.normal(KEY, (N * H,))
     centred = normalised(A.at[3].set(jnp.nan), keep.ravel())
@@ -113,12 +121,13 @@ def test_returns_and_loss_are_braxs_on_the_same_batch():
     s_next = jnp.concatenate([steps.s[:, 1:], steps.s_next[:, -1:]], axis=1)
     steps = steps._replace(s_next=s_next)
     x, x_next = features(task, steps)
-    G, V = learner.returns(state.critic, x, x_next, steps, jnp.ones((N, H), bool))
-    V_next = jax.vmap(jax.vmap(state.critic))(x_next)
+    G, V = returns(learner, state.critic, x, x_next, steps, jnp.ones((N, H), bool))
+    V_next = jax.jit(jax.vmap(jax.vmap(state.critic)))(x_next)
     time_first = partial(jnp.swapaxes, axis1=0, axis2=1)
     for trace in (1.0, 0.8):
-        ours = PPO(trace=trace, discount=0.9).returns(state.critic, x, x_next, steps, jnp.ones((N, H), bool))[0]
-        vs, advantages = losses.compute_gae(
+        other = PPO(trace=trace, discount=0.9)
+        ours = returns(other, state.critic, x, x_next, steps, jnp.ones((N, H), bool))[0]
+        vs, advantages = jax.jit(losses.compute_gae)(
             truncation=jnp.zeros((H, N)),
             termination=time_first(steps.done.astype(x.dtype)),
             rewards=time_first(steps.r),
@@ -135,14 +144,14 @@ def test_returns_and_loss_are_braxs_on_the_same_batch():
     flat, z = x.reshape(N * H, -1), logit(steps.a, task.a_low, task.a_high).reshape(N * H, -1)
     # The policy that took the steps is another.
     old = jax.tree.map(lambda w: 1.2 * w, state.actor)
-    log_prob = log_density(*moments(old.many(flat)), z, bounded)
+    log_prob = jax.jit(lambda net: log_density(*moments(net.many(flat)), z, bounded))(old)
     advantage = normalised((G - V).ravel(), jnp.ones(N * H, bool))
 
     def by_time(y):  # in Brax's order, which is also that of its noise
         return time_first(y.reshape(N, H, *y.shape[1:])).reshape(N * H, *y.shape[1:])
 
     rows = Rows(*map(by_time, (flat, z, log_prob, advantage, jnp.ones(N * H))))
-    loss, gradient = jax.value_and_grad(lambda net: learner.loss(net, rows, bounded, KEY)[0])(state.actor)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda net: learner.loss(net, rows, bounded, KEY)[0]))(state.actor)
 
     nets = networks.make_ppo_networks(
         x.shape[-1], task.m, policy_hidden_layer_sizes=(16, 16), value_hidden_layer_sizes=(16, 16)
@@ -173,7 +182,7 @@ def test_returns_and_loss_are_braxs_on_the_same_batch():
     extras = data.extras["policy_extras"]
     extras["distribution_params"] = jax.vmap(jax.vmap(old))(x)
     with jax.numpy_dtype_promotion("standard"):
-        value, g = jax.value_and_grad(theirs)(brax_layers(state.actor))
+        value, g = jax.jit(jax.value_and_grad(theirs))(brax_layers(state.actor))
     np.testing.assert_allclose(loss, value, rtol=2e-4, atol=1e-6)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-6), brax_layers(gradient), g)
 
@@ -185,8 +194,9 @@ def test_reinforce_is_the_likelihood_ratio_gradient_with_the_critic_for_a_baseli
     state = learned(task, learner)
     policy = SquashedGaussian.around(state.actor, task)
     s0 = task.starts(KEY, 4)
-    _, gradient = LikelihoodRatio(baseline=LearnedValue(AtState(state.critic)))(policy, task, s0, KEY)
-    tau = rollouts(policy, task, s0, KEY)
+    estimator = LikelihoodRatio(baseline=LearnedValue(AtState(state.critic)))
+    _, gradient = jax.jit(lambda *x: estimator(*x))(policy, task, s0, KEY)
+    tau = jax.jit(rollouts)(policy, task, s0, KEY)
     assert split(KEY, s0).shape == (4,)
     s_next = jnp.concatenate([tau.s[:, 1:], tau.s_T[:, None]], axis=1)
     last = jnp.broadcast_to(jnp.arange(H) == H - 1, (4, H))
@@ -194,12 +204,12 @@ def test_reinforce_is_the_likelihood_ratio_gradient_with_the_critic_for_a_baseli
         tau.s, tau.a, tau.r, s_next, last, last
     )  # the end of the horizon is the end: nothing comes after
     x, x_next = features(task, steps)
-    G, V = learner.returns(state.critic, x, x_next, steps, jnp.ones((4, H), bool))
+    G, V = returns(learner, state.critic, x, x_next, steps, jnp.ones((4, H), bool))
     z, bounded = logit(tau.a, task.a_low, task.a_high).reshape(4 * H, -1), limited(task.a_low, task.a_high)
     flat = x.reshape(4 * H, -1)
-    log_prob = log_density(*moments(state.actor.many(flat)), z, bounded)
+    log_prob = jax.jit(lambda net: log_density(*moments(net.many(flat)), z, bounded))(state.actor)
     rows = Rows(flat, z, log_prob, (G - V).ravel(), jnp.ones(4 * H))
-    ours = jax.grad(lambda net: learner.loss(net, rows, bounded, KEY)[0])(state.actor)
+    ours = jax.jit(jax.grad(lambda net: learner.loss(net, rows, bounded, KEY)[0]))(state.actor)
     same_tree(jax.tree.map(lambda g: -H * g, ours), gradient.net, rtol=1e-7, atol=1e-9)
 
 

@@ -21,6 +21,7 @@ KEY = jax.random.key(0)
 LEARNER = SAC(hidden=(16, 16), entropy=jnp.asarray(-0.5))
 
 
+@partial(jax.jit, static_argnames="count")
 def steps(task, count, key=KEY, spread=1.0):
     """Transitions of a task, some of which end."""
     keys = jax.random.split(key, 5)
@@ -30,6 +31,7 @@ def steps(task, count, key=KEY, spread=1.0):
     return Transition(s, jnp.where(jnp.isfinite(task.a_high), u * task.a_high, u), r, s_next, done, done)
 
 
+@jax.jit
 def learned(task, learner=LEARNER):
     """A state whose networks, targets among them, are all different and large enough to matter."""
     one, other = (learner.init(task, k) for k in jax.random.split(jax.random.key(1)))
@@ -74,11 +76,11 @@ def test_losses_and_gradients_are_braxs_on_the_same_batch():
     alpha = jnp.exp(state.log_alpha)
     with jax.numpy_dtype_promotion("standard"):
         grad = jax.value_and_grad
-        value, g_alpha = grad(lambda p: alpha_loss(p, pi, None, theirs, key_now))(state.log_alpha)
-        value_q, g_q = grad(lambda p: critic_loss(p, pi, None, both(state.targets), alpha, theirs, key_next))(
+        value, g_alpha = jax.jit(grad(lambda p: alpha_loss(p, pi, None, theirs, key_now)))(state.log_alpha)
+        value_q, g_q = jax.jit(grad(lambda p: critic_loss(p, pi, None, both(state.targets), alpha, theirs, key_next)))(
             both(state.critics)
         )
-        value_pi, g_pi = grad(lambda p: actor_loss(p, None, both(state.critics), alpha, theirs, key_now))(pi)
+        value_pi, g_pi = jax.jit(grad(lambda p: actor_loss(p, None, both(state.critics), alpha, theirs, key_now)))(pi)
     close = partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6)
     close(said["critic_loss"], value_q)
     close(said["actor_loss"], value_pi)
@@ -208,15 +210,13 @@ def test_an_update_is_adams_and_the_targets_follow(x64):
     learner = SAC(hidden=(8,), rate=1e-3, follow=0.25)
     batch, state = steps(task, 16), learned(task, learner)
     after, _ = jax.jit(lambda *x: learner.update(*x))(state, task, batch, KEY)
-    gradient = jax.grad(lambda w: learner.loss(w, state.targets, task, batch, KEY)[0])(
-        (state.actor, state.critics, state.log_alpha)
-    )
+    loss = jax.grad(lambda w: learner.loss(w, state.targets, task, batch, KEY), has_aux=True)
+    gradient, said = jax.jit(loss)((state.actor, state.critics, state.log_alpha))
     # Adam's first step is rate times the sign of the gradient.
     moved = jax.tree.map(lambda x, g: x - 1e-3 * g / (jnp.abs(g) + 1e-8), (state.actor, state.critics), gradient[:2])
     same_tree((after.actor, after.critics), moved, rtol=1e-6, atol=1e-8)
     same_tree(after.targets, jax.tree.map(lambda x, y: 0.75 * x + 0.25 * y, state.targets, after.critics))
     # Less entropy than wanted raises the temperature.
-    said = learner.loss((state.actor, state.critics, state.log_alpha), state.targets, task, batch, KEY)[1]
     assert (after.log_alpha > state.log_alpha) == (said["entropy"] < -1)
 
 
