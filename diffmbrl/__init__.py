@@ -9,7 +9,7 @@ compile_small_loops_whole()
 
 from diffmbrl import tasks
 from diffmbrl.constraints import Constraints, violation
-from diffmbrl.core import Info, Task, Trajectory, Work
+from diffmbrl.core import Task, Trajectory
 from diffmbrl.diagnostics.health import gradient_health
 from diffmbrl.gradients import (
     BPTT,
@@ -33,6 +33,7 @@ from diffmbrl.gradients import (
     StiffCut,
     Truncated,
 )
+from diffmbrl.info import Info, Work
 from diffmbrl.nets import GRU, LSTM, MLP
 from diffmbrl.optimizers import (
     Consensus,

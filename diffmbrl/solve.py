@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, goes_on, is_final, is_plan
+from diffmbrl.core import Solver, State, Task, is_plan
 from diffmbrl.devices import agreed, beside, local
 from diffmbrl.diagnostics.nonfinite import locate, nonfinite_leaf
 from diffmbrl.diagnostics.reach import refuse_without_gradient
+from diffmbrl.info import Info, goes_on, is_final
 from diffmbrl.looks import Looks, Unwatched
 
 CHUNK = 64  # updates made between two looks from the host, at most

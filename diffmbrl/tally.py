@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffmbrl.core import Info, Quadratic, Work
+from diffmbrl.info import Info, Quadratic, Work
 
 
 class Tally:

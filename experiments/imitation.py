@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffmbrl.core import count_work
 from diffmbrl.curvature import gauss_newton
+from diffmbrl.info import count_work
 from diffmbrl.krylov import lanczos
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.optimizers import Continuation, Dense, GaussNewton, Krylov, Sigma

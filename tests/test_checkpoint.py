@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl.core import Quadratic
+from diffmbrl.info import Quadratic
 from diffmbrl.runs import checkpoint, metrics
 from diffmbrl.runs.checkpoint import newest_valid, restore, save, verify
 from diffmbrl.runs.session import Session, underway

@@ -13,8 +13,9 @@ import pytest
 from diffmbrl import compare as comparison
 from diffmbrl import tasks
 from diffmbrl.compare import Setting, compare, prepare
-from diffmbrl.core import NoTerminal, Work
+from diffmbrl.core import NoTerminal
 from diffmbrl.diagnostics.spread import Spread
+from diffmbrl.info import Work
 from diffmbrl.lanes import PolicyLanes, draw
 from diffmbrl.methods import METHODS
 from diffmbrl.rollout import values

@@ -10,8 +10,9 @@ import optax
 import pytest
 
 from diffmbrl import ILQR, Affine, Continuation, Descend, GaussNewton, Neural, Raced, Relay, expected, solve, value
-from diffmbrl.core import Info, Solver, Task
+from diffmbrl.core import Solver, Task
 from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.info import Info
 from tests.problems import bent, changed, same, same_tree
 from tests.solvers import ADAM, SOLVERS, Row
 

@@ -32,9 +32,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Work, as_float
+from diffmbrl.core import State, Task, as_float
 from diffmbrl.gradients.inverse_variance import exchange, inverse_variance, mix, moments
 from diffmbrl.gradients.paired import both, pair, work
+from diffmbrl.info import Work
 
 Radius = Callable[[Array, Array], Array]
 Bound = Callable[[Array, Array, Array], Array]

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Work, count_work, reweighted
+from diffmbrl.core import State, Task, reweighted
+from diffmbrl.info import Work, count_work
 from diffmbrl.rollout import split, value, values, weights_axis
 
 

@@ -6,8 +6,9 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Gradient, State, Task, Work
+from diffmbrl.core import Gradient, State, Task
 from diffmbrl.gradients.bptt import BPTT
+from diffmbrl.info import Work
 from diffmbrl.rollout import describe
 
 

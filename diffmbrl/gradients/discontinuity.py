@@ -28,9 +28,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Work, as_float, count_work, reweighted
+from diffmbrl.core import State, Task, as_float, reweighted
 from diffmbrl.gradients.inverse_variance import Weigh, at_steps, exchange, inverse_variance, step_weights
 from diffmbrl.gradients.paired import Pair, act, over_time, pair, pull_each, pull_mean, work
+from diffmbrl.info import Work, count_work
 from diffmbrl.rollout import returns, rollout, weights_axis
 
 

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from diffmbrl.core import State, Task, Work
+from diffmbrl.core import State, Task
 from diffmbrl.gradients.paired import Pair, both, pair, pull_each, pull_mean, work
+from diffmbrl.info import Work
 
 Weigh = Callable[[Array, Array, Array], Array]
 

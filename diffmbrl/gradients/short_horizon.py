@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, Work, all_finite, as_float, count_work, is_plan, is_stateful, where
+from diffmbrl.core import State, Task, all_finite, as_float, is_plan, is_stateful, where
 from diffmbrl.gradients.critic import Critic, fit, moments, td_lambda
 from diffmbrl.gradients.exploration import Noise, Spread
 from diffmbrl.gradients.reach import AdaptiveHorizon, StiffCut
 from diffmbrl.gradients.windows import Environments, begin, first_starts, window
+from diffmbrl.info import Info, Work, count_work
 from diffmbrl.rollout import expected
 
 

@@ -6,7 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Gradient, State, Task, Work, as_float
+from diffmbrl.core import Gradient, State, Task, as_float
+from diffmbrl.info import Work
 from diffmbrl.policies import Gaussian, centre_and_half
 
 

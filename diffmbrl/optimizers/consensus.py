@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, Trajectory, as_float, count_work, is_plan, parameter, reweighted
+from diffmbrl.core import State, Task, Trajectory, as_float, is_plan, parameter, reweighted
 from diffmbrl.curvature import TIME_FIRST, Model, Vector, actions, gauss_newton
+from diffmbrl.info import Info, count_work
 from diffmbrl.krylov import lanczos
 from diffmbrl.linearize import Linearization, closed_loop, feedback, flat_states, linearize, matmul, matvec, riccati
 from diffmbrl.optimizers.damping import Choice, Evaluate, Path, Proposals, best_of, take

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, Work, count_work, is_final, keeps_limits, renewed, reweighted
+from diffmbrl.core import Solver, State, Task, keeps_limits, renewed, reweighted
+from diffmbrl.info import Info, Work, count_work, is_final
 from diffmbrl.policies import first_plan
 from diffmbrl.sensitivity import growth, sensitivity, trust
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from diffmbrl.core import Info, Quadratic, Work, as_float
+from diffmbrl.core import as_float
 from diffmbrl.curvature import Curved, Model
+from diffmbrl.info import Info, Quadratic, Work
 from diffmbrl.krylov import Spectral, Truncated
 from diffmbrl.projection import projection_gap
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Gradient, Info, State, Task, all_finite, as_float, only_if
+from diffmbrl.core import Gradient, State, Task, all_finite, as_float, only_if
 from diffmbrl.gradients.bptt import BPTT
+from diffmbrl.info import Info
 from diffmbrl.rollout import expected
 
 

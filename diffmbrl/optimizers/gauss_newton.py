@@ -6,8 +6,9 @@ import equinox as eqx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, count_work
+from diffmbrl.core import State, Task
 from diffmbrl.curvature import gauss_newton
+from diffmbrl.info import Info, count_work
 from diffmbrl.optimizers.damping import LevenbergMarquardt, Path, take
 from diffmbrl.optimizers.gate import Gate
 from diffmbrl.optimizers.systems import Krylov, System

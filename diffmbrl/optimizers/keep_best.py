@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, count_work, where
+from diffmbrl.core import Solver, State, Task, where
+from diffmbrl.info import Info, count_work
 from diffmbrl.rollout import expected
 
 

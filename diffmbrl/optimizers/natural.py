@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, as_float, count_work
+from diffmbrl.core import State, Task, as_float
 from diffmbrl.curvature import fisher
+from diffmbrl.info import Info, count_work
 from diffmbrl.krylov import Spectral, lanczos
 from diffmbrl.optimizers.damping import Choice, Evaluate, best_of, scale, take
 from diffmbrl.rollout import expected

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, as_float, count_work
+from diffmbrl.core import State, Task, as_float
 from diffmbrl.curvature import Vector, gauss_newton, hessian
+from diffmbrl.info import Info, count_work
 from diffmbrl.krylov import Spectral, eigen, lanczos
 from diffmbrl.optimizers.damping import Choice, Evaluate, Path, best_of, take
 from diffmbrl.optimizers.gate import Gate

@@ -8,8 +8,9 @@ import jax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, as_float, count_work
+from diffmbrl.core import State, Task, as_float
 from diffmbrl.curvature import Curved, Model, Vector, hessian
+from diffmbrl.info import Info, count_work
 from diffmbrl.krylov import conjugate_gradients
 from diffmbrl.optimizers.damping import TrustRegion, take
 from diffmbrl.optimizers.gate import Gate

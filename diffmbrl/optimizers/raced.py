@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, count_work, goes_on, only_if
+from diffmbrl.core import Solver, State, Task, only_if
+from diffmbrl.info import Info, count_work, goes_on
 from diffmbrl.optimizers.sampled import in_turn
 from diffmbrl.rollout import expected
 

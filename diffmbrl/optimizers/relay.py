@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, goes_on, is_final, only_if, where
+from diffmbrl.core import Solver, State, Task, only_if, where
+from diffmbrl.info import Info, goes_on, is_final
 
 
 class RelayCarry(NamedTuple):

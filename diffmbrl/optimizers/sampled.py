@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, Solver, State, Task, renewed, reweighted
+from diffmbrl.core import Solver, State, Task, renewed, reweighted
+from diffmbrl.info import Info
 
 
 class SampledCarry(NamedTuple):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, is_final, is_plan
+from diffmbrl.core import Solver, State, Task, is_plan
+from diffmbrl.info import is_final
 from diffmbrl.planners.models import Expansion, expansion
 from diffmbrl.policies import first_plan
 from diffmbrl.rollout import split, value

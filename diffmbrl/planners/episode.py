@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, Trajectory
+from diffmbrl.core import State, Task, Trajectory
+from diffmbrl.info import Info
 from diffmbrl.planners.mpc import MPC
 from diffmbrl.rollout import begin, stepping
 

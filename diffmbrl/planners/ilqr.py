@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, Trajectory, count_work, parameter
+from diffmbrl.core import State, Task, Trajectory, parameter
+from diffmbrl.info import Info, count_work
 from diffmbrl.linearize import Sweep, flat_states
 from diffmbrl.parallel_riccati import choose
 from diffmbrl.planners.models import FirstOrder, Model, SecondOrder

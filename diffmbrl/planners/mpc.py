@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from diffmbrl.core import Info, State, Task, Trajectory, as_float, is_concrete, is_plan, keeps_limits
+from diffmbrl.core import State, Task, Trajectory, as_float, is_concrete, is_plan, keeps_limits
+from diffmbrl.info import Info
 from diffmbrl.planners.windows import Ending
 from diffmbrl.policies import centre_and_half, first_plan
 from diffmbrl.rollout import recorded

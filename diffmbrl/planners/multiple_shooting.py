@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, Trajectory, count_work, parameter, where
+from diffmbrl.core import State, Task, Trajectory, parameter, where
+from diffmbrl.info import Info, count_work
 from diffmbrl.kkt import Step, solve_with_gaps
 from diffmbrl.linearize import Linearization, Sweep, linearize
 from diffmbrl.parallel_riccati import choose

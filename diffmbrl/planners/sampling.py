@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Info, State, Task, as_float, count_work, is_concrete
+from diffmbrl.core import State, Task, as_float, is_concrete
 from diffmbrl.devices import check, gathered
+from diffmbrl.info import Info, count_work
 from diffmbrl.planners.draw import TruncatedNormal
 from diffmbrl.planners.refit import CEM
 from diffmbrl.planners.scoring import check_plan, clouded, scores, with_actions

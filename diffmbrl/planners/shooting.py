@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Dynamics, Info, Reward, State, Task, Work, as_float, count_work
+from diffmbrl.core import Dynamics, Reward, State, Task, as_float
+from diffmbrl.info import Info, Work, count_work
 from diffmbrl.optimizers.descend import Descend, DescendCarry
 from diffmbrl.planners.scoring import check_plan, clouded, with_actions
 from diffmbrl.policies import Affine, OpenLoop, centre_and_half
