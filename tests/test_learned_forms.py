@@ -182,23 +182,22 @@ def test_rewards_and_ends_are_learned(x64):
 
 
 def test_elites_are_the_best_and_disagreement_is_their_spread():
-    members = jax.vmap(lambda k: NetworkDynamics.init(TASK, hidden=[4], output_scale=1.0, key=k))(
-        jax.random.split(KEY, 4)
-    )
+    draw = jax.vmap(lambda k: NetworkDynamics.init(TASK, hidden=[4], output_scale=1.0, key=k))
+    members = jax.jit(draw)(jax.random.split(KEY, 4))
     holdout = jnp.asarray([0.3, jnp.nan, 0.1, jnp.inf])
     best = elites(members, holdout, 3)
     for place, e in enumerate([2, 0, 3]):
         same(best.net.weights[0][place], members.net.weights[0][e])
     with pytest.raises(ValueError, match="elites are 1 to 4 of 4 members, got 5"):
         elites(members, holdout, 5)
-    s, a = jnp.ones(2), jnp.ones(1)
+    s, a, step = jnp.ones(2), jnp.ones(1), jax.jit(lambda f, s, a: f(s, a))
     scale = jnp.asarray([2.0, 0.0])
     scaled = eqx.tree_at(lambda f: f.normalizer.scale, members, jnp.tile(scale, (4, 1)))
-    each = np.stack([f(s, a) for f in (jax.tree.map(lambda x, e=e: x[e], scaled) for e in range(4))])
+    each = np.stack([step(f, s, a) for f in (jax.tree.map(lambda x, e=e: x[e], scaled) for e in range(4))])
     np.testing.assert_allclose(disagreement(Ensemble(scaled), s, a), each[:, 0].std() / 2, rtol=1e-5)
     equal = jax.tree.map(lambda x: jnp.stack([x[0]] * 3), scaled)
     assert disagreement(Ensemble(equal), s, a) == 0
-    assert np.all(np.isfinite(jax.grad(lambda s: disagreement(Ensemble(equal), s, a))(s)))
+    assert np.all(np.isfinite(jax.jit(jax.grad(lambda s: disagreement(Ensemble(equal), s, a)))(s)))
 
 
 def test_wrong_sizes():

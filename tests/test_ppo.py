@@ -102,7 +102,7 @@ def test_a_row_that_does_not_count_cuts_the_trace_and_changes_nothing_else(x64):
     centred = normalised(A.at[3].set(jnp.nan), keep.ravel())
     others = np.delete(np.asarray(A), 3)
     same(np.delete(centred, 3), (others - others.mean()) / others.std(), rtol=1e-6)
-    after, said = learner.update(state, task, broken, KEY)
+    after, said = jax.jit(lambda *x: learner.update(*x))(state, task, broken, KEY)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((after, said)))
 
 
@@ -229,9 +229,10 @@ def test_a_ratio_beyond_the_clip_has_no_gradient(x64):
     x, z, bounded = jnp.full((2, 4), 0.3), jnp.asarray([[0.1], [-0.2]]), jnp.ones(1, bool)
     now = log_density(*moments(actor.many(x)), z, bounded)
 
+    @jax.jit
     def gradient(ratio, advantage):
         rows = Rows(x, z, now - jnp.log(ratio), jnp.full(2, advantage), jnp.ones(2))
-        return np.abs(ravel_pytree(jax.grad(lambda net: learner.loss(net, rows, bounded, KEY)[0])(actor))[0]).max()
+        return jnp.abs(ravel_pytree(jax.grad(lambda net: learner.loss(net, rows, bounded, KEY)[0])(actor))[0]).max()
 
     assert gradient(1.3, 1.0) == 0 and gradient(0.7, -1.0) == 0
     assert gradient(1.3, -1.0) > 0 and gradient(0.7, 1.0) > 0 and gradient(1.1, 1.0) > 0
@@ -263,7 +264,7 @@ def test_too_few_steps():
     task = tasks.cartpole_continuous()
     learner = PPO(hidden=(4,), batches=22)
     with pytest.raises(ValueError, match="21 steps cannot make 22 mini-batches"):
-        learner.update(learner.init(task, KEY), task, streams(task), KEY)
+        jax.eval_shape(lambda steps: learner.update(learner.init(task, KEY), task, steps, KEY), streams(task))
 
 
 def test_the_actor_is_sacs():

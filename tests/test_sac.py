@@ -189,14 +189,14 @@ def test_actions_keep_their_limits_and_are_judged_by_their_density(x64):
     net = learned(task).actor
     pi = SquashedGaussian.around(jax.tree.map(lambda x: 3 * x, net), task)
     s = task.starts(KEY, 50)
-    a = jax.vmap(lambda s, k: pi(s, key=k))(s, jax.random.split(KEY, 50))
+    a = jax.jit(jax.vmap(lambda s, k: pi(s, key=k)))(s, jax.random.split(KEY, 50))
     assert np.all((a[:, 0] >= 0) & (a[:, 0] <= 4)) and np.any(np.abs(a[:, 1]) > 4)
     u, z = unit(a, task.a_low, task.a_high), logit(a, task.a_low, task.a_high)
     np.testing.assert_allclose(u[:, 1], a[:, 1])
     inside = np.abs(u[:, 0]) < 0.999
     np.testing.assert_allclose(np.tanh(z[inside, 0]), u[inside, 0], rtol=1e-9)
-    by_rows = log_density(*moments(pi.net.many(jax.vmap(task.features)(s))), z, pi.limited)
-    np.testing.assert_allclose(jax.vmap(pi.log_prob)(s, a), by_rows, rtol=1e-9)
+    by_rows = jax.jit(lambda s: log_density(*moments(pi.net.many(jax.vmap(task.features)(s))), z, pi.limited))(s)
+    np.testing.assert_allclose(jax.jit(jax.vmap(pi.log_prob))(s, a), by_rows, rtol=1e-9)
     at_limit = logit(jnp.asarray([4.0, 100.0]), task.a_low, task.a_high)
     assert np.all(np.isfinite(at_limit)) and at_limit[0] > 15 and at_limit[1] == 100
     np.testing.assert_array_equal(pi(s[0]), pi(s[0]))
@@ -232,7 +232,7 @@ def test_one_compilation_for_all_rates_and_seeds_alone_or_side_by_side():
     made = [SAC(hidden=(8,), rate=rate) for rate in (1e-3, 1e-2)]
     states = [SAC(hidden=(8,)).init(task, k) for k in jax.random.split(KEY)]
     alone = [update(learner, state, KEY) for learner, state in zip(made, states, strict=True)]
-    together = jax.vmap(lambda learner, state: learner.update(state, task, batch, KEY)[0])(
+    together = jax.jit(jax.vmap(lambda learner, state: learner.update(state, task, batch, KEY)[0]))(
         *(jax.tree.map(lambda *x: jnp.stack(x), *items) for items in (made, states))
     )
     # Not bit for bit: a batched product sums in another order.
