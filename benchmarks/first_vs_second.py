@@ -67,20 +67,18 @@ def run(*, quick: bool) -> None:
 
 def against_first(ledger: Ledger, cases: list[Case]) -> Iterator[list[Any]]:
     """A row for each case, beside the first-order cases of the same task and horizon that end within the target."""
-    for case in cases:
-        rivals = {
-            x: _final(ledger, x)
-            for x in cases
-            if (x.task, x.horizon) == (case.task, case.horizon) and METHODS[x.arm].order == 1
-        }
+    for setting in dict.fromkeys((case.task, case.horizon) for case in cases):
+        there = [case for case in cases if (case.task, case.horizon) == setting]
+        rivals = {case: _final(ledger, case) for case in there if METHODS[case.arm].order == 1}
         best = min(rivals.values())
         target = WITHIN * best
-        passes, cpu = _reached(ledger, case, target)
         # Of many that end there one is cheapest, and it need not be the one that ends a thousandth lower.
         least = zip(*(_reached(ledger, x, target) for x, final in rivals.items() if final <= target), strict=True)
         least_passes, least_cpu = map(min, least)
-        label = f"{case.task} {case.horizon} {case.continuation} {case.arm}"
-        yield [label, _final(ledger, case) / best, passes, least_passes, cpu, least_cpu]
+        for case in there:
+            passes, cpu = _reached(ledger, case, target)
+            label = f"{case.task} {case.horizon} {case.continuation} {case.arm}"
+            yield [label, _final(ledger, case) / best, passes, least_passes, cpu, least_cpu]
 
 
 def _final(ledger: Ledger, case: Case) -> float:
