@@ -1,13 +1,14 @@
 """One method on one task from several seeds, as every comparison of optimisers here runs and records it."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import diffmbrl as d
-from benchmarks.record import path, save
+from benchmarks.record import alone, path, save
 from diffmbrl.lanes import PolicyLanes, course, draw
 from diffmbrl.methods import METHODS, solver
 
@@ -59,16 +60,16 @@ class Ledger:
         """Run five seeds and save, unless they are there."""
         self.seeds = self.seeds if self.quick else self._kept()
         if not any(run["seed"] == first for run in self.of(case)):
-            found = _run(case, first, self.quick, self.looks)
+            self.save(_run(case, first, self.quick, self.looks))
+
+    def save(self, found: Sequence[dict[str, Any]] = (), **more: Any) -> None:
+        """Write the file: the rows, `more` tables and the seeds, those there and those `found` that are not."""
+        with alone():
             # Read again: another process may have added to the file meanwhile, even the same.
             self.seeds = self.seeds if self.quick else self._kept()
-            there = {run["seed"] for run in self.of(case)}
-            self.seeds = self.seeds + [run for run in found if run["seed"] not in there]
-            self.save()
-
-    def save(self, **more: Any) -> None:
-        """Write the file: the rows, `more` tables and the seeds."""
-        save(self.name, {"columns": HEAD, "rows": self.rows(), **more, "seeds": self.seeds}, quick=self.quick)
+            there = {_of_what(run) for run in self.seeds}
+            self.seeds = [*self.seeds, *(run for run in found if _of_what(run) not in there)]
+            save(self.name, {"columns": HEAD, "rows": self.rows(), **more, "seeds": self.seeds}, quick=self.quick)
 
     def tuned(self, case: Case) -> Case:
         """The case at the rate of the table with the lowest median training cost on the first five seeds."""
@@ -113,6 +114,10 @@ HEAD = [
     "CPU s",
     "compile s",
 ]
+
+
+def _of_what(run: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(run[key] for key in (*Case._fields, "seed"))
 
 
 def _run(case: Case, first: int, quick: bool, looks: int) -> list[dict[str, Any]]:

@@ -1,12 +1,21 @@
 """Results: a JSON file beside a printed table, with where and when they were measured."""
 
+import contextlib
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.metrics import to_json
 from diffmbrl.runs.provenance import collect
+
+try:
+    import fcntl
+except ImportError:  # Windows, where one process at a time must do
+    fcntl = None  # type: ignore[assignment]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,8 +34,23 @@ def save(name: str, result: dict[str, Any], *, quick: bool) -> Path:
     text = json.dumps(to_json({"result": result, "provenance": provenance}), indent=1)
     # A list of numbers or names takes one line, not one for each.
     text = re.sub(r"\[\n +([^\[\]{}]*?)\n *\]", lambda found: "[" + re.sub(r",\n +", ", ", found[1]) + "]", text)
-    file.write_text(text + "\n")
+    write_atomic(file, text + "\n")
     return file
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Reading results and writing them again without another process of ours in between; it waits."""
+    RESULTS.mkdir(exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(RESULTS, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
