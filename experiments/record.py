@@ -28,6 +28,7 @@ from diffmbrl.runs.provenance import collect
 
 RESULTS = Path(__file__).parent / "results"
 DIGITS = 5  # kept of each number
+SUFFIXES = (".json", ".png", ".svg")
 
 
 class Parts:
@@ -63,7 +64,8 @@ class Parts:
 def run(name: str, *, quick: bool, fresh: bool = False, size: Any = None, folder: Path = RESULTS) -> Path:
     """Measure, draw and conclude; files NAME.png, .svg and .json in `folder` (NAME-quick.* for a quick run).
 
-    `size` takes the place of the module's. Parts that an earlier run has left are used again unless `fresh`.
+    Until all is measured, what there is stands in NAME-so-far.*, and the files of an earlier run stay as they are. `size` takes
+    the place of the module's. Parts that an earlier run has left are used again unless `fresh`.
     """
     module = importlib.import_module(f"experiments.{name}")
     folder.mkdir(exist_ok=True)
@@ -72,11 +74,16 @@ def run(name: str, *, quick: bool, fresh: bool = False, size: Any = None, folder
     if fresh:
         path.unlink(missing_ok=True)
     size = size or (module.QUICK if quick else module.FULL)
+    so_far = folder / f"{stem}-so-far"
     with jax.enable_x64(True):
         for numbers in module.measure(size, Parts(path)):
             provenance = collect(seeds=None, time=None)
             provenance.pop("argv", None)
-            _save(folder / stem, module, rounded(to_json(numbers)), to_json(size._asdict()), provenance)
+            measured = (rounded(to_json(numbers)), to_json(size._asdict()), provenance)
+            _save(so_far, module, *measured)
+    _save(folder / stem, module, *measured)
+    for suffix in SUFFIXES:
+        so_far.with_name(so_far.name + suffix).unlink()
     return _tell(folder / f"{stem}.json")
 
 

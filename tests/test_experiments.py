@@ -2,8 +2,10 @@
 
 import importlib
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +82,36 @@ def test_tiny_run_keeps_its_parts_and_redraws(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "first_vs_second-quick.png").exists()
     with pytest.raises(AssertionError, match="measured again"):
         record.run("first_vs_second", quick=True, size=TINY, fresh=True, folder=tmp_path)
+
+
+def test_an_interrupted_run_spoils_no_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = {"closed_loop.json": "of an earlier run", "closed_loop.png": "its figure"}
+    for name, content in finished.items():
+        (tmp_path / name).write_text(content)
+    controller = {"cost": [[1.0, 1.0]] * 2, "success": [[1.0, 1.0]] * 2}
+    numbers = {"radii": [0.1, 1.0], "nominal": [1.0, 1.0]} | dict.fromkeys(
+        ("plan", "feedback", "MPC", "policy"), controller
+    )
+
+    def interrupted(size: Any, parts: record.Parts) -> Iterator[Any]:
+        yield {"first": numbers}
+        raise KeyboardInterrupt
+
+    def whole(size: Any, parts: record.Parts) -> Iterator[Any]:
+        yield {"first": numbers}
+        yield {"first": numbers, "second": numbers}
+
+    monkeypatch.setattr(closed_loop, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record.run("closed_loop", quick=False, folder=tmp_path)
+    assert {name: (tmp_path / name).read_text() for name in finished} == finished
+    assert list(json.loads((tmp_path / "closed_loop-so-far.json").read_text())["numbers"]) == ["first"]
+    monkeypatch.setattr(closed_loop, "measure", whole)
+    path = record.run("closed_loop", quick=False, folder=tmp_path)
+    assert list(json.loads(path.read_text())["numbers"]) == ["first", "second"]
+    assert {file.name for file in tmp_path.iterdir()} == {
+        f"closed_loop{suffix}" for suffix in (".json", ".png", ".svg")
+    }
 
 
 def test_conclusions_follow_the_numbers() -> None:
