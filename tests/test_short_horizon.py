@@ -118,6 +118,33 @@ def test_an_unstable_system_does_not_end_the_search():
     assert history.updates == 20 and not history.info.nonfinite.any()
 
 
+@jax.jit
+def advanced(search, policy, carry, task, starts):
+    return search.update(policy, carry, task, starts, key=None)
+
+
+def test_a_window_that_is_not_finite_is_followed_by_new_environments():
+    """One in a lost state would spoil every window after it; of two in a row the second ends the run."""
+    task = tasks.lqr(horizon=32)
+    policy, starts = Linear.zeros(task), task.starts(KEY, 8)
+    search = ShortHorizon(Descend(optax.sgd, learning_rate=1e-3), window=4, environments=8, hidden=(4,))
+    learned, before, info = advanced(search, policy, search.init(policy, task), task, starts)
+    environments = before.environments
+    lost = before._replace(environments=environments._replace(s=environments.s.at[3].set(1e30)))
+
+    kept, after, rejected = advanced(search, learned, lost, task, starts)
+    assert rejected.nonfinite == 1 and not rejected.accepted and np.isfinite(rejected.J)
+    assert rejected.gradient_norm == info.gradient_norm and after.updates == 2
+    same_tree(kept, learned, rtol=0)
+    same_tree(after.environments, begin(starts, 8, task), rtol=0)
+    same_tree((after.critic, after.target, after.descend), (before.critic, before.target, before.descend), rtol=0)
+
+    moved, _, accepted = advanced(search, kept, after, task, starts)
+    assert accepted.nonfinite == 0 and accepted.accepted and not np.array_equal(moved.K, kept.K)
+    again = after._replace(environments=lost.environments)
+    assert np.isnan(advanced(search, kept, again, task, starts)[2].gradient_norm)
+
+
 def test_the_scale_follows_the_targets_and_stays_positive(x64):
     critic = Critic.init(tasks.lqr(), hidden=(4,), key=KEY)
     G = number([-3.0, -1.0, 4.0, 9.0])

@@ -30,6 +30,7 @@ class ShortHorizonCarry(NamedTuple):
     log_temperature: Float[Array, ""] | None
     reach: Any
     loss: Float[Array, ""]  # of the critic in its last epoch, as a share of the variance of symlog G
+    norm: Float[Array, ""]  # of the last window's gradient; NaN if that window was rejected
     updates: Int[Array, ""]
 
 
@@ -58,7 +59,9 @@ class ShortHorizon(eqx.Module):
     policy and dynamics, as for every solver.
 
     `Info.J` is J from the first N starts without exploration, by a rollout; the gradient's norm is of the window's objective.
-    The critic's loss and the temperature are in the carry. An update in which something is not finite is rejected.
+    The critic's loss and the temperature are in the carry. An update in which something is not finite is rejected, and all
+    environments begin anew: of an unstable system one in a lost state would spoil every window that follows. `Info` then has
+    the gradient's norm of the window before; of two such windows in a row the second has NaN, which ends a run.
 
     Shapes: policy leaves any; `s0` [B, ...]. Cost: a gradient through h steps of N environments, `epochs` passes of the critic
     over N h states, and a rollout of the first N starts.
@@ -158,6 +161,7 @@ class ShortHorizon(eqx.Module):
             log_temperature=None if entropy is None else jnp.log(entropy.temperature).astype(dtype),
             reach=None if self.reach is None else self.reach.start(dtype),
             loss=jnp.full((), jnp.inf, dtype),
+            norm=jnp.full((), jnp.nan, dtype),
             updates=jnp.zeros((), jnp.int32),
         )
 
@@ -175,12 +179,19 @@ class ShortHorizon(eqx.Module):
         (moved, spread), inner, info = descend.update((policy, carry.spread), carry.descend, task, s0, key=key)
 
         learned = self._learn(carry, steps, self.descend.annealed(carry.updates), key_fit)
-        now = learned._replace(environments=environments, descend=inner, spread=spread, updates=carry.updates + 1)
+        done = carry.updates + 1
+        now = learned._replace(
+            environments=environments, descend=inner, spread=spread, norm=info.gradient_norm, updates=done
+        )
+        anew = carry._replace(environments=fresh, norm=jnp.full_like(carry.norm, jnp.nan), updates=done)
         finite = (info.nonfinite == 0) & all_finite((learned.critic, learned.loss, learned.reach, environments.s))
         info = info._replace(
-            accepted=info.accepted & finite, nonfinite=(~finite).astype(jnp.int32), work=self._work(task, s0)
+            gradient_norm=jnp.where(finite, info.gradient_norm, carry.norm),
+            accepted=info.accepted & finite,
+            nonfinite=(~finite).astype(jnp.int32),
+            work=self._work(task, s0),
         )
-        return *where(finite, (moved, now), (policy, carry)), info
+        return *where(finite, (moved, now), (policy, anew)), info
 
     def _objective(self, learned, carry, task, s0, environments, key, key_noise):
         """The window's, of the policy and the spread of its noise."""
@@ -208,7 +219,7 @@ class ShortHorizon(eqx.Module):
         G = jax.vmap(lambda r, v, e: td_lambda(r, v, e, discount=self.discount, trace=self.trace))(
             steps.r, steps.value_next, steps.ended
         )
-        scale = moments(carry.critic, G, jnp.where(carry.updates == 0, 1.0, 0.1).astype(G.dtype))
+        scale = moments(carry.critic, G, jnp.where(jnp.isinf(carry.loss), 1.0, 0.1).astype(G.dtype))
         critic, target = carry.critic.rescaled(*scale), carry.target.rescaled(*scale)
         x = steps.x.reshape(-1, steps.x.shape[-1])
         sizes = {"epochs": self.epochs, "batches": self.batches}
