@@ -75,12 +75,15 @@ def run(name: str, *, quick: bool, fresh: bool = False, size: Any = None, folder
         path.unlink(missing_ok=True)
     size = size or (module.QUICK if quick else module.FULL)
     so_far = folder / f"{stem}-so-far"
+    measured = None
     with jax.enable_x64(True):
         for numbers in module.measure(size, Parts(path)):
             provenance = collect(seeds=None, time=None)
             provenance.pop("argv", None)
             measured = (rounded(to_json(numbers)), to_json(size._asdict()), provenance)
             _save(so_far, module, *measured)
+    if measured is None:
+        raise ValueError(f"measure of experiments/{name}.py yielded no numbers")
     _save(folder / stem, module, *measured)
     for suffix in SUFFIXES:
         so_far.with_name(so_far.name + suffix).unlink()
