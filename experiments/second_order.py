@@ -231,7 +231,7 @@ def conclude(numbers: Any) -> str:
 
 def paint(numbers: Any) -> Any:
     """Curvature against T; the test of the bound; condition, projection gap and cost."""
-    figure, axes = sheet(2, (0.95, 1.2, 0.85))
+    figure, axes = sheet(2, (0.95, 1.2, 1.1))
     name = next(iter(numbers["spectra"]))
     heading(figure, f"{name}: curvature against horizon and discount, the planner's step and the schedules")
     spectra = numbers["spectra"][name]
