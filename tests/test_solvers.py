@@ -9,7 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Affine, Continuation, Descend, GaussNewton, Neural, Raced, Relay, expected, solve, value
+from diffmbrl import (
+    ILQR,
+    Affine,
+    Continuation,
+    Descend,
+    GaussNewton,
+    Neural,
+    Raced,
+    Relay,
+    ShortHorizon,
+    expected,
+    solve,
+    value,
+)
 from diffmbrl.core import Solver, Task
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.info import Info
@@ -286,7 +299,9 @@ def test_what_is_not_finite_is_rejected_and_counted(row, what):
             resumed, _, info = update(solver, given, after, task, s0, KEY)
             undisturbed, _, same_info = update(solver, given, before, task, s0, KEY)
             assert info.accepted == same_info.accepted and not info.nonfinite
-            same_tree(resumed, undisturbed, rtol=1e-5, atol=1e-5)
+            # Of windows the episodes begin anew: any of them may have been in a state that was lost.
+            if not isinstance(solver, ShortHorizon):
+                same_tree(resumed, undisturbed, rtol=1e-5, atol=1e-5)
 
 
 def test_the_return_is_finite_where_only_its_gradient_is_not():

@@ -30,7 +30,9 @@ class ShortHorizonCarry(NamedTuple):
     log_temperature: Float[Array, ""] | None
     reach: Any
     loss: Float[Array, ""]  # of the critic in its last epoch, as a share of the variance of symlog G
-    norm: Float[Array, ""]  # of the last window's gradient; NaN if that window was rejected
+    norm: Float[
+        Array, ""
+    ]  # of the last window's gradient; NaN before the first and after one rejected: episodes begin anew
     updates: Int[Array, ""]
 
 
@@ -169,7 +171,7 @@ class ShortHorizon(eqx.Module):
         self, policy: Any, carry: ShortHorizonCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, ShortHorizonCarry, Info]:
         fresh = begin(s0, self.environments, task)
-        environments = where(carry.updates == 0, fresh, carry.environments)
+        environments = where(jnp.isnan(carry.norm), fresh, carry.environments)
         key_noise, key_fit = jax.random.split(jax.random.fold_in(self.key, carry.updates + 1))
         (_, (environments, steps)), gradient = jax.value_and_grad(self._objective, has_aux=True)(
             (policy, carry.spread), carry, task, s0, environments, key, key_noise
@@ -183,7 +185,7 @@ class ShortHorizon(eqx.Module):
         now = learned._replace(
             environments=environments, descend=inner, spread=spread, norm=info.gradient_norm, updates=done
         )
-        anew = carry._replace(environments=fresh, norm=jnp.full_like(carry.norm, jnp.nan), updates=done)
+        anew = carry._replace(norm=jnp.full_like(carry.norm, jnp.nan), updates=done)
         finite = (info.nonfinite == 0) & all_finite((learned.critic, learned.loss, learned.reach, environments.s))
         info = info._replace(
             gradient_norm=jnp.where(finite, info.gradient_norm, carry.norm),
