@@ -30,9 +30,7 @@ class ShortHorizonCarry(NamedTuple):
     log_temperature: Float[Array, ""] | None
     reach: Any
     loss: Float[Array, ""]  # of the critic in its last epoch, as a share of the variance of symlog G
-    norm: Float[
-        Array, ""
-    ]  # of the last window's gradient; NaN before the first and after one rejected: episodes begin anew
+    norm: Float[Array, ""]  # of the last window's gradient; NaN (none yet, or rejected) where episodes are to begin
     updates: Int[Array, ""]
 
 
