@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from diffmbrl.core import Solver
 from diffmbrl.lanes import PolicyLanes, course, draw
 from diffmbrl.tasks import make
+from experiments.programs import forget_programs
 
 HELD_OUT = 256
 
@@ -30,8 +30,7 @@ def train(
     A cost that is not finite counts as infinite. `cpu` is the process's seconds for all seeds of one rate, without compiling
     and looking. `gap` is the median projection gap of the updates since the look before.
     """
-    # Programs of the runs before: of hundreds of them a process may have no more maps of memory than the system allows.
-    jax.clear_caches()
+    forget_programs()
     task = make(name, horizon=horizon)
     rates: list[float | None] = list(arm.rates) or [None]
     lanes = PolicyLanes(

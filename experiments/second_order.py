@@ -60,6 +60,7 @@ class Size(NamedTuple):
     training_starts: int
     updates: int
     looks: int
+    schedules: tuple[str, ...] = tuple(SCHEDULES)
 
 
 FULL = Size(
@@ -86,6 +87,7 @@ QUICK = FULL._replace(
     training_starts=8,
     updates=10,
     looks=10,
+    schedules=("none", "discounts", "trust"),
 )
 
 
@@ -104,8 +106,8 @@ def measure(size: Size, parts: Any):
             part |= {"starts": size.starts, "hidden": size.hidden}
             spectra[name][str(T)] = parts(part, partial(_spectrum, name, T, size))
     runs = {}
-    for schedule, make_solver in SCHEDULES.items():
-        made = partial(make_solver, GaussNewton(system=Krylov(10)), T=size.training_horizon)
+    for schedule in size.schedules:
+        made = partial(SCHEDULES[schedule], GaussNewton(system=Krylov(10)), T=size.training_horizon)
         arm = Arm(lambda _, steps, made=made: made(steps), size.updates)
         options: dict[str, Any] = {
             "horizon": size.training_horizon,

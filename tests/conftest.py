@@ -26,6 +26,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from experiments.programs import forget_programs  # noqa: E402
+
 # Again, for a JAX that a plugin of pytest imported before the lines above.
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -69,26 +71,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     jax.config.update("jax_enable_x64", x64)
 
 
-# Every compiled program maps memory, and a process may have 65,530 mappings (Linux's default); beyond, XLA crashes. Long before
-# that it is slow: JAX keeps over a gigabyte of a thousand small programs, and the next one takes twice as long to compile.
-MOST_MAPPINGS, FEW_MAPPINGS = 6_000, 1_500
-
-
-def _forget_programs(beyond: int) -> None:
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > beyond:
-        jax.clear_caches()
-        gc.collect()
-
-
 @pytest.fixture(autouse=True)
 def _after_a_test() -> Iterator[None]:
     yield
-    _forget_programs(MOST_MAPPINGS)
+    forget_programs()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _after_a_file() -> Iterator[None]:
     """The next file has shapes of its own."""
     yield
-    _forget_programs(FEW_MAPPINGS)
+    forget_programs(beyond=1_500)

@@ -30,6 +30,7 @@ from experiments import (
     second_order,
 )
 from experiments.__main__ import EXPERIMENTS, main
+from experiments.programs import forget_programs
 
 TINY = first_vs_second.QUICK._replace(horizons=(4,), seeds=2, starts=2, hidden=(2,), rates=(1e-3, 1e-1), looks=2)
 
@@ -112,6 +113,24 @@ def test_an_interrupted_run_spoils_no_earlier_one(tmp_path: Path, monkeypatch: p
     assert {file.name for file in tmp_path.iterdir()} == {
         f"closed_loop{suffix}" for suffix in (".json", ".png", ".svg")
     }
+
+
+def test_compiled_programs_are_kept_until_they_are_too_many() -> None:
+    traces = []
+
+    @jax.jit
+    def f(x: Any) -> Any:
+        traces.append(x)
+        return x + 1
+
+    f(1.0)
+    forget_programs(beyond=1_000_000)
+    f(1.0)
+    assert len(traces) == 1
+    if Path("/proc/self/maps").exists():
+        forget_programs(beyond=0)
+        f(1.0)
+        assert len(traces) == 2
 
 
 def test_conclusions_follow_the_numbers() -> None:
