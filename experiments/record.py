@@ -29,6 +29,7 @@ from diffmbrl.runs.provenance import collect
 RESULTS = Path(__file__).parent / "results"
 DIGITS = 5  # kept of each number
 SUFFIXES = (".json", ".png", ".svg")
+SO_FAR = "-so-far"  # after the name of what is not whole yet
 
 
 class Parts:
@@ -74,19 +75,17 @@ def run(name: str, *, quick: bool, fresh: bool = False, size: Any = None, folder
     if fresh:
         path.unlink(missing_ok=True)
     size = size or (module.QUICK if quick else module.FULL)
-    so_far = folder / f"{stem}-so-far"
-    measured = None
+    so_far, measured = folder / f"{stem}{SO_FAR}", False
     with jax.enable_x64(True):
         for numbers in module.measure(size, Parts(path)):
             provenance = collect(seeds=None, time=None)
             provenance.pop("argv", None)
-            measured = (rounded(to_json(numbers)), to_json(size._asdict()), provenance)
-            _save(so_far, module, *measured)
-    if measured is None:
+            _save(so_far, module, rounded(to_json(numbers)), to_json(size._asdict()), provenance)
+            measured = True
+    if not measured:
         raise ValueError(f"measure of experiments/{name}.py yielded no numbers")
-    _save(folder / stem, module, *measured)
     for suffix in SUFFIXES:
-        so_far.with_name(so_far.name + suffix).unlink()
+        so_far.with_name(so_far.name + suffix).replace(folder / f"{stem}{suffix}")
     return _tell(folder / f"{stem}.json")
 
 
@@ -130,7 +129,7 @@ def _save(stem: Path, module: Any, numbers: Any, choices: Any, provenance: Any) 
     head = {"question": (module.__doc__ or "").split("\n")[0], "expected": module.EXPECTED, "found": found}
     saved = head | {"choices": choices, "numbers": numbers, "provenance": provenance}
     write_atomic(stem.with_name(stem.name + ".json"), _compact(saved) + "\n")
-    with matplotlib.rc_context(figures.settings(stem.name)):
+    with matplotlib.rc_context(figures.settings(stem.name.removesuffix(SO_FAR))):
         figure = module.paint(numbers)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
