@@ -58,9 +58,14 @@ class Ledger:
 
     def run(self, case: Case, *, first: int = 0) -> None:
         """Run five seeds and save, unless they are there."""
-        self.seeds = self.seeds if self.quick else self._kept()
-        if not any(run["seed"] == first for run in self.of(case)):
+        if self._has(case, first):
+            return
+        self.seeds = self.seeds if self.quick else self._kept()  # another process may have run them meanwhile
+        if not self._has(case, first):
             self.save(_run(case, first, self.quick, self.looks))
+
+    def _has(self, case: Case, first: int) -> bool:
+        return any(run["seed"] == first for run in self.of(case))
 
     def save(self, found: Sequence[dict[str, Any]] = (), **more: Any) -> None:
         """Write the file: the rows, `more` tables and the seeds, those there and those `found` that are not."""

@@ -74,6 +74,22 @@ def test_a_table_added_at_the_end_keeps_what_others_found_meanwhile(measured: li
     assert len(result["seeds"]) == 10 and len(result["rows"]) == 2 and result["targets"]["rows"] == [[1.0]]
 
 
+def test_what_says_the_same_keeps_its_provenance(
+    measured: list[tuple[Case, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds in (1.0, float("inf")):
+        record.save("some", {"rows": [[seconds, (1, "a")]]}, quick=False)
+        written = record.path("some", quick=False).read_text()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(record, "collect", lambda **_: {"time": "later"})
+            record.save("some", {"rows": [[seconds, (1, "a")]]}, quick=False)
+            assert record.path("some", quick=False).read_text() == written
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(record, "collect", lambda **_: {"time": "later"})
+        record.save("some", {"rows": [[2.0, (1, "a")]]}, quick=False)
+    assert json.loads(record.path("some", quick=False).read_text())["provenance"] == {"time": "later"}
+
+
 def test_a_quick_run_keeps_to_itself(measured: list[tuple[Case, int]]) -> None:
     Ledger("some", quick=False).run(CASE)
     quick = Ledger("some", quick=True)
