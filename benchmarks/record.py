@@ -29,7 +29,7 @@ def save(name: str, result: dict[str, Any], *, quick: bool) -> Path:
     """Write the results file of a benchmark; one that says the same keeps its provenance, where and when it was measured."""
     RESULTS.mkdir(exist_ok=True)
     file, result = path(name, quick=quick), to_json(result)
-    if file.exists() and json.loads(file.read_text())["result"] == json.loads(json.dumps(result)):
+    if file.exists() and json.loads(file.read_text())["result"] == result:
         return file
     provenance = collect(seeds=None, time=None)
     provenance.pop("argv", None)

@@ -28,7 +28,8 @@ def train(
     """Costs (-J) and work against updates, [looks, seeds], of the rate with the lowest median of final training costs.
 
     A cost that is not finite counts as infinite. `cpu` is the process's seconds for all seeds of one rate, without compiling
-    and looking. `gap` is the median projection gap of the updates since the look before.
+    and looking; `compile` is next to nothing where a run before has compiled the same program. `gap` is the median projection
+    gap of the updates since the look before.
     """
     forget_programs()
     task = make(name, horizon=horizon)

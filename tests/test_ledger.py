@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import arms, record
@@ -77,17 +78,15 @@ def test_a_table_added_at_the_end_keeps_what_others_found_meanwhile(measured: li
 def test_what_says_the_same_keeps_its_provenance(
     measured: list[tuple[Case, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for seconds in (1.0, float("inf")):
-        record.save("some", {"rows": [[seconds, (1, "a")]]}, quick=False)
-        written = record.path("some", quick=False).read_text()
-        with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(record, "collect", lambda **_: {"time": "later"})
-            record.save("some", {"rows": [[seconds, (1, "a")]]}, quick=False)
-            assert record.path("some", quick=False).read_text() == written
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(record, "collect", lambda **_: {"time": "later"})
-        record.save("some", {"rows": [[2.0, (1, "a")]]}, quick=False)
-    assert json.loads(record.path("some", quick=False).read_text())["provenance"] == {"time": "later"}
+    moments = iter(range(9))
+    monkeypatch.setattr(record, "collect", lambda **_: {"time": next(moments)})
+
+    def written(seconds: float) -> str:
+        return record.save("some", {"rows": [[seconds, (1, np.int64(2), "a")]]}, quick=False).read_text()
+
+    texts = [written(seconds) for seconds in (1.0, 1.0, float("inf"), float("inf"), 2.0)]
+    assert [json.loads(text)["provenance"]["time"] for text in texts] == [0, 0, 1, 1, 2]
+    assert texts[0] == texts[1] and texts[2] == texts[3]
 
 
 def test_a_quick_run_keeps_to_itself(measured: list[tuple[Case, int]]) -> None:
