@@ -9,7 +9,7 @@ import numpy as np
 
 import diffmbrl as d
 from benchmarks.record import alone, path, save
-from diffmbrl.lanes import PolicyLanes, course, draw
+from diffmbrl.jobs.batch import PolicyLanes, course, draw
 from diffmbrl.methods import METHODS, solver
 
 HELD_OUT, TOGETHER = 256, 5  # held-out starts; seeds that run side by side

@@ -23,8 +23,8 @@ from benchmarks.record import path, save, table
 from diffmbrl.agents import learn
 from diffmbrl.agents.registry import make as make_agent
 from diffmbrl.optimizers.clipped import clipped_adam
-from diffmbrl.tasks import brax
-from diffmbrl.tasks.brax_rewards import brax_rewards
+from diffmbrl.tasks.adapters import brax
+from diffmbrl.tasks.adapters.brax_rewards import brax_rewards
 
 HELD_OUT, SEEDS = 32, 3
 

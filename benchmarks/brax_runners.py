@@ -17,7 +17,7 @@ import optax
 
 import diffmbrl as d
 from benchmarks.record import save, table
-from diffmbrl.tasks.brax_rewards import brax_rewards
+from diffmbrl.tasks.adapters.brax_rewards import brax_rewards
 
 RUNNERS = ("brax-hopper", "brax-ant")
 SECONDS, UPDATES, CHUNK, HORIZON = 1500.0, 2000, 50, 1000

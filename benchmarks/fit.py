@@ -23,8 +23,8 @@ import diffmbrl as d
 from benchmarks.products import forward, layers
 from benchmarks.record import save, table
 from benchmarks.timing import medians
-from diffmbrl.buffer import Transition
 from diffmbrl.models import TS1, Ensemble, GaussianDynamics, Training, particles, train
+from diffmbrl.models.buffer import Transition
 
 MEMBERS, LAYERS, UNITS, STEPS, BATCH = 7, 4, 200, 5000, 256
 ROWS, HORIZON = 7000, 15

@@ -33,7 +33,7 @@ def diagnose(place: Path, name: str, horizons: tuple[int, ...]) -> tuple[float, 
     cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     before, begun = _spent(), time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "diffmbrl.cli", "diagnose", *words],
+        [sys.executable, "-m", "diffmbrl.cli.main", "diagnose", *words],
         env=os.environ | cache,
         stdout=subprocess.PIPE,
         text=True,

@@ -21,9 +21,9 @@ import diffmbrl as d
 from benchmarks.record import save, table
 from benchmarks.timing import medians
 from diffmbrl.core import Task, keeps_limits
-from diffmbrl.lanes import PlanLanes
+from diffmbrl.jobs.batch import PlanLanes
+from diffmbrl.jobs.plan import FIRST, WINDOW
 from diffmbrl.methods import METHODS, solver
-from diffmbrl.plan import FIRST, WINDOW
 from diffmbrl.planners import MPC, act
 
 TASKS = {"pendulum-swingup": "gravity", "cartpole-swingup": "m_c", "quadrotor2d": "mass"}

@@ -19,11 +19,11 @@ from jaxtyping import Array
 import diffmbrl as d
 from benchmarks.record import save, table
 from diffmbrl.core import State, Task
-from diffmbrl.curvature import gauss_newton
-from diffmbrl.krylov import lanczos
-from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.jobs.batch import PolicyLanes, draw
 from diffmbrl.optimizers.damping import scale
-from diffmbrl.preconditioners import Jacobi, Kronecker, LeafBlocks, SignedJacobi
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.second_order.krylov import lanczos
+from diffmbrl.second_order.preconditioners import Jacobi, Kronecker, LeafBlocks, SignedJacobi
 
 NAMES, STARTS, SEEDS, UPDATES, RANK = ("cartpole-balance", "pendulum-swingup"), 64, 2, 150, 30
 RUNS = ("leaf blocks", "Kronecker", "diagonal")  # and none

@@ -20,7 +20,7 @@ import diffmbrl as d
 from benchmarks.record import save, table
 from benchmarks.timing import medians
 from diffmbrl.agents import SAC
-from diffmbrl.buffer import Buffer, Transition
+from diffmbrl.models.buffer import Buffer, Transition
 
 BATCH, WIDTH, UPDATES = 256, 256, 40
 MBRL_LIB = 14.0  # ms, measured once on another machine: anchors of the project

@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 import diffmbrl as d
 from benchmarks.record import save, table
 from diffmbrl.core import State, Task, reweighted
-from diffmbrl.lanes import PolicyLanes, course, draw
+from diffmbrl.jobs.batch import PolicyLanes, course, draw
 
 TASKS, HORIZON, STARTS, SEEDS, STEPS, MEMORY = ("cartpole-balance", "pendulum-swingup"), 100, 128, 3, 600, 20
 HEAD = ["task, L-BFGS of", "train", "test", "train worst", "test worst", "success", "gradients", "sequential", "CPU s"]

@@ -27,9 +27,9 @@ from jaxtyping import Array, Float
 import diffmbrl as d
 from benchmarks.record import save, table
 from diffmbrl.core import Reward, State, Task
-from diffmbrl.lanes import PolicyLanes, course, draw
+from diffmbrl.jobs.batch import PolicyLanes, course, draw
 from diffmbrl.policies import centre_and_half
-from diffmbrl.tasks.squash import squashed
+from diffmbrl.tasks.transforms.squash import squashed
 
 NAMES, HORIZON, STARTS, SEEDS = ("cartpole-balance", "quadrotor2d", "cartpole-swingup"), 100, 128, 3
 SHARE = 0.01  # of the action cost's curvature, for the cost on the logit

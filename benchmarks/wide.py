@@ -13,7 +13,7 @@ import numpy as np
 
 import diffmbrl as d
 from benchmarks.record import save, table
-from diffmbrl.lanes import PolicyLanes, course, draw
+from diffmbrl.jobs.batch import PolicyLanes, course, draw
 from diffmbrl.methods import METHODS, solver
 
 TASKS = ("cartpole-balance", "pendulum-swingup")

@@ -13,12 +13,10 @@ from diffmbrl.core import Task, Trajectory
 from diffmbrl.diagnostics.health import gradient_health
 from diffmbrl.gradients import (
     BPTT,
-    AdaptiveHorizon,
     CentredRanks,
     Clipped,
     Decayed,
     Decoupled,
-    Entropy,
     Episode,
     Evolution,
     Fitted,
@@ -26,20 +24,19 @@ from diffmbrl.gradients import (
     LeaveOneOut,
     LikelihoodRatio,
     Mean,
-    Noise,
     RewardToGo,
-    ShortHorizon,
     Smoothed,
-    StiffCut,
     Truncated,
 )
 from diffmbrl.info import Info, Work
 from diffmbrl.nets import GRU, LSTM, MLP
 from diffmbrl.optimizers import (
+    AdaptiveHorizon,
     Consensus,
     Continuation,
     Dense,
     Descend,
+    Entropy,
     Gate,
     GaussNewton,
     KeepBest,
@@ -48,14 +45,17 @@ from diffmbrl.optimizers import (
     LevenbergMarquardt,
     NaturalGradient,
     NewtonCG,
+    Noise,
     Path,
     Preconditioned,
     Raced,
     Radii,
     Relay,
     Sampled,
+    ShortHorizon,
     Sigma,
     SquareRoot,
+    StiffCut,
     TrustRegion,
 )
 from diffmbrl.planners import (
@@ -84,7 +84,7 @@ from diffmbrl.planners import (
 )
 from diffmbrl.policies import Affine, Gaussian, Linear, Neural, OpenLoop
 from diffmbrl.rollout import expected, returns, rollout, rollouts, value, values
-from diffmbrl.solve import History, iterate, solve
+from diffmbrl.solve.loop import History, iterate, solve
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffmbrl.core import Solver
-from diffmbrl.lanes import PolicyLanes, course, draw
+from diffmbrl.jobs.batch import PolicyLanes, course, draw
 from diffmbrl.tasks import make
 from experiments.programs import forget_programs
 

@@ -25,7 +25,7 @@ from scipy.optimize import root_scalar
 from diffmbrl.gradients.alpha_order import AlphaOrder, accuracy, bernstein, bias
 from diffmbrl.optimizers import Descend
 from diffmbrl.policies import OpenLoop
-from diffmbrl.runs.figures import Line, name_ends, style_of
+from diffmbrl.report.figures import Line, name_ends, style_of
 from diffmbrl.tasks import ball_and_wall
 from experiments import exact
 from experiments.decisions import BASELINE, ESTIMATORS, EXACT, PATHWISE, estimates, with_noise

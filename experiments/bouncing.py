@@ -17,8 +17,8 @@ import numpy as np
 
 from diffmbrl.core import Task
 from diffmbrl.policies import OpenLoop
+from diffmbrl.report.figures import Line, name_ends, style_of
 from diffmbrl.rollout import value
-from diffmbrl.runs.figures import Line, name_ends, style_of
 from diffmbrl.tasks import bouncing, bouncing_on_the_grid, bouncing_penalty
 from experiments.record import array
 from experiments.sheet import heading, sheet, title

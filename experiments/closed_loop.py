@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffmbrl.core import Task
-from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.jobs.batch import PolicyLanes, draw
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.planners import MPC, Ending
 from diffmbrl.planners.windows import Clocked
 from diffmbrl.policies import OpenLoop
+from diffmbrl.report.figures import name_ends, style_of
 from diffmbrl.rollout import returns, rollout, value
-from diffmbrl.runs.figures import name_ends, style_of
 from diffmbrl.tasks import make, squashed
 from experiments.record import array
 from experiments.sheet import band, heading, log_limits, sheet, title

@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl.curvature import curve, dense, gauss_newton, hessian, planner_step
-from diffmbrl.krylov import lanczos
-from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.jobs.batch import PolicyLanes, draw
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.policies import Neural, OpenLoop
-from diffmbrl.runs.figures import Line, key, log_axis, name_ends, style_of
+from diffmbrl.report.figures import Line, key, log_axis, name_ends, style_of
+from diffmbrl.second_order.curvature import curve, dense, gauss_newton, hessian, planner_step
+from diffmbrl.second_order.krylov import lanczos
 from diffmbrl.tasks import make
 from experiments.record import array
 from experiments.sheet import band, heading, log_limits, sheet, title

@@ -10,7 +10,7 @@ import numpy as np
 from diffmbrl.core import Task
 from diffmbrl.gradients import BPTT, LeaveOneOut, LikelihoodRatio, Smoothed
 from diffmbrl.policies import OpenLoop, centre_and_half
-from diffmbrl.runs.figures import style_of
+from diffmbrl.report.figures import style_of
 
 PATHWISE, SCORE, BASELINE = "pathwise", "score function", "with baseline"
 ESTIMATORS = {

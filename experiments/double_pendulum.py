@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array
 
 from diffmbrl.diagnostics.lyapunov import crossover, exponents
-from diffmbrl.runs.figures import MUTED, Line, key, name_ends, style_of
+from diffmbrl.report.figures import MUTED, Line, key, name_ends, style_of
 from diffmbrl.tasks.double_pendulum import DoublePendulum
 from diffmbrl.tasks.integrate import rk4, semi_implicit
 from experiments.record import array

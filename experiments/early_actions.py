@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl.curvature import along
 from diffmbrl.diagnostics.jacobians import contributions
-from diffmbrl.linearize import adjoint
 from diffmbrl.policies import Neural
-from diffmbrl.runs.figures import Line, key, name_ends, style_of
+from diffmbrl.report.figures import Line, key, name_ends, style_of
+from diffmbrl.second_order.curvature import along
+from diffmbrl.second_order.linearize import adjoint
 from diffmbrl.tasks import make
 from experiments.record import array
 from experiments.sheet import heading, log_limits, sheet, title

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffmbrl.methods import METHODS, Method, solver
 from diffmbrl.policies import Neural
-from diffmbrl.runs.figures import Line, Style, effort_axis, name_ends, style_of
+from diffmbrl.report.figures import Line, Style, effort_axis, name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.arms import Arm, train
 from experiments.record import array

@@ -23,16 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl.buffer import Transition
 from diffmbrl.core import Task
 from diffmbrl.gradients import BPTT
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.models import remembering
+from diffmbrl.models.buffer import Transition
 from diffmbrl.models.evaluate import jacobian_error, jacobians, step_errors
 from diffmbrl.policies import Neural
+from diffmbrl.report.figures import INK, MUTED, Style, style_of
 from diffmbrl.rollout import values
-from diffmbrl.runs.figures import INK, MUTED, Style, style_of
-from diffmbrl.solve import solve
+from diffmbrl.solve.loop import solve
 from diffmbrl.tasks import make
 from experiments.learned import random_windows
 from experiments.model_forms import ARMS, fitted

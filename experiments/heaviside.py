@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffmbrl.runs.figures import Line, name_ends
+from diffmbrl.report.figures import Line, name_ends
 from diffmbrl.tasks import heaviside, soft_heaviside
 from experiments import exact
 from experiments.decisions import BASELINE, ESTIMATORS, EXACT, PATHWISE, SCORE, STYLES, estimates

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffmbrl.curvature import gauss_newton
 from diffmbrl.info import count_work
-from diffmbrl.krylov import lanczos
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.optimizers import Continuation, Dense, GaussNewton, Krylov, Sigma
 from diffmbrl.optimizers.damping import Choice, best_of, scale, take
+from diffmbrl.report.figures import effort_axis, name_ends, style_of
 from diffmbrl.rollout import expected
-from diffmbrl.runs.figures import effort_axis, name_ends, style_of
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.second_order.krylov import lanczos
 from diffmbrl.tasks import make
 from experiments.arms import Arm, train
 from experiments.record import array

@@ -20,16 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffmbrl.buffer import Transition
 from diffmbrl.core import Task
 from diffmbrl.diagnostics.jacobians import jacobians, spectral_radius
 from diffmbrl.diagnostics.lyapunov import averaged
 from diffmbrl.diagnostics.products import log_singular_values, log_spectral_radius, products
 from diffmbrl.models import NetworkDynamics, Training, train
+from diffmbrl.models.buffer import Transition
 from diffmbrl.models.fit import split
 from diffmbrl.policies import Gaussian, Neural
+from diffmbrl.report.figures import INK, MUTED, key, name_ends, style_of
 from diffmbrl.rollout import rollouts
-from diffmbrl.runs.figures import INK, MUTED, key, name_ends, style_of
 from diffmbrl.tasks import make, random_lqr
 from experiments.record import array
 from experiments.sheet import band, heading, sheet, title

@@ -22,8 +22,8 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl.core import Task, reweighted
 from diffmbrl.diagnostics.landscape import filter_normalised, line
 from diffmbrl.policies import Neural
+from diffmbrl.report.figures import Line, key, name_ends, style_of
 from diffmbrl.rollout import value
-from diffmbrl.runs.figures import Line, key, name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.record import array
 from experiments.sheet import heading, log_limits, sheet, title

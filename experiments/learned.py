@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffmbrl.buffer import Transition
 from diffmbrl.core import Task
+from diffmbrl.models.buffer import Transition
 
 HELD = 5  # steps for which a random action stays
 

@@ -23,8 +23,8 @@ from diffmbrl.agents.dyna_q import DynaQ
 from diffmbrl.core import Task
 from diffmbrl.planners import MPC, Sampling
 from diffmbrl.policies import OpenLoop
+from diffmbrl.report.figures import INK, MUTED, name_ends, style_of
 from diffmbrl.rollout import value, values
-from diffmbrl.runs.figures import INK, MUTED, name_ends, style_of
 from diffmbrl.tasks.finite import Finite, Lookup, closed_loop, followed, open_loop, planned, replanned
 from diffmbrl.tasks.math_test import DESK, choice, math_test, tables
 from experiments.record import array

@@ -22,8 +22,8 @@ from diffmbrl.diagnostics.jacobians import eigenvalues, jacobians, spectral_radi
 from diffmbrl.diagnostics.lyapunov import averaged
 from diffmbrl.diagnostics.products import log_eigenvalues, log_spectral_radius, products
 from diffmbrl.policies import Neural
+from diffmbrl.report.figures import MUTED, name_ends, style_of
 from diffmbrl.rollout import rollout, value
-from diffmbrl.runs.figures import MUTED, name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.record import array
 from experiments.sheet import band, heading, log_limits, sheet, title

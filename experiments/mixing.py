@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl.buffer import flat
 from diffmbrl.core import Box, Task, reweighted
 from diffmbrl.gradients import (
     BPTT,
@@ -37,8 +36,9 @@ from diffmbrl.gradients import (
     TotalPropagation,
 )
 from diffmbrl.models import GaussianDynamics, Training, train
+from diffmbrl.models.buffer import flat
 from diffmbrl.policies import Neural
-from diffmbrl.runs.figures import log_axis, name_ends, style_of
+from diffmbrl.report.figures import log_axis, name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.learned import annealed_adam, random_windows
 from experiments.record import array

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffmbrl.buffer import Transition, flat
 from diffmbrl.core import Task
 from diffmbrl.models import (
     NetworkDynamics,
@@ -21,6 +20,7 @@ from diffmbrl.models import (
     bounded_spectrum,
     train,
 )
+from diffmbrl.models.buffer import Transition, flat
 from diffmbrl.models.normalizer import standard
 from diffmbrl.nets import GRU, LSTM
 from experiments.learned import annealed_adam

@@ -26,7 +26,7 @@ from diffmbrl.agents.world import World
 from diffmbrl.core import Task
 from diffmbrl.models import Training, TSInfinity
 from diffmbrl.planners import CEM, Receding, Sampling
-from diffmbrl.runs.figures import MUTED, name_ends, style_of
+from diffmbrl.report.figures import MUTED, name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.record import array
 from experiments.sheet import band, heading, sheet, title

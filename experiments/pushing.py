@@ -24,7 +24,7 @@ import numpy as np
 from diffmbrl.core import Task
 from diffmbrl.gradients import BPTT, Episode, LeaveOneOut, LikelihoodRatio
 from diffmbrl.policies import OpenLoop
-from diffmbrl.runs.figures import name_ends, style_of
+from diffmbrl.report.figures import name_ends, style_of
 from diffmbrl.tasks import pushing
 from diffmbrl.tasks.pushing import Pushing
 from experiments.decisions import with_noise

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffmbrl.runs import figures
+from diffmbrl.report import figures
 from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.metrics import Writer, read, to_json
 from diffmbrl.runs.provenance import collect

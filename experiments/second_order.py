@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl.curvature import curve, gauss_newton, planner_step
-from diffmbrl.krylov import lanczos
-from diffmbrl.lanes import draw
-from diffmbrl.linearize import Linearization, closed_loop, matmul
+from diffmbrl.jobs.batch import draw
 from diffmbrl.optimizers import Continuation, GaussNewton, Krylov
 from diffmbrl.policies import Neural
-from diffmbrl.runs.figures import MUTED, Line, name_ends, style_of
+from diffmbrl.report.figures import MUTED, Line, name_ends, style_of
+from diffmbrl.second_order.curvature import curve, gauss_newton, planner_step
+from diffmbrl.second_order.krylov import lanczos
+from diffmbrl.second_order.linearize import Linearization, closed_loop, matmul
 from diffmbrl.tasks import make
 from experiments.arms import Arm, train
 from experiments.record import array

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from diffmbrl.runs import figures
-from diffmbrl.runs.figures import INK, MUTED, PAPER, Line, Style
+from diffmbrl.report import figures
+from diffmbrl.report.figures import INK, MUTED, PAPER, Line, Style
 
 WIDTH, HEIGHT = 2.75, 2.35  # inches of a panel
 LEFT, BOTTOM, TOP, HEAD = 0.72, 0.62, 0.36, 0.30  # around it, and above all

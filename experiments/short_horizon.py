@@ -21,13 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl.gradients import AdaptiveHorizon, Entropy, Noise, ShortHorizon
-from diffmbrl.gradients.windows import begin, window
-from diffmbrl.optimizers import Descend, Raced
+from diffmbrl.optimizers import AdaptiveHorizon, Descend, Entropy, Noise, Raced, ShortHorizon
 from diffmbrl.optimizers.clipped import clipped_adam
+from diffmbrl.optimizers.short_horizon.windows import begin, window
 from diffmbrl.policies import Neural
+from diffmbrl.report.figures import effort_axis, name_ends, style_of
 from diffmbrl.rollout import expected
-from diffmbrl.runs.figures import effort_axis, name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.arms import Arm, train
 from experiments.record import array

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffmbrl.runs.figures import Line, name_ends
+from diffmbrl.report.figures import Line, name_ends
 from diffmbrl.tasks import sinusoid
 from experiments import exact
 from experiments.decisions import BASELINE, ESTIMATORS, EXACT, PATHWISE, SCORE, STYLES, estimates

@@ -27,8 +27,8 @@ from diffmbrl.gradients import BPTT, LeaveOneOut, LikelihoodRatio
 from diffmbrl.gradients.alpha_order import AlphaOrder
 from diffmbrl.optimizers import Descend
 from diffmbrl.policies import Linear
+from diffmbrl.report.figures import name_ends, style_of
 from diffmbrl.rollout import expected, rollouts
-from diffmbrl.runs.figures import name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.decisions import with_noise
 from experiments.record import array

@@ -15,7 +15,7 @@ import optax
 from diffmbrl.gradients import BPTT, Truncated
 from diffmbrl.optimizers import Descend
 from diffmbrl.optimizers.clipped import clipped_adam
-from diffmbrl.runs.figures import name_ends, style_of
+from diffmbrl.report.figures import name_ends, style_of
 from experiments.arms import Arm, train
 from experiments.record import array
 from experiments.sheet import band, heading, log_limits, sheet, title

@@ -23,7 +23,7 @@ import numpy as np
 from diffmbrl.agents.learn import learn
 from diffmbrl.agents.registry import AGENTS
 from diffmbrl.agents.registry import make as make_agent
-from diffmbrl.runs.figures import name_ends, style_of
+from diffmbrl.report.figures import name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.record import array
 from experiments.sheet import band, heading, log_limits, sheet, title

@@ -18,12 +18,12 @@ from diffmbrl import devices as on
 from diffmbrl.agents import Idle
 from diffmbrl.agents.learn import learn
 from diffmbrl.core import Task
-from diffmbrl.curvature import gauss_newton
-from diffmbrl.lanes import PlanLanes, PolicyLanes, draw, shared
+from diffmbrl.jobs.batch import PlanLanes, PolicyLanes, draw, shared
+from diffmbrl.jobs.plan import Setting, plan
 from diffmbrl.methods import METHODS
-from diffmbrl.plan import Setting, plan
 from diffmbrl.runs import metrics
-from diffmbrl.solve import iterate
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.solve.loop import iterate
 
 TASK = tasks.cartpole_balance(horizon=5)
 STEPS = 3
@@ -109,5 +109,6 @@ def planned(devices: int) -> list:
 
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    sys.modules["diffmbrl.runs.session"].rebuild = lambda folder: folder  # type: ignore[attr-defined]  # figures take long
+    for job in ("compare", "learn", "plan.run"):  # figures take long
+        sys.modules[f"diffmbrl.jobs.{job}"].rebuild = lambda folder: folder  # type: ignore[attr-defined]
     print(json.dumps(agree()))

@@ -29,11 +29,11 @@ from diffmbrl import (
     Sigma,
     SquareRoot,
 )
-from diffmbrl.curvature import gauss_newton
 from diffmbrl.optimizers.clipped import clipped_adam, clipped_muon
 from diffmbrl.optimizers.soap import soap
 from diffmbrl.planners import CEM, MPPI, Best, Coloured, Even, Normal, Sampling, Shooting
-from diffmbrl.preconditioners import LeafBlocks, SignedJacobi
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.second_order.preconditioners import LeafBlocks, SignedJacobi
 
 
 class Row(NamedTuple):

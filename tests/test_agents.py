@@ -15,8 +15,8 @@ from diffmbrl.agents import Agent, System, learn
 from diffmbrl.agents.collect import begin, collect
 from diffmbrl.agents.learn import Learned
 from diffmbrl.agents.registry import AGENTS as REGISTERED
-from diffmbrl.buffer import Buffer
 from diffmbrl.core import is_plan
+from diffmbrl.models.buffer import Buffer
 from tests.agents import AGENTS, Row
 
 KEYS = jax.random.split(jax.random.key(0), 2)

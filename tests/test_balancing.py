@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffmbrl import OpenLoop, returns, rollout, tasks
-from diffmbrl.tasks import drawing
+from diffmbrl.render import shapes as drawing
 from diffmbrl.tasks.balancing import RodOnCart
 from tests.problems import lagrangian_acceleration
 

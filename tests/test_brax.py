@@ -28,9 +28,10 @@ from diffmbrl import (
 from diffmbrl.agents import learn
 from diffmbrl.agents.registry import make as make_agent
 from diffmbrl.methods import METHODS, solver
-from diffmbrl.tasks import brax
-from diffmbrl.tasks.brax_rewards import brax_rewards
-from diffmbrl.tasks.drawing import Circle, Line, frames
+from diffmbrl.render.registry import frames
+from diffmbrl.render.shapes import Circle, Line
+from diffmbrl.tasks.adapters import brax
+from diffmbrl.tasks.adapters.brax_rewards import brax_rewards
 from diffmbrl.tasks.registry import TASKS, state_names
 from tests.agents import AGENTS
 

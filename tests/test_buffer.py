@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from diffmbrl import tasks
-from diffmbrl.buffer import Buffer, Transition
+from diffmbrl.models.buffer import Buffer, Transition
 
 
 def numbered(first: int, count: int) -> Transition:

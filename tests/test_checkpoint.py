@@ -245,7 +245,6 @@ def test_a_folder_that_cannot_be_written():
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A folder whose arms are loops that count to three."""
-    monkeypatch.setattr("diffmbrl.runs.session.rebuild", lambda folder: folder)
     (tmp_path / "provenance.json").write_text("{}")
     return tmp_path
 
@@ -269,28 +268,28 @@ def count(session: Session, arms: int, stop: tuple[int, int] | None = None, erro
 
 
 def test_a_session_goes_on_where_it_was(run):
-    with pytest.raises(KeyboardInterrupt) as caught, underway(run, 2, stream=io.StringIO()) as session:
+    with pytest.raises(KeyboardInterrupt) as caught, underway(run, 2, report=str, stream=io.StringIO()) as session:
         count(session, 2, stop=(1, 2))
     assert caught.value.__notes__ == [f"to go on: diffmbrl resume {run}"]
-    with underway(run, 2, stream=io.StringIO(), resumed=True) as session:
+    with underway(run, 2, report=str, stream=io.StringIO(), resumed=True) as session:
         assert count(session, 2) == [(1, 3)]
     records = metrics.read(run / "metrics.jsonl")[0]
     assert [(x["arm"], x["done"]) for x in records] == [(arm, done) for arm in (0, 1) for done in (1, 2, 3)]
 
 
 def test_a_checkpoint_when_it_is_time(run):
-    with underway(run, 1, stream=io.StringIO(), every=0.0) as session:
+    with underway(run, 1, report=str, stream=io.StringIO(), every=0.0) as session:
         count(session, 1)
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2", "3"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"]
 
 
 def test_damaged_ones_are_set_aside_and_told(run):
-    with pytest.raises(ZeroDivisionError), underway(run, 1, stream=io.StringIO(), every=0.0) as session:
+    with pytest.raises(ZeroDivisionError), underway(run, 1, report=str, stream=io.StringIO(), every=0.0) as session:
         count(session, 1, stop=(0, 2), error=ZeroDivisionError)
     flip(run / "checkpoints" / "2" / "host.json")
     printed = io.StringIO()
-    with underway(run, 1, stream=printed, every=0.0, resumed=True) as session:
+    with underway(run, 1, report=str, stream=printed, every=0.0, resumed=True) as session:
         assert count(session, 1) == [(0, 2), (0, 3)]
     first, *_, last = printed.getvalue().splitlines()
     assert first == "left out as damaged: checkpoint 2: host.json is not what was written: its SHA-256 is another"
@@ -304,7 +303,7 @@ def test_a_run_stops_on_a_full_disk(run, monkeypatch):
     said = (
         r"checkpoint 2 cannot be written .*: No space left on device; checkpoint 1 is valid; when that is mended: diff"
     )
-    with pytest.raises(OSError, match=said), underway(run, 1, stream=io.StringIO(), every=0.0) as session:  # noqa: PT012
+    with pytest.raises(OSError, match=said), underway(run, 1, report=str, stream=io.StringIO(), every=0.0) as session:  # noqa: PT012
         session.look({"x": jnp.float32(1)}, done=1)
         monkeypatch.setattr("os.rename", full)
         session.look({"x": jnp.float32(2)}, done=2)

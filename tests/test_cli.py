@@ -10,8 +10,8 @@ import jax
 import pytest
 
 import diffmbrl
-from diffmbrl import cli
-from diffmbrl.commands import Tasks
+from diffmbrl.cli import main as cli
+from diffmbrl.cli.commands import Tasks
 from diffmbrl.methods import METHODS
 from diffmbrl.tasks import TASKS
 
@@ -219,8 +219,8 @@ def test_compare_and_report(folder, capsys):
 
 def test_by_default_all_methods_that_are_marked(folder, monkeypatch):
     seen = []
-    monkeypatch.setattr("diffmbrl.compare.compare", lambda setting, **_: seen.append(setting) or folder)
-    monkeypatch.setattr("diffmbrl.runs.summarise", lambda folder: (_ for _ in ()).throw(ValueError("enough")))
+    monkeypatch.setattr("diffmbrl.jobs.compare.compare", lambda setting, **_: seen.append(setting) or folder)
+    monkeypatch.setattr("diffmbrl.report.summarise", lambda folder: (_ for _ in ()).throw(ValueError("enough")))
     assert cli.main(["compare", "cartpole-balance"]) == 2
     [setting] = seen
     assert setting.methods == tuple(name for name, row in METHODS.items() if row.default)
@@ -246,7 +246,7 @@ def test_as_a_program(folder):
     """The module as a process of its own, from another folder."""
     root = os.path.dirname(os.path.dirname(diffmbrl.__file__))
     done = subprocess.run(
-        [sys.executable, "-m", "diffmbrl.cli", "compare", "lqr", "--horizon", "0"],
+        [sys.executable, "-m", "diffmbrl.cli.main", "compare", "lqr", "--horizon", "0"],
         capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": root}, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")

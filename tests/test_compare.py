@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import compare as comparison
 from diffmbrl import tasks
-from diffmbrl.compare import Setting, compare, prepare
 from diffmbrl.core import NoTerminal
 from diffmbrl.diagnostics.spread import Spread
 from diffmbrl.info import Work
-from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.jobs import compare as comparison
+from diffmbrl.jobs.batch import PolicyLanes, draw
+from diffmbrl.jobs.compare import Setting, compare, prepare
+from diffmbrl.jobs.policies import load_policy
 from diffmbrl.methods import METHODS
+from diffmbrl.report import rebuild, summarise, table
 from diffmbrl.rollout import values
-from diffmbrl.runs import read, rebuild, summarise, table
-from diffmbrl.saved import load_policy
+from diffmbrl.runs import read
 from tests.problems import of
 
 # Swept over rates, sequential in its seeds, with a path of dampings, with two, with a trust region, and a planner.

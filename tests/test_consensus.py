@@ -7,11 +7,11 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl import Consensus, Linear, Neural, Path, solve, tasks
-from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.spectrum import in_double
-from diffmbrl.linearize import closed_loop
-from diffmbrl.linearize import riccati as sweep_of
 from diffmbrl.optimizers.consensus import _Plans, _Rounds
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.second_order.linearize import closed_loop
+from diffmbrl.second_order.linearize import riccati as sweep_of
 from tests.problems import matrices, riccati, same, stationary_gain
 
 KEY = jax.random.key(0)

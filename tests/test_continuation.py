@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from diffmbrl import ILQR, Affine, Continuation, Descend, GaussNewton, Linear, Relay, plans, solve, tasks
 from diffmbrl.info import Info, count_work
-from diffmbrl.optimizers.continuation import DISCOUNTS, SHARES
+from diffmbrl.optimizers.wrappers.continuation import DISCOUNTS, SHARES
 from diffmbrl.planners.batch import Status
 from tests.problems import bent
 

@@ -21,7 +21,7 @@ from diffmbrl import (
     values,
 )
 from diffmbrl.core import reweighted
-from diffmbrl.curvature import dense, fisher, gauss_newton, hessian
+from diffmbrl.second_order.curvature import dense, fisher, gauss_newton, hessian
 from tests.problems import bent, same, same_tree
 
 KEY = jax.random.key(3)

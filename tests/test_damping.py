@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffmbrl import GaussNewton, Krylov, LevenbergMarquardt, Neural, Path, TrustRegion
-from diffmbrl.krylov import Spectral, Truncated
+from diffmbrl.second_order.krylov import Spectral, Truncated
 from tests.problems import bent, changed
 
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import cli, devices, tasks
+from diffmbrl import devices, tasks
 from diffmbrl.agents import Idle
 from diffmbrl.agents.learn import learn
+from diffmbrl.cli import main as cli
 from diffmbrl.runs import metrics
 from diffmbrl.runs.checkpoint import newest_valid
 from diffmbrl.tasks import noisy
@@ -58,7 +59,7 @@ def pair(folder: Path, command: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}"}
-    words = ["diffmbrl.cli", *command.split()]
+    words = ["diffmbrl.cli.main", *command.split()]
     return [start(*words, cwd=folder, JAX_PROCESS_ID=str(i), **address, **COORDINATED) for i in (0, 1)]
 
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import Neural, cli, tasks
-from diffmbrl.diagnose import Setting, prepare
-from diffmbrl.runs import metrics, rebuild
-from diffmbrl.runs.health_report import headline, text
-from diffmbrl.runs.plan_report import of_kind
-from diffmbrl.saved import load_policy, save_policies
+from diffmbrl import Neural, tasks
+from diffmbrl.cli import main as cli
+from diffmbrl.jobs.diagnose import Setting, prepare
+from diffmbrl.jobs.policies import load_policy, save_policies
+from diffmbrl.report import rebuild
+from diffmbrl.report.health_report import headline, text
+from diffmbrl.report.plan_report import of_kind
+from diffmbrl.runs import metrics
 
 SETTING = Setting("lqr", (3, 6), None, None, (4,), {}, 64, 0.1, 0)
 

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from diffmbrl import cli, doctor
+from diffmbrl.cli import main as cli
+from diffmbrl.jobs import doctor
 from diffmbrl.xla import OPTION, THRESHOLD
 
 

@@ -10,12 +10,14 @@ import pytest
 from PIL import Image
 
 from diffmbrl import tasks
-from diffmbrl.runs.animation import animate, animation_page
-from diffmbrl.runs.gif import gif
-from diffmbrl.runs.plans import plan_figure
-from diffmbrl.runs.scene import ROLES
-from diffmbrl.tasks import TASKS, drawing, squashed
-from diffmbrl.tasks.drawing import Circle, Line, frames
+from diffmbrl.render import shapes as drawing
+from diffmbrl.render.gif import gif
+from diffmbrl.render.html import animate, animation_page
+from diffmbrl.render.registry import frames
+from diffmbrl.render.scene import ROLES
+from diffmbrl.render.shapes import Circle, Line
+from diffmbrl.report.plans import plan_figure
+from diffmbrl.tasks import TASKS, squashed
 
 every_task = pytest.mark.parametrize("name", TASKS)
 limits = {"dt": 0.1, "a_low": [-1.0], "a_high": [1.0]}

@@ -14,9 +14,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import diffmbrl as d
-from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.lyapunov import averaged
 from diffmbrl.diagnostics.products import log_singular_values, products
+from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.tasks.integrate import rk4, semi_implicit
 from experiments import (
     closed_loop,

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from diffmbrl import tasks
-from diffmbrl.buffer import Transition
 from diffmbrl.models import EndModel, GaussianDynamics, NetworkDynamics, RewardModel, Training, train
+from diffmbrl.models.buffer import Transition
 from diffmbrl.models.fit import split
 from tests.problems import same
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffmbrl import Gate, GaussNewton, Krylov, KrylovNewton, Neural, NewtonCG, Path
-from diffmbrl.curvature import gauss_newton
-from diffmbrl.sensitivity import sensitivity
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.second_order.sensitivity import sensitivity
 from tests.problems import bent, same, same_tree
 
 KEY = jax.random.key(3)

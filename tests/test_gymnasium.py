@@ -17,12 +17,13 @@ from diffmbrl import tasks
 from diffmbrl.agents import HostSystem, Idle, Judged, System, judged, learn, learnable
 from diffmbrl.agents.collect import Acting, Real
 from diffmbrl.agents.registry import make
+from diffmbrl.jobs.learn import Setting, race, restore
 from diffmbrl.models import EndModel, RewardModel
 from diffmbrl.policies import Neural
-from diffmbrl.race import Setting, race, restore
+from diffmbrl.report import learn_text
 from diffmbrl.rollout import value
-from diffmbrl.runs import learn_text, read
-from diffmbrl.tasks.gymnasium import KNOWN, NotGiven, environment
+from diffmbrl.runs import read
+from diffmbrl.tasks.adapters.gymnasium import KNOWN, NotGiven, environment
 from tests.problems import of
 
 KEYS = jax.random.split(jax.random.key(0), 2)

@@ -16,8 +16,8 @@ from diffmbrl.diagnostics.health import Health, gradient_health
 from diffmbrl.diagnostics.products import log_singular_values, products
 from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
 from diffmbrl.diagnostics.verdict import least_z, verdict
-from diffmbrl.tasks.prefix import Seeing, begin, prefix
-from diffmbrl.tasks.refined import refined
+from diffmbrl.tasks.transforms.prefix import Seeing, begin, prefix
+from diffmbrl.tasks.transforms.refined import refined
 
 
 class Motion(eqx.Module):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from diffmbrl import cli, race
+from diffmbrl.cli import main as cli
+from diffmbrl.jobs import learn as race
+from diffmbrl.report import rebuild
 from diffmbrl.runs import config as configs
 from diffmbrl.runs import folder as folders
-from diffmbrl.runs import metrics, rebuild
+from diffmbrl.runs import metrics
 
 ATTACK = "<script>alert('&')</script>"
 PLAN = "plan lqr --planner ilqr --horizon 4 --iterations 2 --out run"

@@ -10,10 +10,10 @@ from benchmarks.trajectory_problems import problem
 from diffmbrl import DDP, ILQR, Affine, OpenLoop, Task, expansion, rollout, solve, tasks, value
 from diffmbrl.core import Box
 from diffmbrl.diagnostics.spectrum import in_double
-from diffmbrl.linearize import linearize, riccati
-from diffmbrl.parallel_riccati import PARALLEL, SCAN, choose
 from diffmbrl.planners import MPC, ActionDamped, Backtracking, Boxed, Parallel, Receding, StateDamped, act
-from diffmbrl.planners.models import costates, hamiltonian
+from diffmbrl.planners.quadratic_models import costates, hamiltonian
+from diffmbrl.second_order.linearize import linearize, riccati
+from diffmbrl.second_order.parallel_riccati import PARALLEL, SCAN, choose
 from tests.problems import bent, matrices, same, same_tree
 from tests.problems import riccati as textbook
 

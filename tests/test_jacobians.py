@@ -15,7 +15,7 @@ from diffmbrl import Affine, Gaussian, Neural, OpenLoop, rollout, tasks
 from diffmbrl.diagnostics.jacobians import contributions, eigenvalues, jacobians, singular_values, spectral_radius
 from diffmbrl.diagnostics.products import log_eigenvalues, log_singular_values, log_spectral_radius, products
 from diffmbrl.rollout import expected, split
-from diffmbrl.tasks.plant import delayed
+from diffmbrl.tasks.transforms.plant import delayed
 from tests.problems import bent, changed, same
 
 KEY = jax.random.key(0)

@@ -22,15 +22,15 @@ from diffmbrl import (
     OpenLoop,
     Path,
     expected,
-    linearize,
     rollout,
     rollouts,
     solve,
     tasks,
     value,
 )
-from diffmbrl.curvature import dense, gauss_newton
 from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.second_order import linearize
+from diffmbrl.second_order.curvature import dense, gauss_newton
 from diffmbrl.tasks import TASKS
 from tests.problems import LINEAR, bent, changed, optimal_actions, riccati, same, stationary_gain
 from tests.solvers import SOLVERS

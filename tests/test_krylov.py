@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matfree import decomp
 
-from diffmbrl.krylov import conjugate_gradients, lanczos
+from diffmbrl.second_order.krylov import conjugate_gradients, lanczos
 
 close = partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8)
 

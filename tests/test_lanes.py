@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from diffmbrl import ILQR, Affine, Descend, GaussNewton, Krylov, Neural, expected, rollouts, solve, tasks, values
-from diffmbrl.curvature import gauss_newton
-from diffmbrl.lanes import PlanLanes, PolicyLanes, course, draw
-from diffmbrl.solve import CHUNK
+from diffmbrl.jobs.batch import PlanLanes, PolicyLanes, course, draw
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.solve.loop import CHUNK
 from diffmbrl.tasks import squashed
 
 TASK = tasks.cartpole_balance(horizon=6)

@@ -8,8 +8,6 @@ import optax
 import pytest
 
 from diffmbrl import GRU, LSTM, MLP, Neural, OpenLoop, rollout, tasks
-from diffmbrl.buffer import Transition
-from diffmbrl.linearize import linearize
 from diffmbrl.models import (
     EndModel,
     Ensemble,
@@ -26,6 +24,8 @@ from diffmbrl.models import (
     remembering,
     train,
 )
+from diffmbrl.models.buffer import Transition
+from diffmbrl.second_order.linearize import linearize
 from tests.problems import same
 
 KEY = jax.random.key(0)

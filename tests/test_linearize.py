@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from diffmbrl import Affine, Gaussian, Linear, Neural, OpenLoop, rollout, rollouts, tasks, value
 from diffmbrl.core import Box, Task
-from diffmbrl.linearize import (
+from diffmbrl.second_order.linearize import (
     INLINE,
     SUMMED,
     Linearization,

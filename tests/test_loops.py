@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from diffmbrl.krylov import conjugate_gradients
-from diffmbrl.planners.sweeps import Boxed
+from diffmbrl.planners.riccati_sweeps import Boxed
+from diffmbrl.second_order.krylov import conjugate_gradients
 from tests.solvers import SOLVERS
 from tests.test_solvers import KEY, case
 

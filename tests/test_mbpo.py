@@ -10,8 +10,8 @@ from diffmbrl import tasks
 from diffmbrl.agents import MBPO, PPO, SAC, Growing, OffPolicy, OnPolicy, Replayed, Streamed, World, imagine, learn
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.registry import make
-from diffmbrl.buffer import Buffer, Transition, flat
 from diffmbrl.models import NetworkDynamics, Training
+from diffmbrl.models.buffer import Buffer, Transition, flat
 from diffmbrl.tasks.cartpole import CartPole
 
 KEY = jax.random.key(0)

@@ -31,10 +31,10 @@ from diffmbrl import (
     values,
 )
 from diffmbrl.core import is_stateful
-from diffmbrl.lanes.policies import _evaluate
+from diffmbrl.jobs.batch.policies import _evaluate
 from diffmbrl.planners import Damping
 from diffmbrl.planners.mpc import planning_task, shifted
-from diffmbrl.tasks.plant import Delayed, delayed, noisy
+from diffmbrl.tasks.transforms.plant import Delayed, delayed, noisy
 from tests.problems import bent, changed, optimal_actions, riccati, same, same_tree
 
 follow = jax.jit(rollout)

@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 from diffmbrl import KrylovNewton, Neural, Path, expected
 from diffmbrl.core import reweighted
-from diffmbrl.curvature import dense, gauss_newton, hessian
+from diffmbrl.second_order.curvature import dense, gauss_newton, hessian
 from tests.problems import bent, same
 
 KEY = jax.random.key(11)

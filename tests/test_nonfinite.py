@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import cli, compare, plan, race
 from diffmbrl.agents import Idle
 from diffmbrl.agents.registry import AGENTS as REGISTRY
 from diffmbrl.agents.registry import Row as AgentRow
 from diffmbrl.agents.world import World
+from diffmbrl.cli import main as cli
 from diffmbrl.core import Task
-from diffmbrl.runs import metrics, rebuild
+from diffmbrl.jobs import compare, plan
+from diffmbrl.jobs import learn as race
+from diffmbrl.report import rebuild
+from diffmbrl.runs import metrics
 from diffmbrl.tasks import TASKS
 from tests.agents import AGENTS
 
@@ -102,7 +104,8 @@ def patched(monkeypatch) -> Any:
     monkeypatch.setitem(TASKS, "clocked", TASKS["lqr"]._replace(make=clocked, states=("x [m]", "clock [1]")))
     monkeypatch.setitem(REGISTRY, "random", AgentRow(lambda task: Idle(warmup=12, every=12), "", 36))
     monkeypatch.setitem(REGISTRY, "numbed", AgentRow(lambda task: Numbed(warmup=12, every=12), "", 36))
-    monkeypatch.setattr(sys.modules["diffmbrl.runs.session"], "rebuild", lambda folder: folder)
+    for job in ("compare", "learn"):
+        monkeypatch.setattr(f"diffmbrl.jobs.{job}.rebuild", lambda folder: folder)
     return monkeypatch
 
 

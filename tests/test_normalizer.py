@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from diffmbrl import tasks
-from diffmbrl.buffer import Transition
 from diffmbrl.models import GaussianDynamics, NetworkDynamics, Normalizer, particles
+from diffmbrl.models.buffer import Transition
 from diffmbrl.tasks.registry import TASKS
 from tests.problems import same
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from diffmbrl import OpenLoop, rollout
-from diffmbrl.kkt import solve_with_gaps
-from diffmbrl.linearize import INLINE, adjoint, linearize, respond, riccati
-from diffmbrl.parallel_riccati import (
+from diffmbrl.second_order.kkt import solve_with_gaps
+from diffmbrl.second_order.linearize import INLINE, adjoint, linearize, respond, riccati
+from diffmbrl.second_order.parallel_riccati import (
     PARALLEL,
     PARALLEL_FROM,
     SCAN,
@@ -20,7 +20,7 @@ from diffmbrl.parallel_riccati import (
     parallel_respond,
     parallel_riccati,
 )
-from diffmbrl.parallel_riccati import _stage as stage
+from diffmbrl.second_order.parallel_riccati import _stage as stage
 from tests.problems import LINEAR
 from tests.problems import riccati as textbook
 from tests.test_linearize import random_linearization

@@ -9,7 +9,7 @@ import scipy.integrate
 
 from diffmbrl import tasks
 from diffmbrl.agents import Idle, NoisySensor, System, learn
-from diffmbrl.tasks.refined import refined
+from diffmbrl.tasks.transforms.refined import refined
 from tests.problems import lagrangian_acceleration, replaced
 
 KEY = jax.random.key(0)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from diffmbrl import cli, tasks
+from diffmbrl import tasks
+from diffmbrl.cli import main as cli
+from diffmbrl.jobs.plan import Setting, prepare
 from diffmbrl.methods import METHODS
-from diffmbrl.plan import Setting, prepare
+from diffmbrl.render.shapes import Circle, Line
+from diffmbrl.report.plan_report import _shape, of_kind, sentence, shape_record, text
 from diffmbrl.runs import metrics
-from diffmbrl.runs.plan_report import _shape, of_kind, sentence, shape_record, text
-from diffmbrl.tasks.drawing import Circle, Line
 from tests.problems import riccati
 
 SETTING = Setting("lqr", "ilqr", False, 6, None, 3, {}, {}, 0.0, 0, 2, 0, False)
@@ -99,7 +100,7 @@ def test_mismatch_and_parameters_multiply():
 
 def test_what_devices_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(
-        "diffmbrl.plan.setting.mesh_of", lambda count: Mesh(np.array(jax.devices()[:1] * count), ("batch",))
+        "diffmbrl.jobs.plan.setting.mesh_of", lambda count: Mesh(np.array(jax.devices()[:1] * count), ("batch",))
     )
     for change, message in [
         ({}, "ilqr plans from one start after another, on one device, got 3: devices share the samples of"),

@@ -34,9 +34,9 @@ from diffmbrl.agents.collect import Unknown
 from diffmbrl.agents.explored import Explored
 from diffmbrl.agents.hybrid import Hybrid, Proposed, ToCritic
 from diffmbrl.agents.world import World
-from diffmbrl.buffer import Buffer, Transition
-from diffmbrl.gradients.critic import Critic, inputs
 from diffmbrl.models import TS1, NetworkDynamics, Training
+from diffmbrl.models.buffer import Buffer, Transition
+from diffmbrl.optimizers.short_horizon.critic import Critic, inputs
 from diffmbrl.planners.windows import Clocked, Ending
 
 KEY = jax.random.key(0)

@@ -15,8 +15,8 @@ from diffmbrl import LearnedValue, LikelihoodRatio, tasks
 from diffmbrl.agents import PPO, SquashedGaussian
 from diffmbrl.agents.actor import limited, log_density, logit, moments
 from diffmbrl.agents.ppo import Rows, normalised
-from diffmbrl.buffer import Transition
 from diffmbrl.core import reweighted
+from diffmbrl.models.buffer import Transition
 from diffmbrl.rollout import rollouts, split
 from tests.problems import same, same_tree
 from tests.test_sac import brax_layers

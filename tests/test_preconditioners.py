@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse.linalg
 
 from diffmbrl import GaussNewton, Linear, Neural, NewtonCG, Preconditioned
-from diffmbrl.blocks import (
+from diffmbrl.second_order.blocks import (
     _root,
     action_curvature,
     diagonal,
@@ -17,9 +17,9 @@ from diffmbrl.blocks import (
     leaf_blocks,
     signed_diagonal,
 )
-from diffmbrl.curvature import curve, dense, gauss_newton
-from diffmbrl.krylov import conjugate_gradients
-from diffmbrl.preconditioners import Diagonal, Jacobi, Kronecker, LeafBlocks, SignedJacobi
+from diffmbrl.second_order.curvature import curve, dense, gauss_newton
+from diffmbrl.second_order.krylov import conjugate_gradients
+from diffmbrl.second_order.preconditioners import Diagonal, Jacobi, Kronecker, LeafBlocks, SignedJacobi
 from tests.problems import bent, same
 
 KEY = jax.random.key(3)

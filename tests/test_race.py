@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import cli, tasks
-from diffmbrl import diagnose as diagnosing
-from diffmbrl import race as racing
+from diffmbrl import tasks
 from diffmbrl.agents import Idle
 from diffmbrl.agents.registry import AGENTS, Row, make, options
+from diffmbrl.cli import main as cli
+from diffmbrl.jobs import diagnose as diagnosing
+from diffmbrl.jobs import learn as racing
+from diffmbrl.jobs.learn import Setting, prepare, race, restore
 from diffmbrl.policies import Linear
-from diffmbrl.race import Setting, prepare, race, restore
-from diffmbrl.runs import Progress, courses, learn_text, read, rebuild
-from diffmbrl.runs.learn_report import sentences
-from diffmbrl.saved import filled, read_arrays, save_arrays
+from diffmbrl.report import courses, learn_text, rebuild
+from diffmbrl.report.learn_report import sentences
+from diffmbrl.runs import Progress, read
+from diffmbrl.runs.arrays import filled, read_arrays, save_arrays
 from tests.problems import of
 
 SETTING = Setting(

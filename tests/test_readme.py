@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmbrl.tables import BEGIN, END, tables, written
+from diffmbrl.cli.tables import BEGIN, END, tables, written
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -46,7 +46,7 @@ def test_agents_of_the_example_learn_from_real_steps(capsys: pytest.CaptureFixtu
 
 
 def test_tables_are_those_of_the_registries() -> None:
-    assert written(README) == README, "run: python -m diffmbrl.tables README.md"
+    assert written(README) == README, "run: python -m diffmbrl.cli.tables README.md"
     lines = [line for line in tables().splitlines() if line.startswith("| `")]
     assert len(lines) > 60 and all(re.fullmatch(r"\| `[a-z0-9-]+` \| \S.{5,130} \|", line) for line in lines)
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffmbrl import compare, plan, race
-from diffmbrl.render import render
+from diffmbrl.jobs import compare, plan
+from diffmbrl.jobs import learn as race
+from diffmbrl.jobs.render import render
+from diffmbrl.render import solids as geometry
+from diffmbrl.render.gif import gif
+from diffmbrl.render.html import animate
+from diffmbrl.render.shapes import Line, Polygon, Rod
+from diffmbrl.report.plan_report import _shape, shape_record
 from diffmbrl.runs import read
-from diffmbrl.runs.animation import animate
-from diffmbrl.runs.gif import gif
-from diffmbrl.runs.plan_report import _shape, shape_record
-from diffmbrl.tasks import geometry
-from diffmbrl.tasks.drawing import Line, Polygon, Rod
 from tests.problems import of
 
 COMPARE = compare.Setting(

@@ -16,13 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import cli, compare, plan, race, tasks
+from diffmbrl import tasks
 from diffmbrl.agents.registry import AGENTS as REGISTRY
 from diffmbrl.agents.registry import Row
+from diffmbrl.cli import main as cli
+from diffmbrl.jobs import compare, plan
+from diffmbrl.jobs import learn as race
+from diffmbrl.jobs.resume import resume
 from diffmbrl.methods import METHODS
 from diffmbrl.planners import ILQR, MPC, control
 from diffmbrl.planners.episode import finish, proceed, start
-from diffmbrl.resume import resume
 from diffmbrl.runs import Session, metrics
 from tests.agents import AGENTS
 
@@ -108,7 +111,8 @@ def stopped_at(look: int, job, patch: pytest.MonkeyPatch, error=KeyboardInterrup
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures take most of the time of a small run."""
-    monkeypatch.setattr(sys.modules["diffmbrl.runs.session"], "rebuild", lambda folder: folder)
+    for job in ("compare", "learn", "plan.run"):
+        monkeypatch.setattr(f"diffmbrl.jobs.{job}.rebuild", lambda folder: folder)
 
 
 JOBS = {
@@ -185,7 +189,7 @@ WORDS = (
 
 
 def program(folder: Path, words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "diffmbrl.cli", *words.split()]
+    command = [sys.executable, "-m", "diffmbrl.cli.main", *words.split()]
     path = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     return subprocess.Popen(command, cwd=folder, env=os.environ | path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl.runs import arms, folder, metrics, provenance, report, statistics, table, verdict, words
+from diffmbrl.report import arms, report, table, verdict, words
+from diffmbrl.runs import folder, metrics, provenance, statistics
 from diffmbrl.runs.progress import Progress
 
 STAGES = [[0.8, 20], [0.9, 20], [0.95, 20], [0.98, 20], [1.0, 120]]

@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 from diffmbrl import tasks
 from diffmbrl.agents import SAC, OffPolicy, SquashedGaussian
 from diffmbrl.agents.actor import entropy, log_density, logit, moments, unit
-from diffmbrl.buffer import Transition
+from diffmbrl.models.buffer import Transition
 from tests.problems import same, same_tree
 
 KEY = jax.random.key(0)

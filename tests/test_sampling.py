@@ -7,18 +7,7 @@ import pytest
 import scipy.stats
 
 from diffmbrl import ILQR, Affine, Linear, OpenLoop, solve, tasks, value
-from diffmbrl.planners import (
-    CEM,
-    MPPI,
-    Best,
-    Coloured,
-    EffectiveSize,
-    Even,
-    Normal,
-    Sampling,
-    TruncatedNormal,
-    scores,
-)
+from diffmbrl.planners import CEM, MPPI, Best, Coloured, EffectiveSize, Even, Normal, Sampling, TruncatedNormal, scores
 from diffmbrl.planners.refit import weights
 from tests.problems import bent, changed, optimal_actions, riccati, same
 

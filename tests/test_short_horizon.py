@@ -25,13 +25,13 @@ from diffmbrl import (
     solve,
     tasks,
 )
-from diffmbrl.gradients.critic import Critic, fit, inputs, moments, td_lambda
-from diffmbrl.gradients.exploration import Spread
-from diffmbrl.gradients.reach import stiffness
-from diffmbrl.gradients.windows import Environments, begin, window
-from diffmbrl.lanes import PolicyLanes, draw
+from diffmbrl.jobs.batch import PolicyLanes, draw
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.optimizers.clipped import clipped_adam
+from diffmbrl.optimizers.short_horizon.critic import Critic, fit, inputs, moments, td_lambda
+from diffmbrl.optimizers.short_horizon.cuts import stiffness
+from diffmbrl.optimizers.short_horizon.exploration import Spread
+from diffmbrl.optimizers.short_horizon.windows import Environments, begin, window
 from tests.problems import bent, changed, matrices, same, same_tree
 
 KEY = jax.random.key(0)

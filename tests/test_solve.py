@@ -11,7 +11,7 @@ import pytest
 
 from diffmbrl import ILQR, Affine, Continuation, Descend, GaussNewton, Linear, Neural, OpenLoop, solve, tasks
 from diffmbrl.core import Box, Task
-from diffmbrl.solve import CHUNK
+from diffmbrl.solve.loop import CHUNK
 from tests.problems import bent, changed, riccati
 
 KEY = jax.random.key(0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies
 
 from diffmbrl import tasks
-from diffmbrl.sparsity import colours, compression, dependencies
+from diffmbrl.second_order.sparsity import colours, compression, dependencies
 
 ANALYTIC = [name for name in tasks.TASKS if not name.startswith(("brax-", "quadrotor-waypoint"))]
 A = jnp.arange(12.0).reshape(3, 4) + 1

@@ -10,10 +10,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl import Gaussian, Neural, OpenLoop, tasks
-from diffmbrl.curvature import dense, fisher, gauss_newton, hessian
 from diffmbrl.diagnostics import spectrum
 from diffmbrl.diagnostics.spectrum import density, eigenvalues, extremes, in_double, smoothed
 from diffmbrl.rollout import expected
+from diffmbrl.second_order.curvature import dense, fisher, gauss_newton, hessian
 from tests.problems import bent, changed
 
 KEY = jax.random.key(0)

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffmbrl import cli, compare
-from diffmbrl.compare import Setting
+from diffmbrl.cli import main as cli
+from diffmbrl.jobs import compare
+from diffmbrl.jobs.compare import Setting
+from diffmbrl.jobs.sweep import runner, sweep
+from diffmbrl.jobs.sweep.groups import groups
+from diffmbrl.jobs.sweep.points import parse
+from diffmbrl.report import rebuild, sweep_report, sweep_text
 from diffmbrl.runs import read as read_records
-from diffmbrl.runs import rebuild, sweep_report, sweep_text
-from diffmbrl.sweeps import runner, sweep
-from diffmbrl.sweeps.groups import groups
-from diffmbrl.sweeps.points import parse
 
 SETTING = {"task": "lqr", "method": "adam", "horizon": 5, "hidden": [3], "seeds": 2, "starts": 3, "steps": 4}
 SETTING |= {"continuation": "none", "lr": 0.1}
@@ -300,7 +301,7 @@ def test_slurm_is_given_the_commands_of_the_groups(tmp_path, monkeypatch):
     )
     assert not complete and seen[:2] == [("jobs", "debug"), {"timeout_min": 5}]
     commands = seen[2:]
-    assert [command[1:4] for command in commands] == [["-m", "diffmbrl.sweeps", str(folder)]] * 2
+    assert [command[1:4] for command in commands] == [["-m", "diffmbrl.jobs.sweep", str(folder)]] * 2
     assert [name for command in commands for name in command[4:]] == [point.name for point in found.points]
     assert said[1:3] == ["job 7: adam on lqr: 2 points x 2 seeds", "job 7: sgd on lqr: 2 points x 2 seeds"]
     # What such a command does, here.
@@ -321,7 +322,16 @@ def test_a_cluster_of_this_machine(folder, monkeypatch):
         "option.warmup = 20\nevaluations = 2\n[grid]\noption.every = [10, 20]\n"
     )
     # In a process of its own: as it is imported, submitit has logging close every handler, and absl's closes pytest's stderr.
-    command = [sys.executable, "-m", "diffmbrl.cli", "sweep", "idle.toml", "--slurm", "cluster=local", "timeout_min=10"]
+    command = [
+        sys.executable,
+        "-m",
+        "diffmbrl.cli.main",
+        "sweep",
+        "idle.toml",
+        "--slurm",
+        "cluster=local",
+        "timeout_min=10",
+    ]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.count("\njob ") == 2
     for _ in range(600):
         if cli.main(["sweep", "idle.toml", "--processes", "0"]) == 0:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from diffmbrl import Dense, GaussNewton, KrylovNewton, Linear, Neural, NewtonCG, OpenLoop, Sigma, SquareRoot, tasks
-from diffmbrl.curvature import curve, dense, gauss_newton, planner_step, square_root
-from diffmbrl.linearize import closed_loop, riccati
-from diffmbrl.projection import projection_gap
+from diffmbrl.second_order.curvature import curve, dense, gauss_newton, planner_step, square_root
+from diffmbrl.second_order.linearize import closed_loop, riccati
+from diffmbrl.second_order.projection import projection_gap
 from tests.problems import bent, same
 
 KEY = jax.random.key(3)

@@ -12,7 +12,7 @@ import scipy.linalg
 from jax.test_util import check_grads
 
 from diffmbrl import Neural, OpenLoop, rollout, rollouts, tasks, value
-from diffmbrl.linearize import adjoint, feedback, linearize
+from diffmbrl.second_order.linearize import adjoint, feedback, linearize
 from diffmbrl.tasks import TASKS, squashed
 from diffmbrl.tasks.cartpole import CartPole
 from diffmbrl.tasks.integrate import rk4

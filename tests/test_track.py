@@ -8,8 +8,8 @@ import struct
 import numpy as np
 import pytest
 
-from diffmbrl import cli
-from diffmbrl.commands import Compare, Learn, Plan
+from diffmbrl.cli import main as cli
+from diffmbrl.cli.commands import Compare, Learn, Plan
 from diffmbrl.runs import check_sinks, tracked
 from diffmbrl.runs import track as tracking
 from diffmbrl.runs.track import Point, points

@@ -12,15 +12,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.explored import Explored
 from diffmbrl.agents.world import World
-from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Solver, State, Task, as_float
-from diffmbrl.gradients.short_horizon import ShortHorizon
 from diffmbrl.models import Ensemble, Mean, NetworkDynamics, Training
+from diffmbrl.models.buffer import Buffer, Transition
 from diffmbrl.models.ensemble import Propagation
 from diffmbrl.nets import MLP
-from diffmbrl.optimizers.continuation import Continuation
 from diffmbrl.optimizers.descend import Descend
 from diffmbrl.optimizers.newton import KrylovNewton
+from diffmbrl.optimizers.short_horizon.solver import ShortHorizon
+from diffmbrl.optimizers.wrappers.continuation import Continuation
 from diffmbrl.planners.windows import Receding
 from diffmbrl.policies import Neural
 

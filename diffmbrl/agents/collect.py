@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from diffmbrl.buffer import Transition
 from diffmbrl.core import State, Task, all_finite, is_plan, is_stateful
+from diffmbrl.models.buffer import Transition
 from diffmbrl.policies import centre_and_half
-from diffmbrl.tasks.plant import accept_std, perturbed
+from diffmbrl.tasks.transforms.plant import accept_std, perturbed
 
 
 class Unknown(eqx.Module):

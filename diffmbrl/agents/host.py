@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from diffmbrl.agents.collect import Acting, Collected, Unknown, met
-from diffmbrl.buffer import Transition
 from diffmbrl.core import Task, is_plan, is_stateful, where
-from diffmbrl.tasks.gymnasium import observed
+from diffmbrl.models.buffer import Transition
+from diffmbrl.tasks.adapters.gymnasium import observed
 
 
 class HostPlaces(NamedTuple):
@@ -38,7 +38,7 @@ class HostSystem:
 
     >>> import jax
     >>> from diffmbrl.agents import Idle, learn
-    >>> from diffmbrl.tasks.gymnasium import environment
+    >>> from diffmbrl.tasks.adapters.gymnasium import environment
     >>> system = HostSystem(*environment("Pendulum-v1", horizon=50))
     >>> learned = learn(Idle(every=50), system, jax.random.split(jax.random.key(0), 2), real_steps=200)
     >>> [int(x) for x in learned.buffer.size], len(learned.records)

@@ -10,12 +10,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from diffmbrl.agents.bptt_agent import PolicyAgent, PolicyCarry, short_horizon
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.explored import ExploredMPC
-from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Policy, State, Task, as_float, is_concrete, keeps_limits, reweighted
-from diffmbrl.gradients.critic import Critic, inputs
-from diffmbrl.gradients.short_horizon import ShortHorizon
 from diffmbrl.info import Info, count_work
 from diffmbrl.models import Ensemble
+from diffmbrl.models.buffer import Buffer, Transition
+from diffmbrl.optimizers.short_horizon.critic import Critic, inputs
+from diffmbrl.optimizers.short_horizon.solver import ShortHorizon
 from diffmbrl.planners.mpc import MPC
 from diffmbrl.planners.sampling import Sampling
 from diffmbrl.planners.scoring import scores

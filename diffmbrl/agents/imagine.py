@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task
+from diffmbrl.models.buffer import Buffer, Transition
 from diffmbrl.models.ensemble import size
 
 

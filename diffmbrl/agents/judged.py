@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from diffmbrl.agents.learn import Agent
-from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task
 from diffmbrl.models import EndModel, RewardModel, Training, train
-from diffmbrl.tasks.gymnasium import NotGiven
+from diffmbrl.models.buffer import Buffer, Transition
+from diffmbrl.tasks.adapters.gymnasium import NotGiven
 
 KINDS = {"reward": RewardModel, "end": EndModel}
 

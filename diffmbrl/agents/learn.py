@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from diffmbrl.agents.collect import Acting, Axes, Collected, Real, System
 from diffmbrl.agents.nonfinite import spoilt, steps_named, update_named
-from diffmbrl.buffer import Buffer, Transition, flat
 from diffmbrl.core import Task
 from diffmbrl.devices import agreed, along, local
-from diffmbrl.looks import Looks, Unwatched
+from diffmbrl.models.buffer import Buffer, Transition, flat
+from diffmbrl.solve.looks import Looks, Unwatched
 
 SPOILT = "spoilt leaves"  # beside what an agent says
 

@@ -11,9 +11,9 @@ from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.practice import Replayed
 from diffmbrl.agents.sac import SAC
 from diffmbrl.agents.world import World
-from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task, as_float, parameter
 from diffmbrl.models import TS1, Ensemble
+from diffmbrl.models.buffer import Buffer, Transition
 
 
 class Simulation(NamedTuple):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from diffmbrl.agents.collect import RandomActions
-from diffmbrl.buffer import Buffer, Transition
 from diffmbrl.core import Task
+from diffmbrl.models.buffer import Buffer, Transition
 
 
 class OffPolicy(eqx.Module):

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.explored import ExploredMPC
 from diffmbrl.agents.world import World
-from diffmbrl.buffer import Buffer, Transition, flat
+from diffmbrl.choices import known
 from diffmbrl.core import Task, as_float, is_concrete
 from diffmbrl.models import EndModel, Ensemble, Mean, NetworkDynamics, Training, TSInfinity
+from diffmbrl.models.buffer import Buffer, Transition, flat
 from diffmbrl.models.ensemble import Propagation
 from diffmbrl.optimizers.descend import Descend
 from diffmbrl.planners.ilqr import ILQR
@@ -23,8 +24,7 @@ from diffmbrl.planners.refit import CEM
 from diffmbrl.planners.sampling import Sampling
 from diffmbrl.planners.shooting import Shooting
 from diffmbrl.planners.windows import Receding
-from diffmbrl.tasks.margin import soft_margin
-from diffmbrl.tasks.registry import known
+from diffmbrl.tasks.transforms.margin import soft_margin
 
 ALWAYS = 2**31 - 1  # updates: as many as there are
 

@@ -3,7 +3,7 @@ r"""Proximal policy optimisation as a learner: pure updates on streams of the po
 $$L_\pi = -E\big[\min(\varrho A,\ \mathrm{clip}(\varrho, 1 - \epsilon, 1 + \epsilon) A)\big] - \eta\,H,\qquad
 \varrho = \pi_\theta(u|x) / \pi_{old}(u|x),\qquad A_t = G^\lambda_t - V(x_t)$$
 
-Returns $G^\lambda$ and critic are those of the short-horizon gradients (`gradients/critic.py`). The losses are our own, for
+Returns $G^\lambda$ and critic are those of `optimizers/short_horizon/critic.py`. The losses are our own, for
 the reasons given in `sac.py`; on the same batch the policy's equals Brax's (`tests/test_ppo.py`) where $\lambda = 1$. Elsewhere
 Brax takes $r + \gamma G^\lambda_{t+1} - V$ for the advantage, which looks one step further than generalised advantages.
 """
@@ -19,11 +19,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.agents.actor import SquashedGaussian, entropy, limited, log_density, logit, moments, network
 from diffmbrl.agents.sac import Mode
-from diffmbrl.buffer import Transition
 from diffmbrl.core import Task, parameter
-from diffmbrl.gradients.critic import Critic, fit, td_lambda
-from diffmbrl.gradients.critic import moments as return_moments
+from diffmbrl.models.buffer import Transition
 from diffmbrl.nets import MLP
+from diffmbrl.optimizers.short_horizon.critic import Critic, fit, td_lambda
+from diffmbrl.optimizers.short_horizon.critic import moments as return_moments
 
 
 class PPOState(NamedTuple):

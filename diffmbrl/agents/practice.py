@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.imagine import imagine
 from diffmbrl.agents.model_free import at_least_one
-from diffmbrl.buffer import Buffer, Transition, flat
 from diffmbrl.core import Task, parameter
+from diffmbrl.models.buffer import Buffer, Transition, flat
 
 
 class Replayed(eqx.Module):

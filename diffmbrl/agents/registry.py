@@ -15,9 +15,9 @@ from diffmbrl.agents.ppo import PPO
 from diffmbrl.agents.practice import Replayed, Streamed
 from diffmbrl.agents.sac import SAC
 from diffmbrl.agents.world import World
+from diffmbrl.choices import known
 from diffmbrl.core import Task, as_float
 from diffmbrl.models import Training
-from diffmbrl.tasks.registry import known
 
 
 class Row(NamedTuple):

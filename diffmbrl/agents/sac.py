@@ -19,8 +19,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.agents.actor import SquashedGaussian, drawn, moments, network, unit
-from diffmbrl.buffer import Transition
 from diffmbrl.core import Task, parameter
+from diffmbrl.models.buffer import Transition
 from diffmbrl.nets import MLP
 
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from diffmbrl.buffer import Buffer
 from diffmbrl.core import Task
 from diffmbrl.models import Ensemble, GaussianDynamics, Training, disagreement, elites, train
+from diffmbrl.models.buffer import Buffer
 
 
 class World(eqx.Module):

@@ -14,18 +14,18 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task
-from diffmbrl.curvature import gauss_newton
 from diffmbrl.diagnostics.bias import Bias, bias
 from diffmbrl.diagnostics.differences import difference_error
 from diffmbrl.diagnostics.jacobians import contributions, jacobians
-from diffmbrl.diagnostics.nonfinite import locate
 from diffmbrl.diagnostics.products import log_singular_values, products
 from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
 from diffmbrl.gradients import BPTT, LikelihoodRatio, Smoothed
 from diffmbrl.gradients.likelihood_ratio import LeaveOneOut
-from diffmbrl.krylov import lanczos
-from diffmbrl.tasks.prefix import Seeing, begin, prefix
-from diffmbrl.tasks.refined import refined
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.second_order.krylov import lanczos
+from diffmbrl.solve.nonfinite import locate
+from diffmbrl.tasks.transforms.prefix import Seeing, begin, prefix
+from diffmbrl.tasks.transforms.refined import refined
 
 LEAST = 64  # starts
 NOISY = 16  # starts of the smoothed estimators, each with a sixteenth of the samples

@@ -26,9 +26,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, is_plan, is_stateful
-from diffmbrl.curvature import along
-from diffmbrl.linearize import adjoint
 from diffmbrl.rollout import split
+from diffmbrl.second_order.curvature import along
+from diffmbrl.second_order.linearize import adjoint
 
 CHUNK = 64  # time steps whose contributions are computed at once
 

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task
-from diffmbrl.curvature import dense, gauss_newton
-from diffmbrl.krylov import lanczos
+from diffmbrl.second_order.curvature import dense, gauss_newton
+from diffmbrl.second_order.krylov import lanczos
 
 DENSE = 1500  # parameters up to which the whole matrix is formed
 RANK = 100  # Lanczos steps beyond that
@@ -82,7 +82,7 @@ def extremes(
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
-    >>> from diffmbrl.curvature import hessian
+    >>> from diffmbrl.second_order.curvature import hessian
     >>> task = tasks.lqr(horizon=10)
     >>> found = extremes(Linear.zeros(task), task, task.starts(jax.random.key(0), 4), of=hessian)
     >>> found.largest > found.smallest > 0

@@ -9,10 +9,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float, is_concrete, reweighted
-from diffmbrl.curvature import map_chunks
 from diffmbrl.gradients.smoothed import drawn
 from diffmbrl.info import Work, count_work
 from diffmbrl.rollout import split, value, weights_axis
+from diffmbrl.second_order.curvature import map_chunks
 
 DIRECTION = 2**31 - 1  # folded into a start's key: beyond the numbers of the time steps
 

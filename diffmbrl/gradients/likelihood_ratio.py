@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, is_plan, parameter, reweighted
-from diffmbrl.curvature import map_chunks
 from diffmbrl.gradients.smoothed import drawn
 from diffmbrl.info import Work, count_work
 from diffmbrl.rollout import returns, rollouts, weights_axis
+from diffmbrl.second_order.curvature import map_chunks
 
 
 class Episode(eqx.Module):

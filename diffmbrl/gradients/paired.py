@@ -22,12 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
-from diffmbrl.curvature import map_chunks
 from diffmbrl.gradients.likelihood_ratio import LeaveOneOut, RewardToGo, each_return, where_alive
 from diffmbrl.gradients.smoothed import drawn
 from diffmbrl.info import Work, count_work
 from diffmbrl.policies import Gaussian, OpenLoop
 from diffmbrl.rollout import returns, rollout, split, weights_axis
+from diffmbrl.second_order.curvature import map_chunks
 
 
 class Pair(NamedTuple):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from diffmbrl.choices import known
 from diffmbrl.core import Gradient, Task
 from diffmbrl.gradients.alpha_order import AlphaOrder
 from diffmbrl.gradients.bptt import BPTT
@@ -13,7 +14,6 @@ from diffmbrl.gradients.likelihood_ratio import Episode, Fitted, LeaveOneOut, Li
 from diffmbrl.gradients.smoothed import Smoothed
 from diffmbrl.gradients.total_propagation import TotalPropagation
 from diffmbrl.gradients.truncated import Clipped, Decayed, Truncated
-from diffmbrl.tasks.registry import known
 
 NOISE = 0.1  # on the actions, as a share of half their range
 

@@ -28,14 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, is_plan, where
-from diffmbrl.gradients.inverse_variance import (
-    Weigh,
-    at_steps,
-    exchange,
-    inverse_variance,
-    mix,
-    moments,
-)
+from diffmbrl.gradients.inverse_variance import Weigh, at_steps, exchange, inverse_variance, mix, moments
 from diffmbrl.gradients.paired import Pair, act, check, pull_each, pull_mean, score_function
 from diffmbrl.info import Work, count_work
 from diffmbrl.rollout import rollouts, weights_axis

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 
+from diffmbrl.choices import known
 from diffmbrl.core import Solver, Task
 from diffmbrl.gradients.registry import estimator
 from diffmbrl.optimizers import Continuation, Raced
-from diffmbrl.tasks.registry import known
 
 CONTINUATIONS = ("default", "discounts", "trust", "measured", "none")
 

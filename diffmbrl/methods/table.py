@@ -2,21 +2,24 @@
 
 import optax
 
+from diffmbrl.choices import known
 from diffmbrl.core import Task
-from diffmbrl.gradients import Entropy, Noise, ShortHorizon
 from diffmbrl.methods.row import Method, solver
 from diffmbrl.optimizers import (
     Consensus,
     Continuation,
     Dense,
     Descend,
+    Entropy,
     GaussNewton,
     KeepBest,
     Krylov,
     KrylovNewton,
     LevenbergMarquardt,
     NewtonCG,
+    Noise,
     Relay,
+    ShortHorizon,
     Sigma,
     SquareRoot,
 )
@@ -35,7 +38,6 @@ from diffmbrl.planners import (
     SecondOrder,
     Shooting,
 )
-from diffmbrl.tasks.registry import known
 
 # The rates of first-order methods: the best of those tried on `cartpole-balance` and `pendulum-swingup`, and its neighbours.
 METHODS: dict[str, Method] = {

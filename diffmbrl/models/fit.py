@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.buffer import Transition
 from diffmbrl.core import as_float, is_concrete
+from diffmbrl.models.buffer import Transition
 from diffmbrl.models.ensemble import member
 from diffmbrl.models.ensemble import size as count_members
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.buffer import Transition
 from diffmbrl.core import Task
+from diffmbrl.models.buffer import Transition
 from diffmbrl.models.mlp import rolled
 from diffmbrl.models.normalizer import Normalizer
 from diffmbrl.nets import MLP

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from diffmbrl.buffer import Transition
 from diffmbrl.core import Task
+from diffmbrl.models.buffer import Transition
 
 TURN = 2 * jnp.pi
 

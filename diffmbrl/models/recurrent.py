@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from diffmbrl.buffer import Transition
 from diffmbrl.core import State, Task
+from diffmbrl.models.buffer import Transition
 from diffmbrl.models.normalizer import Normalizer
 from diffmbrl.nets import GRU
-from diffmbrl.tasks.plant import OfState, remade
+from diffmbrl.tasks.transforms.plant import OfState, remade
 
 
 class Remembered(NamedTuple):

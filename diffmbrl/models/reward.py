@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.buffer import Transition
 from diffmbrl.core import State, Task
+from diffmbrl.models.buffer import Transition
 from diffmbrl.models.normalizer import Normalizer, standard
 from diffmbrl.nets import MLP
 

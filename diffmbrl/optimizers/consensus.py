@@ -9,12 +9,21 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, as_float, is_plan, parameter, reweighted
-from diffmbrl.curvature import TIME_FIRST, Model, Vector, actions, gauss_newton
 from diffmbrl.info import Info, count_work
-from diffmbrl.krylov import lanczos
-from diffmbrl.linearize import Linearization, closed_loop, feedback, flat_states, linearize, matmul, matvec, riccati
 from diffmbrl.optimizers.damping import Choice, Evaluate, Path, Proposals, best_of, take
 from diffmbrl.rollout import expected, returns, rollout, split, weights_axis
+from diffmbrl.second_order.curvature import TIME_FIRST, Model, Vector, actions, gauss_newton
+from diffmbrl.second_order.krylov import lanczos
+from diffmbrl.second_order.linearize import (
+    Linearization,
+    closed_loop,
+    feedback,
+    flat_states,
+    linearize,
+    matmul,
+    matvec,
+    riccati,
+)
 
 FLOOR = 1e-6  # of the one-step curvature in the actions, for time steps whose weight leaves them none
 

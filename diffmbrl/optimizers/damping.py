@@ -16,10 +16,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from diffmbrl.core import as_float
-from diffmbrl.curvature import Curved, Model
 from diffmbrl.info import Info, Quadratic, Work
-from diffmbrl.krylov import Spectral, Truncated
-from diffmbrl.projection import projection_gap
+from diffmbrl.second_order.curvature import Curved, Model
+from diffmbrl.second_order.krylov import Spectral, Truncated
+from diffmbrl.second_order.projection import projection_gap
 
 Evaluate = Callable[[Float[Array, "c P"]], Float[Array, " c"]]
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float, is_concrete
-from diffmbrl.curvature import Curved, Model
-from diffmbrl.sensitivity import sensitivity, spread
+from diffmbrl.second_order.curvature import Curved, Model
+from diffmbrl.second_order.sensitivity import sensitivity, spread
 
 
 class Gate(eqx.Module):

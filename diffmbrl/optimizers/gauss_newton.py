@@ -7,12 +7,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
 
 from diffmbrl.core import State, Task
-from diffmbrl.curvature import gauss_newton
 from diffmbrl.info import Info, count_work
 from diffmbrl.optimizers.damping import LevenbergMarquardt, Path, take
 from diffmbrl.optimizers.gate import Gate
 from diffmbrl.optimizers.systems import Krylov, System
 from diffmbrl.rollout import expected
+from diffmbrl.second_order.curvature import gauss_newton
 
 
 class GaussNewton(eqx.Module):

@@ -9,11 +9,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float
-from diffmbrl.curvature import fisher
 from diffmbrl.info import Info, count_work
-from diffmbrl.krylov import Spectral, lanczos
 from diffmbrl.optimizers.damping import Choice, Evaluate, best_of, scale, take
 from diffmbrl.rollout import expected
+from diffmbrl.second_order.curvature import fisher
+from diffmbrl.second_order.krylov import Spectral, lanczos
 
 
 class Radii(eqx.Module):

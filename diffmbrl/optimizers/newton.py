@@ -10,14 +10,14 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float
-from diffmbrl.curvature import Vector, gauss_newton, hessian
 from diffmbrl.info import Info, count_work
-from diffmbrl.krylov import Spectral, eigen, lanczos
 from diffmbrl.optimizers.damping import Choice, Evaluate, Path, best_of, take
 from diffmbrl.optimizers.gate import Gate
-from diffmbrl.optimizers.sampled import in_turn
 from diffmbrl.optimizers.systems import Dense, Krylov
+from diffmbrl.optimizers.wrappers.minibatch import in_turn
 from diffmbrl.rollout import expected
+from diffmbrl.second_order.curvature import Vector, gauss_newton, hessian
+from diffmbrl.second_order.krylov import Spectral, eigen, lanczos
 
 
 class ThreePaths(eqx.Module):

@@ -9,13 +9,13 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float
-from diffmbrl.curvature import Curved, Model, Vector, hessian
 from diffmbrl.info import Info, count_work
-from diffmbrl.krylov import conjugate_gradients
 from diffmbrl.optimizers.damping import TrustRegion, take
 from diffmbrl.optimizers.gate import Gate
-from diffmbrl.preconditioners import Preconditioner
 from diffmbrl.rollout import expected
+from diffmbrl.second_order.curvature import Curved, Model, Vector, hessian
+from diffmbrl.second_order.krylov import conjugate_gradients
+from diffmbrl.second_order.preconditioners import Preconditioner
 
 
 class NewtonCG(eqx.Module):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task, as_float
-from diffmbrl.curvature import Model, curve, dense, planner_step, square_root
-from diffmbrl.krylov import Spectral, eigen, lanczos
-from diffmbrl.preconditioners import Jacobi, Preconditioner
+from diffmbrl.second_order.curvature import Model, curve, dense, planner_step, square_root
+from diffmbrl.second_order.krylov import Spectral, eigen, lanczos
+from diffmbrl.second_order.preconditioners import Jacobi, Preconditioner
 
 
 class Krylov(eqx.Module):

@@ -4,16 +4,16 @@ from diffmbrl.planners.batch import OneByOne, Plans, Status, Together, plans
 from diffmbrl.planners.draw import Coloured, Even, Normal, TruncatedNormal
 from diffmbrl.planners.ilqr import DDP, ILQR
 from diffmbrl.planners.implicit import Optimum, implicit, optimal
-from diffmbrl.planners.models import Expansion, FirstOrder, SecondOrder, expansion
 from diffmbrl.planners.mpc import MPC, Predicted, Unaware, act, control
 from diffmbrl.planners.multiple_shooting import MultipleShooting
+from diffmbrl.planners.quadratic_models import Expansion, FirstOrder, SecondOrder, expansion
 from diffmbrl.planners.refit import CEM, MPPI, Best, EffectiveSize
 from diffmbrl.planners.regularization import Damping
+from diffmbrl.planners.riccati_sweeps import ActionDamped, Boxed, StateDamped
 from diffmbrl.planners.sampling import Sampling
 from diffmbrl.planners.scoring import scores
 from diffmbrl.planners.search import Backtracking, Parallel
 from diffmbrl.planners.shooting import Projection, Shooting, Tanh
-from diffmbrl.planners.sweeps import ActionDamped, Boxed, StateDamped
 from diffmbrl.planners.windows import Ending, Receding
 
 __all__ = [

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from diffmbrl.constraints import Constraints
 from diffmbrl.core import State, Task, Trajectory
-from diffmbrl.linearize import Linearization, flat_states
+from diffmbrl.second_order.linearize import Linearization, flat_states
 
 
 class Each(NamedTuple):

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.core import Solver, State, Task, is_plan
 from diffmbrl.info import is_final
-from diffmbrl.planners.models import Expansion, expansion
+from diffmbrl.planners.quadratic_models import Expansion, expansion
 from diffmbrl.policies import first_plan
 from diffmbrl.rollout import split, value
-from diffmbrl.solve import check
+from diffmbrl.solve.loop import check
 
 
 class Status(IntEnum):

@@ -9,14 +9,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, parameter
 from diffmbrl.info import Info, count_work
-from diffmbrl.linearize import Sweep, flat_states
-from diffmbrl.parallel_riccati import choose
-from diffmbrl.planners.models import FirstOrder, Model, SecondOrder
+from diffmbrl.planners.quadratic_models import FirstOrder, Model, SecondOrder
 from diffmbrl.planners.regularization import Damping
+from diffmbrl.planners.riccati_sweeps import ActionDamped, Boxed, Room
 from diffmbrl.planners.search import Backtracking, Trial
-from diffmbrl.planners.sweeps import ActionDamped, Boxed, Room
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout
+from diffmbrl.second_order.linearize import Sweep, flat_states
+from diffmbrl.second_order.parallel_riccati import choose
 
 ROUNDING = 8  # of J, in units of its last place
 

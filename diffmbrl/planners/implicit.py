@@ -21,12 +21,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import Solver, State, Task, Trajectory, where
-from diffmbrl.kkt import solve_with_gaps
-from diffmbrl.linearize import Linearization, flat_states, linearize
-from diffmbrl.parallel_riccati import choose
-from diffmbrl.planners.models import hamiltonian
+from diffmbrl.planners.quadratic_models import hamiltonian
 from diffmbrl.policies import Affine, first_plan
 from diffmbrl.rollout import returns, rollout
+from diffmbrl.second_order.kkt import solve_with_gaps
+from diffmbrl.second_order.linearize import Linearization, flat_states, linearize
+from diffmbrl.second_order.parallel_riccati import choose
 
 AT_LIMIT = 1e-5  # of the size of a limit: how near an action must be to count as at it
 REJECTED = 6  # updates in a row that change nothing, after which a planner has ended

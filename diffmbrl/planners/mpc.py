@@ -12,8 +12,8 @@ from diffmbrl.info import Info
 from diffmbrl.planners.windows import Ending
 from diffmbrl.policies import centre_and_half, first_plan
 from diffmbrl.rollout import recorded
-from diffmbrl.tasks.plant import Delayed
-from diffmbrl.tasks.squash import squashed
+from diffmbrl.tasks.transforms.plant import Delayed
+from diffmbrl.tasks.transforms.squash import squashed
 
 LOGIT_COST = 0.1  # a second, of actions squashed into their limits
 
@@ -34,8 +34,8 @@ class MPC(eqx.Module):
     $$a_t = \pi^{(t)}_0(s_t),\qquad \pi^{(t)} = \mathrm{update}^k\big(\mathrm{shift}(\pi^{(t-1)}), s_t\big)$$
 
     An MPC is a policy with a memory: `rollout`, `value`, `expected`, `rollouts` take it, on any task with the same states and
-    actions. The planner sees `model` alone, so the plant may be another: other masses, noise, late actions (`tasks/plant.py`).
-    T and the weights are the plant's.
+    actions. The planner sees `model` alone, so the plant may be another: other masses, noise, late actions
+    (`tasks/transforms/plant.py`). T and the weights are the plant's.
 
     The plan is shifted by one step, its last slice repeated; the planner's carry goes through the planner's own
     `shift(carry)` if it has one and is kept otherwise (damping, temperature: what was learned of the problem). The first step

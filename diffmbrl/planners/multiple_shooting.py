@@ -10,15 +10,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, parameter, where
 from diffmbrl.info import Info, count_work
-from diffmbrl.kkt import Step, solve_with_gaps
-from diffmbrl.linearize import Linearization, Sweep, linearize
-from diffmbrl.parallel_riccati import choose
 from diffmbrl.planners import augmented_lagrangian as constraint
 from diffmbrl.planners.augmented_lagrangian import Each
 from diffmbrl.planners.regularization import Damping
 from diffmbrl.planners.search import Backtracking
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout
+from diffmbrl.second_order.kkt import Step, solve_with_gaps
+from diffmbrl.second_order.linearize import Linearization, Sweep, linearize
+from diffmbrl.second_order.parallel_riccati import choose
 
 
 class Progress(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from diffmbrl.core import parameter
-from diffmbrl.linearize import Sweep
+from diffmbrl.second_order.linearize import Sweep
 
 
 class Damping(eqx.Module):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from diffmbrl.core import State, Task, reweighted
 from diffmbrl.models.particles import ParticleDynamics
 from diffmbrl.policies import resting_action
-from diffmbrl.tasks.plant import OfState, remade
+from diffmbrl.tasks.transforms.plant import OfState, remade
 
 REST = 1e-6  # curvature of the cost of actions that do nothing: their optimum is unique, and no other is moved
 

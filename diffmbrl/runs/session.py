@@ -1,7 +1,7 @@
 """A run under way: its records, its progress, and checkpoints from which `diffmbrl resume` goes on.
 
 A run is a row of arms (methods, agents, starts), one after another, each of them a loop that shows its state when it is looked
-at (`diffmbrl/looks.py`). A checkpoint is the latest look: which arm, its state, and how far `metrics.jsonl` was. Arms that are
+at (`solve/looks.py`). A checkpoint is the latest look: which arm, its state, and how far `metrics.jsonl` was. Arms that are
 over are in the records alone.
 """
 
@@ -17,7 +17,6 @@ from diffmbrl.runs.config import read_config
 from diffmbrl.runs.folder import now, running, set_status, write_json
 from diffmbrl.runs.metrics import Mark, Writer
 from diffmbrl.runs.progress import Progress
-from diffmbrl.runs.report import rebuild
 from diffmbrl.runs.signals import terminable, undisturbed
 from diffmbrl.runs.track import tracked
 
@@ -132,6 +131,7 @@ def underway(
     folder: Path,
     arms: int,
     *,
+    report: Callable[[Path], Any],
     stream: Any = None,
     every: float = EVERY,
     track: Sequence[str] = (),
@@ -139,7 +139,7 @@ def underway(
 ) -> Iterator[Session]:
     """Run or go on in `folder`; status, records, checkpoints and report are in order whatever ends it.
 
-    `track` are the sinks that get the records too.
+    `report` writes the report of the folder; `track` are the sinks that get the records too.
 
     Raises: `ValueError` if there is something to go on from that cannot be, or if another process runs it.
     """
@@ -166,9 +166,9 @@ def underway(
                 checkpoint.prune(folder / "checkpoints", keep=1)
         except BaseException:
             with contextlib.suppress(Exception):  # the one that is on its way says more
-                rebuild(folder)
+                report(folder)
             raise
-    rebuild(folder)
+    report(folder)
 
 
 def _last(run: Session, error: BaseException) -> None:

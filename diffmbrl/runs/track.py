@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from diffmbrl.choices import known
 from diffmbrl.runs.metrics import to_json
 from diffmbrl.runs.statistics import interquartile_mean
-from diffmbrl.tasks.registry import known
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 STEPS = {

@@ -1,9 +1,7 @@
 """Systems with analytic dynamics, in SI units, and Brax's bodies; their parameters are leaves."""
 
 from diffmbrl.tasks.acrobot import acrobot
-from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
-from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid, bouncing_penalty
-from diffmbrl.tasks.brax_tasks import (
+from diffmbrl.tasks.adapters.brax_tasks import (
     brax_ant,
     brax_halfcheetah,
     brax_hopper,
@@ -14,24 +12,26 @@ from diffmbrl.tasks.brax_tasks import (
     brax_swimmer,
     brax_walker2d,
 )
+from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
+from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid, bouncing_penalty
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
 from diffmbrl.tasks.landscapes import heaviside, sinusoid, soft_heaviside
 from diffmbrl.tasks.linear import linear_quadratic, lqr, random_lqr
-from diffmbrl.tasks.margin import soft_margin
 from diffmbrl.tasks.math_test import math_test
 from diffmbrl.tasks.pendulum import pendulum, pendulum_swingup
 from diffmbrl.tasks.pets_cartpole import pets_cartpole
-from diffmbrl.tasks.plant import delayed, noisy
 from diffmbrl.tasks.pushing import friction, pushing
 from diffmbrl.tasks.quadrotor import quadrotor, quadrotor_waypoint
 from diffmbrl.tasks.quadrotor2d import quadrotor2d
 from diffmbrl.tasks.reacher import reacher
 from diffmbrl.tasks.registry import TASKS, make
-from diffmbrl.tasks.squash import squashed
 from diffmbrl.tasks.tennis import tennis
 from diffmbrl.tasks.throwing import ball_and_wall
+from diffmbrl.tasks.transforms.margin import soft_margin
+from diffmbrl.tasks.transforms.plant import delayed, noisy
+from diffmbrl.tasks.transforms.squash import squashed
 
 __all__ = [
     "TASKS",

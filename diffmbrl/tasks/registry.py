@@ -2,18 +2,12 @@
 
 import inspect
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from diffmbrl.choices import known
 from diffmbrl.core import Task
-from diffmbrl.tasks import drawing
 from diffmbrl.tasks.acrobot import acrobot
-from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
-from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid
-from diffmbrl.tasks.brax_drawing import bodies
-from diffmbrl.tasks.brax_tasks import (
+from diffmbrl.tasks.adapters.brax_tasks import (
     brax_ant,
     brax_halfcheetah,
     brax_hopper,
@@ -24,6 +18,8 @@ from diffmbrl.tasks.brax_tasks import (
     brax_swimmer,
     brax_walker2d,
 )
+from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
+from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
 from diffmbrl.tasks.double_pendulum import double_pendulum
@@ -52,7 +48,6 @@ class Row(NamedTuple):
     hidden: tuple[int, ...]  # hidden layers of the default policy
     states: tuple[str, ...]  # names and units of the n numbers of a state
     actions: tuple[str, ...]  # and of the m of an action
-    draw: Callable[[Task, np.ndarray], list[drawing.Shape]]  # one state as shapes in metres
     dt: float | None = None  # seconds of a step, where the task takes long to build; None: the task says it
 
 
@@ -102,38 +97,28 @@ FREE_AND_EIGHT = (
 )
 
 TASKS: dict[str, Row] = {
-    "lqr": Row(lqr, True, True, 800, (16, 16), ("p [m]", "v [m/s]"), ("force [N]",), drawing.block),
-    "pendulum": Row(pendulum, False, True, 50, (32, 32), PENDULUM, ("torque [N m]",), drawing.pendulum),
-    "pendulum-swingup": Row(pendulum_swingup, True, True, 400, (32, 32), PENDULUM, ("logit",), drawing.pendulum),
-    "cartpole-balance": Row(cartpole_balance, True, True, 50, (16, 16), CART, ("force [N]",), drawing.cartpole),
-    "cartpole-swingup": Row(cartpole_swingup, True, True, 800, (32, 32), CART, ("force [N]",), drawing.cartpole),
-    "cartpole-continuous": Row(
-        cartpole_continuous, True, False, 0, (16, 16), CART, ("force [N]",), drawing.rod_on_cart
-    ),
-    "inverted-pendulum": Row(inverted_pendulum, False, False, 0, (16, 16), CART, ("force [N]",), drawing.rod_on_cart),
-    "pets-cartpole": Row(pets_cartpole, False, True, 800, (32, 32), CART, ("force [N]",), drawing.rod_on_cart),
-    "quadrotor2d": Row(
-        quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]"), drawing.quadrotor2d
-    ),
-    "acrobot": Row(acrobot, True, True, 800, (32, 32), ANGLES, ("elbow torque [N m]",), drawing.two_links),
-    "double-pendulum": Row(double_pendulum, True, True, 800, (32, 32), ANGLES, TWO_TORQUES, drawing.two_links),
-    "reacher": Row(
-        reacher, True, True, 800, (32, 32), (*ANGLES, "target x [m]", "target y [m]"), TWO_TORQUES, drawing.reacher
-    ),
-    "car": Row(car, True, True, 800, (32, 32), ROAD, ("steering [rad]", "acceleration [m/s^2]"), drawing.car),
-    "quadrotor": Row(quadrotor, True, True, 200, (32, 32), FLIGHT, THRUST, drawing.quadrotor),
-    "quadrotor-waypoint": Row(quadrotor_waypoint, True, True, 100, (32, 32), FLIGHT, THRUST, drawing.quadrotor),
-    "heaviside": Row(heaviside, False, False, 0, (8,), ("x [m]",), ("step [m]",), drawing.edge),
-    "ball-and-wall": Row(
-        ball_and_wall, False, True, 800, (8,), ("wall [m]", "ball [m]"), ("angle [rad]",), drawing.ball_and_wall
-    ),
-    "pushing": Row(pushing, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",), drawing.pushing),
-    "friction": Row(friction, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",), drawing.friction),
-    "bouncing": Row(bouncing, False, True, 800, (16, 16), BALL, ("force [N]",), drawing.bouncing),
-    "bouncing-on-the-grid": Row(
-        bouncing_on_the_grid, False, True, 800, (16, 16), BALL, ("force [N]",), drawing.bouncing
-    ),
-    "tennis": Row(tennis, False, True, 800, (16, 16), COURT, ("racket speed [m/s]", "turn [rad/s]"), drawing.tennis),
+    "lqr": Row(lqr, True, True, 800, (16, 16), ("p [m]", "v [m/s]"), ("force [N]",)),
+    "pendulum": Row(pendulum, False, True, 50, (32, 32), PENDULUM, ("torque [N m]",)),
+    "pendulum-swingup": Row(pendulum_swingup, True, True, 400, (32, 32), PENDULUM, ("logit",)),
+    "cartpole-balance": Row(cartpole_balance, True, True, 50, (16, 16), CART, ("force [N]",)),
+    "cartpole-swingup": Row(cartpole_swingup, True, True, 800, (32, 32), CART, ("force [N]",)),
+    "cartpole-continuous": Row(cartpole_continuous, True, False, 0, (16, 16), CART, ("force [N]",)),
+    "inverted-pendulum": Row(inverted_pendulum, False, False, 0, (16, 16), CART, ("force [N]",)),
+    "pets-cartpole": Row(pets_cartpole, False, True, 800, (32, 32), CART, ("force [N]",)),
+    "quadrotor2d": Row(quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]")),
+    "acrobot": Row(acrobot, True, True, 800, (32, 32), ANGLES, ("elbow torque [N m]",)),
+    "double-pendulum": Row(double_pendulum, True, True, 800, (32, 32), ANGLES, TWO_TORQUES),
+    "reacher": Row(reacher, True, True, 800, (32, 32), (*ANGLES, "target x [m]", "target y [m]"), TWO_TORQUES),
+    "car": Row(car, True, True, 800, (32, 32), ROAD, ("steering [rad]", "acceleration [m/s^2]")),
+    "quadrotor": Row(quadrotor, True, True, 200, (32, 32), FLIGHT, THRUST),
+    "quadrotor-waypoint": Row(quadrotor_waypoint, True, True, 100, (32, 32), FLIGHT, THRUST),
+    "heaviside": Row(heaviside, False, False, 0, (8,), ("x [m]",), ("step [m]",)),
+    "ball-and-wall": Row(ball_and_wall, False, True, 800, (8,), ("wall [m]", "ball [m]"), ("angle [rad]",)),
+    "pushing": Row(pushing, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",)),
+    "friction": Row(friction, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",)),
+    "bouncing": Row(bouncing, False, True, 800, (16, 16), BALL, ("force [N]",)),
+    "bouncing-on-the-grid": Row(bouncing_on_the_grid, False, True, 800, (16, 16), BALL, ("force [N]",)),
+    "tennis": Row(tennis, False, True, 800, (16, 16), COURT, ("racket speed [m/s]", "turn [rad/s]")),
     "math-test": Row(
         math_test,
         False,
@@ -142,24 +127,21 @@ TASKS: dict[str, Row] = {
         (16,),
         ("place [m]", "first digit [1]", "second digit [1]"),
         ("choice [1]",),
-        drawing.math_test,
     ),
     # Brax's, on its generalized backend.
-    "brax-inverted-pendulum": Row(
-        brax_inverted_pendulum, False, False, 0, (32, 32), CART, ("force [300 N]",), bodies, 0.04
-    ),
+    "brax-inverted-pendulum": Row(brax_inverted_pendulum, False, False, 0, (32, 32), CART, ("force [300 N]",), 0.04),
     "brax-inverted-pendulum-shaped": Row(
-        brax_inverted_pendulum_shaped, False, True, 100, (32, 32), CART, ("force [300 N]",), bodies, 0.04
+        brax_inverted_pendulum_shaped, False, True, 100, (32, 32), CART, ("force [300 N]",), 0.04
     ),
     "brax-inverted-double-pendulum": Row(
-        brax_inverted_double_pendulum, False, True, 100, (32, 32), CART_AND_TWO, ("motor [1]",), bodies, 0.02
+        brax_inverted_double_pendulum, False, True, 100, (32, 32), CART_AND_TWO, ("motor [1]",), 0.02
     ),
-    "brax-reacher": Row(brax_reacher, False, True, 100, (32, 32), ARM, motors(("shoulder", "elbow")), bodies, 0.02),
-    "brax-swimmer": Row(brax_swimmer, False, True, 100, (64, 64), planar(TWO, SWIMS), motors(TWO), bodies, 0.04),
-    "brax-halfcheetah": Row(brax_halfcheetah, False, True, 100, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.05),
-    "brax-hopper": Row(brax_hopper, False, True, 10, (64, 64), planar(LEG), motors(LEG), bodies, 0.008),
-    "brax-walker2d": Row(brax_walker2d, False, True, 10, (64, 64), planar(LEGS), motors(LEGS), bodies, 0.008),
-    "brax-ant": Row(brax_ant, False, True, 0, (64, 64), FREE_AND_EIGHT, motors(EIGHT), bodies, 0.05),
+    "brax-reacher": Row(brax_reacher, False, True, 100, (32, 32), ARM, motors(("shoulder", "elbow")), 0.02),
+    "brax-swimmer": Row(brax_swimmer, False, True, 100, (64, 64), planar(TWO, SWIMS), motors(TWO), 0.04),
+    "brax-halfcheetah": Row(brax_halfcheetah, False, True, 100, (64, 64), planar(LEGS), motors(LEGS), 0.05),
+    "brax-hopper": Row(brax_hopper, False, True, 10, (64, 64), planar(LEG), motors(LEG), 0.008),
+    "brax-walker2d": Row(brax_walker2d, False, True, 10, (64, 64), planar(LEGS), motors(LEGS), 0.008),
+    "brax-ant": Row(brax_ant, False, True, 0, (64, 64), FREE_AND_EIGHT, motors(EIGHT), 0.05),
 }
 
 
@@ -184,18 +166,3 @@ def state_names(task: Task) -> list[str]:
     """Names and units of the numbers of a state; numbered where the row has not as many, as with another backend."""
     names = TASKS[task.name].states
     return list(names) if len(names) == task.n else [f"state {i + 1}" for i in range(task.n)]
-
-
-def known(what: str, name: str, names: Any) -> str:
-    """`name` if it is one of `names`; else a `ValueError` with the nearest."""
-    if name in names:
-        return name
-    if what == "task" and name.startswith("gym:"):
-        raise ValueError(
-            f"'{name}' is a real system, whose dynamics cannot be called: `diffmbrl learn` and `compare --learned` take it"
-        )
-    if not names:
-        raise ValueError(f"unknown {what} '{name}': there are none")
-    lower = {known.lower(): known for known in names}
-    nearest = lower[get_close_matches(name.lower(), list(lower), n=1, cutoff=0.0)[0]]
-    raise ValueError(f"unknown {what} '{name}'; did you mean '{nearest}'? There are: {', '.join(names)}")

@@ -1,0 +1,76 @@
+"""The records of plans and of controllers' episodes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffmbrl.core import State, Task
+from diffmbrl.jobs.plan.setting import Prepared, Setting
+from diffmbrl.policies import squash
+from diffmbrl.render.registry import frames
+from diffmbrl.report.plan_report import shape_record
+from diffmbrl.rollout import returns
+from diffmbrl.solve.nonfinite import named
+from diffmbrl.tasks import TASKS
+from diffmbrl.tasks.registry import state_names
+from diffmbrl.tasks.transforms.plant import Delayed
+
+
+def write_scene(setting: Setting, prepared: Prepared, write: Callable[[dict], None]) -> None:
+    """What the figures need to know of the task."""
+    row, model = TASKS[setting.task], prepared.model
+    write(
+        {
+            "kind": "scene",
+            "dt": model.dt,
+            "a_low": model.a_low,
+            "a_high": model.a_high,
+            "state_names": state_names(model),
+            "action_names": list(row.actions),
+        }
+    )
+
+
+def write_result(write: Callable[[dict], None], index: int, model: Task, plant: Task, trajectory: Any, last: dict):
+    """One row of the table."""
+    success = None if plant.success is None else bool(plant.success(trajectory.s_T))
+    write({"kind": "result", "start": index, "return": float(returns(trajectory, plant)), "success": success} | last)
+
+
+def write_trajectory(
+    write: Callable[[dict], None], index: int, model: Task, trajectory: Any, real: bool, gains: Any
+) -> None:
+    """States [T+1, n], the actions that the plant felt [T, m], a plan's gains da/ds [T, m, n]; the first start is drawn."""
+    states, last = trajectory.s, trajectory.s_T
+    late = isinstance(states, Delayed)
+    a = np.asarray(states.queue[:, 0] if late else trajectory.a)
+    states, last = (states.s, last.s) if late else (states, last)
+    s = np.concatenate([np.asarray(_flat(states)), np.asarray(_flat(jax.tree.map(lambda x: x[None], last)))])
+    if not real:
+        low, high = np.asarray(model.a_low), np.asarray(model.a_high)
+        slope = jax.vmap(jax.jacfwd(lambda z: squash(z, low, high)))(jnp.asarray(a))
+        a = np.asarray(jax.vmap(lambda z: squash(z, low, high))(jnp.asarray(a)))
+        gains = None if gains is None else np.einsum("tij,tjn->tin", slope, gains)
+    write({"kind": "trajectory", "start": index, "s": s, "a": a, "gains": gains})
+    seen = int(np.argmin(np.append(np.isfinite(s).all(1), False)))  # states before the first that is not finite
+    if index == 0 and seen > 1:
+        drawn = [[shape_record(shape) for shape in shapes] for shapes in frames(model, s[:seen])]
+        write({"kind": "frames", "start": index, "frames": drawn})
+
+
+def ended(trajectory: Any, info: Any) -> str:
+    """How an episode ended, and what was not finite on its way: on the plant, and in the model's rollouts."""
+    said = [f"{len(trajectory.r)} steps, {float(np.mean(np.asarray(info.accepted))):.0%} of last updates accepted"]
+    if (found := named(jax.tree.map(lambda x: x[None], trajectory))) is not None:
+        said.insert(0, f"nonfinite: {found[0]}[{found[1]}] of the plant")
+    if (met := np.flatnonzero(np.asarray(info.nonfinite))).size:
+        said.append(f"nonfinite: rollouts of the model at {met.size} steps, the first of them {met[0]}, were rejected")
+    return "; ".join(said)
+
+
+def _flat(states: State) -> Any:
+    leaves = jax.tree.leaves(states)
+    return jnp.concatenate([x.reshape(x.shape[0], -1) for x in leaves], axis=1)

@@ -1,0 +1,163 @@
+"""Which points are one program: those whose solvers, tasks, agents and systems differ in the values of their leaves alone.
+
+What compiles together is what JAX says does: trees of the same structure, static fields and all, with leaves of the same
+shapes and types. So it is asked, rather than a list kept of which settings are sizes: a learning rate, a mass, a discount
+are leaves; a horizon, a method, a layer are not.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffmbrl.agents.collect import System
+from diffmbrl.agents.learn import Agent
+from diffmbrl.choices import known
+from diffmbrl.core import Solver, Task, keeps_limits
+from diffmbrl.jobs import compare
+from diffmbrl.jobs import learn as race
+from diffmbrl.jobs.sweep.points import Point, Sweep
+from diffmbrl.methods import Method, solver
+from diffmbrl.policies import Neural
+from diffmbrl.tasks import TASKS, make
+from diffmbrl.tasks.transforms.squash import squashed
+
+
+class Policies(NamedTuple):
+    """A point of a sweep of methods, ready to run."""
+
+    method: Method
+    solver: Solver
+    task: Task
+    plant: Task  # what a planner plans on: action limits moved into it, unless the planner keeps them
+    setting: compare.Setting
+    steps: int
+
+
+class Agents(NamedTuple):
+    """A point of a sweep of agents, ready to run."""
+
+    agent: Agent
+    system: System
+    setting: race.Setting
+    real_steps: int
+    evaluations: int
+
+
+class Group(NamedTuple):
+    """Points that are lanes of one program, and what they are."""
+
+    points: tuple[Point, ...]
+    members: tuple[Any, ...]
+
+    @property
+    def seeds(self) -> int:
+        return self.members[0].setting.seeds
+
+
+def prepare(sweep: Sweep, point: Point) -> Policies | Agents:
+    """What a point means. Raises: `ValueError` naming the value that is wrong, as `compare` and `learn` do."""
+    try:
+        return (_policies if sweep.job == "compare" else _agents)(sweep, dict(point.setting))
+    except ValueError as error:
+        shown = ", ".join(f"{name} = {point.setting[name]}" for name in sweep.varied)
+        raise ValueError(f"{error}{f' (at {shown})' if shown else ''}") from None
+
+
+def groups(sweep: Sweep, points: list[Point]) -> list[Group]:
+    """The points, by what compiles together, each group of at most `sweep.lanes` lanes (points times seeds)."""
+    found: list[tuple[Any, list[tuple[Point, Any]]]] = []
+    for point in points:
+        member = prepare(sweep, point)
+        structure = _structure(member)
+        for other, members in found:
+            if other == structure:
+                members.append((point, member))
+                break
+        else:
+            found.append((structure, [(point, member)]))
+    out = []
+    for _, pairs in found:
+        most = max(1, sweep.lanes // pairs[0][1].setting.seeds)
+        # As even as can be: groups of the same size share what is compiled.
+        for part in np.array_split(np.arange(len(pairs)), -(-len(pairs) // most)):
+            out.append(Group(tuple(pairs[i][0] for i in part), tuple(pairs[i][1] for i in part)))
+    return out
+
+
+def _policies(sweep: Sweep, given: dict[str, Any]) -> Policies:
+    named, parameters = _named(given, "param")
+    known("task", named["task"], TASKS)
+    task = make(named["task"], horizon=named.pop("horizon", None), **parameters)
+    name, rate, estimator = named.pop("method"), named.pop("lr", None), named.pop("estimator", None)
+    setting = compare.Setting(
+        methods=(name,),
+        horizon=task.horizon,
+        parameters=parameters,
+        hidden=tuple(named.pop("hidden", TASKS[named["task"]].hidden)),
+        rates=() if rate is None else (rate,),
+        estimators=() if estimator is None else (estimator,),
+        x64=sweep.x64,
+        **{"seeds": 3, "starts": 128, "steps": None, "budget": float("inf"), "continuation": "default", "key": 0}
+        | named,
+    )
+    task, [(_, row)] = compare.prepare(setting)
+    if bool(row.rates) != bool(setting.rates):
+        wants = f"needs a learning rate: lr = {row.rates[0]:g}" if row.rates else "takes no lr: leave it out"
+        raise ValueError(f"method {name} {wants}")
+    steps = setting.steps or row.steps
+    made = solver(row, task, rate=rate, steps=steps, continuation=setting.continuation)
+    return Policies(
+        row, made, task, task if keeps_limits(made) or row.kind == "policy" else squashed(task), setting, steps
+    )
+
+
+def _agents(sweep: Sweep, given: dict[str, Any]) -> Agents:
+    named, parameters = _named(given, "param")
+    named, options = _named(named, "option")
+    agent = named.pop("agent")
+    defaults = {
+        "real_steps": None,
+        "budget": float("inf"),
+        "seeds": 3,
+        "evaluations": None,
+        "horizon": None,
+        "noise": 0.0,
+    }
+    setting = race.Setting(
+        agents=(agent,),
+        options=options,
+        parameters=parameters,
+        x64=sweep.x64,
+        **defaults | {"sensor_noise": 0.0, "key": 0} | named,
+    )
+    prepared = race.prepare(setting)
+    [(name, made)] = prepared.agents.items()
+    if prepared.evaluations[name] < 1:
+        raise ValueError("evaluations must be at least 1: they are what a sweep compares")
+    if not isinstance(prepared.system, System):
+        raise ValueError(f"a sweep's points are lanes of one program; '{setting.task}' is stepped on the host")
+    return Agents(made, prepared.system, setting, prepared.real_steps, prepared.evaluations[name])
+
+
+def _named(given: dict[str, Any], table: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is not of a table, and what is."""
+    own = {key.partition(".")[2]: value for key, value in given.items() if key.startswith(f"{table}.")}
+    return {key: value for key, value in given.items() if not key.startswith(f"{table}.")}, own
+
+
+def _structure(member: Policies | Agents) -> Any:
+    """Equal for points that are one program."""
+    if isinstance(member, Agents):
+        sizes = member.setting.seeds, member.real_steps, member.evaluations, member.setting.budget
+        return _shape((member.agent, member.system)), sizes
+    # A policy holds the limits of its actions as constants.
+    setting = member.setting
+    policy = jax.eval_shape(lambda key: Neural.init(member.task, hidden=setting.hidden, key=key), jax.random.key(0))
+    sizes = setting.seeds, setting.starts, member.steps, setting.budget, setting.methods, setting.estimators
+    return _shape((member.solver, member.task, member.plant, policy)), sizes
+
+
+def _shape(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((x.shape, x.dtype) for x in leaves)

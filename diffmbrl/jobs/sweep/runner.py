@@ -1,0 +1,203 @@
+"""Run what is missing of a sweep, in this process, in several, or on a cluster; and collect what there is.
+
+    runs/<name>-sweep/     config.json, provenance.json, status.json; metrics.jsonl, figures/, report.html: what was collected
+        points/<hash>/     a folder for each point, like a run's
+
+A point is finished when its status.json says so. One that is not is run anew from the start; one that is, is not touched
+again, whatever else of the file changes.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diffmbrl.choices import known
+from diffmbrl.jobs.sweep.groups import Group, groups
+from diffmbrl.jobs.sweep.points import Point, Sweep, make_point
+from diffmbrl.jobs.sweep.work import run
+from diffmbrl.report import rebuild
+from diffmbrl.runs import check_out, create, provenance, read, read_config, set_status
+from diffmbrl.runs.folder import ROOT, write_atomic, write_json
+from diffmbrl.runs.metrics import to_json
+
+Say = Callable[[str], None]
+
+
+def sweep(
+    asked: Sweep,
+    *,
+    out: Path | None = None,
+    processes: int = 1,
+    slurm: dict[str, Any] | None = None,
+    say: Say = print,
+) -> tuple[Path, bool]:
+    """Run the points of a sweep that are missing, and collect all; its folder, and whether every point is finished.
+
+    With one process the groups run here, with more each in a process of its own, so many at a time; with 0 nothing is run.
+    `slurm` submits them instead, as jobs with these parameters of submitit, and returns. A group that fails does not keep the
+    others from running.
+    Raises: `ValueError` for anything wrong in a point or the folder, before anything is written; if submitit is missing.
+    """
+    if processes < 0:
+        raise ValueError(f"processes must be at least 0, got {processes}")
+    folder = ROOT / f"{asked.name}-sweep" if out is None else Path(out)
+    missing = [point for point in asked.points if not finished(folder, point)]
+    todo = groups(asked, missing)  # everything is checked by it
+    submitit = None if slurm is None else _submitit()
+    _open(asked, folder)
+    kept = len(asked.points) - len(missing)
+    say(f"{len(asked.points)} points, {kept} of them finished before; {len(todo)} groups that compile together to run")
+    if slurm is not None:
+        _submit(submitit, folder, todo, slurm, say)
+    elif processes == 1:
+        _here(asked, folder, todo, say)
+    elif processes > 1:
+        _apart(folder, todo, processes, say)
+    complete = collect(asked, folder)
+    rebuild(folder)
+    return folder, complete
+
+
+def finished(folder: Path, point: Point) -> bool:
+    """Whether its status.json says so, and what it found is there."""
+    try:
+        status = json.loads((folder / "points" / point.name / "status.json").read_text(encoding="utf-8"))
+        return status["status"] == "finished" and (folder / "points" / point.name / "metrics.jsonl").is_file()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def collect(asked: Sweep, folder: Path) -> bool:
+    """Write the sweep's metrics.jsonl, a line for each point, and its status; whether every point is finished."""
+    lines = [_collected(asked, folder, point) for point in asked.points]
+    text = "".join(json.dumps(to_json(line), ensure_ascii=False) + "\n" for line in lines)
+    write_atomic(folder / "metrics.jsonl", text)
+    ended = sum(line["status"] == "finished" for line in lines)
+    reason = None if ended == len(lines) else f"{ended} of {len(lines)} points are finished"
+    set_status(folder, "finished" if reason is None else "interrupted", reason=reason)
+    return reason is None
+
+
+def work(folder: Path, names: list[str]) -> None:
+    """Run these points of a sweep's folder, which compile together: what a process or a job of a cluster does.
+
+    Raises: `ValueError` if `folder` holds no sweep, or one without one of the points.
+    """
+    asked = _reread(folder, names)
+    jax.config.update("jax_enable_x64", asked.x64)
+    for group in groups(asked, list(asked.points)):
+        run(asked, group, folder / "points", provenance.collect())
+
+
+def _reread(folder: Path, names: list[str]) -> Sweep:
+    """The sweep of a folder's config, with these of its points alone: each must have the name that its setting hashes to."""
+    config = read_config(folder)
+    if config.get("job") != "sweep":
+        raise ValueError(f"{str(folder)!r} is a run, but not of a sweep")
+    try:
+        found = tuple(make_point(config["of"], config["x64"], point["setting"]) for point in config["points"])
+        asked = Sweep(config["name"], config["of"], config["x64"], config["lanes"], tuple(config["varied"]), found)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(folder)!r} does not hold what a sweep writes ({type(error).__name__}: {error})"
+        ) from None
+    for name in names:
+        known("point of the sweep", name, [point.name for point in found])
+    return asked._replace(points=tuple(point for point in found if point.name in names))
+
+
+def _open(asked: Sweep, folder: Path) -> None:
+    """A new folder, or one of a sweep."""
+    common = {key: value for key, value in asked.points[0].setting.items() if key not in asked.varied}
+    listed = [{"name": point.name, "setting": point.setting} for point in asked.points]
+    config = {"name": asked.name, "of": asked.job, "x64": asked.x64, "lanes": asked.lanes, "varied": asked.varied}
+    config |= {"common": common, "points": listed}
+    if not (folder / "config.json").is_file():
+        create(folder, asked.name, "sweep", config)
+    elif read_config(folder).get("job") != "sweep":
+        check_out(folder)
+        raise ValueError(f"{str(folder)!r} is a run, but not of a sweep: choose another folder")
+    else:
+        write_json(folder / "config.json", {"task": asked.name, "job": "sweep", **config})
+        write_json(folder / "provenance.json", provenance.collect())
+        set_status(folder, "running")
+
+
+def _here(asked: Sweep, folder: Path, todo: list[Group], say: Say) -> None:
+    facts = provenance.collect()
+    for i, group in enumerate(todo, start=1):
+        say(f"[{i}/{len(todo)}] {_words(group)}")
+        try:
+            run(asked, group, folder / "points", facts)
+        except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
+            say(f"[{i}/{len(todo)}] failed: {' '.join(str(error).split())[:300]}")
+        except KeyboardInterrupt:
+            collect(asked, folder)
+            rebuild(folder)
+            raise
+
+
+def _apart(folder: Path, todo: list[Group], processes: int, say: Say) -> None:
+    """Each group in a process of its own, so many at a time."""
+
+    def one(numbered: tuple[int, Group]) -> None:
+        i, group = numbered
+        say(f"[{i}/{len(todo)}] {_words(group)}")
+        done = subprocess.run(_command(folder, group), capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            say(f"[{i}/{len(todo)}] failed: {last[:300]}")
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(one, enumerate(todo, start=1)))
+
+
+def _command(folder: Path, group: Group) -> list[str]:
+    """The command that runs a group, anywhere that sees the folder."""
+    return [sys.executable, "-m", "diffmbrl.jobs.sweep", str(folder.resolve()), *(point.name for point in group.points)]
+
+
+def _submit(submitit: Any, folder: Path, todo: list[Group], parameters: dict[str, Any], say: Say) -> None:
+    """Each group as a job; submitit's own files are in `jobs/`."""
+    executor = submitit.AutoExecutor(folder=str(folder / "jobs"), cluster=parameters.get("cluster"))
+    executor.update_parameters(**{name: x for name, x in parameters.items() if name != "cluster"})
+    for group in todo:
+        job = executor.submit(submitit.helpers.CommandFunction(_command(folder, group)))
+        say(f"job {job.job_id}: {_words(group)}")
+    say("to collect what has ended: the same command with --processes 0 in place of --slurm")
+
+
+def _submitit() -> Any:
+    try:
+        import submitit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError("--slurm needs submitit: pip install 'diffmbrl[slurm]'") from None
+    return submitit
+
+
+def _words(group: Group) -> str:
+    first = group.points[0].setting
+    who = first.get("method") or first["agent"]
+    many = f"{len(group.points)} points" if len(group.points) > 1 else "1 point"
+    return f"{who} on {first['task']}: {many} x {group.seeds} seeds"
+
+
+def _collected(asked: Sweep, folder: Path, point: Point) -> dict[str, Any]:
+    """The line of a point: what it differs in, how it stands, and its last evaluation."""
+    path = folder / "points" / point.name
+    line: dict[str, Any] = {"kind": "point", "point": point.name}
+    line["setting"] = {name: point.setting[name] for name in asked.varied}
+    try:
+        line |= json.loads((path / "status.json").read_text(encoding="utf-8"))
+        facts = json.loads((path / "provenance.json").read_text(encoding="utf-8"))
+        line["commit"] = (facts.get("git") or {}).get("commit")
+        evaluations = [record for record in read(path / "metrics.jsonl")[0] if record["kind"] == "eval"]
+    except (OSError, ValueError):
+        return line | {"status": line.get("status", "missing")}
+    return line | ({"last": evaluations[-1]} if evaluations else {})

@@ -1,6 +1,0 @@
-"""`diffmbrl plan`: planning and control from a few starts."""
-
-from diffmbrl.plan.run import plan, resume
-from diffmbrl.plan.setting import FIRST, WINDOW, Prepared, Setting, prepare
-
-__all__ = ["FIRST", "WINDOW", "Prepared", "Setting", "plan", "prepare", "resume"]

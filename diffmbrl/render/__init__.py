@@ -1,0 +1,1 @@
+"""States as shapes, and shapes as animations: HTML and GIF."""

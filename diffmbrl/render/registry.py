@@ -1,0 +1,73 @@
+"""The table of drawings: task name to drawing, and the frames of a trajectory.
+
+A task without a row is drawn as a phase plot.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from diffmbrl.core import Task
+from diffmbrl.render import shapes
+from diffmbrl.render.brax import bodies
+from diffmbrl.render.shapes import Array, Shape, phase
+
+
+def _pendulum_observed(task: Task, s: Array) -> list[Shape]:
+    return shapes.pendulum(task, np.array([np.arctan2(s[1], s[0])]))
+
+
+DRAWINGS: dict[str, Callable[[Task, Array], list[Shape]]] = {
+    "lqr": shapes.block,
+    "pendulum": shapes.pendulum,
+    "pendulum-swingup": shapes.pendulum,
+    "cartpole-balance": shapes.cartpole,
+    "cartpole-swingup": shapes.cartpole,
+    "cartpole-continuous": shapes.rod_on_cart,
+    "inverted-pendulum": shapes.rod_on_cart,
+    "pets-cartpole": shapes.rod_on_cart,
+    "quadrotor2d": shapes.quadrotor2d,
+    "acrobot": shapes.two_links,
+    "double-pendulum": shapes.two_links,
+    "reacher": shapes.reacher,
+    "car": shapes.car,
+    "quadrotor": shapes.quadrotor,
+    "quadrotor-waypoint": shapes.quadrotor,
+    "heaviside": shapes.edge,
+    "ball-and-wall": shapes.ball_and_wall,
+    "pushing": shapes.pushing,
+    "friction": shapes.friction,
+    "bouncing": shapes.bouncing,
+    "bouncing-on-the-grid": shapes.bouncing,
+    "tennis": shapes.tennis,
+    "math-test": shapes.math_test,
+    "brax-inverted-pendulum": bodies,
+    "brax-inverted-pendulum-shaped": bodies,
+    "brax-inverted-double-pendulum": bodies,
+    "brax-reacher": bodies,
+    "brax-swimmer": bodies,
+    "brax-halfcheetah": bodies,
+    "brax-hopper": bodies,
+    "brax-walker2d": bodies,
+    "brax-ant": bodies,
+    # Gymnasium's environments whose observations are known.
+    "gym:Pendulum-v1": _pendulum_observed,
+    "gym:InvertedPendulum-v5": shapes.cartpole,
+}
+
+
+def frames(task: Task, s: Array) -> list[list[Shape]]:
+    """The shapes of each state of a trajectory, `s` [T+1, n]: those of the task's or the environment's row, else a phase plot.
+
+    Raises: `ValueError` if the states do not fit the task.
+
+    >>> from diffmbrl import tasks
+    >>> [[rod, *_]] = frames(tasks.pendulum(), np.zeros((1, 2)))
+    >>> rod.points.tolist()
+    [[0.0, 0.0], [0.0, 1.0]]
+    """
+    s = np.asarray(s, np.float64)
+    if s.ndim != 2 or s.shape[1] != task.n:
+        raise ValueError(f"states of task '{task.name}' must have shape [T+1, {task.n}], got {list(s.shape)}")
+    draw = DRAWINGS.get(task.name)
+    return phase(s) if draw is None else [draw(task, state) for state in s]

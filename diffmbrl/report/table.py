@@ -1,0 +1,159 @@
+"""The summary: one row a method at its best rate, as text for a terminal and as cells for the report."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from diffmbrl.report import words
+from diffmbrl.report.arms import Arm, best_rates
+from diffmbrl.runs.statistics import Estimate, estimate, interquartile_mean
+
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
+
+
+class Reach(NamedTuple):
+    """What an arm had spent when its training return (interquartile mean) first was as good as the target."""
+
+    update: float
+    seconds: float
+    sequential: float
+    dynamics: float
+
+
+@dataclass
+class Row:
+    """A method's summary. Work is per seed (the mean over seeds); seconds are the arm's own clock, all lanes together."""
+
+    arm: Arm
+    train: Estimate
+    test: Estimate
+    visited: Estimate  # held-out return where the training return was best, seed by seed
+    success: float
+    iterations: float
+    sequential: float
+    forward: float
+    jvp: float
+    vjp: float
+    seconds: float
+    lanes: float
+    nonfinite: float  # over all seeds
+    reach: Reach | None
+
+    @property
+    def measured(self) -> bool:
+        return self.arm.measured
+
+    @property
+    def broken(self) -> int:
+        """Seeds whose final return, on either set of starts, is not finite."""
+        if not self.measured:
+            return 0
+        held_out = np.zeros_like(self.arm["test"]) if np.isnan(self.arm["test"]).all() else self.arm["test"]
+        return int(np.sum(~np.isfinite(self.arm["train"][-1] + held_out[-1])))
+
+
+@dataclass
+class Summary:
+    """The table: rows, all arms behind them, and the best first-order arm, whose final return is the target."""
+
+    rows: list[Row]
+    arms: list[Row]
+    reference: Arm | None
+
+    @property
+    def target(self) -> float:
+        return math.nan if self.reference is None else self.reference.score
+
+
+def summarise(arms: list[Arm]) -> Summary:
+    """Rows for the best rate of each method and for every arm, against the best first-order training return."""
+    first = [arm for arm in arms if arm.order == 1 and arm.measured and not arm.plans and math.isfinite(arm.score)]
+    reference = max(first, key=lambda arm: arm.score, default=None)
+    best = {id(arm) for arm in best_rates(arms)}
+    rows = [row_of(arm, math.nan if reference is None else reference.score) for arm in arms]
+    return Summary([row for row in rows if id(row.arm) in best], rows, reference)
+
+
+def row_of(arm: Arm, target: float) -> Row:
+    """One arm's summary."""
+    nan = math.nan
+    if not arm.measured:
+        return Row(arm, UNKNOWN, UNKNOWN, UNKNOWN, nan, nan, nan, nan, nan, nan, nan, nan, nan, None)
+    train, test = arm["train"], arm["test"]
+    peak = np.where(np.isfinite(train), train, -np.inf).argmax(axis=0)
+    final = {name: float(np.mean(arm[name][-1])) for name in ("sequential", "forward", "jvp", "vjp")}
+    success = arm["success"][-1]
+    return Row(
+        arm,
+        train=estimate(train[-1]),
+        test=UNKNOWN if np.isnan(test).all() else estimate(test[-1]),
+        visited=UNKNOWN if np.isnan(test).all() else estimate(test[peak, np.arange(arm.seeds)]),
+        success=nan if np.isnan(success).all() else float(np.nanmean(success)),
+        iterations=float(arm["update"][-1]),
+        seconds=float(arm["seconds"][-1]),
+        lanes=float(arm["lanes"][-1]),
+        nonfinite=float(np.nansum(arm["nonfinite"][-1])),
+        reach=reach_of(arm, target),
+        **final,
+    )
+
+
+def reach_of(arm: Arm, target: float) -> Reach | None:
+    """The first evaluation at which the training return is as good as the target."""
+    there = np.flatnonzero(interquartile_mean(arm["train"]) >= target)
+    if there.size == 0:
+        return None
+    i = there[0]
+    work = float(np.mean(arm["sequential"][i])), float(np.mean(arm.dynamics[i]))
+    return Reach(float(arm["update"][i]), float(arm["seconds"][i]), *work)
+
+
+def name(arm: Arm) -> str:
+    """The label, with the rate if there is one."""
+    return arm.label if arm.rate is None else f"{arm.label}, rate {arm.rate:g}"
+
+
+def text(summary: Summary) -> str:
+    """Two tables of at most about 110 columns, quality and cost, with the notes that they need."""
+    if not summary.rows:
+        return "No arm was recorded."
+    quality = [["method", "return on training starts", "on held-out starts", "success", "best visited"]]
+    cost = [
+        ["method", "iterations", "sequential", "forward", "jvp", "vjp", "wall-clock", "compile"]
+        + ["reached in", "sequential", "evaluations"]
+    ]
+    for row in summary.rows:
+        mark = "*" if row.arm.plans else ""
+        estimates = [words.estimate(e) for e in (row.train, row.test, row.visited)]
+        quality.append([name(row.arm) + mark, *estimates[:2], words.share(row.success), estimates[2]])
+        work = [words.count(x) for x in (row.iterations, row.sequential, row.forward, row.jvp, row.vjp)]
+        times = [words.seconds(row.seconds), words.seconds(row.arm.compile_seconds)]
+        reach = row.reach
+        last = (
+            [words.seconds(reach.seconds), words.count(reach.sequential), words.count(reach.dynamics)]
+            if reach
+            else [words.NONE] * 3
+        )
+        cost.append([row.arm.label + mark, *work, *times, *last])
+    notes = [
+        "Return: interquartile mean over seeds [95% bootstrap interval]. Work: rollouts and dynamics steps per seed."
+    ]
+    if summary.reference is not None:
+        target = f"{name(summary.reference)}, {words.number(summary.target)} on training starts"
+        notes.append(f"Reached: the best first-order return ({target}).")
+    if any(row.arm.plans for row in summary.rows):
+        notes.append("* plans each start anew, instead of learning one policy for all.")
+    return "\n\n".join([aligned(quality), aligned(cost), "\n".join(notes)])
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Columns of text: the first to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    first, *rest = widths
+    out = [
+        "  ".join([line[0].ljust(first), *(x.rjust(w) for x, w in zip(line[1:], rest, strict=True))]) for line in lines
+    ]
+    out.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(out)

@@ -1,0 +1,118 @@
+"""What a run says, in sentences computed from its summary and from nothing else."""
+
+import math
+
+from diffmbrl.report import words
+from diffmbrl.report.table import Row, Summary, name
+
+OVERFIT = 1.5  # held-out cost above this multiple of the training cost is said to overfit
+
+
+def sentences(summary: Summary) -> list[str]:
+    """The headline first; then speed, sequential depth, planners and what the numbers do not show."""
+    policies = [row for row in summary.rows if row.measured and not row.arm.plans]
+    if not policies:
+        return ["No policy was evaluated, so there is nothing to compare.", *_planners(summary, policies)]
+    parts = [_best(policies), *_fastest(summary, policies), *_planners(summary, policies)]
+    return parts + _overfitting(policies) + words.few(min(row.arm.seeds for row in policies))
+
+
+def leader(summary: Summary) -> Row | None:
+    """The policy with the best held-out return."""
+    rows = [row for row in summary.rows if row.measured and not row.arm.plans and not math.isnan(row.test.value)]
+    return max(rows, key=lambda row: row.test.value, default=None)
+
+
+def fastest(summary: Summary) -> Row | None:
+    """The policy method that reached the best first-order return in the least time."""
+    rows = [(row.reach.seconds, row) for row in summary.rows if row.reach is not None and not row.arm.plans]
+    return min(rows, key=lambda pair: pair[0], default=(0.0, None))[1]
+
+
+def _best(policies: list[Row]) -> str:
+    ranked = sorted((row for row in policies if not math.isnan(row.test.value)), key=lambda row: -row.test.value)
+    if not ranked:
+        return "No held-out return was measured."
+    first = ranked[0]
+    success = "" if math.isnan(first.success) else f", with {words.share(first.success)} of those starts a success"
+    lead = f"{name(first.arm)} has the best held-out return: {words.estimate(first.test)}{success}."
+    if len(ranked) == 1:
+        return lead
+    level = [row.arm.label for row in ranked[1:] if row.test.high >= first.test.low]
+    second = ranked[1]
+    if level:
+        overlap = "interval of {} overlaps" if len(level) == 1 else "intervals of {} overlap"
+        return f"{lead} The {overlap.format(words.join(level))} it, so these seeds do not separate them."
+    if math.isnan(first.test.low):
+        return f"{lead} Next is {second.arm.label} with {words.estimate(second.test)}."
+    return f"{lead} No other interval reaches it; next is {second.arm.label} with {words.estimate(second.test)}."
+
+
+def _fastest(summary: Summary, policies: list[Row]) -> list[str]:
+    reference, quickest = summary.reference, fastest(summary)
+    if reference is None or quickest is None or quickest.reach is None:
+        return ["No first-order method was evaluated, so there is no return to race to."]
+    others = {row.arm.method: row for row in policies}
+    own = others[reference.method]
+    goal = f"the best first-order return ({words.number(summary.target)} on training starts, {name(reference)})"
+    if quickest.arm.method == reference.method:
+        goal = f"the best first-order return, its own {words.number(summary.target)} on training starts"
+    out = [f"{quickest.arm.label} is the first to reach {goal}: {_spent(quickest)}."]
+    rivals = [row for row in policies if row.reach is not None and row is not quickest]
+    if rivals:
+        rival = (
+            own if quickest is not own else min(rivals, key=lambda row: row.reach.seconds if row.reach else math.inf)
+        )
+        out[0] = out[0][:-1] + f", against {_spent(rival)} for {rival.arm.label}."
+    failed = [row.arm.label for row in policies if row.reach is None]
+    if failed:
+        out.append(f"{words.join(failed)} did not reach it.")
+    return out + _depth(policies)
+
+
+def _spent(row: Row) -> str:
+    reach = row.reach
+    return (
+        f"{words.seconds(reach.seconds)} and {words.count(reach.dynamics)} dynamics evaluations" if reach else "nothing"
+    )
+
+
+def _depth(policies: list[Row]) -> list[str]:
+    """Rollouts one after another: the time left on a machine wide enough to run everything else at once."""
+    ranked = sorted(
+        ((row.reach.sequential, row) for row in policies if row.reach is not None and row.reach.sequential > 0),
+        key=lambda pair: pair[0],
+    )
+    if len(ranked) < 2:
+        return []
+    (low, first), (high, last) = ranked[0], ranked[-1]
+    return [
+        f"In rollouts that must run one after another, which is what counts on an accelerator, {first.arm.label} needed the "
+        f"fewest to get there: {words.count(low)}, {words.times(high / low)} fewer than {last.arm.label} ({words.count(high)})."
+    ]
+
+
+def _planners(summary: Summary, policies: list[Row]) -> list[str]:
+    out = []
+    for row in summary.rows:
+        if row.measured and row.arm.plans and not math.isnan(row.test.value):
+            best = max((p.test.value for p in policies if not math.isnan(p.test.value)), default=-math.inf)
+            sense = "above every policy" if row.test.value > best else "below the best policy"
+            tail = "" if best == -math.inf else f": {sense}"
+            out.append(
+                f"For reference, {row.arm.label}, which plans each start anew and learns no policy, gets "
+                f"{words.estimate(row.test)} on the held-out starts{tail}."
+            )
+    return out
+
+
+def _overfitting(policies: list[Row]) -> list[str]:
+    out = []
+    for row in policies:
+        train, test = row.train.value, row.test.value
+        if test < OVERFIT * train < 0:
+            out.append(
+                f"{row.arm.label} overfits its training starts: {words.number(train)} there, {words.number(test)} on the "
+                f"held-out ones ({words.number(row.visited.value)} where its training return was best)."
+            )
+    return out

@@ -1,0 +1,1 @@
+"""Linear algebra along a trajectory: linearisation, Riccati sweeps, curvature products, Krylov spaces."""

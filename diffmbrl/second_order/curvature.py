@@ -1,0 +1,292 @@
+r"""The quadratic model of a policy's return: gradient and Gauss-Newton matrix of -J, through the rollout.
+
+Batch rollout i is linearised along itself. With L the closed loop's response of (s, a) to an additive perturbation w of the
+actions, H the projected Hessian of the costs and $G_t = d\pi/d\theta$ at $s_t$,
+
+$$\nabla_\theta(-J) = \tfrac1B \sum_i G^\top g,\quad g = L^\top c, \qquad N = \tfrac1B \sum_i G^\top M G,\quad M = L^\top H L.$$
+
+M is the Hessian of the LQR problem along the trajectory, so M v costs one forward and one backward linear recursion of n x n
+matrices; the network enters only through G and its transpose, batched over all B T states, with no recursion in it.
+
+Reference: Schraudolph 2002, section 3 (products); Sideris and Bobrow 2005 (the LQR structure of M).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Key, PRNGKeyArray
+
+from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
+from diffmbrl.policies import Gaussian
+from diffmbrl.rollout import expected, returns, rollout, split, weights_axis
+from diffmbrl.second_order.linearize import (
+    Linearization,
+    adjoint,
+    closed_loop,
+    feedback,
+    linearize,
+    matvec,
+    respond,
+    riccati,
+)
+
+Vector = Float[Array, " P"]
+
+
+class Curved(NamedTuple):
+    """-J near theta by its value, gradient and the products of one symmetric matrix."""
+
+    J: Float[Array, ""]
+    gradient: Vector  # of -J
+    product: Callable[[Vector], Vector]
+
+
+class Model(NamedTuple):
+    """-J near theta, for a batch of B starts. The batch is the last axis of matrices and vectors along the trajectories, so
+    that the recursions over time, tiny in n and m, run over contiguous numbers."""
+
+    J: Float[Array, ""]
+    gradient: Vector  # of -J
+    product: Callable[[Vector], Vector]  # v -> N v
+    push: Callable[[Vector], Float[Array, "T m B"]]  # v -> G v
+    pull: Callable[[Float[Array, "T m B"]], Vector]  # w -> G' w / B
+    trajectory: Trajectory  # leaves [T, B, ...]
+    linearization: Linearization  # leaves [T, ..., B]
+    K: Float[Array, "T m n B"]
+    g: Float[Array, "T m B"]  # d(-J_i)/dw
+
+
+ROWS = 256  # states in one batch through the network on a CPU: see benchmarks/primitives.py
+AXES: Any = (1, 1, 1, 1, 0)
+TIME_FIRST = Trajectory(*AXES)  # where the batch axis of a stack of trajectories stands
+
+
+def gauss_newton(
+    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, chunk: int | None = None
+) -> Model:
+    """The local model of -J, with products by G and its transpose linearised once.
+
+    `chunk` is the number of time steps whose B states go through the network at a time. By default on a CPU as many as make
+    `ROWS` states, whose activations stay in the caches, and elsewhere all T at once. The numbers are the same.
+
+    >>> import jax
+    >>> from diffmbrl import Linear, tasks
+    >>> task = tasks.lqr(horizon=10)
+    >>> model = gauss_newton(Linear.zeros(task), task, task.starts(jax.random.key(0), 8))
+    >>> model.product(model.gradient).shape
+    (3,)
+    """
+    J, trajectory, lin, K = along(policy, task, s0, key)
+    g = adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
+    batch = g.shape[-1]
+    theta, unravel = ravel_pytree(policy)
+    _, push = jax.linearize(lambda x: actions(unravel(x), trajectory.s, split(key, s0), chunk), theta)
+    transpose = jax.linear_transpose(push, theta)
+
+    def pull(w: Array) -> Vector:
+        return transpose(w / batch)[0]
+
+    def product(v: Vector) -> Vector:
+        return pull(curve(lin, K, push(v)))
+
+    return Model(jnp.mean(J), pull(g), product, push, pull, trajectory, lin, K, g)
+
+
+def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Float[Array, "P P"]:
+    r"""The matrix N, by pushing all P columns of G through the closed loop at once.
+
+    $S_{t+1} = A_t S_t + B_t (K_t S_t + G_t)$ and $N = \tfrac1B\sum_{i,t} X_t^\top H_t X_t$ with $X_t = (S_t, K_t S_t + G_t)$.
+    Cost: B T (n + m) P^2 flops in matrix products of depth B (n + m), one pass over time; memory B (n + m) P.
+    """
+
+    def add(N, X, H):
+        HX = _matmul(H, X)
+        return N + _matmul(X.reshape(-1, X.shape[-1]).T, HX.reshape(-1, X.shape[-1]))
+
+    P = model.gradient.size
+    N = push_all(add, jnp.zeros((P, P), model.gradient.dtype), model, model.linearization, policy, key)
+    return (N + N.T) / (2 * model.g.shape[-1])
+
+
+def square_root(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Float[Array, "P P"]:
+    r"""An upper triangular R with $R^\top R = N$, from the rows $H_t^{1/2} X_t / \sqrt B$ of `dense`, without forming N.
+
+    Cost: a QR factorisation of P + B (n + m) rows for each time step.
+    """
+    lin = model.linearization
+    n = lin.c_s.shape[1]
+    H = jnp.concatenate([lin.H, jnp.zeros_like(lin.H[:1]).at[0, :n, :n].set(lin.H_T)])
+    values, vectors = jnp.linalg.eigh(jnp.moveaxis(H, -1, 1))
+    roots = jnp.moveaxis(jnp.sqrt(jnp.maximum(values, 0))[..., None] * jnp.swapaxes(vectors, -1, -2), 1, -1)
+
+    def add(R, X, root):
+        rows = _matmul(root, X).reshape(-1, X.shape[-1])
+        return jnp.linalg.qr(jnp.concatenate([R, rows]), mode="r")
+
+    P = model.gradient.size
+    lin = lin._replace(H=roots[:-1], H_T=roots[-1, :, :n])
+    R = push_all(add, jnp.zeros((P, P), model.gradient.dtype), model, lin, policy, key)
+    return R / jnp.sqrt(jnp.asarray(model.g.shape[-1], R.dtype))
+
+
+def push_all(add: Callable, total: Any, model: Model, lin: Linearization, policy: Any, key: PRNGKeyArray | None) -> Any:
+    """`add(total, X_t, H_t)` over time, with all columns of X [B, n + m, P] pushed through the closed loop at once."""
+    theta, unravel = ravel_pytree(policy)
+    s = model.trajectory.s
+    T, n, batch = lin.c_s.shape
+    keys = None if key is None else split(key, jax.tree.map(lambda x: x[0], s))
+
+    def step(carry, x):
+        S, total = carry
+        t, s_t, *matrices = x
+        A, B, K, H = (jnp.moveaxis(matrix, -1, 0) for matrix in matrices)
+        if is_plan(policy):
+            # Only slice t of the plan acts at t, but its columns stand at their place among all P.
+            G = jax.vmap(lambda s, k: jax.jacrev(lambda v: _act(_slice(unravel(v), t), s, k, t))(theta))(s_t, keys)
+        else:
+            G = jax.vmap(lambda s, k: jax.jacrev(lambda v: _act(unravel(v), s, k, t))(theta))(s_t, keys)
+        a = _matmul(K, S) + G
+        return (_matmul(A, S) + _matmul(B, a), add(total, jnp.concatenate([S, a], axis=1), H)), None
+
+    start = (jnp.zeros((batch, n, theta.size), theta.dtype), total)
+    (S, total), _ = jax.lax.scan(step, start, (jnp.arange(T), s, lin.A, lin.B, model.K, lin.H))
+    return add(total, S, jnp.moveaxis(lin.H_T, -1, 0))
+
+
+_matmul = partial(jnp.matmul, precision="highest")
+
+
+def hessian(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Curved:
+    r"""The true Hessian of -J, indefinite as it is: $v \mapsto \nabla^2_\theta(-J)\,v$, forward over reverse.
+
+    The rollout and its reverse pass are linearised once; a product costs a tangent of both, about 2.4 BPTT gradients, and the
+    linearisation keeps what they need: memory grows with B T.
+
+    Reference: Pearlmutter 1994.
+
+    >>> import jax
+    >>> from diffmbrl import Linear, tasks
+    >>> task = tasks.lqr(horizon=10)
+    >>> model = hessian(Linear.zeros(task), task, task.starts(jax.random.key(0), 8))
+    >>> model.product(model.gradient).shape
+    (3,)
+    """
+    theta, unravel = ravel_pytree(policy)
+
+    def cost(x):
+        return -expected(unravel(x), task, s0, key)
+
+    (J, gradient), push = jax.linearize(jax.value_and_grad(cost), theta)
+    return Curved(-J, gradient, lambda v: push(v)[1])
+
+
+def fisher(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Curved:
+    r"""The Fisher matrix of a Gaussian policy along its own rollouts, with the gradient of -J beside it.
+
+    $$F = \tfrac1B\sum_{i,t} w_t\,(G_t^\top \Sigma^{-1} G_t \oplus 2 I_{\log\sigma}),\qquad
+    \mathrm{KL}(\pi_\theta, \pi_{\theta+d}) = \tfrac12 d^\top F d + O(d^3)$$
+
+    summed over the steps of an episode, with G the derivative of the mean. No derivative of the dynamics is in it.
+
+    Raises: `TypeError` for a policy that is not `Gaussian`: a deterministic one has no Fisher matrix.
+    Reference: Amari 1998; Kakade 2001, section 2.
+
+    >>> import jax
+    >>> from diffmbrl import Gaussian, Linear, tasks
+    >>> task = tasks.lqr(horizon=10)
+    >>> policy = Gaussian.around(Linear.zeros(task), task, std=0.1)
+    >>> model = fisher(policy, task, task.starts(jax.random.key(0), 8))
+    >>> model.product(model.gradient).shape
+    (4,)
+    """
+    if not isinstance(policy, Gaussian):
+        raise TypeError(
+            f"the Fisher matrix needs a Gaussian policy, as Gaussian.around(policy, ...); got {type(policy).__name__}"
+        )
+    theta, unravel = ravel_pytree(policy)
+    J, gradient = jax.value_and_grad(lambda x: expected(unravel(x), task, s0, key))(theta)
+    trajectory = jax.vmap(lambda s, k: rollout(policy, task, s, k), out_axes=TIME_FIRST)(s0, split(key, s0))
+    w = task.weights if task.weights.ndim == 2 else task.weights[None]
+    weights = w[:, :-1].T * trajectory.alive[:-1].astype(w.dtype) / trajectory.alive.shape[1]
+
+    def distribution(x):
+        pi = unravel(x)
+        return actions(pi.mean, trajectory.s, None, None), pi.log_std
+
+    _, push = jax.linearize(distribution, theta)
+    pull = jax.linear_transpose(push, theta)
+
+    def product(v: Vector) -> Vector:
+        mean, log_std = push(v)
+        mean = mean * weights[:, None] / jnp.exp(2 * policy.log_std)[None, :, None]
+        return pull((mean, 2 * jnp.sum(weights) * log_std))[0]
+
+    return Curved(J, -gradient, product)
+
+
+def along(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
+    """Returns [B], rollouts, their linearisation and the policy's gains along them, with the axes of `Model`."""
+
+    def one(s, k, w):
+        weighted = reweighted(task, w)
+        trajectory = rollout(policy, weighted, s, k)
+        lin = linearize(weighted, trajectory, k)
+        return returns(trajectory, weighted), trajectory, lin, feedback(policy, trajectory, k)
+
+    batched = jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)), out_axes=(0, TIME_FIRST, -1, -1))
+    return batched(s0, split(key, s0), task.weights)
+
+
+def planner_step(
+    lin: Linearization, K: Float[Array, "T m n B"], sigma: Float[Array, ""], c: Float[Array, "T m B"]
+) -> Float[Array, "T m B"]:
+    r"""$-(M + \sigma I)^{-1} c$ for each rollout, by one Riccati sweep over its closed loop: with c = g, the planner's step."""
+    loop = closed_loop(lin, K)._replace(c_s=jnp.zeros_like(lin.c_s), c_a=c, c_T=jnp.zeros_like(lin.c_T))
+    sweep = riccati(loop, sigma)
+    return respond(loop.A, loop.B, sweep.K, sweep.k)[1]
+
+
+def curve(lin: Linearization, K: Float[Array, "T m n B"], w: Float[Array, "T m B"]) -> Float[Array, "T m B"]:
+    """M w for each rollout: forward through L, times H, back through its transpose."""
+    n = lin.c_s.shape[1]
+    s, a, s_T = respond(lin.A, lin.B, K, w)
+    y = jax.vmap(matvec)(lin.H, jnp.concatenate([s, a], axis=1))
+    y_T = matvec(lin.H_T, s_T)
+    return adjoint(lin.A, lin.B, K, y[:, :n], y[:, n:], y_T)
+
+
+def actions(policy: Any, s: State, keys: Key[Array, " B"] | None, chunk: int | None) -> Float[Array, "T m B"]:
+    """pi at every state of the trajectories: no recursion, so one batch of B T states, or chunks of them."""
+    T = jax.tree.leaves(s)[0].shape[0]
+    plan = policy if is_plan(policy) else None
+
+    def at(x):
+        t, s_t, plan_t = x
+        pi = policy if plan is None else plan_t
+        return jax.vmap(lambda s, k: _act(pi, s, k, t), out_axes=-1)(s_t, keys)
+
+    xs = (jnp.arange(T), s, plan)
+    return map_chunks(at, xs, jax.tree.leaves(s)[0].shape[1], chunk)
+
+
+def map_chunks(at: Any, xs: Any, states: int, chunk: int | None = None) -> Any:
+    """`at` of each slice of xs, a time step or a start of so many `states` (or numbers); `chunk` slices at a time.
+
+    By default they have ROWS together on a CPU, and elsewhere all slices are one batch.
+    """
+    count = jax.tree.leaves(xs)[0].shape[0]
+    if chunk is None:
+        chunk = -(-ROWS // states) if jax.default_backend() == "cpu" else count
+    return jax.vmap(at)(xs) if chunk >= count else jax.lax.map(at, xs, batch_size=chunk)
+
+
+def _act(policy: Any, s: State, key: PRNGKeyArray | None, t: Array) -> Array:
+    return policy(s, key=None if key is None else jax.random.split(jax.random.fold_in(key, t))[0])
+
+
+def _slice(plan: Any, t: Array) -> Any:
+    return jax.tree.map(lambda x: x[t], plan)

@@ -1,0 +1,1 @@
+"""Tasks of other libraries: Brax's bodies and Gymnasium's environments."""

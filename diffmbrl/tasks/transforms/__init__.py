@@ -1,0 +1,1 @@
+"""Tasks made from tasks: delayed, noisy, squashed, with a soft margin."""
