@@ -9,7 +9,7 @@ import numpy as np
 
 import diffmbrl as d
 from benchmarks.record import alone, path, save
-from diffmbrl.jobs.batch import PolicyLanes, course, draw
+from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts, learning_curve
 from diffmbrl.methods import METHODS, solver
 
 HELD_OUT, TOGETHER = 256, 5  # held-out starts; seeds that run side by side
@@ -130,12 +130,12 @@ def _run(case: Case, first: int, quick: bool, looks: int) -> list[dict[str, Any]
     jax.clear_caches()
     row, task = METHODS[case.arm], task_of(case)
     steps = max(6, row.steps // 10) if quick else row.steps
-    train, test, keys = draw(task, first + TOGETHER, case.starts, HELD_OUT, 0)
+    train, test, keys = draw_starts(task, first + TOGETHER, case.starts, HELD_OUT, 0)
     draws = (jax.tree.map(lambda x: x[first:], train), test, keys[first:])
     made = solver(row, task, rate=case.rate, steps=steps, continuation=case.continuation)
     hidden = d.tasks.TASKS["lqr" if case.task.startswith("lqr") else case.task].hidden
-    lanes = PolicyLanes([made], task, hidden, draws, sequential=row.sequential)
-    whole = course(lanes, steps, looks=looks)
+    lanes = BatchedPolicyRuns([made], task, hidden, draws, sequential=row.sequential)
+    whole = learning_curve(lanes, steps, looks=looks)
     cpu, wall = ((np.asarray(x[1:]) / TOGETHER).tolist() for x in (whole.cpu, whole.wall))
     seen = whole.looks[1:]
     shared = case._asdict() | {"updates": steps, "compile": whole.compile, "parameters": lanes.parameters}
@@ -155,26 +155,26 @@ def _run(case: Case, first: int, quick: bool, looks: int) -> list[dict[str, Any]
 
 def _gradients(made: Any, work: dict[str, float], steps: int, parameters: int, case: Case) -> float:
     """Work in BPTT gradients of the training starts; NaN for a matrix formed whole, which is no number of them."""
-    if isinstance(made, d.Relay):
+    if isinstance(made, d.Sequential):
         searching = min(int(made.updates), steps)
         search, last = _searched(made.first, searching, case), steps - searching
         judging = 2 * FORWARD * last  # of KeepBest
         return search + judging + _gradients(made.then, work, last, parameters, case)
     inner = made
-    while isinstance(inner, d.Continuation | d.Raced | d.KeepBest):
+    while isinstance(inner, d.Continuation | d.MultiStart | d.BestSoFar):
         inner = inner.solver
     batch_steps = case.starts * case.horizon
-    if isinstance(inner, d.Descend):
+    if isinstance(inner, d.OptaxSolver):
         return work["vjp"] / batch_steps
     if isinstance(inner, d.GaussNewton) and isinstance(inner.system, d.Krylov):
         return steps * (1 + min(inner.system.rank, parameters) * PRODUCT + 12 * FORWARD)
     if isinstance(inner, d.KrylovNewton) and inner.rank is not None:
         # In a race the Hessian is of all the starts that an entrant sees, and all starts judge.
-        racing = min(int(made.updates), steps) if isinstance(made, d.Raced) else 0
+        racing = min(int(made.updates), steps) if isinstance(made, d.MultiStart) else 0
         hessian = 1 + min(inner.rank, parameters) * HESSIAN
         plain = 1 + min(inner.structured, parameters) * PRODUCT + 30 * FORWARD
         share = min(1.0, inner.starts / case.starts)
-        entered = made.entrants * min(1.0, made.starts / case.starts) if isinstance(made, d.Raced) else 0.0
+        entered = made.entrants * min(1.0, made.starts / case.starts) if isinstance(made, d.MultiStart) else 0.0
         race = entered * (plain + hessian) + (made.entrants + 1) * FORWARD if racing else 0.0
         return racing * race + (steps - racing) * (plain + share * hessian)
     return float("nan")

@@ -37,7 +37,7 @@ def learn(name: str, *, quick: bool) -> dict[str, list[float]]:
     horizon, chunk, updates, environments = (4, 1, 2, 4) if quick else (HORIZON, CHUNK, UPDATES, 256)
     # The spring backend compiles soonest.
     task = d.tasks.make(name, horizon=horizon, backend="spring" if quick else "generalized")
-    rule = d.Descend(optax.adam, learning_rate=2e-3, anneal=float(updates))
+    rule = d.OptaxSolver(optax.adam, learning_rate=2e-3, anneal=float(updates))
     noise = d.Noise(entropy=d.Entropy())
     window = 2 if quick else 32
     made = d.ShortHorizon(rule, window=window, environments=environments, noise=noise, discount=0.99)

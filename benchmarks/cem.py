@@ -31,7 +31,7 @@ import optax
 import diffmbrl as d
 from benchmarks.products import forward
 from benchmarks.record import save, table
-from diffmbrl.models import TS1, Ensemble, GaussianDynamics, Mean, TSInfinity, particles, spread
+from diffmbrl.models import TS1, Ensemble, GaussianDynamics, Mean, TSInfinity, particles, replicate_start
 from diffmbrl.planners import CEM, Sampling, Shooting
 
 MEMBERS, LAYERS, UNITS, PARTICLES, SEQUENCES, HORIZON, ITERATIONS = 7, 4, 200, 20, 350, 15, 5
@@ -46,7 +46,7 @@ def run(*, quick: bool) -> None:
         jax.random.split(KEY, MEMBERS)
     )
     cem = Sampling(CEM(elites=SEQUENCES // 10), samples=SEQUENCES, particles=PARTICLES)
-    adam = Shooting(d.Descend(optax.adam, learning_rate=0.1), particles=PARTICLES)
+    adam = Shooting(d.OptaxSolver(optax.adam, learning_rate=0.1), particles=PARTICLES)
     sizes = [task.n + task.m, *[units] * LAYERS, 2 * task.n]
     share = SEQUENCES * PARTICLES // MEMBERS
     calls: dict[str, Any] = {
@@ -67,13 +67,13 @@ def run(*, quick: bool) -> None:
         name = f"iLQR, mean of members, {count} iterations"
         calls[name] = _plan(d.ILQR(), d.Affine.zeros(mean), mean, s0, count)
     judge = eqx.tree_at(lambda t: t.dynamics, task, Ensemble(members, TSInfinity()))
-    cloud, start = particles(judge, PARTICLES), spread(s0, judge, PARTICLES)
+    cloud, start = particles(judge, PARTICLES), replicate_start(s0, judge, PARTICLES)
     for name, call in calls.items():
         out = jax.block_until_ready(call())
         if "products" not in name:
             a = d.rollout(out, mean, s0).a if isinstance(out, d.Affine) else out.a
             a = jnp.tanh(a) * task.a_high if isinstance(out, d.Affine) else a
-            worth[name] = float(d.value(d.OpenLoop(a), cloud, start, KEY))
+            worth[name] = float(d.episode_return(d.OpenLoop(a), cloud, start, KEY))
     peer = None if quick else _mbrl_lib(task, np.asarray(s0))
     if peer is None:
         print("mbrl-lib is not installed or not asked: no line of it")

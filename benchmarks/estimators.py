@@ -18,7 +18,7 @@ from benchmarks.record import save, table
 from benchmarks.timing import medians
 from diffmbrl.gradients import Decoupled, Smoothed
 from diffmbrl.gradients.registry import ESTIMATORS, NOISE
-from diffmbrl.rollout import split
+from diffmbrl.rollout import split_keys
 
 MOST = 1.3
 EVOLUTION = ("evolution", "evolution-rank")
@@ -48,7 +48,9 @@ def _measure(horizon: int, batch: int, *, rounds: int) -> list[list[Any]]:
         return jax.grad(lambda pi: jnp.sum(jax.vmap(jax.vmap(pi.log_prob))(s, a)))(policy)
 
     def each(policies, s0):
-        return jax.vmap(lambda pi, s, k: d.value(pi, task, s, k, remat=None))(policies, s0, split(key, s0))
+        return jax.vmap(lambda pi, s, k: d.episode_return(pi, task, s, k, remat=None))(
+            policies, s0, split_keys(key, s0)
+        )
 
     passes = {
         "bptt": (d.BPTT(), policy, task, s0, None),

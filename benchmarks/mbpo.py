@@ -16,7 +16,7 @@ import numpy as np
 import diffmbrl as d
 from benchmarks.record import save, table
 from diffmbrl.agents import Agent, learn
-from diffmbrl.agents.registry import make
+from diffmbrl.agents.registry import make_agent
 
 SEEDS, EVALUATIONS = 5, 8
 MBRL_LIB = {"cartpole-continuous": (5600, 208.0)}  # real steps, CPU s
@@ -28,7 +28,7 @@ def run(*, quick: bool) -> None:
     head = ["task", "seeds at T", "real steps", "CPU s a seed", "kept", "alone, compilation too"]
     for name, steps in STEPS.items():
         task = d.tasks.make(name)
-        made = make("mbpo", task, {"updates": 20, "units": 8} if quick else {})
+        made = make_agent("mbpo", task, {"updates": 20, "units": 8} if quick else {})
         keys = jax.random.split(jax.random.key(0), 2 if quick else SEEDS)
         steps = 300 if quick else steps
         together = measured(made, task, keys, steps)

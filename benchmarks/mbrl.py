@@ -30,7 +30,7 @@ import diffmbrl as d
 from benchmarks.record import path, save, table
 from benchmarks.timing import medians
 from diffmbrl import tasks
-from diffmbrl.agents import System, World, learn
+from diffmbrl.agents import EnsembleTrainer, System, learn
 from diffmbrl.agents.mpc_agent import MPCAgent
 from diffmbrl.core import Task
 from diffmbrl.models import NetworkDynamics, Training, TSInfinity
@@ -72,12 +72,12 @@ def _icem() -> Sampling:
 
 
 def _adam() -> Shooting:
-    return Shooting(d.Descend(optax.adam, learning_rate=0.1), particles=5)
+    return Shooting(d.OptaxSolver(optax.adam, learning_rate=0.1), particles=5)
 
 
-def _larger() -> World:
+def _larger() -> EnsembleTrainer:
     training = Training(epochs=100, patience=20, batch=32)
-    return World(training, members=5, elites=5, hidden=(128, 128), model=NetworkDynamics.init)
+    return EnsembleTrainer(training, members=5, elites=5, hidden=(128, 128), model=NetworkDynamics.init)
 
 
 def _agent(task: Task, planner: Any = None, **options: Any) -> MPCAgent:
@@ -167,7 +167,7 @@ def _action_seconds(agent: MPCAgent, task: Task, carry: Any) -> float:
 def _rollout_seconds() -> float:
     task = d.tasks.cartpole_balance(horizon=200)
     policy = d.Neural.init(task, hidden=[64, 64], key=jax.random.key(0))
-    call = jax.jit(lambda policy, s0: d.expected(policy, task, s0))
+    call = jax.jit(lambda policy, s0: d.mean_return(policy, task, s0))
     s0 = task.starts(jax.random.key(1), 32)
     jax.block_until_ready(call(policy, s0))
     return medians({"rollout": lambda: call(policy, s0)}, clock=time.process_time)["rollout"]

@@ -21,7 +21,7 @@ import diffmbrl as d
 from benchmarks.record import save, table
 from benchmarks.timing import medians
 from diffmbrl.core import Task, keeps_limits
-from diffmbrl.jobs.batch import PlanLanes
+from diffmbrl.jobs.batch import BatchedPlanRuns
 from diffmbrl.jobs.plan import FIRST, WINDOW
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.planners import MPC, act
@@ -118,7 +118,7 @@ def returns(
     for label, plant in plants.items():
         outside = plant if keeps_limits(made) else d.tasks.squashed(plant)
         bare, fed = follow_plans(plans, inside, outside, s0)
-        loops = [np.median(jax.jit(d.values)(mpc, plant, s0)) for mpc in controllers.values()]
+        loops = [np.median(jax.jit(d.episode_returns)(mpc, plant, s0)) for mpc in controllers.values()]
         cells = [float(x) for x in (np.median(bare), np.median(fed), *loops)]
         rows.append([f"{task.name}, {label}", *cells, *[float("nan")] * (len(UPDATES) - len(loops))])
     return rows
@@ -126,7 +126,7 @@ def returns(
 
 def planned(made: Any, task: Task, s0: Any, updates: int) -> tuple[Any, Task]:
     """A plan from each start, and the task that they are plans of."""
-    lanes = PlanLanes([made], task, (s0[None], s0[:1], jax.random.split(jax.random.key(0), 1)))
+    lanes = BatchedPlanRuns([made], task, (s0[None], s0[:1], jax.random.split(jax.random.key(0), 1)))
     lanes.advance(0, updates)
     return lanes.train[0], lanes.task
 
@@ -137,6 +137,6 @@ def follow_plans(plans: Any, inside: Task, outside: Task, s0: Any) -> tuple[Any,
 
     def one(plan, s):
         actions = d.OpenLoop(d.rollout(plan, inside, s).a)
-        return d.value(actions, outside, s), d.value(plan, outside, s)
+        return d.episode_return(actions, outside, s), d.episode_return(plan, outside, s)
 
     return jax.vmap(one)(plans, s0)

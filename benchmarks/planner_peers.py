@@ -144,7 +144,7 @@ def casadi(name: str, task: Task) -> Solve | None:
     }
     rest = d.rollout(d.OpenLoop(jnp.zeros((T, m))), task, jnp.asarray(s0))
     start = np.concatenate([np.asarray(rest.s).ravel(), np.asarray(rest.s_T), np.zeros(T * m)])
-    follow = jax.jit(lambda actions: d.value(d.OpenLoop(actions), task, jnp.asarray(s0)))
+    follow = jax.jit(lambda actions: d.episode_return(d.OpenLoop(actions), task, jnp.asarray(s0)))
     made: dict[int, Any] = {}
 
     def run(iterations: int) -> Any:

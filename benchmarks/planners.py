@@ -120,7 +120,7 @@ def _rollouts(task: Task) -> Any:
     def rollouts(a, task, s0):
         # A rollout that depends on the last, so that none is hoisted out of the loop.
         return jax.lax.fori_loop(
-            0, INNER, lambda i, x: x + 1e-30 * d.value(d.OpenLoop(a + x), task, s0), jnp.zeros((), a.dtype)
+            0, INNER, lambda i, x: x + 1e-30 * d.episode_return(d.OpenLoop(a + x), task, s0), jnp.zeros((), a.dtype)
         )
 
     return partial(rollouts, a, task, s0)

@@ -19,7 +19,7 @@ from jaxtyping import Array
 import diffmbrl as d
 from benchmarks.record import save, table
 from diffmbrl.core import State, Task
-from diffmbrl.jobs.batch import PolicyLanes, draw
+from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
 from diffmbrl.optimizers.damping import scale
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.krylov import lanczos
@@ -51,7 +51,7 @@ def run(*, quick: bool) -> None:
     runs: list[dict[str, Any]] = []
     for name in NAMES[:1] if quick else NAMES:
         task = d.tasks.make(name, horizon=50 if quick else 100)
-        draws = draw(task, SEEDS, STARTS, 256, 0)
+        draws = draw_starts(task, SEEDS, STARTS, 256, 0)
         outcome, policies = _run(name, task, draws, d.Krylov(10), "none", updates, points)
         runs.append(outcome)
         spaces += _spaces(name, task, draws[0], policies, points, updates)
@@ -71,7 +71,7 @@ def run(*, quick: bool) -> None:
 def _run(name, task, draws, system, metric, updates, points) -> tuple[dict[str, Any], dict[str, Any]]:
     """A whole run, and its policies at the points where they are asked for."""
     solver = d.Continuation.trusted(d.GaussNewton(system=system), updates, horizon=task.horizon)
-    lanes = PolicyLanes([solver], task, d.tasks.TASKS[name].hidden, draws, sequential=False)
+    lanes = BatchedPolicyRuns([solver], task, d.tasks.TASKS[name].hidden, draws, sequential=False)
     compiling, cpu, done, kept = lanes.compile(), 0.0, 0, {}
     stops = {made: point for point, (made, _) in points.items()}
     for stop in sorted({*stops, updates}):
@@ -140,7 +140,7 @@ def _look(system: Any, policies: Any, tasks: Task, train: State) -> tuple[Array,
         theta, unravel = ravel_pytree(policy)
 
         def truth(step):
-            J = d.expected(unravel(theta + step), task, s0)
+            J = d.mean_return(unravel(theta + step), task, s0)
             return jnp.where(jnp.isfinite(J), J, -jnp.inf)
 
         out = []
@@ -150,7 +150,7 @@ def _look(system: Any, policies: Any, tasks: Task, train: State) -> tuple[Array,
             kept = inner.values > 1e-13 * jnp.max(space.values)
             decrease = 0.5 * jnp.sum(jnp.where(kept, inner.coefficients**2 / jnp.where(kept, inner.values, 1.0), 0.0))
             part = inner._replace(vectors=inner.vectors @ space.vectors, values=jnp.maximum(inner.values, 0))
-            steps, _ = jax.vmap(part.step)(d.Path().dampings.astype(theta.dtype) * scale(part))
+            steps, _ = jax.vmap(part.step)(d.DampingGrid().dampings.astype(theta.dtype) * scale(part))
             out.append((decrease, jnp.max(jax.lax.map(truth, steps)) - model.J))
         decrease, improved = (jnp.stack(x) for x in zip(*out, strict=True))
         return decrease, improved, model.J

@@ -54,7 +54,7 @@ def _every_primitive(batches: tuple[int, ...], horizons: tuple[int, ...]) -> dic
 
 def _calls(task, policy, s0):
     """The compiled calls, and the seconds that compiling took for all of them."""
-    adam = d.Descend(optax.adam, learning_rate=1e-3)
+    adam = d.OptaxSolver(optax.adam, learning_rate=1e-3)
     newton = d.GaussNewton()
     trajectory = jax.jit(d.rollouts)(policy, task, s0)
     lin = jax.jit(jax.vmap(linearize, in_axes=(None, 0)))(task, trajectory)
@@ -65,7 +65,7 @@ def _calls(task, policy, s0):
         return jax.lax.fori_loop(0, INNER, lambda i, v: v + 1e-9 * model.product(v), model.gradient)
 
     functions = {
-        "rollout": (d.values, policy, task, s0),
+        "rollout": (d.episode_returns, policy, task, s0),
         "gradient": (d.BPTT(), policy, task, s0, None),
         "model": (lambda *x: gauss_newton(*x).gradient, policy, task, s0),
         "products": (products, policy, task, s0),
@@ -95,7 +95,7 @@ def _gradient_and_product(batches: tuple[int, ...]) -> dict[str, Any]:
             return jax.lax.fori_loop(0, count, lambda i, v: v + 1e-9 * model.product(v), model.gradient)
 
         functions = {
-            "rollout": (d.values, policy, task, s0),
+            "rollout": (d.episode_returns, policy, task, s0),
             "gradient": (d.BPTT(), policy, task, s0, None),
             "plain": (d.BPTT(remat=None), policy, task, s0, None),
             "few": (partial(repeated, 2), policy, task, s0),
@@ -153,7 +153,7 @@ def _ilqr() -> dict[str, Any]:
                 jax.block_until_ready(call())
             t = medians(calls, rounds=9)
             iteration, inside = t["iterations"] / INNER, t["rollouts"] / INNER
-            cost = -float(d.value(plan, task, s0))
+            cost = -float(d.episode_return(plan, task, s0))
             times = [t["rollout"] * 1e6, inside * 1e6, iteration * 1e6]
             rows.append(
                 [name, cost, f"{history.updates}", *times, iteration / t["rollout"], iteration / inside, compiling]

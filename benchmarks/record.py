@@ -10,7 +10,7 @@ from typing import Any
 
 from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.metrics import to_json
-from diffmbrl.runs.provenance import collect
+from diffmbrl.runs.provenance import collect_provenance
 
 try:
     import fcntl
@@ -31,7 +31,7 @@ def save(name: str, result: dict[str, Any], *, quick: bool) -> Path:
     file, result = path(name, quick=quick), to_json(result)
     if file.exists() and json.loads(file.read_text())["result"] == result:
         return file
-    provenance = collect(seeds=None, time=None)
+    provenance = collect_provenance(seeds=None, time=None)
     provenance.pop("argv", None)
     text = json.dumps({"result": result, "provenance": to_json(provenance)}, indent=1)
     # A list of numbers or names takes one line, not one for each.

@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 import diffmbrl as d
 from benchmarks.record import save, table
 from diffmbrl.core import State, Task, reweighted
-from diffmbrl.jobs.batch import PolicyLanes, course, draw
+from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts, learning_curve
 
 TASKS, HORIZON, STARTS, SEEDS, STEPS, MEMORY = ("cartpole-balance", "pendulum-swingup"), 100, 128, 3, 600, 20
 HEAD = ["task, L-BFGS of", "train", "test", "train worst", "test worst", "success", "gradients", "sequential", "CPU s"]
@@ -50,8 +50,8 @@ def run(*, quick: bool) -> None:
 def by_scipy(name: str, steps: int, seeds: int) -> dict[str, Any]:
     """All seeds one after another, through one compiled function: stages are values of its weights."""
     task = d.tasks.make(name, horizon=HORIZON)
-    train, test, keys = draw(task, seeds, STARTS, 256, 0)
-    schedule = d.Continuation.discounted(d.Descend(optax.lbfgs), steps)
+    train, test, keys = draw_starts(task, seeds, STARTS, 256, 0)
+    schedule = d.Continuation.discounted(d.OptaxSolver(optax.lbfgs), steps)
     stages = [(schedule.weights(task, k), int(length)) for k, length in enumerate(schedule.lengths)]
     passes = int(d.BPTT().work(task, STARTS).sequential)
     policies = [d.Neural.init(task, hidden=d.tasks.TASKS[name].hidden, key=key) for key in keys]
@@ -119,9 +119,11 @@ def descend(
 def by_optax(name: str, steps: int, seeds: int) -> dict[str, Any]:
     """The row `lbfgs` of the table of methods."""
     task = d.tasks.make(name, horizon=HORIZON)
-    solver = d.Continuation.discounted(d.Descend(optax.lbfgs, memory_size=MEMORY), steps)
-    lanes = PolicyLanes([solver], task, d.tasks.TASKS[name].hidden, draw(task, seeds, STARTS, 256, 0), sequential=True)
-    whole = course(lanes, steps, looks=1)
+    solver = d.Continuation.discounted(d.OptaxSolver(optax.lbfgs, memory_size=MEMORY), steps)
+    lanes = BatchedPolicyRuns(
+        [solver], task, d.tasks.TASKS[name].hidden, draw_starts(task, seeds, STARTS, 256, 0), sequential=True
+    )
+    whole = learning_curve(lanes, steps, looks=1)
     look = whole.looks[-1]
     return {
         "task": name,
@@ -150,4 +152,4 @@ def _evaluate(policy: d.Neural, task: Task, train: State, test: State) -> dict[s
     trajectories = d.rollouts(policy, task, test)
     held_out = jax.vmap(lambda tau: d.returns(tau, task))(trajectories)
     success = jax.vmap(task.success)(trajectories.s_T) if task.success is not None else jax.numpy.zeros(1)
-    return {"train": -d.expected(policy, task, train), "test": -held_out.mean(), "success": success.mean()}
+    return {"train": -d.mean_return(policy, task, train), "test": -held_out.mean(), "success": success.mean()}

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 import diffmbrl as d
 from benchmarks.record import save, table
 from diffmbrl.core import Reward, State, Task
-from diffmbrl.jobs.batch import PolicyLanes, course, draw
+from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts, learning_curve
 from diffmbrl.policies import centre_and_half
 from diffmbrl.tasks.transforms.squash import squashed
 
@@ -66,7 +66,7 @@ ARMS = {
         150,
         False,
     ),
-    "lbfgs": (lambda steps, T: d.Continuation.discounted(d.Descend(optax.lbfgs, memory_size=20), steps), 600, True),
+    "lbfgs": (lambda steps, T: d.Continuation.discounted(d.OptaxSolver(optax.lbfgs, memory_size=20), steps), 600, True),
 }
 HEAD = [
     "task, method, squash",
@@ -121,10 +121,12 @@ def _run(name: str, arm: str, place: str, quick: bool) -> dict[str, Any]:
     steps = steps // 10 if quick else steps
     task = d.tasks.make(name, horizon=50 if quick else HORIZON)
     trained, judged = (change(task) for change in PLACES[place])
-    draws = draw(task, SEEDS, STARTS, 256, 0)
-    lanes = PolicyLanes([make(steps, task.horizon)], trained, d.tasks.TASKS[name].hidden, draws, sequential=sequential)
+    draws = draw_starts(task, SEEDS, STARTS, 256, 0)
+    lanes = BatchedPolicyRuns(
+        [make(steps, task.horizon)], trained, d.tasks.TASKS[name].hidden, draws, sequential=sequential
+    )
     start = _look(lanes.policies, judged, lanes.test)
-    whole = course(lanes, steps, looks=1)
+    whole = learning_curve(lanes, steps, looks=1)
     end = _look(lanes.policies, judged, lanes.test)
     train = _train(lanes.policies, judged, lanes.train)
     return {
@@ -142,7 +144,7 @@ def _run(name: str, arm: str, place: str, quick: bool) -> dict[str, Any]:
 
 @jax.jit
 def _train(policies: Any, task: Task, train: State) -> Array:
-    return jax.vmap(lambda policy, s0: -d.expected(policy, task, s0))(policies, train)
+    return jax.vmap(lambda policy, s0: -d.mean_return(policy, task, s0))(policies, train)
 
 
 @jax.jit

@@ -13,7 +13,7 @@ import numpy as np
 
 import diffmbrl as d
 from benchmarks.record import save, table
-from diffmbrl.jobs.batch import PolicyLanes, course, draw
+from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts, learning_curve
 from diffmbrl.methods import METHODS, solver
 
 TASKS = ("cartpole-balance", "pendulum-swingup")
@@ -46,12 +46,12 @@ def _curve(name: str, arm: str, starts: int, horizon: int, seed: int, quick: boo
     """Held-out cost, seconds and passes against updates."""
     row, task = METHODS[arm], d.tasks.make(name, horizon=horizon)
     steps = max(6, row.steps // 20) if quick else row.steps
-    train, test, keys = draw(task, seed + 1, starts, 256, 0)
+    train, test, keys = draw_starts(task, seed + 1, starts, 256, 0)
     made = solver(row, task, rate=None, steps=steps, continuation="default")
-    lanes = PolicyLanes(
+    lanes = BatchedPolicyRuns(
         [made], task, d.tasks.TASKS[name].hidden, (train[seed:], test, keys[seed:]), sequential=row.sequential
     )
-    run = course(lanes, steps, looks=LOOKS)
+    run = learning_curve(lanes, steps, looks=LOOKS)
     looks = run.looks[1:]
     return {
         "task": name,

@@ -4,7 +4,7 @@ from difflib import get_close_matches
 from typing import Any
 
 
-def known(what: str, name: str, names: Any) -> str:
+def validate_choice(what: str, name: str, names: Any) -> str:
     """`name` if it is one of `names`; else a `ValueError` with the nearest."""
     if name in names:
         return name

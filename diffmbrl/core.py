@@ -22,7 +22,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from diffmbrl.info import Info, Work
+from diffmbrl.info import EvaluationCounts, Info
 
 State = PyTree
 Params = PyTree
@@ -82,12 +82,13 @@ class Solver(Protocol):
     ) -> tuple[Any, Any, Info]: ...
 
 
-def renewed(solver: Solver, policy: Any, carry: Any, task: Any) -> Any:
-    """The carry with which a solver goes on to another objective: its `renew(policy, carry, task)`, or `init` if it has none.
+def on_objective_change(solver: Solver, policy: Any, carry: Any, task: Any) -> Any:
+    """The carry with which a solver goes on to another objective: its `on_objective_change(policy, carry, task)`, or
+    `init` if it has none.
 
     What was learned of the old objective (moments, curvature) must go; how far the solver has come may stay.
     """
-    renew = getattr(solver, "renew", None)
+    renew = getattr(solver, "on_objective_change", None)
     return solver.init(policy, task) if renew is None else renew(policy, carry, task)
 
 
@@ -97,7 +98,7 @@ def keeps_limits(solver: Any) -> bool:
 
 
 @runtime_checkable
-class Gradient(Protocol):
+class GradientEstimator(Protocol):
     """An estimator of dJ/dtheta: `(policy, task, s0 [B, ...], key) -> J, dJ/dpi` (a pytree like the policy).
 
     `samples` gives what it is the mean of, start by start: J [B] and a gradient with a leading axis of B. Start i uses key i of
@@ -113,7 +114,7 @@ class Gradient(Protocol):
 
     def samples(self, policy: Any, task: Any, s0: State, key: PRNGKeyArray | None) -> tuple[Array, Any]: ...
 
-    def work(self, task: Any, batch: int) -> Work: ...
+    def work(self, task: Any, batch: int) -> EvaluationCounts: ...
 
 
 class Trajectory(NamedTuple):
@@ -271,7 +272,7 @@ def where(condition: Bool[Array, "..."], x: Any, y: Any) -> Any:
     return jax.tree.map(pick, x, y)
 
 
-def only_if(asked: Bool[Array, ""], turn: Callable[[Any], Any], state: Any) -> Any:
+def cond_once(asked: Bool[Array, ""], turn: Callable[[Any], Any], state: Any) -> Any:
     """`turn(state)` if it is asked for, else the state: a loop of at most one turn.
 
     Under `vmap` a `cond` runs both branches, for all lanes; a loop runs if any lane asks.

@@ -15,8 +15,9 @@ as far as rounding does, and no further where the dynamics are chaotic.
 The axes of the mesh are of type Auto: with explicit ones, `vmap` of a `scan` fails.
 
 Several processes (one a machine, or one a GPU) run the same program, each with all of the batch's values at hand and its own
-devices' part of the work: `begin` connects them by `jax.distributed`. What ends a run must not differ between them (`agreed`),
-and one of them writes it down (`alone`). A run that was interrupted is gone on with by as many processes (`again`).
+devices' part of the work: `init_distributed` connects them by `jax.distributed`. What ends a run must not differ
+between them (`broadcast`), and one of them writes it down (`primary_only`). A run that was interrupted is gone on with
+by as many processes (`resume_copies`).
 """
 
 import contextlib
@@ -56,20 +57,20 @@ def mesh_of(count: int) -> Mesh:
     return jax.make_mesh((count,), (BATCH,), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
-def share(tree: Any, mesh: Mesh, *, what: str, axis: int = 0) -> Any:
+def shard(tree: Any, mesh: Mesh, *, what: str, axis: int = 0) -> Any:
     """The tree with this axis of every leaf shared out among the devices of the mesh; `what` it counts, for the message.
 
     Raises: `ValueError` naming the nearest sizes that fit, if the devices do not divide it.
 
-    >>> s0 = share(jax.numpy.zeros((8, 2)), mesh_of(1), what="starts")
+    >>> s0 = shard(jax.numpy.zeros((8, 2)), mesh_of(1), what="starts")
     >>> s0.shape
     (8, 2)
     """
-    check(jax.tree.leaves(tree)[0].shape[axis], mesh.size, what)
+    check_divisible(jax.tree.leaves(tree)[0].shape[axis], mesh.size, what)
     return _put(tree, NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH)))
 
 
-def check(size: int, devices: int, what: str) -> None:
+def check_divisible(size: int, devices: int, what: str) -> None:
     """Raises: `ValueError` naming the nearest sizes that fit, if the devices do not divide this one."""
     if size % devices:
         below = size // devices * devices
@@ -85,7 +86,7 @@ def copied(tree: Any, mesh: Mesh) -> Any:
     return _put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def beside(batch: Any, tree: Any) -> Any:
+def replicate_like(batch: Any, tree: Any) -> Any:
     """The tree whole on every device that a batch is shared out among; as it is where the batch is on one device.
 
     What one compiled call returns is laid so before the next call takes it: laid otherwise, that would be compiled again.
@@ -94,7 +95,7 @@ def beside(batch: Any, tree: Any) -> Any:
     return tree if mesh is None else copied(tree, mesh)
 
 
-def along(batch: Any, tree: Any) -> Any:
+def shard_like(batch: Any, tree: Any) -> Any:
     """The tree, with the batch's leading axis, shared out as the batch is; as it is where the batch is on one device."""
     mesh = _mesh(batch)
     return tree if mesh is None else _put(tree, NamedSharding(mesh, PartitionSpec(BATCH)))
@@ -110,7 +111,7 @@ def gathered(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def local(tree: Any) -> Any:
+def to_local(tree: Any) -> Any:
     """The tree whole on one device of this process, whatever devices it was on: to look at, save or go on with."""
 
     def one(x: Any) -> Any:
@@ -122,7 +123,7 @@ def local(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def begin(count: int) -> None:
+def init_distributed(count: int) -> None:
     """Before anything is computed: connect this process to the others, if the environment names them; on a CPU, have devices.
 
     `JAX_COORDINATOR_ADDRESS` (host:port of the first), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (from 0) say which they are;
@@ -145,7 +146,7 @@ def begin(count: int) -> None:
         jax.distributed.initialize(address, **given)  # pyright: ignore[reportArgumentType]
 
 
-def agreed(number: float, batch: Any = None) -> float:
+def broadcast(number: float, batch: Any = None) -> float:
     """The first process's number, in all of them: what ends a run by its clock must end it everywhere at once.
 
     With a `batch` that lies on one device there is nothing to agree on: each process has work of its own.
@@ -158,7 +159,7 @@ def agreed(number: float, batch: Any = None) -> float:
 
 
 @contextlib.contextmanager
-def alone(out: Path | None) -> Iterator[tuple[Path | None, Any]]:
+def primary_only(out: Path | None) -> Iterator[tuple[Path | None, Any]]:
     """Where this process writes, folder and stream: the first as asked, the others to a folder and a stream thrown away."""
     if jax.process_index() == 0:
         yield out, None
@@ -172,12 +173,12 @@ def alone(out: Path | None) -> Iterator[tuple[Path | None, Any]]:
 
 
 @contextlib.contextmanager
-def again(folder: Path) -> Iterator[tuple[Path, Any]]:
+def resume_copies(folder: Path) -> Iterator[tuple[Path, Any]]:
     """Where this process goes on with a run: the first in its folder, the others in a copy of it that is thrown away.
 
     All of them have to see the folder. None begins before every one has its copy.
     """
-    with alone(folder) as (place, stream):
+    with primary_only(folder) as (place, stream):
         assert place is not None
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-class Work(NamedTuple):
+class EvaluationCounts(NamedTuple):
     """Work done: steps of f, tangents pushed through f, cotangents pulled through f; and how much of it was sequential.
 
     `sequential` counts passes over the horizon that run one after another, whatever their batch: rollouts, reverse passes and
@@ -19,9 +19,9 @@ class Work(NamedTuple):
     sequential: Int[Array, "*batch"]
 
 
-def count_work(forward: Any = 0, jvp: Any = 0, vjp: Any = 0, sequential: Any = 0) -> Work:
-    """A `Work` from Python or traced whole numbers."""
-    return Work(*(jnp.asarray(x, jnp.int32) for x in (forward, jvp, vjp, sequential)))
+def count_evaluations(forward: Any = 0, jvp: Any = 0, vjp: Any = 0, sequential: Any = 0) -> EvaluationCounts:
+    """A `EvaluationCounts` from Python or traced whole numbers."""
+    return EvaluationCounts(*(jnp.asarray(x, jnp.int32) for x in (forward, jvp, vjp, sequential)))
 
 
 class Quadratic(NamedTuple):
@@ -44,7 +44,7 @@ class Info(NamedTuple):
     damping: Float[Array, "*batch"]  # the damping of the step taken; 0 for a method without one
     inner_iterations: Int[Array, "*batch"]  # Krylov dimensions, line-search trials, backward passes
     nonfinite: Int[Array, "*batch"]  # non-finite returns or gradients met, the rejected candidates' included
-    work: Work
+    work: EvaluationCounts
     model: Quadratic | None = None  # of second-order policy methods
     violation: Float[Array, "*batch"] | None = None  # largest violation of a constraint, of methods that enforce them
     merit: Float[Array, "*batch"] | None = None  # what a line search raises where that is not J: gaps, constraints too
@@ -52,12 +52,12 @@ class Info(NamedTuple):
     final: Bool[Array, "*batch"] | None = None
 
 
-def goes_on(info: Info) -> Bool[Array, "*batch"]:
+def is_finite(info: Info) -> Bool[Array, "*batch"]:
     """Whether J and the gradient of an update are finite; a run ends where they are not."""
     finite = jnp.isfinite(info.J)
     return finite if info.gradient_norm is None else finite & jnp.isfinite(info.gradient_norm)
 
 
-def is_final(info: Info) -> Bool[Array, "*batch"]:
+def in_last_stage(info: Info) -> Bool[Array, "*batch"]:
     """Whether the objective of an update was the last of its schedule, where there is one; only there a run can converge."""
     return jnp.ones(jnp.shape(info.J), bool) if info.final is None else info.final

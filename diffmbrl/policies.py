@@ -154,7 +154,7 @@ class Affine(eqx.Module):
     >>> from diffmbrl import tasks
     >>> Affine.zeros(tasks.lqr(horizon=20)).K.shape
     (20, 1, 2)
-    >>> Affine.within(tasks.cartpole_balance(horizon=20)).high
+    >>> Affine.with_limits(tasks.cartpole_balance(horizon=20)).high
     (10.0,)
     """
 
@@ -172,7 +172,7 @@ class Affine(eqx.Module):
         return cls(jnp.zeros((T, m, n), dtype), jnp.tile(resting_action(task), (T, 1)), jnp.zeros((T, n), dtype))
 
     @classmethod
-    def within(cls, task: Task) -> "Affine":
+    def with_limits(cls, task: Task) -> "Affine":
         """`zeros`, and every action clipped to the task's limits. Raises: `ValueError` if they are traced: they are static."""
         if not is_concrete(task.a_low, task.a_high):
             raise ValueError("the limits of a plan are static: make it outside jit, or pass it in")

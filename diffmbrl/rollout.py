@@ -1,4 +1,4 @@
-r"""All the scans of a task over time: `rollout`, `value`, `expected`, `returns`.
+r"""All the scans of a task over time: `rollout`, `episode_return`, `mean_return`, `returns`.
 
 A policy is applied at every step; a plan (`OpenLoop`, `Affine`) has a leading time axis, and step t uses its slice t; one with
 a memory (`core.Stateful`) carries it from step to step.
@@ -72,7 +72,7 @@ def recorded(
     return Trajectory(s, a, r, jnp.append(alive, alive_T), s_T), kept
 
 
-def value(
+def episode_return(
     policy: Any,
     task: Task,
     s0: State,
@@ -89,14 +89,14 @@ def value(
     return jnp.vdot(task.weights[:-1], r) + _terminal(task, s0, s_T, alive_T)
 
 
-def expected(
+def mean_return(
     policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
 ) -> Float[Array, ""]:
     """The mean return over a batch of start states `s0` [B, ...], each with a key (and weights, if any) of its own."""
-    return jnp.mean(values(policy, task, s0, key, remat=remat))
+    return jnp.mean(episode_returns(policy, task, s0, key, remat=remat))
 
 
-def values(
+def episode_returns(
     policy: Any,
     task: Task,
     s0: State,
@@ -111,16 +111,16 @@ def values(
     """
 
     def one(s, k, w):
-        return value(policy, reweighted(task, w), s, k, remat=remat, adjoint=adjoint)
+        return episode_return(policy, reweighted(task, w), s, k, remat=remat, adjoint=adjoint)
 
-    return jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split(key, s0), task.weights)
+    return jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split_keys(key, s0), task.weights)
 
 
 def rollouts(
     policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, remat: int | None = 1
 ) -> Trajectory:
     """A batch of rollouts from `s0` [B, ...]; every leaf has a leading batch axis."""
-    return jax.vmap(lambda s, k: rollout(policy, task, s, k, remat=remat))(s0, split(key, s0))
+    return jax.vmap(lambda s, k: rollout(policy, task, s, k, remat=remat))(s0, split_keys(key, s0))
 
 
 def returns(trajectory: Trajectory, task: Task) -> Float[Array, ""]:
@@ -145,7 +145,7 @@ def weights_axis(task: Task, s0: State) -> int | None:
     return 0
 
 
-def split(key: PRNGKeyArray | None, s0: State) -> Key[Array, " B"] | None:
+def split_keys(key: PRNGKeyArray | None, s0: State) -> Key[Array, " B"] | None:
     """One key per start state."""
     return None if key is None else jax.random.split(key, jax.tree.leaves(s0)[0].shape[0])
 
@@ -184,11 +184,11 @@ def _scan(
 ):
     _check(policy, task, s0, remat)
     step, plan = stepping(policy, task, s0, key, record, adjoint), policy if is_plan(policy) else None
-    carry, out = _scan_remat(step, begin(policy, task, s0), (jnp.arange(task.horizon), plan, w), remat)
+    carry, out = _scan_remat(step, rollout_start(policy, task, s0), (jnp.arange(task.horizon), plan, w), remat)
     return carry[:2], out
 
 
-def begin(policy: Any, task: Task, s0: State) -> tuple[State, Bool[Array, ""], Any]:
+def rollout_start(policy: Any, task: Task, s0: State) -> tuple[State, Bool[Array, ""], Any]:
     """What a rollout carries from step to step, at its start: the state, whether the episode goes on, the policy's memory."""
     alive = jnp.array(True) if task.done is None else ~task.done(s0)
     return s0, alive, policy.start(task) if is_stateful(policy) else None
@@ -199,7 +199,7 @@ def stepping(
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
     """One step of a rollout from `s0`, for a scan over (t, the slice of a plan, what is added to the action).
 
-    It takes and returns what `begin` makes, and beside it what `record` makes of s, a, r, alive and the memory.
+    It takes and returns what `rollout_start` makes, and beside it what `record` makes of s, a, r, alive and the memory.
     """
     stateful, is_planned = is_stateful(policy), is_plan(policy)
 

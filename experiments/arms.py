@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffmbrl.core import Solver
-from diffmbrl.jobs.batch import PolicyLanes, course, draw
+from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts, learning_curve
 from diffmbrl.tasks import make
 from experiments.programs import forget_programs
 
@@ -34,14 +34,14 @@ def train(
     forget_programs()
     task = make(name, horizon=horizon)
     rates: list[float | None] = list(arm.rates) or [None]
-    lanes = PolicyLanes(
+    lanes = BatchedPolicyRuns(
         [arm.make(rate, arm.steps) for rate in rates],
         task,
         hidden,
-        draw(task, seeds, starts, HELD_OUT, 0),
+        draw_starts(task, seeds, starts, HELD_OUT, 0),
         sequential=arm.sequential,
     )
-    run = course(lanes, arm.steps, looks=looks)
+    run = learning_curve(lanes, arm.steps, looks=looks)
     seen = run.looks
     final = _costs(seen[-1]["train"])
     best = int(np.argmin(np.median(final, axis=1)))

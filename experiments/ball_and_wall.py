@@ -9,7 +9,7 @@ The reward is the squared distance, less that of the longest flight, a constant 
 of the score function without a baseline does: all score functions here have a leave-one-out baseline.
 
 Set-up of Suh et al. 2022, Do Differentiable Simulators Give Better Policy Gradients, section 3, with the gamma of the
-authors' code. Two bounds on the mixture: `bias`, and the paper's, `accuracy`, both in the right direction
+authors' code. Two bounds on the mixture: `bias_bound`, and the paper's, `accuracy`, both in the right direction
 (`gradients/alpha_order.py`).
 """
 
@@ -22,10 +22,10 @@ import numpy as np
 import optax
 from scipy.optimize import root_scalar
 
-from diffmbrl.gradients.alpha_order import AlphaOrder, accuracy, bernstein, bias
-from diffmbrl.optimizers import Descend
+from diffmbrl.gradients.alpha_order import AlphaOrder, accuracy, bernstein, bias_bound
+from diffmbrl.optimizers import OptaxSolver
 from diffmbrl.policies import OpenLoop
-from diffmbrl.report.figures import Line, name_ends, style_of
+from diffmbrl.report.figures import Series, name_ends, style_of
 from diffmbrl.tasks import ball_and_wall
 from experiments import exact
 from experiments.decisions import BASELINE, ESTIMATORS, EXACT, PATHWISE, estimates, with_noise
@@ -100,7 +100,7 @@ def smoothed(theta: np.ndarray, std: float) -> exact.Exact:
 
 
 def _estimators(who: Sequence[str], gamma: float) -> dict[str, Any]:
-    bounds = {MIXED: bias, PAPER: accuracy}
+    bounds = {MIXED: bias_bound, PAPER: accuracy}
     return {
         name: AlphaOrder(gamma=gamma, radius=bernstein, bound=bounds[name]) if name in bounds else ESTIMATORS[name]
         for name in who
@@ -180,7 +180,7 @@ def _ascend(estimator: Any, size: Size) -> Any:
     """Angles [trials, steps + 1]."""
     task = ball_and_wall()
     gradient: Any = with_noise(estimator, task, std=size.std)
-    solver = Descend(optax.sgd, gradient=gradient, learning_rate=size.rate)
+    solver = OptaxSolver(optax.sgd, gradient=gradient, learning_rate=size.rate)
     s0 = jnp.broadcast_to(jnp.asarray([WALL, 0.0]), (size.descent_samples, 2))
     start = OpenLoop(jnp.full((1, 1), size.start))
 
@@ -256,7 +256,7 @@ def paint(numbers: Any) -> Any:
         gradient.plot(theta, array(sweep[name]["mean"]), STYLES[name].marker, **looks)
         spread = array(sweep[name]["variance"])
         variance.plot(theta, spread, STYLES[name].marker, **looks)
-        lines.append(Line(STYLES[name], theta, spread))
+        lines.append(Series(STYLES[name], theta, spread))
     for key in ("gradient", "pathwise"):
         gradient.plot(theta, array(known[key]), color=EXACT.colour, linewidth=1, zorder=0)
     for key in ("pathwise_variance", "baseline_variance"):

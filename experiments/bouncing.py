@@ -17,8 +17,8 @@ import numpy as np
 
 from diffmbrl.core import Task
 from diffmbrl.policies import OpenLoop
-from diffmbrl.report.figures import Line, name_ends, style_of
-from diffmbrl.rollout import value
+from diffmbrl.report.figures import Series, name_ends, style_of
+from diffmbrl.rollout import episode_return
 from diffmbrl.tasks import bouncing, bouncing_on_the_grid, bouncing_penalty
 from experiments.record import array
 from experiments.sheet import heading, sheet, title
@@ -80,7 +80,7 @@ def _measure(task: Task, q: np.ndarray) -> dict[str, Any]:
     plan = OpenLoop.zeros(task)
 
     def loss(q):
-        return -value(plan, task, jnp.stack([q, -jnp.ones_like(q)]), remat=None)
+        return -episode_return(plan, task, jnp.stack([q, -jnp.ones_like(q)]), remat=None)
 
     def all_of(q):
         across = [(loss(q + d) - loss(q - d)) / (2 * d) for d in (WIDE, NARROW)]
@@ -146,9 +146,9 @@ def paint(numbers: Any) -> Any:
             for axis in (loss, slope):
                 axis.set_xlabel("start [m]")
             ends = [
-                Line(TRUE, q, array(model["slope"])),
-                Line(style_of("over .1 m", index=4), q, np.clip(array(model[dt]["wide"]), -2.5, 2.5)),
-                Line(STYLES[name]._replace(label="autodiff"), q, np.clip(array(model[dt]["autodiff"]), -2.5, 2.5)),
+                Series(TRUE, q, array(model["slope"])),
+                Series(style_of("over .1 m", index=4), q, np.clip(array(model[dt]["wide"]), -2.5, 2.5)),
+                Series(STYLES[name]._replace(label="autodiff"), q, np.clip(array(model[dt]["autodiff"]), -2.5, 2.5)),
             ]
             name_ends(slope, ends)
     return figure

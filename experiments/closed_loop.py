@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffmbrl.core import Task
-from diffmbrl.jobs.batch import PolicyLanes, draw
+from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.planners import MPC, Ending
 from diffmbrl.planners.windows import Clocked
 from diffmbrl.policies import OpenLoop
 from diffmbrl.report.figures import name_ends, style_of
-from diffmbrl.rollout import returns, rollout, value
+from diffmbrl.rollout import episode_return, returns, rollout
 from diffmbrl.tasks import make, squashed
 from experiments.record import array
 from experiments.sheet import band, heading, log_limits, sheet, title
@@ -128,7 +128,7 @@ def _plan(planner: Any, task: Task, mpc: MPC, s: Any, key: Any, size: Size) -> t
         plan, carry = jax.lax.fori_loop(
             0, size.plan_updates, lambda _, state: planner.update(*state, inside, s0, key=None)[:2], start
         )
-        return plan, carry, value(plan, inside, s0)
+        return plan, carry, episode_return(plan, inside, s0)
 
     plans, carries, J = jax.vmap(attempt)(jax.random.split(key, size.tries))
     best = jnp.argmax(jnp.where(jnp.isfinite(J), J, -jnp.inf))
@@ -192,10 +192,12 @@ class _Begun:
 def _policies(task: Task, size: Size) -> Any:
     """One trained policy for each seed."""
     row = METHODS[size.method]
-    train, test, keys = draw(task, size.seeds, size.starts, 16, 0)
+    train, test, keys = draw_starts(task, size.seeds, size.starts, 16, 0)
     noise = jax.random.normal(jax.random.key(2), train.shape)
     made = solver(row, task, rate=None, steps=size.policy_updates, continuation="default")
-    lanes = PolicyLanes([made], task, size.hidden, (train + size.spread * noise, test, keys), sequential=row.sequential)
+    lanes = BatchedPolicyRuns(
+        [made], task, size.hidden, (train + size.spread * noise, test, keys), sequential=row.sequential
+    )
     lanes.advance(0, size.policy_updates)
     return lanes.policies
 

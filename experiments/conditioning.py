@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl.jobs.batch import PolicyLanes, draw
+from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.policies import Neural, OpenLoop
-from diffmbrl.report.figures import Line, key, log_axis, name_ends, style_of
+from diffmbrl.report.figures import Series, key, log_axis, name_ends, style_of
 from diffmbrl.second_order.curvature import curve, dense, gauss_newton, hessian, planner_step
 from diffmbrl.second_order.krylov import lanczos
 from diffmbrl.tasks import make
@@ -88,9 +88,9 @@ def measure(size: Size, parts: Any):
 def _policies(name: str, size: Size) -> Any:
     """Initial and trained policies, leaves [2 seeds, ...]."""
     task = make(name, horizon=size.trained_horizon)
-    draws = draw(task, size.seeds, size.trained_starts, 1, 0)
+    draws = draw_starts(task, size.seeds, size.trained_starts, 1, 0)
     made = solver(METHODS["lbfgs"], task, rate=None, steps=size.trained_steps, continuation="discounts")
-    lanes = PolicyLanes([made], task, size.hidden, draws, sequential=True)
+    lanes = BatchedPolicyRuns([made], task, size.hidden, draws, sequential=True)
     initial = jax.vmap(lambda k: Neural.init(task, hidden=size.hidden, key=k))(draws[2])
     lanes.advance(0, size.trained_steps)
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), initial, lanes.policies)
@@ -98,7 +98,7 @@ def _policies(name: str, size: Size) -> Any:
 
 def _spectra(name: str, T: int, policies: Callable[[], Any], size: Size) -> dict[str, Any]:
     task = make(name, horizon=T)
-    s0 = draw(task, size.seeds, size.starts, 1, 1)[0]
+    s0 = draw_starts(task, size.seeds, size.starts, 1, 1)[0]
     both = jax.tree.map(lambda x: jnp.concatenate([x, x]), s0)
     # Columns and starts are vmapped, and seeds five at a time: the tangents of all at once would fill the memory.
     run = jax.jit(
@@ -304,7 +304,7 @@ def _spectrum(axis: Any, found: Any, space: str) -> None:
     for what in SPECTRA[space]:
         y = array(found[what])
         # Below that share of the largest there is rounding, but for M, whose lower half is from its inverse.
-        lines.append(Line(STYLES[what], x, y if what.endswith(" M") else np.where(y > FLOOR * y[0], y, np.nan)))
+        lines.append(Series(STYLES[what], x, y if what.endswith(" M") else np.where(y > FLOOR * y[0], y, np.nan)))
     log_limits(axis, "y", [line.y for line in lines])
     log_axis(axis.xaxis, (1.0, float(x[-1])))
     axis.set_xlabel("number of the eigenvalue")
@@ -333,6 +333,6 @@ def _damping(axis: Any, horizons: Any) -> None:
             values.append(y)
             style = STYLES[what]._replace(label=f"{what.split()[0]}, T {t}")
             axis.plot(DAMPINGS, y, color=style.colour, linewidth=0.8 + 0.7 * i)
-            lines.append(Line(style, DAMPINGS[::-1], y[::-1]))
+            lines.append(Series(style, DAMPINGS[::-1], y[::-1]))
     log_limits(axis, "y", values)
     name_ends(axis, lines)

@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Array
 
 from diffmbrl.diagnostics.lyapunov import crossover, exponents
-from diffmbrl.report.figures import MUTED, Line, key, name_ends, style_of
+from diffmbrl.render.palette import MUTED
+from diffmbrl.report.figures import Series, key, name_ends, style_of
 from diffmbrl.tasks.double_pendulum import DoublePendulum
 from diffmbrl.tasks.integrate import rk4, semi_implicit
 from experiments.record import array
@@ -242,7 +243,7 @@ def _variances(axis: Any, found: Any) -> None:
         first, zeroth = (array(found[sigma][which]) for which in ("pathwise variance", "score variance"))
         axis.plot(t, first, color=style.colour, linewidth=1.7)
         axis.plot(t, zeroth, color=style.colour, linewidth=1.2, linestyle="--")
-        lines.append(Line(style, t, first))
+        lines.append(Series(style, t, first))
         at = _crossing(found, sigma)
         if t[0] < at < t[-1]:
             axis.plot([at], [np.interp(at, t, zeroth)], "o", color=style.colour, markersize=5, markerfacecolor="none")
@@ -260,7 +261,7 @@ def _means(axis: Any, found: Any) -> None:
         mean, error = array(x[f"{which} mean"]), array(x[f"{which} error"])
         axis.fill_between(t, mean - 2 * error, mean + 2 * error, color=style.colour, alpha=0.2, linewidth=0)
         axis.plot(t, mean, color=style.colour, linewidth=1.4)
-        lines.append(Line(style, t, mean))
+        lines.append(Series(style, t, mean))
     reach = 1.5 * float(np.abs(array(x["score mean"])).max() + 2 * array(x["score error"]).max())
     axis.set_ylim(-reach, reach)
     axis.axhline(0, color=MUTED, linewidth=0.7)
@@ -291,7 +292,7 @@ def _energy(axis: Any, found: Any) -> None:
         )
         axis.plot(t, np.maximum(both[0], 1e-16), color=style.colour, linewidth=1.5)
         axis.plot(t, np.maximum(both[1], 1e-16), color=style.colour, linewidth=1.1, linestyle="--")
-        lines += [Line(style, t, both[0]), Line(style._replace(label=f"RK4, {sigma}"), t, both[1])]
+        lines += [Series(style, t, both[0]), Series(style._replace(label=f"RK4, {sigma}"), t, both[1])]
     log_limits(axis, "y", [line.y for line in lines])
     axis.set_xlabel("time [s]")
     axis.set_ylabel("largest |E - E_0| / (3 m g l)")

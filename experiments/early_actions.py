@@ -16,8 +16,8 @@ import numpy as np
 
 from diffmbrl.diagnostics.jacobians import contributions
 from diffmbrl.policies import Neural
-from diffmbrl.report.figures import Line, key, name_ends, style_of
-from diffmbrl.second_order.curvature import along
+from diffmbrl.report.figures import Series, key, name_ends, style_of
+from diffmbrl.second_order.curvature import linearize_rollouts
 from diffmbrl.second_order.linearize import adjoint
 from diffmbrl.tasks import make
 from experiments.record import array
@@ -70,7 +70,7 @@ def _profiles(name: str, T: int, size: Size) -> dict[str, Any]:
             Neural.init(task, hidden=size.hidden, key=k[0], output_scale=size.scale),
             task.starts(k[1], size.starts),
         )
-        _, _, lin, K = along(policy, task, s0, None)
+        _, _, lin, K = linearize_rollouts(policy, task, s0, None)
         closed, plan = (adjoint(lin.A, lin.B, gains, lin.c_s, lin.c_a, lin.c_T) for gains in (K, jnp.zeros_like(K)))
         rms = [jnp.sqrt(jnp.mean(jnp.sum(g**2, axis=1), axis=-1)) for g in (closed, plan)]
         parts = contributions(policy, task, s0)
@@ -123,7 +123,7 @@ def paint(numbers: Any) -> Any:
                 t = array(x["t"]) + 1
                 axis.fill_between(t, y.min(1), y.max(1), color=style.colour, alpha=0.1, linewidth=0)
                 axis.plot(t, np.median(y, axis=1), color=style.colour, linewidth=1.5)
-                lines.append(Line(style, t, np.median(y, axis=1)))
+                lines.append(Series(style, t, np.median(y, axis=1)))
             log_limits(axis, "x", [np.array([1, max(int(T) for T in horizons)])])
             axis.set_xlabel("step t + 1")
             axis.set_ylabel(text.split(",")[0])

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffmbrl.methods import METHODS, Method, solver
 from diffmbrl.policies import Neural
-from diffmbrl.report.figures import Line, Style, effort_axis, name_ends, style_of
+from diffmbrl.report.figures import Series, Style, effort_axis, name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.arms import Arm, train
 from experiments.record import array
@@ -152,14 +152,14 @@ def paint(numbers: Any) -> Any:
     return figure
 
 
-def _line(axis: Any, style: Style, x: Any, y: np.ndarray, *, first: bool) -> Line:
+def _line(axis: Any, style: Style, x: Any, y: np.ndarray, *, first: bool) -> Series:
     """The median without its range, which a dozen of would hide."""
     middle = np.median(y, axis=1)
     every = max(1, len(x) // 6)
     looks: dict[str, Any] = {"linestyle": "--"} if first else {}
     looks |= {"marker": style.marker, "markersize": 3.5, "markevery": every}
     axis.plot(x, np.where(np.isfinite(middle), middle, np.nan), color=style.colour, linewidth=1.5, **looks)
-    return Line(style, np.asarray(x, float), middle)
+    return Series(style, np.asarray(x, float), middle)
 
 
 def _sweep(axis: Any, runs: Any, styles: dict[str, Style]) -> None:

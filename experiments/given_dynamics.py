@@ -28,10 +28,11 @@ from diffmbrl.gradients import BPTT
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.models import remembering
 from diffmbrl.models.buffer import Transition
-from diffmbrl.models.evaluate import jacobian_error, jacobians, step_errors
+from diffmbrl.models.evaluate import jacobian_error, model_jacobians, step_errors
 from diffmbrl.policies import Neural
-from diffmbrl.report.figures import INK, MUTED, Style, style_of
-from diffmbrl.rollout import values
+from diffmbrl.render.palette import INK, MUTED
+from diffmbrl.report.figures import Style, style_of
+from diffmbrl.rollout import episode_returns
 from diffmbrl.solve.loop import solve
 from diffmbrl.tasks import make
 from experiments.learned import random_windows
@@ -130,8 +131,8 @@ def _judged(f: Any, true: Any, test: Transition, steps: int) -> dict[str, Any]:
     deviation = jnp.std(flat_s, axis=0)
     change = jnp.sqrt(jnp.mean((test.s_next - s).reshape(flat_s.shape) ** 2, axis=0))
     every = jnp.arange(0, len(flat_s), max(1, len(flat_s) // 500))
-    F = jax.vmap(lambda s, a: jacobians(f, s, a)[:, : s.shape[0]])(flat_s[every], flat_a[every])
-    A = jax.vmap(lambda s, a: jacobians(true, s, a)[:, : s.shape[0]])(flat_s[every], flat_a[every])
+    F = jax.vmap(lambda s, a: model_jacobians(f, s, a)[:, : s.shape[0]])(flat_s[every], flat_a[every])
+    A = jax.vmap(lambda s, a: model_jacobians(true, s, a)[:, : s.shape[0]])(flat_s[every], flat_a[every])
 
     def largest(F):
         return jnp.mean(jnp.linalg.norm(F * deviation / deviation[:, None], 2, axis=(1, 2)))
@@ -169,7 +170,7 @@ def _improved(policy: Neural, task: Task, model: Task, s0: Any, updates: int) ->
 @jax.jit
 def _typical(policy: Any, task: Task, s0: Any) -> jax.Array:
     """The median return over starts: of those that leave the track, a few would be all there is to a mean."""
-    return jnp.median(values(policy, task, s0, None, remat=None))
+    return jnp.median(episode_returns(policy, task, s0, None, remat=None))
 
 
 def conclude(numbers: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffmbrl.report.figures import Line, name_ends
+from diffmbrl.report.figures import Series, name_ends
 from diffmbrl.tasks import heaviside, soft_heaviside
 from experiments import exact
 from experiments.decisions import BASELINE, ESTIMATORS, EXACT, PATHWISE, SCORE, STYLES, estimates
@@ -143,7 +143,7 @@ def paint(numbers: Any) -> Any:
         mean, spread = array(hard[name]["mean"]), array(hard[name]["variance"])
         gradient.plot(theta, mean, style.marker, markersize=2.6, color=style.colour)
         variance.plot(theta, spread, style.marker, markersize=2.6, color=style.colour)
-        lines.append(Line(style, theta, spread))
+        lines.append(Series(style, theta, spread))
     gradient.plot(theta, array(known["gradient"]), color=EXACT.colour, linewidth=1, zorder=0)
     title(gradient, "gradient; line: exact")
     for which in ("pathwise_variance", "score_variance", "baseline_variance"):
@@ -167,7 +167,7 @@ def _paint_soft(row: Any, soft: Any) -> None:
         rms.plot(n, array(found["rms"]), style.marker, markersize=3, color=style.colour)
         band(median, style, n, array(found["median"])[:, None])
         zero.plot(n, array(found["zero"]), style.marker, markersize=3, color=style.colour)
-        lines.append(Line(style, n, array(found["zero"])))
+        lines.append(Series(style, n, array(found["zero"])))
     zero.plot(array(soft["counts"]), array(soft["blind"]), color=EXACT.colour, linewidth=1, zorder=0)
     for axis in (rms, median):
         key = "rms" if axis is rms else "median"

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffmbrl.info import count_work
+from diffmbrl.info import count_evaluations
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.optimizers import Continuation, Dense, GaussNewton, Krylov, Sigma
-from diffmbrl.optimizers.damping import Choice, best_of, scale, take
+from diffmbrl.optimizers.damping import Choice, best_of, damped_update, scale
 from diffmbrl.report.figures import effort_axis, name_ends, style_of
-from diffmbrl.rollout import expected
+from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.krylov import lanczos
 from diffmbrl.tasks import make
@@ -84,9 +84,9 @@ class GradientImitation(eqx.Module):
 
         def work(candidates: int) -> Any:
             # As GaussNewton's, but products with G'G have no recursion over time.
-            return count_work(forward=steps * (2 + candidates), jvp=steps * (task.n + task.m), sequential=2 + 1)
+            return count_evaluations(forward=steps * (2 + candidates), jvp=steps * (task.n + task.m), sequential=2 + 1)
 
-        return take(self.damping, policy, carry, model, space, lambda pi: expected(pi, task, s0, key), work)
+        return damped_update(self.damping, policy, carry, model, space, lambda pi: mean_return(pi, task, s0, key), work)
 
 
 class Size(NamedTuple):

@@ -22,13 +22,14 @@ import optax
 
 from diffmbrl.core import Task
 from diffmbrl.diagnostics.jacobians import jacobians, spectral_radius
-from diffmbrl.diagnostics.lyapunov import averaged
+from diffmbrl.diagnostics.lyapunov import mean_exponents
 from diffmbrl.diagnostics.products import log_singular_values, log_spectral_radius, products
 from diffmbrl.models import NetworkDynamics, Training, train
 from diffmbrl.models.buffer import Transition
-from diffmbrl.models.fit import split
+from diffmbrl.models.fit import holdout_split
 from diffmbrl.policies import Gaussian, Neural
-from diffmbrl.report.figures import INK, MUTED, key, name_ends, style_of
+from diffmbrl.render.palette import INK, MUTED
+from diffmbrl.report.figures import key, name_ends, style_of
 from diffmbrl.rollout import rollouts
 from diffmbrl.tasks import make, random_lqr
 from experiments.record import array
@@ -100,7 +101,7 @@ def _policies(task: Task, scale: float, size: Size) -> Any:
 def _along(policy: Any, task: Task, s0: Any):
     found = jacobians(policy, task, jax.tree.map(lambda x: x[None], s0)).loop[0]
     factors = products(found)
-    return found, factors, log_singular_values(factors), averaged(factors.growth, 1.0)
+    return found, factors, log_singular_values(factors), mean_exponents(factors.growth, 1.0)
 
 
 def _summary(loop: Any, factors: Any, sigma: Any, lyapunov: Any) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _fit(task: Task, policies: dict[float, Any], size: Size) -> tuple[NetworkDyn
     )
     one, _ = train(jax.tree.map(lambda x: x[None], f), rows, len(s), jax.random.key(5), training)
     f = jax.tree.map(lambda x: x[0], one)
-    order, count = split(len(s), jnp.asarray(len(s), jnp.int32), training.holdout)
+    order, count = holdout_split(len(s), jnp.asarray(len(s), jnp.int32), training.holdout)
     held = order[: int(count)][:1000]
     A = jax.jit(jax.vmap(lambda f, s, a: jax.jacfwd(f)(s, a), in_axes=(None, 0, 0)))
     true, mine = (np.asarray(A(g, s[held], a[held])) for g in (task.dynamics, f))

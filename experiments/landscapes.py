@@ -22,8 +22,8 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl.core import Task, reweighted
 from diffmbrl.diagnostics.landscape import filter_normalised, line
 from diffmbrl.policies import Neural
-from diffmbrl.report.figures import Line, key, name_ends, style_of
-from diffmbrl.rollout import value
+from diffmbrl.report.figures import Series, key, name_ends, style_of
+from diffmbrl.rollout import episode_return
 from diffmbrl.tasks import make
 from experiments.record import array
 from experiments.sheet import heading, log_limits, sheet, title
@@ -114,7 +114,7 @@ def _gradients(size: Size) -> dict[str, Any]:
     @jax.jit
     def run(T):
         def one(s):
-            return ravel_pytree(jax.grad(lambda pi: -value(pi, _unrolled(task, T), s))(policy))[0]
+            return ravel_pytree(jax.grad(lambda pi: -episode_return(pi, _unrolled(task, T), s))(policy))[0]
 
         return jax.vmap(one)(s0)
 
@@ -174,7 +174,7 @@ def paint(numbers: Any) -> Any:
         for i, (T, x) in enumerate(_unrolls(slices).items()):
             style, y = style_of(f"T = {T}", index=i), array(x[which])
             axis.plot(alpha, y - 5 * i, color=style.colour, linewidth=1.1)
-            lines.append(Line(style, alpha, y - 5 * i))
+            lines.append(Series(style, alpha, y - 5 * i))
         axis.set_ylim(-5 * len(lines) + 1, 4)  # before the names, which stand where the lines end in it
         axis.set_yticks([])
         axis.set_xlabel("alpha, relative to the weights")
@@ -189,7 +189,7 @@ def paint(numbers: Any) -> Any:
         style, y = style_of(label, index=i), array(g[what])
         y = np.where(y > 0, y, np.nan)
         axis.plot(T, y, color=style.colour, marker=style.marker, markersize=3.5, linewidth=1.6)
-        lines.append(Line(style, T, y))
+        lines.append(Series(style, T, y))
     axis.set_xlabel("unroll T [steps]")
     axis.set_ylabel("of the gradient, over starts")
     title(axis, "gradient of T times the loss")

@@ -23,10 +23,11 @@ from diffmbrl.agents.dyna_q import DynaQ
 from diffmbrl.core import Task
 from diffmbrl.planners import MPC, Sampling
 from diffmbrl.policies import OpenLoop
-from diffmbrl.report.figures import INK, MUTED, name_ends, style_of
-from diffmbrl.rollout import value, values
-from diffmbrl.tasks.finite import Finite, Lookup, closed_loop, followed, open_loop, planned, replanned
-from diffmbrl.tasks.math_test import DESK, choice, math_test, tables
+from diffmbrl.render.palette import INK, MUTED
+from diffmbrl.report.figures import name_ends, style_of
+from diffmbrl.rollout import episode_return, episode_returns
+from diffmbrl.tasks.finite import Finite, Lookup, followed, open_loop, optimal_q, planned, replanned
+from diffmbrl.tasks.math_test import DESK, choice, finite_model, math_test
 from experiments.record import array
 from experiments.sheet import band, heading, sheet, title
 
@@ -60,7 +61,7 @@ QUICK = FULL._replace(seeds=4, looks=8, steps=1000, particles=40, tests=5)
 def measure(size: Size, parts: Any):
     """Exact values, what the planner does, what is learned."""
     task = math_test()
-    finite = tables(task)
+    finite = finite_model(task)
     numbers = {"exact": parts({"part": "exact"}, lambda: exact(task, finite))}
     keys = ("samples", "particles", "iterations", "tests")
     key = {"part": "planner"} | {name: getattr(size, name) for name in keys}
@@ -85,7 +86,7 @@ def exact(task: Task, finite: Finite) -> dict[str, Any]:
         REPLANNED: replanned(finite, 0, steps),
         SEATED: sum((p * replanned(finite, s, steps - 1) for s, p in finite.following[0][1].items()), Fraction(0)),
         DRAWN: _on_one_draw(finite, steps),
-        POLICY: max(closed_loop(finite, steps)[0][0]),
+        POLICY: max(optimal_q(finite, steps)[0][0]),
     }
     values = {name: float(x) for name, x in found.items()}
     return {"values": values, "believed": believed, "goes home": finite.a[plan[0]][0] < 0}
@@ -97,7 +98,7 @@ def _through_the_mean(task: Task, finite: Finite) -> tuple[float, tuple[int, int
     A = a.shape[0]
     plans = jnp.stack([jnp.repeat(a, A, axis=0), jnp.tile(a, (A, 1))], axis=1)
     s0 = jnp.asarray(finite.s[0])
-    J = np.asarray(jax.jit(jax.vmap(lambda plan: value(OpenLoop(plan), task, s0)))(plans))
+    J = np.asarray(jax.jit(jax.vmap(lambda plan: episode_return(OpenLoop(plan), task, s0)))(plans))
     return float(J.max()), (int(J.argmax()) // A, int(J.argmax()) % A)
 
 
@@ -133,8 +134,8 @@ def _planner(task: Task, finite: Finite, size: Size) -> dict[str, float]:
         rest = OpenLoop.zeros(task)
         plan, _ = jax.lax.fori_loop(0, size.iterations, improve, (rest, cem.init(rest, task)))
         doors = jnp.broadcast_to(door, tests.shape)
-        seen = values(mpc, task, jnp.concatenate([doors, tests]), key).reshape(2, -1)
-        return plan.a, *jnp.mean(seen, axis=1), jnp.mean(values(blind, task, doors, key))
+        seen = episode_returns(mpc, task, jnp.concatenate([doors, tests]), key).reshape(2, -1)
+        return plan.a, *jnp.mean(seen, axis=1), jnp.mean(episode_returns(blind, task, doors, key))
 
     actions, *earned = run(controller(cem, task), controller(Sampling(samples=size.samples, share=0.5), task))
     plan = tuple(int(choice(a)) + 1 for a in actions)
@@ -167,7 +168,7 @@ def _learn(task: Task, finite: Finite, planning: int, size: Size) -> dict[str, A
 
 def best_q(finite: Finite, steps: int) -> np.ndarray:
     """Q* of the states as they are met: the door with all its steps left, the desk with one less."""
-    Q = closed_loop(finite, steps)
+    Q = optimal_q(finite, steps)
     return np.array([[float(x) for x in Q[int(s[0] == DESK)][i]] for i, s in enumerate(finite.s)])
 
 

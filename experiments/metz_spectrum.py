@@ -19,11 +19,12 @@ from jax.flatten_util import ravel_pytree
 
 from diffmbrl.core import reweighted
 from diffmbrl.diagnostics.jacobians import eigenvalues, jacobians, spectral_radius
-from diffmbrl.diagnostics.lyapunov import averaged
+from diffmbrl.diagnostics.lyapunov import mean_exponents
 from diffmbrl.diagnostics.products import log_eigenvalues, log_spectral_radius, products
 from diffmbrl.policies import Neural
-from diffmbrl.report.figures import MUTED, name_ends, style_of
-from diffmbrl.rollout import rollout, value
+from diffmbrl.render.palette import MUTED
+from diffmbrl.report.figures import name_ends, style_of
+from diffmbrl.rollout import episode_return, rollout
 from diffmbrl.tasks import make
 from experiments.record import array
 from experiments.sheet import band, heading, log_limits, sheet, title
@@ -65,11 +66,13 @@ def _at_scale(scale: float, size: Size) -> dict[str, Any]:
     def along(pi, s):
         loop = jacobians(pi, task, s[None]).loop[0]
         factors = products(loop)
-        return loop, factors, averaged(factors.growth, 1.0)
+        return loop, factors, mean_exponents(factors.growth, 1.0)
 
     def gradient(pi, s, T):
         weights = (jnp.arange(size.horizon + 1) < T).astype(task.weights.dtype)
-        return jnp.linalg.norm(ravel_pytree(jax.grad(lambda pi: value(pi, reweighted(task, weights), s))(pi))[0])
+        return jnp.linalg.norm(
+            ravel_pytree(jax.grad(lambda pi: episode_return(pi, reweighted(task, weights), s))(pi))[0]
+        )
 
     loop, factors, lyapunov = jax.jit(jax.vmap(along))(policies, s0)
     states = jax.jit(jax.vmap(lambda pi, s: rollout(pi, task, s).s))(policies, s0)

@@ -20,13 +20,14 @@ import numpy as np
 import optax
 
 from diffmbrl.agents import Agent, learn
+from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
 from diffmbrl.agents.mpc_agent import MPCAgent
-from diffmbrl.agents.registry import make as make_agent
-from diffmbrl.agents.world import World
+from diffmbrl.agents.registry import make_agent as make_agent
 from diffmbrl.core import Task
 from diffmbrl.models import Training, TSInfinity
 from diffmbrl.planners import CEM, Receding, Sampling
-from diffmbrl.report.figures import MUTED, name_ends, style_of
+from diffmbrl.render.palette import MUTED
+from diffmbrl.report.figures import name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.record import array
 from experiments.sheet import band, heading, sheet, title
@@ -66,9 +67,9 @@ QUICK = Size(("iLQR", "MBPO"), 1, 2, 5, 8, 5, 1, 8, 2, 40, 250, 600, 5, 2)
 def arms(size: Size) -> dict[str, dict[str, tuple[Callable[[Task], Agent], int]]]:
     """For each task, its arms: an agent, and how many real steps it takes."""
 
-    def world(**fields: Any) -> World:
+    def world(**fields: Any) -> EnsembleTrainer:
         training = Training(optax.adam, learning_rate=1e-3, epochs=size.epochs, batch=64)
-        return World(training, members=5, elites=5, hidden=(size.units, size.units), **fields)
+        return EnsembleTrainer(training, members=5, elites=5, hidden=(size.units, size.units), **fields)
 
     def pets(task: Task) -> Agent:
         planner = Sampling(

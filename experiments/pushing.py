@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffmbrl.core import Task
-from diffmbrl.gradients import BPTT, Episode, LeaveOneOut, LikelihoodRatio
+from diffmbrl.gradients import BPTT, LeaveOneOut, LikelihoodRatio, TotalReturn
 from diffmbrl.policies import OpenLoop
 from diffmbrl.report.figures import name_ends, style_of
 from diffmbrl.tasks import pushing
@@ -38,7 +38,7 @@ EXPECTED = (
 )
 ESTIMATORS = {
     "pathwise": BPTT(),
-    "score function": LikelihoodRatio(Episode(), LeaveOneOut()),
+    "score function": LikelihoodRatio(TotalReturn(), LeaveOneOut()),
     "reward to go": LikelihoodRatio(baseline=LeaveOneOut()),
 }
 STYLES = {name: style_of(name, index=i) for i, name in enumerate(ESTIMATORS)}

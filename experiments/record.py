@@ -23,8 +23,8 @@ import numpy as np
 
 from diffmbrl.report import figures
 from diffmbrl.runs.folder import write_atomic
-from diffmbrl.runs.metrics import Writer, read, to_json
-from diffmbrl.runs.provenance import collect
+from diffmbrl.runs.metrics import Writer, read_metrics, to_json
+from diffmbrl.runs.provenance import collect_provenance
 
 RESULTS = Path(__file__).parent / "results"
 DIGITS = 5  # kept of each number
@@ -48,7 +48,7 @@ class Parts:
 
     def __init__(self, path: Path):
         self.path = path
-        self.kept = {_name(r["key"]): r["value"] for r in read(path)[0]} if path.exists() else {}
+        self.kept = {_name(r["key"]): r["value"] for r in read_metrics(path)[0]} if path.exists() else {}
 
     def __call__(self, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
         name = _name(key)
@@ -58,7 +58,7 @@ class Parts:
             print(f"{name}: {time.process_time() - begun:.0f} s of CPU", file=sys.stderr, flush=True)
             with Writer(self.path) as writer:
                 writer.write({"kind": "part", "key": key, "value": rounded(to_json(value))})
-            self.kept[name] = [r["value"] for r in read(self.path)[0]][-1]
+            self.kept[name] = [r["value"] for r in read_metrics(self.path)[0]][-1]
         return self.kept[name]
 
 
@@ -78,7 +78,7 @@ def run(name: str, *, quick: bool, fresh: bool = False, size: Any = None, folder
     so_far, measured = folder / f"{stem}{SO_FAR}", False
     with jax.enable_x64(True):
         for numbers in module.measure(size, Parts(path)):
-            provenance = collect(seeds=None, time=None)
+            provenance = collect_provenance(seeds=None, time=None)
             provenance.pop("argv", None)
             _save(so_far, module, rounded(to_json(numbers)), to_json(size._asdict()), provenance)
             measured = True

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl.jobs.batch import draw
+from diffmbrl.jobs.batch import draw_starts
 from diffmbrl.optimizers import Continuation, GaussNewton, Krylov
 from diffmbrl.policies import Neural
-from diffmbrl.report.figures import MUTED, Line, name_ends, style_of
+from diffmbrl.render.palette import MUTED
+from diffmbrl.report.figures import Series, name_ends, style_of
 from diffmbrl.second_order.curvature import curve, gauss_newton, planner_step
 from diffmbrl.second_order.krylov import lanczos
 from diffmbrl.second_order.linearize import Linearization, closed_loop, matmul
@@ -124,7 +125,7 @@ def measure(size: Size, parts: Any):
 def _spectrum(name: str, T: int, size: Size) -> dict[str, Any]:
     """Ends of the spectra, [discounts, seeds, ...], and growth per step, [seeds, starts]."""
     task = make(name, horizon=T)
-    train_starts, _, keys = draw(task, size.seeds, size.starts, 1, 0)
+    train_starts, _, keys = draw_starts(task, size.seeds, size.starts, 1, 0)
     policies = jax.vmap(lambda k: Neural.init(task, hidden=size.hidden, key=k))(keys)
     discounts = jnp.asarray(size.discounts)
     found = jax.jit(jax.vmap(lambda pi, s: _ends(pi, task, s, discounts)))(policies, train_starts)
@@ -287,8 +288,8 @@ def _bound(axis: Any, numbers: Any) -> None:
 
 
 def _training(gap_axis: Any, cost_axis: Any, runs: Any) -> None:
-    lines: list[Line] = []
-    ends: list[Line] = []
+    lines: list[Series] = []
+    ends: list[Series] = []
     for i, (schedule, run) in enumerate(runs.items()):
         style = style_of(schedule, index=i)
         lines.append(band(gap_axis, style, run["update"][1:], array(run["gap"])))

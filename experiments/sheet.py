@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from diffmbrl.render import palette
+from diffmbrl.render.palette import INK, MUTED, PAPER
 from diffmbrl.report import figures
-from diffmbrl.report.figures import INK, MUTED, PAPER, Line, Style
+from diffmbrl.report.figures import Series, Style
 
 WIDTH, HEIGHT = 2.75, 2.35  # inches of a panel
 LEFT, BOTTOM, TOP, HEAD = 0.72, 0.62, 0.36, 0.30  # around it, and above all
@@ -27,7 +29,7 @@ def sheet(rows: int, rooms: Sequence[float]) -> tuple[Any, np.ndarray]:
         for j, room in enumerate(rooms):
             y = height - HEAD - (i + 1) * (BOTTOM + HEIGHT + TOP) + BOTTOM
             axes[i, j] = figure.add_axes(((x + LEFT) / width, y / height, WIDTH / width, HEIGHT / height))
-            figures.dress(axes[i, j])
+            palette.dress(axes[i, j])
             x += LEFT + WIDTH + room
     return figure, axes
 
@@ -43,7 +45,7 @@ def heading(figure: Any, text: str) -> None:
     figure.text(0.12 * inch[0], 1 - 0.1 * inch[1], text, fontsize=11, fontweight="bold", color=INK, va="top")
 
 
-def band(axis: Any, style: Style, x: Any, values: Any, *, dashed: bool = False, thin: bool = False) -> Line:
+def band(axis: Any, style: Style, x: Any, values: Any, *, dashed: bool = False, thin: bool = False) -> Series:
     """The median over seeds (the last axis) and the range from the lowest to the highest; returns the median."""
     x, values = np.asarray(x, float), np.where(np.isfinite(values), values, np.nan)
     seen = np.isfinite(values).any(axis=-1)
@@ -55,7 +57,7 @@ def band(axis: Any, style: Style, x: Any, values: Any, *, dashed: bool = False, 
     if dashed:
         looks |= {"linestyle": "--", "markerfacecolor": PAPER}
     axis.plot(x, middle, color=style.colour, linewidth=1.0 if thin else 1.7, **looks)
-    return Line(style, x, middle)
+    return Series(style, x, middle)
 
 
 def log_limits(axis: Any, side: str, values: Sequence[Any], *, floor: float = 0.0) -> None:

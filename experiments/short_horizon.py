@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl.optimizers import AdaptiveHorizon, Descend, Entropy, Noise, Raced, ShortHorizon
+from diffmbrl.optimizers import AdaptiveHorizon, Entropy, MultiStart, Noise, OptaxSolver, ShortHorizon
 from diffmbrl.optimizers.clipped import clipped_adam
-from diffmbrl.optimizers.short_horizon.windows import begin, window
+from diffmbrl.optimizers.short_horizon.windows import start_environments, window
 from diffmbrl.policies import Neural
 from diffmbrl.report.figures import effort_axis, name_ends, style_of
-from diffmbrl.rollout import expected
+from diffmbrl.rollout import mean_return
 from diffmbrl.tasks import make
 from experiments.arms import Arm, train
 from experiments.record import array
@@ -78,7 +78,7 @@ def forms(size: Size, updates: int) -> dict[str, Arm]:
     return {
         "windows, entropy": Arm(lambda rate, steps: raced(size, steps, noise=Noise(entropy=Entropy())), updates),
         "full unroll": Arm(
-            lambda rate, steps: Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), size.unrolls, RATES
+            lambda rate, steps: OptaxSolver(clipped_adam, learning_rate=rate, anneal=float(steps)), size.unrolls, RATES
         ),
         "windows": Arm(lambda rate, steps: raced(size, steps, noise=Noise()), updates),
         "windows, adaptive": Arm(
@@ -93,15 +93,15 @@ def adaptive() -> AdaptiveHorizon:
     return AdaptiveHorizon(initial=jnp.asarray(8.0), high=jnp.asarray(16.0))
 
 
-def raced(size: Size, steps: int, **options: Any) -> Raced | ShortHorizon:
+def raced(size: Size, steps: int, **options: Any) -> MultiStart | ShortHorizon:
     """Windows, of the best of several first policies after half of the updates."""
     solver = short(size, steps, **options)
-    return solver if size.entrants == 1 else Raced(solver, entrants=size.entrants, updates=max(1, steps // 2))
+    return solver if size.entrants == 1 else MultiStart(solver, entrants=size.entrants, updates=max(1, steps // 2))
 
 
 def short(size: Size, steps: int, **options: Any) -> ShortHorizon:
     """A solver of windows with annealed rates."""
-    descend = Descend(clipped_adam, learning_rate=size.rate, anneal=float(steps))
+    descend = OptaxSolver(clipped_adam, learning_rate=size.rate, anneal=float(steps))
     options.setdefault("environments", min(64, size.starts))
     return ShortHorizon(descend, **options)
 
@@ -176,7 +176,7 @@ def _landscape(name: str, T: int, size: Size) -> dict[str, Any]:
     policy, critic, task, s0 = jax.tree.map(
         lambda x: x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x, (policy, carry.target, task, s0[:8])
     )
-    environments = begin(s0, s0.shape[0], task, staggered=False)
+    environments = start_environments(s0, s0.shape[0], task, staggered=False)
 
     def shifted(shift):
         W = policy.net.weights[0]
@@ -185,10 +185,10 @@ def _landscape(name: str, T: int, size: Size) -> dict[str, Any]:
     def surrogate(policy):
         return window(policy, task, s0, environments, critic, length=32, discount=jnp.ones(()))[0]
 
-    slope = jax.jit(jax.grad(lambda pi: expected(pi, task, s0)))(policy).net.weights[0]
+    slope = jax.jit(jax.grad(lambda pi: mean_return(pi, task, s0)))(policy).net.weights[0]
     place = jnp.unravel_index(jnp.argmax(jnp.abs(slope)), slope.shape)
     shifts = jnp.linspace(-1.0, 1.0, size.shifts)
-    J = jax.jit(lambda x: jax.lax.map(lambda e: expected(shifted(e), far, s0), x))(shifts)
+    J = jax.jit(lambda x: jax.lax.map(lambda e: mean_return(shifted(e), far, s0), x))(shifts)
     short_ = jax.jit(lambda x: jax.lax.map(lambda e: surrogate(shifted(e)), x))(shifts)
     return {"shift": shifts, "J": J, "window": short_}
 

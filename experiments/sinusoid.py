@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffmbrl.report.figures import Line, name_ends
+from diffmbrl.report.figures import Series, name_ends
 from diffmbrl.tasks import sinusoid
 from experiments import exact
 from experiments.decisions import BASELINE, ESTIMATORS, EXACT, PATHWISE, SCORE, STYLES, estimates
@@ -103,7 +103,7 @@ def paint(numbers: Any) -> Any:
         axis.plot(
             array(numbers["frequency"]), array(numbers[name]["largest"]), style.marker, markersize=4, color=style.colour
         )
-        lines.append(Line(style, dense, array(numbers[name]["exact"])))
+        lines.append(Series(style, dense, array(numbers[name]["exact"])))
     log_limits(axis, "x", [dense])
     log_limits(axis, "y", [line.y for line in lines])
     axis.set_xlabel("frequency")

@@ -25,10 +25,10 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl.core import Task
 from diffmbrl.gradients import BPTT, LeaveOneOut, LikelihoodRatio
 from diffmbrl.gradients.alpha_order import AlphaOrder
-from diffmbrl.optimizers import Descend
+from diffmbrl.optimizers import OptaxSolver
 from diffmbrl.policies import Linear
 from diffmbrl.report.figures import name_ends, style_of
-from diffmbrl.rollout import expected, rollouts
+from diffmbrl.rollout import mean_return, rollouts
 from diffmbrl.tasks import make
 from experiments.decisions import with_noise
 from experiments.record import array
@@ -112,10 +112,10 @@ def _trained(noisy: Any, task: Task, samples: int, steps: int, rates: Any, seeds
 
     def look(policy):
         trajectories = rollouts(policy, task, held_out, remat=None)
-        return expected(policy, task, held_out, remat=None), jnp.mean(jax.vmap(success)(trajectories.s_T))
+        return mean_return(policy, task, held_out, remat=None), jnp.mean(jax.vmap(success)(trajectories.s_T))
 
     def run(rate, key):
-        solver = Descend(optax.adam, gradient=noisy, learning_rate=rate)
+        solver = OptaxSolver(optax.adam, gradient=noisy, learning_rate=rate)
 
         def update(carry, key):
             key_s, key_w = jax.random.split(key)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from diffmbrl.gradients import BPTT, Truncated
-from diffmbrl.optimizers import Descend
+from diffmbrl.optimizers import OptaxSolver
 from diffmbrl.optimizers.clipped import clipped_adam
 from diffmbrl.report.figures import name_ends, style_of
 from experiments.arms import Arm, train
@@ -59,7 +59,7 @@ def measure(size: Size, parts: Any):
 
 def _sweep(name: str, T: int, label: str, every: list[int], size: Size, options: dict[str, Any]) -> dict[str, Any]:
     def make(k: Any, steps: int) -> Any:
-        return Descend(ARMS[label], learning_rate=size.rate, gradient=BPTT(Truncated(int(k))))
+        return OptaxSolver(ARMS[label], learning_rate=size.rate, gradient=BPTT(Truncated(int(k))))
 
     with jax.enable_x64(False):
         run = train(Arm(make, size.updates, every), name, horizon=T, looks=2, **options)

@@ -22,7 +22,7 @@ import numpy as np
 
 from diffmbrl.agents.learn import learn
 from diffmbrl.agents.registry import AGENTS
-from diffmbrl.agents.registry import make as make_agent
+from diffmbrl.agents.registry import make_agent as make_agent
 from diffmbrl.report.figures import name_ends, style_of
 from diffmbrl.tasks import make
 from experiments.record import array

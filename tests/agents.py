@@ -2,13 +2,23 @@
 
 from typing import Any, NamedTuple
 
-from diffmbrl.agents import MBPO, PPO, SAC, Idle, OffPolicy, OnPolicy, Replayed, Streamed, World
-from diffmbrl.agents.registry import make
+from diffmbrl.agents import (
+    MBPO,
+    PPO,
+    SAC,
+    EnsembleTrainer,
+    OffPolicy,
+    OffPolicyPractice,
+    OnPolicy,
+    OnPolicyPractice,
+    RandomAgent,
+)
+from diffmbrl.agents.registry import make_agent
 from diffmbrl.models import NetworkDynamics, Training
 
 STEPS = {"warmup": 20, "every": 20}
-WORLD = World(Training(epochs=2, batch=16), members=2, elites=1, hidden=(8,), model=NetworkDynamics.init)
-STREAMED = Streamed(updates=2, branches=4, steps=5)
+WORLD = EnsembleTrainer(Training(epochs=2, batch=16), members=2, elites=1, hidden=(8,), model=NetworkDynamics.init)
+STREAMED = OnPolicyPractice(updates=2, branches=4, steps=5)
 SMALL_PPO = {"hidden": (8,), "batches": 2, "epochs": 2}
 
 
@@ -24,13 +34,13 @@ class Row(NamedTuple):
 
 
 AGENTS = [
-    Row("random", lambda task: Idle(warmup=20, every=20)),
+    Row("random", lambda task: RandomAgent(warmup=20, every=20)),
     Row(
         "mbpo",
         lambda task: MBPO(
             SAC(hidden=(8,)),
             WORLD,
-            practice=Replayed(updates=4, rounds=2, batch=16, branches=4, steps=3),
+            practice=OffPolicyPractice(updates=4, rounds=2, batch=16, branches=4, steps=3),
             **STEPS,
         ),
         model=True,
@@ -59,28 +69,28 @@ AGENTS = [
     Row("ppo", lambda task: OnPolicy(PPO(**SMALL_PPO), every=20, environments=2), tolerance=1e-3),
     Row(
         "mpc",
-        lambda task: make("mpc", task, STEPS | {"seconds": 0.2, "members": 2, "units": 8}),
+        lambda task: make_agent("mpc", task, STEPS | {"seconds": 0.2, "members": 2, "units": 8}),
         model=True,
         tolerance=1e-2,
     ),
-    Row("bptt", lambda task: make("bptt", task, STEPS | {"updates": 2}), model=True, tolerance=1e-3),
+    Row("bptt", lambda task: make_agent("bptt", task, STEPS | {"updates": 2}), model=True, tolerance=1e-3),
     Row(
         "second-order",
-        lambda task: make("second-order", task, STEPS | {"updates": 1, "continued": 0}),
+        lambda task: make_agent("second-order", task, STEPS | {"updates": 1, "continued": 0}),
         model=True,
         tolerance=1e-2,
         slow=True,
     ),
     Row(
         "short-horizon",
-        lambda task: make("short-horizon", task, STEPS | {"updates": 2, "window": 4}),
+        lambda task: make_agent("short-horizon", task, STEPS | {"updates": 2, "window": 4}),
         model=True,
         tolerance=1e-3,
         slow=True,
     ),
     Row(
         "hybrid",
-        lambda task: make("hybrid", task, STEPS | {"updates": 2, "horizon": 3, "iterations": 1}),
+        lambda task: make_agent("hybrid", task, STEPS | {"updates": 2, "horizon": 3, "iterations": 1}),
         model=True,
         tolerance=1e-3,
         slow=True,

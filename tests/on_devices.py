@@ -15,11 +15,11 @@ import numpy as np
 
 from diffmbrl import GaussNewton, Krylov, Neural, OpenLoop, Sampling, solve, tasks
 from diffmbrl import devices as on
-from diffmbrl.agents import Idle
+from diffmbrl.agents import RandomAgent
 from diffmbrl.agents.learn import learn
 from diffmbrl.core import Task
-from diffmbrl.jobs.batch import PlanLanes, PolicyLanes, draw, shared
-from diffmbrl.jobs.plan import Setting, plan
+from diffmbrl.jobs.batch import BatchedPlanRuns, BatchedPolicyRuns, draw_starts, shared
+from diffmbrl.jobs.plan import PlanConfig, plan
 from diffmbrl.methods import METHODS
 from diffmbrl.runs import metrics
 from diffmbrl.second_order.curvature import gauss_newton
@@ -31,7 +31,7 @@ STEPS = 3
 
 def gap(one, other) -> float:
     """The largest relative difference of two trees."""
-    pairs = zip(*(jax.tree.leaves(on.local(tree)) for tree in (one, other)), strict=True)
+    pairs = zip(*(jax.tree.leaves(on.to_local(tree)) for tree in (one, other)), strict=True)
     floats = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs if x.dtype != np.bool_]
     return max(float(np.max(np.abs(x - y)) / max(1e-3, np.max(np.abs(x)))) for x, y in floats)
 
@@ -45,10 +45,10 @@ def agree() -> dict:
     """Differences between four devices and one, and what was compiled or traced more than once."""
     mesh, out = on.mesh_of(4), {}
     policy, s0 = Neural.init(TASK, hidden=(3,), key=jax.random.key(0)), TASK.starts(jax.random.key(1), 8)
-    divided = on.share(s0, mesh, what="starts")
+    divided = on.shard(s0, mesh, what="starts")
     once = jax.jit(chex.assert_max_traces(product, n=1))
     out["product"] = max(
-        gap(jax.jit(product)(policy, TASK, s0), once(policy, TASK, x)) for x in (divided, on.along(divided, s0))
+        gap(jax.jit(product)(policy, TASK, s0), once(policy, TASK, x)) for x in (divided, on.shard_like(divided, s0))
     )
     text = once.lower(policy, TASK, divided).compile().as_text()
     out["reductions"] = text.count(" all-reduce(") + text.count(" all-reduce-start(")
@@ -65,10 +65,12 @@ def lanes() -> dict:
     """Policies and plans of a comparison, evaluated."""
     found = {}
     for devices in (1, 4):
-        draws = shared(draw(TASK, 2, 4, 8, 0), devices)
+        draws = shared(draw_starts(TASK, 2, 4, 8, 0), devices)
         row = METHODS["adam"]
-        policies = PolicyLanes([row.make(rate, 9, TASK) for rate in (1e-2, 3e-2)], TASK, (3,), draws, sequential=False)
-        plans = PlanLanes([METHODS["random-shooting"].make(None, 9, TASK)], TASK, draws)
+        policies = BatchedPolicyRuns(
+            [row.make(rate, 9, TASK) for rate in (1e-2, 3e-2)], TASK, (3,), draws, sequential=False
+        )
+        plans = BatchedPlanRuns([METHODS["random-shooting"].make(None, 9, TASK)], TASK, draws)
         for made in (policies, plans):
             made.advance(0, 1)
             made.advance(1, STEPS - 1)
@@ -82,8 +84,8 @@ def agents(mesh) -> dict:
     """An agent's seeds; and of hyperparameters, a lane each."""
     keys = jax.random.split(jax.random.key(0), 4)
     given = {"real_steps": 40, "evaluations": 2}
-    one = learn(Idle(warmup=20, every=10), TASK, keys, **given)
-    four = learn(Idle(warmup=20, every=10), TASK, on.share(keys, mesh, what="seeds"), **given)
+    one = learn(RandomAgent(warmup=20, every=10), TASK, keys, **given)
+    four = learn(RandomAgent(warmup=20, every=10), TASK, on.shard(keys, mesh, what="seeds"), **given)
     return {"agents": gap(one.buffer.rows, four.buffer.rows), "buffers on": len(four.buffer.size.sharding.device_set)}
 
 
@@ -100,10 +102,10 @@ def population(mesh) -> dict:
 
 def planned(devices: int) -> list:
     """States and actions of a run of `diffmbrl plan`."""
-    setting = Setting("lqr", "cem", False, 4, None, 2, {}, {}, 0.01, 0, 1, 0, False, devices)
+    setting = PlanConfig("lqr", "cem", False, 4, None, 2, {}, {}, 0.01, 0, 1, 0, False, devices)
     with tempfile.TemporaryDirectory() as place:
         folder = plan(setting, out=Path(place) / "run", stream=io.StringIO())
-        records = metrics.read(folder / "metrics.jsonl")[0]
+        records = metrics.read_metrics(folder / "metrics.jsonl")[0]
     return [[np.asarray(x["s"]), np.asarray(x["a"])] for x in records if x["kind"] == "trajectory"]
 
 

@@ -9,29 +9,29 @@ from diffmbrl import (
     DDP,
     ILQR,
     AdaptiveHorizon,
+    BestSoFar,
     Consensus,
     Continuation,
     Dense,
-    Descend,
     Entropy,
     GaussNewton,
-    KeepBest,
     Krylov,
     KrylovNewton,
     LevenbergMarquardt,
     MultipleShooting,
+    MultiStart,
     NewtonCG,
     Noise,
+    OptaxSolver,
     Preconditioned,
-    Raced,
-    Relay,
+    Sequential,
     ShortHorizon,
     Sigma,
     SquareRoot,
 )
 from diffmbrl.optimizers.clipped import clipped_adam, clipped_muon
 from diffmbrl.optimizers.soap import soap
-from diffmbrl.planners import CEM, MPPI, Best, Coloured, Even, Normal, Sampling, Shooting
+from diffmbrl.planners import CEM, MPPI, ArgMax, Coloured, Normal, Sampling, Shooting, Uniform
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.preconditioners import LeafBlocks, SignedJacobi
 
@@ -49,18 +49,18 @@ class Row(NamedTuple):
     slow: bool = False  # its parts stand in other rows: not repeated in continuous integration
 
 
-ADAM = Descend(optax.adam, learning_rate=3e-2)
+ADAM = OptaxSolver(optax.adam, learning_rate=3e-2)
 SHORT: dict[str, Any] = {"window": 4, "environments": 6, "epochs": 2, "batches": 2, "hidden": (8,)}
 REACH = AdaptiveHorizon(initial=2.0, low=1.0, high=4.0)
 
 SOLVERS = [
     Row("adam", ADAM, models=False),
-    Row("clipped adam", Descend(clipped_adam, learning_rate=3e-2, max_norm=0.5), models=False, slow=True),
-    Row("annealed adam", Descend(optax.adam, learning_rate=6e-2, anneal=30.0), models=False, slow=True),
-    Row("muon", Descend(clipped_muon, learning_rate=3e-2), models=False),
-    Row("soap", Descend(soap, learning_rate=3e-2, every=2), models=False),
-    Row("sgd", Descend(optax.sgd, learning_rate=3e-2), models=False),
-    Row("lbfgs", Descend(optax.lbfgs, memory_size=5), monotone=True, models=False),
+    Row("clipped adam", OptaxSolver(clipped_adam, learning_rate=3e-2, max_norm=0.5), models=False, slow=True),
+    Row("annealed adam", OptaxSolver(optax.adam, learning_rate=6e-2, anneal=30.0), models=False, slow=True),
+    Row("muon", OptaxSolver(clipped_muon, learning_rate=3e-2), models=False),
+    Row("soap", OptaxSolver(soap, learning_rate=3e-2, every=2), models=False),
+    Row("sgd", OptaxSolver(optax.sgd, learning_rate=3e-2), models=False),
+    Row("lbfgs", OptaxSolver(optax.lbfgs, memory_size=5), monotone=True, models=False),
     Row("gauss-newton", GaussNewton(), monotone=True, exact_on_lqr=True),
     Row("gauss-newton, chunked", GaussNewton(system=Krylov(8), chunk=3), monotone=True, slow=True),
     Row("gauss-newton, damped", GaussNewton(damping=LevenbergMarquardt()), monotone=True, slow=True),
@@ -93,7 +93,7 @@ SOLVERS = [
     Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2]), models=False, slow=True),
     Row(
         "continued lbfgs",
-        Continuation(Descend(optax.lbfgs, memory_size=5), discounts=[0.8, 1.0], lengths=[2, 2]),
+        Continuation(OptaxSolver(optax.lbfgs, memory_size=5), discounts=[0.8, 1.0], lengths=[2, 2]),
         models=False,
     ),
     Row(
@@ -109,7 +109,7 @@ SOLVERS = [
     ),
     Row(
         "raced gauss-newton",
-        Raced(GaussNewton(system=Krylov(8)), entrants=3, updates=2, starts=3),
+        MultiStart(GaussNewton(system=Krylov(8)), entrants=3, updates=2, starts=3),
         monotone=True,
         slow=True,
     ),
@@ -121,15 +121,15 @@ SOLVERS = [
         models=False,
         slow=True,
     ),
-    Row("the best of gauss-newton", KeepBest(GaussNewton(system=Krylov(8))), monotone=True, slow=True),
-    Row("adam, then gauss-newton", Relay(ADAM, GaussNewton(system=Krylov(8)), updates=2), models=False, slow=True),
+    Row("the best of gauss-newton", BestSoFar(GaussNewton(system=Krylov(8))), monotone=True, slow=True),
+    Row("adam, then gauss-newton", Sequential(ADAM, GaussNewton(system=Krylov(8)), updates=2), models=False, slow=True),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
     Row("ddp", DDP(), "plan", monotone=True, exact_on_lqr=True, models=False, slow=True),
     Row("multiple shooting", MultipleShooting(), "plan", exact_on_lqr=True, models=False),
     Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan", models=False),
     Row(
         "random shooting",
-        Sampling(Best(), draw=Even(), samples=64, std=1.0),
+        Sampling(ArgMax(), draw=Uniform(), samples=64, std=1.0),
         "plan",
         monotone=True,
         models=False,
@@ -164,7 +164,7 @@ SOLVERS = [
     ),
     Row(
         "shooting",
-        Shooting(Descend(optax.adam, learning_rate=0.1), starts=3, spread=0.3),
+        Shooting(OptaxSolver(optax.adam, learning_rate=0.1), starts=3, spread=0.3),
         "plan",
         models=False,
     ),

@@ -12,7 +12,7 @@ import pytest
 
 from diffmbrl import tasks
 from diffmbrl.agents import Agent, System, learn
-from diffmbrl.agents.collect import begin, collect
+from diffmbrl.agents.collect import collect_steps, reset_places
 from diffmbrl.agents.learn import Learned
 from diffmbrl.agents.registry import AGENTS as REGISTERED
 from diffmbrl.core import is_plan
@@ -66,8 +66,8 @@ def lane(row: Row, system: System, key: Any) -> tuple[Any, ...]:
     def draw(agent, system, key):
         carry = agent.init(system.view, key)
         policy = agent.policy(carry, system.view)
-        places = begin(policy, system, key, agent.environments)
-        steps = collect(policy, system, places, key, steps=agent.every // agent.environments)[1].steps
+        places = reset_places(policy, system, key, agent.environments)
+        steps = collect_steps(policy, system, places, key, steps=agent.every // agent.environments)[1].steps
         return carry, steps
 
     buffer = jax.eval_shape(lambda: Buffer.empty(system.view, row.real_steps))

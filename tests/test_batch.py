@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks.trajectory_problems import problem
-from diffmbrl import ILQR, Affine, GaussNewton, Status, plans, rollout, solve, tasks, value
+from diffmbrl import ILQR, Affine, GaussNewton, Status, episode_return, plans, rollout, solve, tasks
 from diffmbrl.diagnostics.spectrum import in_double
-from diffmbrl.planners import Boxed, OneByOne, Together
+from diffmbrl.planners import BoxConstrained, OneByOne, Together
 from tests.problems import bent, changed, same
 
 KEY = jax.random.key(0)
@@ -38,7 +38,7 @@ def test_they_are_what_solve_finds_from_each_start(swing, schedule):
         same(found.expansion.J[lane, 0], found.J[lane])
         np.testing.assert_allclose(found.gradient_norm[lane], history.info.gradient_norm[-1], rtol=1e-3)
         plan = jax.tree.map(lambda x, lane=lane: x[lane], found.plan)
-        same(value(plan, task, s0[lane]), found.J[lane])
+        same(episode_return(plan, task, s0[lane]), found.J[lane])
 
 
 def test_the_share_of_useful_work(swing):
@@ -91,7 +91,9 @@ def test_each_start_goes_on_from_a_plan_of_its_own(swing):
     assert np.all(whole.J >= half.J)
     np.testing.assert_allclose(whole.J, again.J, rtol=1e-9)
     one = jax.tree.map(lambda x: x[0], half.plan)
-    assert np.all(jax.vmap(lambda s: value(one, task, s))(s0) <= plans(planner, task, s0, steps=1, start=one).J)
+    assert np.all(
+        jax.vmap(lambda s: episode_return(one, task, s))(s0) <= plans(planner, task, s0, steps=1, start=one).J
+    )
 
 
 def test_each_start_has_noise_of_its_own(swing):
@@ -108,8 +110,8 @@ def test_limits_are_kept(x64):
     task = problem("pendulum", 20)
     task = eqx.tree_at(lambda t: (t.a_low, t.a_high), task, (-2 * jnp.ones(1), 2 * jnp.ones(1)))
     s0 = jnp.asarray([[0.0, 0.0], [0.5, -1.0]])
-    found = plans(in_double(ILQR.within(task)), task, s0, steps=60)
-    assert isinstance(ILQR.within(task).sweep, Boxed)
+    found = plans(in_double(ILQR.with_limits(task)), task, s0, steps=60)
+    assert isinstance(ILQR.with_limits(task).sweep, BoxConstrained)
     a = jax.vmap(lambda plan, s: rollout(plan, task, s).a)(found.plan, s0)
     assert np.all(np.abs(a) <= 2) and np.any(np.abs(a) == 2)
 

@@ -14,19 +14,19 @@ from jax.test_util import check_grads
 from diffmbrl import (
     BPTT,
     MPC,
-    Descend,
     GaussNewton,
     Krylov,
     Neural,
     OpenLoop,
+    OptaxSolver,
     ShortHorizon,
+    episode_return,
     rollout,
     solve,
     tasks,
-    value,
 )
 from diffmbrl.agents import learn
-from diffmbrl.agents.registry import make as make_agent
+from diffmbrl.agents.registry import make_agent as make_agent
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.render.registry import frames
 from diffmbrl.render.shapes import Circle, Line
@@ -113,7 +113,7 @@ def test_J_is_braxs_return_and_what_the_start_earns(name, x64):
     s0 = task.initial(KEY)
     policy = OpenLoop(0.1 * random_actions(task))
     trajectory = jax.jit(rollout)(policy, task, s0)
-    J = jax.jit(value)(policy, task, s0)
+    J = jax.jit(episode_return)(policy, task, s0)
     np.testing.assert_allclose(J, brax_rewards(task, trajectory).sum() + task.terminal(s0), rtol=1e-12)
 
 
@@ -213,10 +213,10 @@ def test_a_pole_is_drawn_where_it_is():
 # Everything runs on it unchanged: one update of each kind.
 
 SHORT = ShortHorizon(
-    Descend(optax.adam, learning_rate=1e-2), window=2, environments=4, epochs=1, batches=2, hidden=(8,)
+    OptaxSolver(optax.adam, learning_rate=1e-2), window=2, environments=4, epochs=1, batches=2, hidden=(8,)
 )
 SOLVERS = {
-    "bptt": Descend(optax.adam, gradient=BPTT(), learning_rate=1e-2),
+    "bptt": OptaxSolver(optax.adam, gradient=BPTT(), learning_rate=1e-2),
     "short-horizon": SHORT,
     "gauss-newton": GaussNewton(system=Krylov(3)),
 }

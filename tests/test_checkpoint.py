@@ -18,7 +18,7 @@ import pytest
 
 from diffmbrl.info import Quadratic
 from diffmbrl.runs import checkpoint, metrics
-from diffmbrl.runs.checkpoint import newest_valid, restore, save, verify
+from diffmbrl.runs.checkpoint import newest_valid, restore_checkpoint, save_checkpoint, verify
 from diffmbrl.runs.session import Session, underway
 
 
@@ -44,7 +44,7 @@ def place(tmp_path) -> Path:
         for step in (1, 2, 3):
             for line in range(2):
                 writer.write({"kind": "eval", "step": step, "line": line})
-            save(tmp_path / "checkpoints", step, TREE, HOST | {"step": step}, metrics=writer.mark())
+            save_checkpoint(tmp_path / "checkpoints", step, TREE, HOST | {"step": step}, metrics=writer.mark())
     return tmp_path / "checkpoints"
 
 
@@ -52,7 +52,7 @@ def test_a_tree_comes_back_as_it_was(place):
     kept, wrong = newest_valid(place)
     assert (kept.step, wrong) == (3, []) and kept.host == HOST | {"step": 3}
     for like in (TREE, jax.eval_shape(lambda: TREE | {"host": None}) | {"host": TREE["host"]}):
-        back = restore(kept, like)
+        back = restore_checkpoint(kept, like)
         assert jax.tree.structure(back) == jax.tree.structure(TREE)
         for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(TREE), strict=True):
             assert x.dtype == y.dtype and isinstance(x, jax.Array) == isinstance(y, jax.Array)
@@ -75,25 +75,25 @@ def test_a_tree_comes_back_as_it_was(place):
 )
 def test_what_does_not_fit_is_named(place, change, message):
     with pytest.raises(ValueError, match=message):
-        restore(newest_valid(place)[0], TREE | change)
+        restore_checkpoint(newest_valid(place)[0], TREE | change)
 
 
 def test_another_precision_does_not_fit(place, x64):
     with pytest.raises(ValueError, match=r"float32\[2, 3\], needed is float64\[2, 3\]"):
-        restore(newest_valid(place)[0], TREE | {"module": Module(jnp.zeros((2, 3)), TREE["module"].key)})
+        restore_checkpoint(newest_valid(place)[0], TREE | {"module": Module(jnp.zeros((2, 3)), TREE["module"].key)})
 
 
 def test_only_arrays(tmp_path):
     with pytest.raises(TypeError, match=r"a checkpoint holds arrays; \['x'\] is float"):
-        save(tmp_path / "checkpoints", 1, {"x": 1.0}, {})
+        save_checkpoint(tmp_path / "checkpoints", 1, {"x": 1.0}, {})
     with pytest.raises(TypeError, match=r"is ndarray"):
-        save(tmp_path / "checkpoints", 1, {"x": np.array([{}], object)}, {})
+        save_checkpoint(tmp_path / "checkpoints", 1, {"x": np.array([{}], object)}, {})
 
 
 def test_the_latest_few_are_kept(place):
-    save(place, 4, {}, {})
+    save_checkpoint(place, 4, {}, {})
     assert sorted(path.name for path in place.iterdir()) == ["2", "3", "4"]
-    assert restore(newest_valid(place)[0], {}) == {}
+    assert restore_checkpoint(newest_valid(place)[0], {}) == {}
 
 
 def names(folder: Path) -> list[str]:
@@ -175,7 +175,7 @@ def test_links_in_place_of_folders(place, tmp_path):
     assert newest_valid(place)[1][1] == "checkpoint 2: arrays is a symbolic link"
     place.rename(tmp_path / "moved")
     place.symlink_to(tmp_path / "moved")
-    for use in (newest_valid, lambda p: save(p, 9, {}, {})):
+    for use in (newest_valid, lambda p: save_checkpoint(p, 9, {}, {})):
         with pytest.raises(ValueError, match="is a symbolic link: a run's checkpoints are in its own folder"):
             use(place)
 
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_what_was_there(where, place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(where, full)
         with pytest.raises(OSError, match=r"checkpoint 4 cannot be written to .*: No space left on device"):
-            save(place, 4, TREE, HOST)
+            save_checkpoint(place, 4, TREE, HOST)
     assert sorted(path.name for path in place.iterdir()) == ["1", "2", "3"]
     assert newest_valid(place)[0].step == 3
 
@@ -219,12 +219,12 @@ def test_a_disk_that_is_full(tmp_path):
     if mounted.returncode:
         pytest.skip("only root may mount a small disk")
     try:
-        save(disk / "checkpoints", 1, {"x": jnp.arange(5.0)}, {})
+        save_checkpoint(disk / "checkpoints", 1, {"x": jnp.arange(5.0)}, {})
         noise = jax.random.normal(jax.random.key(0), (200_000,))
         with pytest.raises(OSError, match=r"checkpoint 2 cannot be written to .*: No space left on device"):
-            save(disk / "checkpoints", 2, {"x": noise}, {})
+            save_checkpoint(disk / "checkpoints", 2, {"x": noise}, {})
         assert [path.name for path in (disk / "checkpoints").iterdir()] == ["1"]
-        assert restore(newest_valid(disk / "checkpoints")[0], {"x": jnp.zeros(5)})["x"][4] == 4
+        assert restore_checkpoint(newest_valid(disk / "checkpoints")[0], {"x": jnp.zeros(5)})["x"][4] == 4
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_written():
         if user == 0:
             os.seteuid(65534)  # root may write anywhere
         with pytest.raises(OSError, match=r"checkpoint 1 cannot be written to .*: Permission denied"):
-            save(folder / "checkpoints", 1, {}, {})
+            save_checkpoint(folder / "checkpoints", 1, {}, {})
     finally:
         os.seteuid(user)
         folder.rmdir()
@@ -253,13 +253,13 @@ def count(session: Session, arms: int, stop: tuple[int, int] | None = None, erro
     """The looks that are made; stopped after the second number of one arm."""
     made = []
     for arm in session.arms(range(arms)):
-        done = 0 if session.kept is None else session.kept["done"]
-        state = {"x": jnp.float32(0)} if session.kept is None else session.restore({"x": jnp.float32(0)})
+        done = 0 if session.restored is None else session.restored["done"]
+        state = {"x": jnp.float32(0)} if session.restored is None else session.restore({"x": jnp.float32(0)})
         assert state["x"] == done
         while done < 3:
             done += 1
             session.write({"kind": "eval", "arm": arm, "done": done})
-            session.look({"x": jnp.float32(done)}, done=done)
+            session.save({"x": jnp.float32(done)}, done=done)
             made.append((arm, done))
             if stop == (arm, done):
                 session.write({"kind": "stop", "reason": "stopped"})
@@ -273,7 +273,7 @@ def test_a_session_goes_on_where_it_was(run):
     assert caught.value.__notes__ == [f"to go on: diffmbrl resume {run}"]
     with underway(run, 2, report=str, stream=io.StringIO(), resumed=True) as session:
         assert count(session, 2) == [(1, 3)]
-    records = metrics.read(run / "metrics.jsonl")[0]
+    records = metrics.read_metrics(run / "metrics.jsonl")[0]
     assert [(x["arm"], x["done"]) for x in records] == [(arm, done) for arm in (0, 1) for done in (1, 2, 3)]
 
 
@@ -304,9 +304,9 @@ def test_a_run_stops_on_a_full_disk(run, monkeypatch):
         r"checkpoint 2 cannot be written .*: No space left on device; checkpoint 1 is valid; when that is mended: diff"
     )
     with pytest.raises(OSError, match=said), underway(run, 1, report=str, stream=io.StringIO(), every=0.0) as session:  # noqa: PT012
-        session.look({"x": jnp.float32(1)}, done=1)
+        session.save({"x": jnp.float32(1)}, done=1)
         monkeypatch.setattr("os.rename", full)
-        session.look({"x": jnp.float32(2)}, done=2)
+        session.save({"x": jnp.float32(2)}, done=2)
     monkeypatch.undo()
     status = json.loads((run / "status.json").read_text())
     assert status["status"] == "failed" and "No space left on device" in status["reason"]
@@ -318,6 +318,6 @@ def test_a_run_stops_on_a_full_disk(run, monkeypatch):
 def test_a_quadratic_is_a_tree_too(tmp_path):
     """What the first update said of its model, numpy's arrays in a named tuple with nothing in one of its places."""
     first = Quadratic(*(np.ones((2, k), np.float32) for k in range(len(Quadratic._fields))))
-    save(tmp_path / "checkpoints", 1, {"first": first}, {})
-    back = restore(newest_valid(tmp_path / "checkpoints")[0], {"first": first})["first"]
+    save_checkpoint(tmp_path / "checkpoints", 1, {"first": first}, {})
+    back = restore_checkpoint(newest_valid(tmp_path / "checkpoints")[0], {"first": first})["first"]
     assert isinstance(back, Quadratic) and [x.shape for x in back] == [x.shape for x in first]

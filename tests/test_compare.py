@@ -12,21 +12,21 @@ import pytest
 
 from diffmbrl import tasks
 from diffmbrl.core import NoTerminal
-from diffmbrl.diagnostics.spread import Spread
-from diffmbrl.info import Work
+from diffmbrl.diagnostics.sample_statistics import SampleStatistics
+from diffmbrl.info import EvaluationCounts
 from diffmbrl.jobs import compare as comparison
-from diffmbrl.jobs.batch import PolicyLanes, draw
-from diffmbrl.jobs.compare import Setting, compare, prepare
+from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
+from diffmbrl.jobs.compare import CompareConfig, compare, prepare
 from diffmbrl.jobs.policies import load_policy
 from diffmbrl.methods import METHODS
 from diffmbrl.report import rebuild, summarise, table
-from diffmbrl.rollout import values
-from diffmbrl.runs import read
+from diffmbrl.rollout import episode_returns
+from diffmbrl.runs import read_metrics
 from tests.problems import of
 
 # Swept over rates, sequential in its seeds, with a path of dampings, with two, with a trust region, and a planner.
 ROWS = {name: METHODS[name] for name in ("adam", "lbfgs", "gauss-newton", "krylov-newton", "newton-cg", "ilqr")}
-SETTING = Setting(
+SETTING = CompareConfig(
     task="lqr",
     methods=tuple(ROWS),
     horizon=10,
@@ -43,7 +43,17 @@ SETTING = Setting(
 )
 PARAMETERS = 4 * 2 + 4 + 4 + 1
 ARMS = [(name, rate) for name, row in ROWS.items() for rate in (SETTING.rates if row.rates else [None])]
-EVALUATION = {"train", "test", "success", "J", "gradient_norm", "damping", "accepted", "nonfinite", *Work._fields}
+EVALUATION = {
+    "train",
+    "test",
+    "success",
+    "J",
+    "gradient_norm",
+    "damping",
+    "accepted",
+    "nonfinite",
+    *EvaluationCounts._fields,
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(run):
-    found, note = read(run[0] / "metrics.jsonl")
+    found, note = read_metrics(run[0] / "metrics.jsonl")
     assert note is None
     return found
 
@@ -88,7 +98,7 @@ def test_the_folder(run):
 
 
 def test_evaluations_of_policies_carry_the_spread_of_their_gradients(records):
-    names = [f"spread_{name}" for name in Spread._fields]
+    names = [f"spread_{name}" for name in SampleStatistics._fields]
     for e in of(records, "eval"):
         if METHODS[e["method"]].kind == "plan":
             assert not set(names) & set(e)
@@ -107,12 +117,12 @@ def test_its_policies_come_back(run):
     assert {path.name for path in (folder / "policies").iterdir()} == {
         f"{name}.{kind}" for name, row in ROWS.items() if row.kind == "policy" for kind in ("json", "npz")
     }
-    _, test, _ = draw(task, SETTING.seeds, SETTING.starts, comparison.HELD_OUT, SETTING.key)
+    _, test, _ = draw_starts(task, SETTING.seeds, SETTING.starts, comparison.HELD_OUT, SETTING.key)
     [row] = [row for row in summarise(folder).rows if row.arm.method == "adam"]
     for seed in range(SETTING.seeds):
         saved = load_policy(f"{folder}:adam:{seed}", task)
         assert (saved.rate, saved.seed) == (row.arm.rate, seed)
-        J = float(np.mean(values(saved.policy, task, test)))
+        J = float(np.mean(episode_returns(saved.policy, task, test)))
         assert pytest.approx(row.arm["test"][-1][seed], rel=1e-5) == J
 
 
@@ -152,7 +162,7 @@ def test_evaluations(records, method, rate):
     assert all(set(e) >= EVALUATION for e in evaluations)
     assert all(len(e[name]) == SETTING.seeds for e in evaluations for name in EVALUATION)
     assert evaluations[0]["seconds"] == 0 and np.all(np.diff([e["seconds"] for e in evaluations]) > 0)
-    for name in Work._fields:
+    for name in EvaluationCounts._fields:
         counts = np.asarray([e[name] for e in evaluations])
         assert np.all(counts[0] == 0) and np.all(np.diff(counts, axis=0) >= 0)
     sequential = np.asarray([e["sequential"] for e in evaluations])
@@ -224,7 +234,7 @@ def test_the_same_setting_is_the_same_run(run, records, tmp_path):
     for method, rate in [("adam", 1e-2), ("ilqr", None)]:
         for one, other in zip(
             of(records, "eval", method=method, rate=rate),
-            of(read(again / "metrics.jsonl")[0], "eval", method=method, rate=rate),
+            of(read_metrics(again / "metrics.jsonl")[0], "eval", method=method, rate=rate),
             strict=True,
         ):
             assert {**one, "seconds": 0} == {**other, "seconds": 0} or (
@@ -237,7 +247,7 @@ def test_the_same_setting_is_the_same_run(run, records, tmp_path):
 def test_every_other_method_runs_and_is_in_the_report(name, tmp_path):
     setting = SETTING._replace(methods=(name,), continuation="default", steps=7)
     folder = compare(setting, out=tmp_path / "run", stream=io.StringIO())
-    assert all(np.isfinite(e["train"]).all() for e in of(read(folder / "metrics.jsonl")[0], "eval"))
+    assert all(np.isfinite(e["train"]).all() for e in of(read_metrics(folder / "metrics.jsonl")[0], "eval"))
     assert name in (folder / "report.html").read_text()
 
 
@@ -261,7 +271,7 @@ def test_estimators_side_by_side_where_only_they_can_climb(tmp_path, monkeypatch
     found = []
     for out in ("one", "two"):
         folder = compare(setting, out=tmp_path / out, stream=io.StringIO())
-        found.append(read(folder / "metrics.jsonl")[0])
+        found.append(read_metrics(folder / "metrics.jsonl")[0])
     arms = of(found[0], "arm")
     assert [arm["method"] for arm in arms] == ["adam+likelihood-ratio-loo", "adam+evolution"]
     assert [arm["estimator"] for arm in arms] == ["likelihood-ratio-loo", "evolution"]
@@ -277,7 +287,7 @@ def test_a_budget_ends_a_method(tmp_path):
     folder = compare(
         SETTING._replace(methods=("adam",), rates=(1e-2,), budget=1e-9), out=tmp_path / "short", stream=io.StringIO()
     )
-    found = read(folder / "metrics.jsonl")[0]
+    found = read_metrics(folder / "metrics.jsonl")[0]
     assert [e["update"] for e in of(found, "eval")] == [0, 1]
     assert of(found, "stop")[0]["reason"] == "budget of 1e-09 s after 1 of 5 updates"
 
@@ -286,7 +296,7 @@ def test_a_run_that_fails_says_so(tmp_path, monkeypatch):
     def broken(self, done, updates):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(PolicyLanes, "advance", broken)
+    monkeypatch.setattr(BatchedPolicyRuns, "advance", broken)
     out = tmp_path / "failed"
     with pytest.raises(RuntimeError, match="out of memory"):
         compare(SETTING._replace(methods=("adam",), rates=(1e-2,)), out=out, stream=io.StringIO())

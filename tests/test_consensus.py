@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import Consensus, Linear, Neural, Path, solve, tasks
+from diffmbrl import Consensus, DampingGrid, Linear, Neural, solve, tasks
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.optimizers.consensus import _Plans, _Rounds
 from diffmbrl.second_order.curvature import gauss_newton
@@ -15,7 +15,7 @@ from diffmbrl.second_order.linearize import riccati as sweep_of
 from tests.problems import matrices, riccati, same, stationary_gain
 
 KEY = jax.random.key(0)
-ONE = {"rounds": 1, "iterations": 1, "lengths": [1.0], "blends": [1.0], "fit": Path([0.0])}
+ONE = {"rounds": 1, "iterations": 1, "lengths": [1.0], "blends": [1.0], "fit": DampingGrid([0.0])}
 
 
 @jax.jit

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
-from diffmbrl import Linear, OpenLoop, rollout, tasks, value
+from diffmbrl import Linear, OpenLoop, episode_return, rollout, tasks
 from diffmbrl.tasks.bouncing import OnTheGrid, Penalty, TimeOfImpact
 from diffmbrl.tasks.pushing import Friction, Pushing
 from diffmbrl.tasks.tennis import Racket
@@ -33,7 +33,7 @@ def test_edges(x64):
     close(jax.vmap(soft.terminal)(s), [-1, -0.4, -4e-7, 0, 0.4, 1])
     close(jax.vmap(jax.grad(hard.terminal))(s), np.zeros((6, 1)))
     close(jax.vmap(jax.grad(soft.terminal))(s)[:, 0], [0, 400, 400, 400, 400, 0])
-    assert value(OpenLoop(jnp.asarray([[0.7]])), hard, jnp.asarray([-0.6])) == 1
+    assert episode_return(OpenLoop(jnp.asarray([[0.7]])), hard, jnp.asarray([-0.6])) == 1
 
 
 def test_a_sinusoid_is_metzs_loss(x64):
@@ -85,7 +85,7 @@ def test_pushing_step_by_step(x64):
     cost += e @ np.diag([0.1, 10, 0.1, 0.1]) @ e
     trajectory = jax.jit(rollout)(OpenLoop(jnp.asarray(u)[:, None]), task, jnp.asarray(s0))
     close(trajectory.s_T, [x1, x2, v1, v2])
-    close(value(OpenLoop(jnp.asarray(u)[:, None]), task, jnp.asarray(s0)), -cost)
+    close(episode_return(OpenLoop(jnp.asarray(u)[:, None]), task, jnp.asarray(s0)), -cost)
     assert 10 < touching < 100
 
 

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmbrl import ILQR, Affine, Continuation, Descend, GaussNewton, Linear, Relay, plans, solve, tasks
-from diffmbrl.info import Info, count_work
+from diffmbrl import ILQR, Affine, Continuation, GaussNewton, Linear, OptaxSolver, Sequential, plans, solve, tasks
+from diffmbrl.info import Info, count_evaluations
 from diffmbrl.optimizers.wrappers.continuation import DISCOUNTS, SHARES
 from diffmbrl.planners.batch import Status
 from tests.problems import bent
 
 KEY = jax.random.key(0)
 TASK = bent(horizon=6)
-ADAM = Descend(optax.adam, learning_rate=0.1)
+ADAM = OptaxSolver(optax.adam, learning_rate=0.1)
 
 close = partial(np.testing.assert_allclose, rtol=1e-6)
 
@@ -36,7 +36,9 @@ class Recorder(eqx.Module):
     def update(self, policy: Any, carry: Any, task: Any, s0: Any, *, key: Any) -> Any:
         TRACES.append(1)
         J = jnp.sum(task.weights * (1 + jnp.arange(task.horizon + 1, dtype=task.weights.dtype)))
-        info = Info(J, jnp.ones(()), jnp.array(True), jnp.zeros(()), carry, jnp.zeros((), jnp.int32), count_work())
+        info = Info(
+            J, jnp.ones(()), jnp.array(True), jnp.zeros(()), carry, jnp.zeros((), jnp.int32), count_evaluations()
+        )
         return policy, carry + 1, info
 
 
@@ -140,7 +142,7 @@ class Rising(eqx.Module):
     def update(self, policy: Any, carry: Any, task: Any, s0: Any, *, key: Any) -> Any:
         # Each update takes the next, by the number of updates that the policy's bias counts.
         now = self.returns[policy.b[0].astype(jnp.int32)]
-        info = Info(now, task.weights[1], *(jnp.zeros(()),) * 2, *(jnp.zeros((), jnp.int32),) * 2, count_work())
+        info = Info(now, task.weights[1], *(jnp.zeros(()),) * 2, *(jnp.zeros((), jnp.int32),) * 2, count_evaluations())
         return eqx.tree_at(lambda p: p.b, policy, policy.b + 1), carry, info
 
 
@@ -263,4 +265,4 @@ def test_plans_converge_in_the_last_stage_alone(by):
 def test_what_is_final_of_nested_schedules():
     inner = Continuation(Recorder(), discounts=[0.5, 1.0], lengths=[1, 1])
     assert run(Continuation(inner, discounts=[0.9, 1.0], lengths=[3, 2]), 6).final.tolist() == [False] * 4 + [True] * 2
-    assert run(Relay(Recorder(), inner, updates=2), 5).final.tolist() == [False] * 3 + [True] * 2
+    assert run(Sequential(Recorder(), inner, updates=2), 5).final.tolist() == [False] * 3 + [True] * 2

@@ -9,16 +9,16 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl import (
     BPTT,
     Gaussian,
+    KLGrid,
     KrylovNewton,
     NaturalGradient,
     Neural,
-    Radii,
-    expected,
+    episode_return,
+    episode_returns,
+    mean_return,
     rollouts,
     solve,
     tasks,
-    value,
-    values,
 )
 from diffmbrl.core import reweighted
 from diffmbrl.second_order.curvature import dense, fisher, gauss_newton, hessian
@@ -41,7 +41,7 @@ def test_hessian_products_are_the_dense_hessians(problem):
     @jax.jit
     def both(task):
         model = hessian(policy, task, s0, KEY)
-        H = jax.hessian(lambda x: -expected(unravel(x), task, s0, KEY, remat=None))(theta)
+        H = jax.hessian(lambda x: -mean_return(unravel(x), task, s0, KEY, remat=None))(theta)
         return model.J, model.gradient, jax.vmap(model.product)(jnp.eye(theta.size)), H
 
     # Weights over time of each start's own, too.
@@ -49,7 +49,7 @@ def test_hessian_products_are_the_dense_hessians(problem):
         J, gradient, products, H = both(reweighted(task, weights))
         assert np.min(np.linalg.eigvalsh(H)) < 0
         same(products, H)
-        assert float(J) == pytest.approx(float(expected(policy, reweighted(task, weights), s0, KEY)))
+        assert float(J) == pytest.approx(float(mean_return(policy, reweighted(task, weights), s0, KEY)))
         same(-gradient, ravel_pytree(BPTT()(policy, reweighted(task, weights), s0, KEY)[1])[0])
 
 
@@ -104,7 +104,7 @@ def test_weights_of_each_start_are_a_loop_over_starts(problem):
     def of_each(policy, s0, w, k):
         one = reweighted(task, w)
         model = gauss_newton(policy, one, s0[None], None)
-        return value(policy, one, s0), model.gradient, dense(model, policy, one)
+        return episode_return(policy, one, s0), model.gradient, dense(model, policy, one)
 
     J, gradient, N = jax.jit(jax.vmap(of_each, in_axes=(None, 0, 0, None)))(policy, s0, w, None)
     weighted = reweighted(task, w)
@@ -113,7 +113,7 @@ def test_weights_of_each_start_are_a_loop_over_starts(problem):
     def together(task):
         model = gauss_newton(policy, task, s0)
         products = jax.vmap(model.product)(jnp.eye(model.gradient.size))
-        return values(policy, task, s0), model.J, model.gradient, products
+        return episode_returns(policy, task, s0), model.J, model.gradient, products
 
     for one, of_loop in zip(
         together(weighted), (J, np.mean(J), *(np.mean(x, axis=0) for x in (gradient, N))), strict=True
@@ -123,7 +123,7 @@ def test_weights_of_each_start_are_a_loop_over_starts(problem):
 
 def test_weights_of_another_number_of_starts_are_refused(problem):
     policy, task, s0 = problem
-    for call in (expected, gauss_newton, hessian):
+    for call in (mean_return, gauss_newton, hessian):
         with pytest.raises(ValueError, match=r"shape \[T\+1\] or \[3, T\+1\] for 3 starts, got \[2, 7\]"):
             call(policy, reweighted(task, jnp.ones((2, 7))), s0)
 
@@ -145,7 +145,7 @@ def test_the_natural_gradient_moves_by_its_radius(x64):
     s0 = task.starts(KEY, BATCH)
     policy = Gaussian.around(Neural.init(task, hidden=[4], key=KEY), task, std=0.3)
     radius = 1e-4
-    solver = NaturalGradient(radii=Radii(jnp.asarray([radius]), damping=jnp.asarray(1e-3)), rank=40)
+    solver = NaturalGradient(radii=KLGrid(jnp.asarray([radius]), damping=jnp.asarray(1e-3)), rank=40)
     moved, _, info = jax.jit(lambda p: solver.update(p, solver.init(p, task), task, s0, key=None))(policy)
     assert info.accepted
     states = rollouts(policy, task, s0).s
@@ -161,7 +161,7 @@ def test_the_natural_gradient_never_falls_and_rejects_what_is_not_finite():
     policy = Gaussian.around(Neural.init(task, hidden=[4], key=KEY), task, std=0.3)
     better, kept = solve(NaturalGradient(), policy, task, s0, None, 8)
     assert np.all(np.diff(kept.info.J) >= 0) and kept.info.J[-1] > kept.info.J[0]
-    assert float(expected(better, task, s0)) > float(expected(policy, task, s0))
+    assert float(mean_return(better, task, s0)) > float(mean_return(policy, task, s0))
     solver = NaturalGradient()
     broken = s0.at[0, 0].set(jnp.nan)
     update = jax.jit(lambda s: solver.update(policy, solver.init(policy, task), task, s, key=None))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import GaussNewton, Krylov, LevenbergMarquardt, Neural, Path, TrustRegion
-from diffmbrl.second_order.krylov import Spectral, Truncated
+from diffmbrl import DampingGrid, GaussNewton, Krylov, LevenbergMarquardt, Neural, TrustRegion
+from diffmbrl.second_order.krylov import Spectral, TruncatedCG
 from tests.problems import bent, changed
 
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
@@ -38,7 +38,7 @@ def choose(rule, evaluate, *, carry=None, scale=1.0):
 
 
 def test_the_best_of_the_path_is_taken():
-    rule = Path(dampings=[1e-3, 1e-1, 10.0])
+    rule = DampingGrid(dampings=[1e-3, 1e-1, 10.0])
     # Four times the model's curvature: shorter steps than the model's are best.
     true = quadratic(gain=4.0)
     _, choice = choose(rule, true)
@@ -56,14 +56,14 @@ def test_the_best_of_the_path_is_taken():
 
 
 def test_with_an_exact_model_the_least_damping_is_taken():
-    carry, choice = choose(Path(), quadratic())
+    carry, choice = choose(DampingGrid(), quadratic())
     close(choice.step, -np.linalg.solve(N, G))
     close(choice.damping, 9e-9)
     assert carry == 1
 
 
 def test_when_no_step_improves_none_is_taken_and_the_damping_rises():
-    rule, carry = Path(), None
+    rule, carry = DampingGrid(), None
     for turn in range(3):
         carry, choice = choose(rule, lambda d: -jnp.ones(d.shape[0]), carry=carry)
         assert not choice.accepted
@@ -85,10 +85,10 @@ def test_steps_that_are_not_finite_are_counted_and_never_taken():
             jnp.arange(d.shape[0]) < 5, jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, jnp.nan, jnp.nan] + [0.0] * 7), returns
         )
 
-    _, choice = choose(Path(), partly)
+    _, choice = choose(DampingGrid(), partly)
     assert choice.accepted and np.isfinite(choice.returns).sum() == 7
-    close(choice.damping, 9 * Path().dampings[5])
-    carry, choice = choose(Path(), lambda d: jnp.full(d.shape[0], jnp.nan))
+    close(choice.damping, 9 * DampingGrid().dampings[5])
+    carry, choice = choose(DampingGrid(), lambda d: jnp.full(d.shape[0], jnp.nan))
     assert not choice.accepted and not np.isfinite(choice.returns).any() and carry == 10
     assert np.all(np.isfinite(choice.step))
 
@@ -142,12 +142,12 @@ def test_the_damping_never_vanishes():
 # Trust region.
 
 
-def ended(length: float, *, boundary: bool) -> Truncated:
+def ended(length: float, *, boundary: bool) -> TruncatedCG:
     """A step of this length along -g, of the model that N and g make."""
     d = -length * G / np.linalg.norm(G)
     predicted = jnp.asarray(quadratic()(d))
     one, zero, no = jnp.ones((), jnp.int32), jnp.zeros(()), jnp.array(False)
-    return Truncated(jnp.asarray(d), predicted, one, zero, no, jnp.array(boundary), jnp.asarray(length))
+    return TruncatedCG(jnp.asarray(d), predicted, one, zero, no, jnp.array(boundary), jnp.asarray(length))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_return_that_is_not_finite_shrinks_the_radius_and_no_step_leaves_it():
 
 # Path and Levenberg-Marquardt.
 
-RULES = {"path": Path(), "levenberg-marquardt": LevenbergMarquardt()}
+RULES = {"path": DampingGrid(), "levenberg-marquardt": LevenbergMarquardt()}
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -1,4 +1,5 @@
-"""`Descend` where it is more than the rule it is given: annealing, alone and continued, and one compile for a line search."""
+"""`OptaxSolver` where it is more than the rule it is given: annealing, alone and continued, and one compile for a line
+search."""
 
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import BPTT, Continuation, Descend, Linear, Sampled, solve
+from diffmbrl import BPTT, Continuation, Linear, MiniBatch, OptaxSolver, solve
 from tests.problems import bent, same_tree
 
 TASK = bent(horizon=6)
@@ -48,7 +49,7 @@ def walk(solver: Any, updates: int) -> tuple[list[Any], Any]:
 
 
 def test_the_second_update_of_an_lbfgs_does_not_recompile():
-    solver = Descend(optax.lbfgs, gradient=Counting(), memory_size=3)
+    solver = OptaxSolver(optax.lbfgs, gradient=Counting(), memory_size=3)
     solve(solver, START, TASK, S0, None, 1)
     once = len(Counting.traces)
     assert once > 0
@@ -57,7 +58,7 @@ def test_the_second_update_of_an_lbfgs_does_not_recompile():
 
 
 def test_the_step_falls_along_half_a_cosine():
-    plain, annealed = Descend(optax.sgd, learning_rate=0.1), Descend(optax.sgd, learning_rate=0.1, anneal=4.0)
+    plain, annealed = OptaxSolver(optax.sgd, learning_rate=0.1), OptaxSolver(optax.sgd, learning_rate=0.1, anneal=4.0)
     policies, carry = walk(annealed, 6)
     assert int(carry.updates) == 6
     for k, factor in enumerate([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.0, 0.0]):
@@ -66,9 +67,11 @@ def test_the_step_falls_along_half_a_cosine():
         same_tree(policies[k + 1], wanted, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("wrap", [lambda inner: inner, lambda inner: Sampled(inner, size=3)], ids=["alone", "sampled"])
+@pytest.mark.parametrize(
+    "wrap", [lambda inner: inner, lambda inner: MiniBatch(inner, size=3)], ids=["alone", "sampled"]
+)
 def test_a_new_stage_takes_the_moments_and_leaves_the_count(wrap):
-    rule = Descend(optax.adam, learning_rate=0.1, anneal=5.0)
+    rule = OptaxSolver(optax.adam, learning_rate=0.1, anneal=5.0)
     solver = Continuation(wrap(rule), discounts=[1.0, 1.0], lengths=[3, 2])
     policies, carry = walk(solver, 4)
     inner = getattr(carry.inner, "inner", carry.inner)
@@ -83,6 +86,6 @@ def test_a_new_stage_takes_the_moments_and_leaves_the_count(wrap):
 
 def test_what_cannot_be_annealed():
     with pytest.raises(ValueError, match=r"anneal must be a positive number of updates, or None.*; got 0"):
-        Descend(optax.adam, learning_rate=0.1, anneal=0.0)
+        OptaxSolver(optax.adam, learning_rate=0.1, anneal=0.0)
     with pytest.raises(ValueError, match="a line search chooses the length of its steps: anneal must be None"):
-        Descend(optax.lbfgs, anneal=5.0).init(START, TASK)
+        OptaxSolver(optax.lbfgs, anneal=5.0).init(START, TASK)

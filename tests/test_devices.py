@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from diffmbrl import devices, tasks
-from diffmbrl.agents import Idle
+from diffmbrl.agents import RandomAgent
 from diffmbrl.agents.learn import learn
 from diffmbrl.cli import main as cli
 from diffmbrl.runs import metrics
@@ -138,7 +138,7 @@ def test_two_processes_control_together(planner, tmp_path):
     assert "resumed from checkpoint" in both(run, "resume run")
     assert cli.main([*command.split(), "--out", str(tmp_path / "alone")]) == 0
     two, one = (
-        [x for x in metrics.read(folder / "metrics.jsonl")[0] if x["kind"] == "trajectory"]
+        [x for x in metrics.read_metrics(folder / "metrics.jsonl")[0] if x["kind"] == "trajectory"]
         for folder in (run, tmp_path / "alone")
     )
     assert len(two) == len(one) == 4
@@ -151,7 +151,7 @@ def test_every_lane_may_have_hyperparameters_and_a_system_of_its_own():
     """A lane of many is the run alone."""
     keys, mass = jax.random.split(jax.random.key(0), 2), (1.0, 2.0)
     plants = [noisy(tasks.lqr(horizon=10, mass=m), std=0.0) for m in mass]
-    agents = [Idle(warmup=10, every=10) for _ in mass]
+    agents = [RandomAgent(warmup=10, every=10) for _ in mass]
     from diffmbrl.agents.collect import System
 
     systems = [System(plant) for plant in plants]
@@ -167,11 +167,11 @@ def test_every_lane_may_have_hyperparameters_and_a_system_of_its_own():
 
 def test_a_batch_that_does_not_divide_names_the_nearest():
     with pytest.raises(ValueError, match=r"10 starts cannot be shared out evenly among 4 devices; .* 8 or 12"):
-        devices.check(10, 4, "starts")
+        devices.check_divisible(10, 4, "starts")
     with pytest.raises(ValueError, match=r"250 samples cannot be shared out evenly among 4 devices; .* 248 or 252"):
-        devices.check(250, 4, "samples")
+        devices.check_divisible(250, 4, "samples")
     with pytest.raises(ValueError, match=r"3 seeds cannot be shared out evenly among 4 devices; .*: 4$"):
-        devices.check(3, 4, "seeds")
+        devices.check_divisible(3, 4, "seeds")
 
 
 REFUSED = {
@@ -194,4 +194,4 @@ def test_another_process_that_is_no_number(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("JAX_PROCESS_ID", "first")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID must be a whole number, got 'first'"):
-        devices.begin(1)
+        devices.init_distributed(1)

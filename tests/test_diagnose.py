@@ -10,14 +10,14 @@ import pytest
 
 from diffmbrl import Neural, tasks
 from diffmbrl.cli import main as cli
-from diffmbrl.jobs.diagnose import Setting, prepare
+from diffmbrl.jobs.diagnose import DiagnoseConfig, prepare
 from diffmbrl.jobs.policies import load_policy, save_policies
 from diffmbrl.report import rebuild
 from diffmbrl.report.health_report import headline, text
 from diffmbrl.report.plan_report import of_kind
 from diffmbrl.runs import metrics
 
-SETTING = Setting("lqr", (3, 6), None, None, (4,), {}, 64, 0.1, 0)
+SETTING = DiagnoseConfig("lqr", (3, 6), None, None, (4,), {}, 64, 0.1, 0)
 
 
 def test_end_to_end(folder, capsys):
@@ -35,7 +35,7 @@ def test_end_to_end(folder, capsys):
     config = json.loads((run / "config.json").read_text())
     assert (config["job"], config["horizons"], config["parameters"]) == ("diagnose", [3, 6], {"mass": 2.0})
 
-    records, damage = metrics.read(run / "metrics.jsonl")
+    records, damage = metrics.read_metrics(run / "metrics.jsonl")
     rows, [verdict] = of_kind(records, "health"), of_kind(records, "verdict")
     assert damage is None and [row["horizon"] for row in rows] == [3, 6]
     assert all(len(row["norms"]) == 64 and len(row["contributions"]) == row["horizon"] for row in rows)

@@ -10,8 +10,8 @@ import pytest
 
 from diffmbrl import Linear, Neural, OpenLoop, tasks
 from diffmbrl.core import Box, Task
+from diffmbrl.solve.gradient_reach import action_gradient, refuse_without_gradient
 from diffmbrl.solve.nonfinite import locate, nonfinite_leaf
-from diffmbrl.solve.reach import action_gradient, refuse_without_gradient
 from diffmbrl.tasks import TASKS
 from tests.problems import bent, changed
 

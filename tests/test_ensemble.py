@@ -7,9 +7,18 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Affine, Descend, MultipleShooting, OpenLoop, rollout, solve, tasks, value
-from diffmbrl.models import TS1, Ensemble, GaussianDynamics, Mean, NetworkDynamics, TSInfinity, particles, spread
-from diffmbrl.planners import CEM, Sampling, Shooting, scores
+from diffmbrl import ILQR, Affine, MultipleShooting, OpenLoop, OptaxSolver, episode_return, rollout, solve, tasks
+from diffmbrl.models import (
+    TS1,
+    Ensemble,
+    GaussianDynamics,
+    Mean,
+    NetworkDynamics,
+    TSInfinity,
+    particles,
+    replicate_start,
+)
+from diffmbrl.planners import CEM, Sampling, Shooting, plan_returns
 from tests.problems import bent, same
 
 KEY = jax.random.key(0)
@@ -34,10 +43,10 @@ def through(dynamics, task=TASK):
 @pytest.mark.parametrize("propagation", [Mean(), TS1()])
 def test_an_ensemble_of_equals_is_one(propagation):
     ensemble = Ensemble(draw(NetworkDynamics, equal=True), propagation)
-    alone = value(PLAN, through(ensemble.member(0)), S0)
-    same(value(PLAN, through(ensemble), S0, KEY), alone, rtol=1e-5)
+    alone = episode_return(PLAN, through(ensemble.member(0)), S0)
+    same(episode_return(PLAN, through(ensemble), S0, KEY), alone, rtol=1e-5)
     cloud = particles(through(ensemble), 5)
-    same(value(PLAN, cloud, spread(S0, cloud, 5), KEY), alone, rtol=1e-5)
+    same(episode_return(PLAN, cloud, replicate_start(S0, cloud, 5), KEY), alone, rtol=1e-5)
 
 
 def test_the_mean_is_of_the_members_next_states():
@@ -52,10 +61,10 @@ def test_the_mean_is_of_the_members_next_states():
 @pytest.mark.parametrize("count", [E, 2 * E])
 def test_members_kept_for_a_rollout_earn_their_mean(count):
     ensemble = Ensemble(draw(NetworkDynamics), TSInfinity())
-    each = [value(PLAN, through(ensemble.member(e)), S0) for e in range(E)]
+    each = [episode_return(PLAN, through(ensemble.member(e)), S0) for e in range(E)]
     assert np.ptp(each) > 0.01
     task = through(ensemble)
-    same(value(PLAN, particles(task, count), spread(S0, task, count), KEY), np.mean(each), rtol=1e-5)
+    same(episode_return(PLAN, particles(task, count), replicate_start(S0, task, count), KEY), np.mean(each), rtol=1e-5)
 
 
 @pytest.mark.parametrize("count", [3, *(pytest.param(count, marks=pytest.mark.slow) for count in (5, 7))])
@@ -63,7 +72,7 @@ def test_a_member_drawn_anew_is_drawn_evenly(count):
     """One step of members that add their own number: the particles show which they had."""
     members = jax.vmap(lambda e: tasks.lqr(mass=1.0 + e).dynamics)(jnp.arange(3, dtype=float))
     ensemble = Ensemble(members, TS1())
-    s, a = spread(S0, TASK, count), jnp.ones(1)
+    s, a = replicate_start(S0, TASK, count), jnp.ones(1)
     each = np.stack([ensemble.member(e)(S0, a) for e in range(3)])
     found = []
     for k in range(20):
@@ -79,7 +88,7 @@ def test_a_member_drawn_anew_is_drawn_evenly(count):
 
 def test_particles_of_noisy_members_differ_and_follow_the_key():
     task = through(Ensemble(draw(GaussianDynamics), TS1()))
-    cloud, s = particles(task, 4), spread(S0, task, 4)
+    cloud, s = particles(task, 4), replicate_start(S0, task, 4)
     one, again, other = (rollout(PLAN, cloud, s, jax.random.key(k)).s_T for k in (0, 0, 1))
     same(one, again)
     assert not np.any(one == other) and np.ptp(one[:, 0]) > 1e-3
@@ -122,30 +131,30 @@ def test_each_particle_has_its_own_end():
     alone = [rollout(plan, through(ensemble.member(e), task), s0) for e in range(3)]
     assert len({int(x.alive.sum()) for x in alone}) > 1
     ended = through(ensemble, task)
-    each = [value(plan, through(ensemble.member(e), task), s0) for e in range(3)]
-    same(value(plan, particles(ended, 3), spread(s0, ended, 3), KEY), np.mean(each), rtol=1e-5)
+    each = [episode_return(plan, through(ensemble.member(e), task), s0) for e in range(3)]
+    same(episode_return(plan, particles(ended, 3), replicate_start(s0, ended, 3), KEY), np.mean(each), rtol=1e-5)
 
 
 def test_every_sequence_meets_the_same_members_and_noise():
     task = through(Ensemble(draw(GaussianDynamics), TS1()))
     a = jnp.stack([PLAN.a, PLAN.a, -PLAN.a])
-    J, _ = scores(a, particles(task, 4), spread(S0, task, 4), KEY)
+    J, _ = plan_returns(a, particles(task, 4), replicate_start(S0, task, 4), KEY)
     same(J[0], J[1])
-    alone = value(PLAN, particles(task, 4), spread(S0, task, 4), KEY)
+    alone = episode_return(PLAN, particles(task, 4), replicate_start(S0, task, 4), KEY)
     same(J[0], alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("propagation", [TS1(), TSInfinity()])
 def test_sampling_and_shooting_plan_through_particles(propagation):
     task = through(Ensemble(draw(NetworkDynamics), propagation))
-    cloud = particles(task, 4), spread(S0, task, 4)
+    cloud = particles(task, 4), replicate_start(S0, task, 4)
     rest = OpenLoop.zeros(task)
     for planner in (
         Sampling(CEM(elites=6), samples=48, std=1.0, particles=4),
-        Shooting(Descend(optax.adam, learning_rate=0.1), particles=4),
+        Shooting(OptaxSolver(optax.adam, learning_rate=0.1), particles=4),
     ):
         plan, history = solve(planner, rest, task, S0, KEY, 8) if isinstance(propagation, TS1) else _one(planner, task)
-        assert value(plan, *cloud, KEY) > value(rest, *cloud, KEY) + 0.01
+        assert episode_return(plan, *cloud, KEY) > episode_return(rest, *cloud, KEY) + 0.01
         assert not np.any(history.nonfinite if hasattr(history, "nonfinite") else history.info.nonfinite)
 
 
@@ -162,7 +171,7 @@ def test_derivatives_plan_through_the_mean_and_through_particles():
     """iLQR and multiple shooting, which must end at the same plan."""
     task = through(Ensemble(draw(NetworkDynamics), Mean()))
     kept = particles(through(Ensemble(draw(NetworkDynamics), TSInfinity())), E)
-    for problem, s0 in ((task, S0), (kept, spread(S0, kept, E))):
+    for problem, s0 in ((task, S0), (kept, replicate_start(S0, kept, E))):
         found = []
         for planner in (ILQR(), MultipleShooting()):
             plan, history = solve(planner, Affine.zeros(problem), problem, s0, None, 30, relative=1e-7)
@@ -179,7 +188,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"a single state cannot know: roll out particles\(task, count\)"):
         Ensemble(members, TSInfinity())(S0, jnp.ones(1))
     with pytest.raises(ValueError, match="needs at least one particle for each of 3 members, got 2"):
-        Ensemble(members, TSInfinity()).many(spread(S0, TASK, 2), jnp.ones(1))
+        Ensemble(members, TSInfinity()).many(replicate_start(S0, TASK, 2), jnp.ones(1))
     with pytest.raises(ValueError, match="the number of particles must be at least 1, got 0"):
         particles(TASK, 0)
     with pytest.raises(ValueError, match="log_std must be a lower and a higher bound, got 1 and 0"):

@@ -8,7 +8,7 @@ from jax.scipy.stats import norm
 
 from diffmbrl import tasks
 from diffmbrl.models import Ensemble, GaussianDynamics, RecurrentDynamics
-from diffmbrl.models.evaluate import coverage, jacobian_error, jacobians, moments, step_errors
+from diffmbrl.models.evaluate import coverage, jacobian_error, model_jacobians, predictive_moments, step_errors
 
 KEY = jax.random.key(0)
 
@@ -69,7 +69,7 @@ def test_a_model_with_a_memory_keeps_it_over_the_steps():
         state = f(state, a[0, t])
         expected.append(np.sqrt(np.mean((state.s - s[0, t + 1]) ** 2)))
     np.testing.assert_allclose(step_errors(f, s, a, jnp.ones(2)), expected, rtol=1e-4)
-    assert jacobians(f, s[0, 0], a[0, 0]).shape == (2, 3)
+    assert model_jacobians(f, s[0, 0], a[0, 0]).shape == (2, 3)
 
 
 def test_intervals_cover_what_they_say():
@@ -82,7 +82,7 @@ def test_intervals_cover_what_they_say():
     half = coverage(Plain(zero, zero + 0.15), s, a, s_next, levels)
     np.testing.assert_allclose(half[:, 1], 2 * norm.cdf(norm.ppf((1 + levels) / 2) / 2) - 1, atol=0.015)
     members = Plain(jnp.asarray([-0.2, 0.2]), jnp.asarray([0.1, 0.3]))
-    mean, std = moments(Ensemble(members), s[0], a[0])
+    mean, std = predictive_moments(Ensemble(members), s[0], a[0])
     np.testing.assert_allclose(mean, 0, atol=1e-7)
     np.testing.assert_allclose(std, np.sqrt((0.1**2 + 0.3**2) / 2 + 0.2**2), rtol=1e-5)
 
@@ -107,7 +107,7 @@ def test_a_network_has_the_jacobian_of_differences(x64):
     task = tasks.cartpole_balance()
     f = GaussianDynamics.init(task, hidden=[5], output_scale=1.0, key=KEY)
     s, a, h = task.initial(KEY), jnp.ones(1), 1e-6
-    F = np.asarray(jacobians(f, s, a))
+    F = np.asarray(model_jacobians(f, s, a))
     for i, e in enumerate(np.eye(5)):
         e = jnp.asarray(h * e)
         column = (f(s + e[:4], a + e[4:]) - f(s - e[:4], a - e[4:])) / (2 * h)

@@ -10,7 +10,7 @@ import pytest
 
 from diffmbrl import Linear, OpenLoop, tasks
 from diffmbrl.gradients import CentredRanks, Evolution
-from diffmbrl.rollout import value
+from diffmbrl.rollout import episode_return
 from tests.problems import gaussian_return, z_scores
 
 KEY = jax.random.key(0)
@@ -57,7 +57,7 @@ def test_ranks_are_the_same_for_any_increasing_function_and_point_up_the_gradien
     _, gradient = ranked.samples(plan, linear, s0, KEY)
     _, again = ranked.samples(plan, steep, s0, KEY)
     np.testing.assert_allclose(gradient.a, again.a, atol=1e-9)
-    up = jax.grad(lambda plan: value(plan, linear, s0[0]))(plan).a[:, 0]
+    up = jax.grad(lambda plan: episode_return(plan, linear, s0[0]))(plan).a[:, 0]
     up = np.asarray(up / jnp.linalg.norm(up))
     # Ranks of 2B normal returns, c = Phi(z) - 1/2, give (2 z c(z)) / (2 sigma) along the gradient: 1 / (2 sqrt(pi) sigma).
     along = np.asarray(gradient.a)[..., 0] @ up
@@ -99,7 +99,7 @@ def test_a_policy_with_a_memory(x64):
     task, policy = tasks.lqr(horizon=4), Integral(jnp.array([-0.5]))
     s0 = task.starts(KEY, 3)
     _, gradient = Evolution(std=1e-5).samples(policy, task, s0, KEY)
-    exact = jax.vmap(lambda s: jax.grad(value)(policy, task, s))(s0).gain
+    exact = jax.vmap(lambda s: jax.grad(episode_return)(policy, task, s))(s0).gain
     assert (gradient.gain / exact > 0).all()
     _, again = Evolution(std=2e-5).samples(policy, task, s0, KEY)
     np.testing.assert_allclose(again.gain, gradient.gain, rtol=1e-4)

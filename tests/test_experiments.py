@@ -14,7 +14,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import diffmbrl as d
-from diffmbrl.diagnostics.lyapunov import averaged
+from diffmbrl.diagnostics.lyapunov import mean_exponents
 from diffmbrl.diagnostics.products import log_singular_values, products
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.tasks.integrate import rk4, semi_implicit
@@ -242,7 +242,10 @@ def test_what_is_said_of_constant_jacobians(x64: None) -> None:
     loop = jnp.broadcast_to(A[:, None], (2, 40, 2, 2))
     factors = jax.vmap(products)(loop)
     found = jacobian_products._summary(
-        loop, factors, jax.vmap(log_singular_values)(factors), jax.vmap(lambda x: averaged(x, 1.0))(factors.growth)
+        loop,
+        factors,
+        jax.vmap(log_singular_values)(factors),
+        jax.vmap(lambda x: mean_exponents(x, 1.0))(factors.growth),
     )
     t = found["t"]
     np.testing.assert_allclose(found["one step, summed"], np.stack([t * np.log(0.9), 0 * t], 1), atol=1e-7)
@@ -261,7 +264,7 @@ def test_parts_in_time_are_of_the_gradient(x64: None) -> None:
     task = d.tasks.lqr(horizon=6)
     keys = jax.random.split(jax.random.key(0), (2, 2))
     policy = d.Neural.init(task, hidden=(3,), key=keys[0, 0], output_scale=size.scale)
-    gradient = jax.grad(d.expected)(policy, task, task.starts(keys[0, 1], 3))
+    gradient = jax.grad(d.mean_return)(policy, task, task.starts(keys[0, 1], 3))
     total = np.linalg.norm(ravel_pytree(gradient)[0])
     assert found["gradient over parts"][0] * found["part"][:, 0].sum() == pytest.approx(total)
     assert found["closed loop"].shape == (6, 2) and 0 <= found["half"][0] < 1

@@ -11,7 +11,7 @@ import pytest
 from diffmbrl import tasks
 from diffmbrl.models import EndModel, GaussianDynamics, NetworkDynamics, RewardModel, Training, train
 from diffmbrl.models.buffer import Transition
-from diffmbrl.models.fit import split
+from diffmbrl.models.fit import holdout_split
 from tests.problems import same
 
 KEY = jax.random.key(0)
@@ -73,7 +73,7 @@ def test_a_linear_model_is_least_squares(x64, holdout):
         optax.lbfgs, epochs=60, patience=60, batch=48, holdout=holdout, improvement=0.0, bootstrap=False
     )
     trained, curves = train(members, rows, 40, KEY, training)
-    order, held = split(48, jnp.int32(40), jnp.asarray(holdout))
+    order, held = holdout_split(48, jnp.int32(40), jnp.asarray(holdout))
     mine = np.asarray(order)[int(held) : 40]
     inputs = np.concatenate([rows.s, rows.a, np.ones((48, 1))], axis=1)[mine]
     weights = np.linalg.lstsq(inputs, np.asarray(rows.s_next)[mine], rcond=None)[0]
@@ -137,7 +137,7 @@ def test_each_member_ends_by_itself_with_its_own_best_weights():
     chex.assert_trees_all_equal(each[1].net, jax.tree.map(lambda x: x[0], wild).net)
     # What is returned has the loss that is reported: each member's own best, evaluated again.
     same(curves.holdout, np.nanmin(np.where(np.isfinite(curves.heldout), curves.heldout, np.nan), axis=1))
-    order, held = split(200, jnp.int32(200), jnp.asarray(0.1))
+    order, held = holdout_split(200, jnp.int32(200), jnp.asarray(0.1))
     judged = jax.tree.map(lambda x: x[order[: int(held)]], rows)
     for e, f in enumerate(each):
         np.testing.assert_allclose(jnp.mean(jax.vmap(f.row_loss)(judged)), curves.holdout[e], rtol=1e-3, atol=1e-9)
@@ -201,13 +201,13 @@ def test_bootstrap_gives_members_rows_of_their_own():
 
 
 def test_a_share_is_held_out_and_stays_so_as_the_rows_grow():
-    order, held = split(1000, jnp.int32(400), jnp.asarray(0.1))
+    order, held = holdout_split(1000, jnp.int32(400), jnp.asarray(0.1))
     assert int(held) == 40 and sorted(np.asarray(order[:400])) == list(range(400))
-    more, most = split(1000, jnp.int32(440), jnp.asarray(0.1))
+    more, most = holdout_split(1000, jnp.int32(440), jnp.asarray(0.1))
     kept = set(np.asarray(order[:40])) & set(np.asarray(more[: int(most)]))
     assert len(kept) >= 36
-    assert int(split(10, jnp.int32(2), jnp.asarray(0.1))[1]) == 1
-    assert int(split(10, jnp.int32(2), jnp.asarray(0.0))[1]) == 0
+    assert int(holdout_split(10, jnp.int32(2), jnp.asarray(0.1))[1]) == 1
+    assert int(holdout_split(10, jnp.int32(2), jnp.asarray(0.0))[1]) == 0
 
 
 def test_training_goes_on_from_trained_members():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffmbrl import Linear, OpenLoop, tasks
-from diffmbrl.core import Gradient, NoTerminal, reweighted
+from diffmbrl.core import GradientEstimator, NoTerminal, reweighted
 from diffmbrl.gradients import (
     BPTT,
     Agreement,
@@ -18,18 +18,18 @@ from diffmbrl.gradients import (
     Decayed,
     Decoupled,
     DiscontinuityTested,
-    Episode,
     Evolution,
-    Fitted,
     InverseVariance,
     InverseVariancePerStep,
-    LearnedValue,
     LeaveOneOut,
     LikelihoodRatio,
-    Mean,
+    LinearBaseline,
+    MeanBaseline,
     Smoothed,
     TotalPropagation,
+    TotalReturn,
     Truncated,
+    ValueBaseline,
 )
 
 KEY = jax.random.key(0)
@@ -48,15 +48,15 @@ ESTIMATORS = {
     "truncated": BPTT(Truncated(2)),
     "clipped adjoint": BPTT(Clipped(0.5)),
     "decayed adjoint": BPTT(Decayed(0.9)),
-    "likelihood ratio, episode": Smoothed(LikelihoodRatio(Episode()), std=0.3),
+    "likelihood ratio, episode": Smoothed(LikelihoodRatio(TotalReturn()), std=0.3),
     "likelihood ratio": Smoothed(LikelihoodRatio(), std=0.3),
-    "likelihood ratio, mean": Smoothed(LikelihoodRatio(baseline=Mean()), std=0.3),
+    "likelihood ratio, mean": Smoothed(LikelihoodRatio(baseline=MeanBaseline()), std=0.3),
     "likelihood ratio, leave-one-out": Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=0.3),
-    "likelihood ratio, fitted": Smoothed(LikelihoodRatio(baseline=Fitted()), std=0.3),
+    "likelihood ratio, fitted": Smoothed(LikelihoodRatio(baseline=LinearBaseline()), std=0.3),
     "evolution": Evolution(std=0.1),
     "evolution, ranks": Evolution(std=0.1, shaping=CentredRanks()),
     "decoupled": Decoupled(Drift()),
-    "likelihood ratio, learned value": Smoothed(LikelihoodRatio(baseline=LearnedValue(NoTerminal())), std=0.3),
+    "likelihood ratio, learned value": Smoothed(LikelihoodRatio(baseline=ValueBaseline(NoTerminal())), std=0.3),
     "inverse variance": Smoothed(InverseVariance(), std=0.3),
     "inverse variance per step": Smoothed(InverseVariancePerStep(), std=0.3),
     "total propagation": Smoothed(TotalPropagation(), std=0.3),
@@ -75,7 +75,7 @@ def test_a_call_is_the_mean_of_its_samples(estimator):
     weights = jnp.linspace(0.5, 1.0, 4)[:, None] * jnp.ones(7)
     for given in (task, reweighted(task, weights)):
         policy, s0 = Linear.zeros(task), task.starts(KEY, 4)
-        assert isinstance(estimator, Gradient)
+        assert isinstance(estimator, GradientEstimator)
         J, gradient = jax.jit(lambda *x: estimator(*x))(policy, given, s0, KEY)
         each, gradients = jax.jit(lambda *x: estimator.samples(*x))(policy, given, s0, KEY)
         assert each.shape == (4,) and gradients.K.shape == (4, 1, 4)

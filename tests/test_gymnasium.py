@@ -14,15 +14,15 @@ import pytest
 from gymnasium.spaces import Box, Dict
 
 from diffmbrl import tasks
-from diffmbrl.agents import HostSystem, Idle, Judged, System, judged, learn, learnable
+from diffmbrl.agents import HostSystem, RandomAgent, System, WithLearnedReward, learn, learnable, with_learned_reward
 from diffmbrl.agents.collect import Acting, Real
-from diffmbrl.agents.registry import make
-from diffmbrl.jobs.learn import Setting, race, restore
+from diffmbrl.agents.registry import make_agent
+from diffmbrl.jobs.learn import LearnConfig, learn_agents, restore_agent
 from diffmbrl.models import EndModel, RewardModel
 from diffmbrl.policies import Neural
 from diffmbrl.report import learn_text
-from diffmbrl.rollout import value
-from diffmbrl.runs import read
+from diffmbrl.rollout import episode_return
+from diffmbrl.runs import read_metrics
 from diffmbrl.tasks.adapters.gymnasium import KNOWN, NotGiven, environment
 from tests.problems import of
 
@@ -42,7 +42,7 @@ def collected(system, agent, *, count, steps, role="policy"):
     return carries, after, jax.tree.map(np.asarray, found)
 
 
-class Acts(Idle):
+class Acts(RandomAgent):
     """Its policy is a network, a different one for each seed."""
 
     def init(self, task, key):
@@ -81,7 +81,7 @@ def test_the_pendulum_is_the_task_written_analytically():
     task = eqx.tree_at(lambda t: t.dynamics, system.view, truth)
     for seed in range(2):
         policy = jax.tree.map(lambda x, seed=seed: x[seed], carries)
-        J = value(policy, task, jnp.asarray(s[seed, 0, 0]))
+        J = episode_return(policy, task, jnp.asarray(s[seed, 0, 0]))
         np.testing.assert_allclose(found.J[seed, 0, 29], J, rtol=1e-3)
 
 
@@ -90,7 +90,7 @@ def test_both_systems_are_real():
 
 
 def test_runs_repeat_and_evaluations_have_the_same_starts():
-    system, agent = pendulum(horizon=20), Idle(warmup=20, every=20)
+    system, agent = pendulum(horizon=20), RandomAgent(warmup=20, every=20)
     learned = learn(agent, system, KEYS, real_steps=60, evaluations=2)
     again = learn(agent, system, KEYS, real_steps=60, evaluations=2)
     for x, y in zip(jax.tree.leaves(learned.buffer), jax.tree.leaves(again.buffer), strict=True):
@@ -116,7 +116,7 @@ class Counts(eqx.Module):
         return memory.astype(self.unit.dtype)[None] * self.unit, memory + 1
 
 
-class Remembers(Idle):
+class Remembers(RandomAgent):
     def policy(self, carry, task) -> Any:
         return Counts(jnp.float32(0.1))
 
@@ -153,7 +153,7 @@ class Line(gymnasium.Env):
 @pytest.mark.parametrize("spoils", ["observation", "reward"])
 def test_what_is_not_finite_is_not_kept_and_counted(spoils):
     system = HostSystem(*environment(lambda: Line(spoils), horizon=20))
-    learned = learn(Idle(every=50), system, KEYS, real_steps=200, evaluations=2)
+    learned = learn(RandomAgent(every=50), system, KEYS, real_steps=200, evaluations=2)
     rejected = sum(record["rejected"] for record in learned.records)
     assert (rejected > 0).all()
     np.testing.assert_array_equal(rejected + learned.buffer.size, [200, 200])
@@ -161,7 +161,7 @@ def test_what_is_not_finite_is_not_kept_and_counted(spoils):
     assert np.isnan(np.concatenate([record["returns"].ravel() for record in learned.records])).any()
 
 
-class Spoilt(Idle):
+class Spoilt(RandomAgent):
     """Its policy has no finite action where the place is positive."""
 
     def policy(self, carry, task) -> Any:
@@ -176,7 +176,7 @@ def test_an_action_that_is_not_finite_is_not_taken():
 
 def test_an_end_and_a_time_limit_are_told_apart():
     system = HostSystem(*environment(Line, horizon=6))
-    _, _, found = collected(system, Idle(), count=4, steps=60, role="first")
+    _, _, found = collected(system, RandomAgent(), count=4, steps=60, role="first")
     beyond = np.abs(found.steps.s_next[..., 0]) > 1
     assert beyond.any() and (found.steps.done == beyond).all()
     assert (found.steps.last == (beyond | (found.t == 5))).all() and (found.t == 5).any()
@@ -191,15 +191,15 @@ def test_reward_and_end_are_learned_from_the_steps():
         (NotGiven("reward"), NotGiven("end")),
         is_leaf=lambda x: x is None,
     )
-    assert isinstance(judged(Idle(), plain), Idle)
+    assert isinstance(with_learned_reward(RandomAgent(), plain), RandomAgent)
     system = HostSystem(*environment(Line, horizon=20))
     with pytest.raises(TypeError, match="the reward of this system is not given"):
         system.view.reward(jnp.zeros(1), jnp.zeros(1))
     view = learnable(system.view)
     assert isinstance(view.reward, RewardModel) and isinstance(view.done, EndModel)
     assert isinstance(learnable(blank).done, EndModel)
-    agent = judged(Idle(warmup=300, every=100), view)
-    assert isinstance(agent, Judged)
+    agent = with_learned_reward(RandomAgent(warmup=300, every=100), view)
+    assert isinstance(agent, WithLearnedReward)
     learned = learn(agent, HostSystem(system.make, view), KEYS, real_steps=500)
     assert (learned.records[-1]["reward_error"] < 0.05).all()
     models = jax.tree.map(lambda x: x[0, 0], learned.carry.models)
@@ -214,7 +214,7 @@ def test_a_planner_plans_with_the_reward_as_it_is_learned():
     system = pendulum(horizon=20)
     view = learnable(system.view)
     options = {"warmup": 20, "every": 20, "seconds": 0.2, "members": 2, "units": 8}
-    agent = judged(make("mpc", view, options), view)
+    agent = with_learned_reward(make_agent("mpc", view, options), view)
     learned = learn(agent, HostSystem(system.make, view), KEYS, real_steps=60, evaluations=1)
     carry = jax.tree.map(lambda x: x[0], learned.carry)
     planned = agent.best(carry, view).model.reward
@@ -229,7 +229,7 @@ def test_inverted_pendulum_of_mujoco():
     pytest.importorskip("imageio", reason="Gymnasium's MuJoCo environments need imageio: the extra `gym`")
     system = HostSystem(*environment("InvertedPendulum-v5", given=["reward", "end"]))
     assert (system.view.n, system.view.m, system.horizon, system.view.dt) == (4, 1, 1000, 0.04)
-    _, _, found = collected(system, Idle(), count=2, steps=60, role="first")
+    _, _, found = collected(system, RandomAgent(), count=2, steps=60, role="first")
     s, _, r, s_next, done, last = found.steps
     assert (
         done.any()
@@ -240,7 +240,7 @@ def test_inverted_pendulum_of_mujoco():
     np.testing.assert_allclose(s_next[..., 0] - s[..., 0], 0.04 * (s_next[..., 2] + s[..., 2]) / 2, atol=0.05)
 
 
-SETTING = Setting(
+SETTING = LearnConfig(
     task="gym:Pendulum-v1",
     agents=("random",),
     options={"warmup": 20, "every": 20},
@@ -259,16 +259,16 @@ SETTING = Setting(
 
 
 def test_a_run_and_its_report(tmp_path):
-    folder = race(SETTING, out=tmp_path / "run", stream=io.StringIO())
-    records, _ = read(folder / "metrics.jsonl")
+    folder = learn_agents(SETTING, out=tmp_path / "run", stream=io.StringIO())
+    records, _ = read_metrics(folder / "metrics.jsonl")
     assert [row["real_steps"] for row in of(records, "iteration")] == [20, 40, 60]
     assert of(records, "scene")[0]["state_names"] == list(KNOWN["Pendulum-v1"].states)
     assert "reward_error" in of(records, "iteration")[-1]["said"]
     assert json.loads((folder / "config.json").read_text())["given"] == ["end"]
     assert "random ends with a return" in learn_text(folder)
     assert "gym:Pendulum-v1" in (folder / "report.html").read_text()
-    restored = restore(folder)
-    assert restored.system.view.done is None and isinstance(restored.agent, Judged)
+    restored = restore_agent(folder)
+    assert restored.system.view.done is None and isinstance(restored.agent, WithLearnedReward)
     assert restored.system.make().unwrapped.g == 9.0
 
 

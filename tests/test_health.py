@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import BPTT, Linear, Neural, OpenLoop, expected, tasks, value
+from diffmbrl import BPTT, Linear, Neural, OpenLoop, episode_return, mean_return, tasks
 from diffmbrl.core import Box, Task, parameter
 from diffmbrl.diagnostics import health as measuring
-from diffmbrl.diagnostics.bias import Bias, bias
+from diffmbrl.diagnostics.bias import Bias, bias_test
 from diffmbrl.diagnostics.differences import difference_error
 from diffmbrl.diagnostics.health import Health, gradient_health
 from diffmbrl.diagnostics.products import log_singular_values, products
-from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
+from diffmbrl.diagnostics.sample_statistics import SampleStatistics, in_chunks, sample_statistics
 from diffmbrl.diagnostics.verdict import least_z, verdict
-from diffmbrl.tasks.transforms.prefix import Seeing, begin, prefix
+from diffmbrl.tasks.transforms.prefix import Seeing, prefix, prefix_start
 from diffmbrl.tasks.transforms.refined import refined
 
 
@@ -71,7 +71,7 @@ def test_a_stable_system_takes_plain_bptt():
     assert np.all(health.bias.z < least_z(3)) and health.growth[-1] < 1 and health.where is None
     task, policy = sick()
     s0 = task.starts(jax.random.split(jax.random.key(0), 3)[0], 512)
-    direct = jax.grad(expected)(policy, task, s0)
+    direct = jax.grad(mean_return)(policy, task, s0)
     np.testing.assert_allclose(health.plain.norm[-1], np.linalg.norm(ravel_pytree(direct)[0]), rtol=1e-5)
     assert health.contributions.shape == (3, T) and np.isnan(health.contributions[0, 2:]).all()
 
@@ -165,7 +165,7 @@ def record(*rows, horizons=(10, 50, 400), where=None) -> Health:
     column = lambda name: np.array([row[name] for row in rows], float)  # noqa: E731
     K = len(rows)
     ones, zeros = np.ones(K), np.zeros(K, int)
-    plain = Spread(column("norm"), ones, column("snr"), column("tail"), zeros)
+    plain = SampleStatistics(column("norm"), ones, column("snr"), column("tail"), zeros)
     return Health(
         horizons=np.array(horizons), J=column("J"), norms=np.repeat(column("norm")[:, None], 100, 1), plain=plain,
         pathwise=plain, score=plain._replace(snr=column("score")),
@@ -234,21 +234,21 @@ def test_spread_of_known_samples(x64):
     rng = np.random.default_rng(0)
     mean = rng.normal(size=5)
     samples = jnp.asarray(mean + 2 * rng.normal(size=(20000, 5)))
-    found = spread(samples)
+    found = sample_statistics(samples)
     np.testing.assert_allclose(found.variance, 20.0, rtol=0.03)
     np.testing.assert_allclose(found.snr, mean @ mean / 20, rtol=0.1)
     assert 0.01 < found.tail < 0.06 and found.nonfinite == 0
-    noise = spread(samples - jnp.mean(samples, axis=0))
+    noise = sample_statistics(samples - jnp.mean(samples, axis=0))
     assert noise.snr == 0
 
 
 def test_spread_counts_what_is_not_finite_and_does_not_overflow():
     samples = jnp.array([[1e30, 0.0], [3e30, 0.0], [jnp.nan, 0.0], [0.0, jnp.inf]], jnp.float32)
-    found = spread(samples)
+    found = sample_statistics(samples)
     assert found.nonfinite == 2 and found.norm == pytest.approx(2e30)
     assert found.snr == pytest.approx(1.5) and found.variance == jnp.inf
-    assert spread(jnp.ones((4, 2))).snr == jnp.inf and jnp.isnan(spread(jnp.zeros((4, 2))).snr)
-    one = spread(jnp.zeros((200, 1)).at[7].set(1.0))
+    assert sample_statistics(jnp.ones((4, 2))).snr == jnp.inf and jnp.isnan(sample_statistics(jnp.zeros((4, 2))).snr)
+    one = sample_statistics(jnp.zeros((200, 1)).at[7].set(1.0))
     assert one.tail > 0.99
 
 
@@ -260,7 +260,7 @@ def test_the_test_of_bias_holds_its_level(x64):
     def z(key, shift):
         k1, k2 = jax.random.split(key)
         g, h = (3.0 + scale * jax.random.normal(k, (128, 20)) for k in (k1, k2))
-        return bias(g + shift, h)
+        return bias_test(g + shift, h)
 
     null = jax.vmap(lambda k: z(k, 0.0).z)(keys)
     # Standard errors of the mean and of the standard deviation of 2000: .022 and .016.
@@ -271,9 +271,9 @@ def test_the_test_of_bias_holds_its_level(x64):
 
 
 def test_a_difference_without_noise_is_certain():
-    found = bias(jnp.zeros((8, 2)), jnp.tile(jnp.array([1.0, 0.0]), (8, 1)))
+    found = bias_test(jnp.zeros((8, 2)), jnp.tile(jnp.array([1.0, 0.0]), (8, 1)))
     assert found.z == jnp.inf and found.size == 1
-    assert jnp.isnan(bias(jnp.ones((8, 2)), jnp.ones((8, 2))).z)
+    assert jnp.isnan(bias_test(jnp.ones((8, 2)), jnp.ones((8, 2))).z)
 
 
 def test_differences_see_a_wrong_gradient(x64):
@@ -294,7 +294,7 @@ def test_a_prefix_is_the_shorter_task(make, x64):
 
     @jax.jit
     def cut(task, length):
-        starts = jax.vmap(lambda s: begin(s, length))(s0)
+        starts = jax.vmap(lambda s: prefix_start(s, length))(s0)
         return BPTT()(Seeing(policy), prefix(task, length), starts, None)
 
     for length in (1, 5, 12):
@@ -309,9 +309,9 @@ def test_nothing_beyond_a_prefix_spoils_it():
     task, policy = sick(rate=1e8)
     s0 = jnp.array([0.5, 0.5])
     for length, finite in ((3, True), (T, False)):
-        J, gradient = jax.value_and_grad(lambda pi, length: value(Seeing(pi), prefix(task, length), begin(s0, length)))(
-            policy, jnp.int32(length)
-        )
+        J, gradient = jax.value_and_grad(
+            lambda pi, length: episode_return(Seeing(pi), prefix(task, length), prefix_start(s0, length))
+        )(policy, jnp.int32(length))
         assert bool(jnp.isfinite(J)) is finite
         assert bool(jnp.all(jnp.isfinite(ravel_pytree(gradient)[0]))) is finite
 

@@ -105,7 +105,7 @@ def test_a_broken_last_line_is_told_by_the_report_and_cut_by_resume(run, capsys)
     assert cli.main(["report", "run"]) == 0
     assert "is cut short and was left out" in (run / "report.html").read_text()
     assert cli.main(["resume", "run"]) == 0
-    records, note = metrics.read(run / "metrics.jsonl")
+    records, note = metrics.read_metrics(run / "metrics.jsonl")
     assert note is None and len(records) == len(whole.splitlines())
 
 
@@ -123,7 +123,7 @@ def test_names_do_not_lead_out_of_the_folder(folder, capsys):
     (folder / "agents" / "a.json").write_text("{}")
     (folder / "config.json").write_text(json.dumps({"x64": False, "agents": ["../../x"], "job": "learn"}))
     with pytest.raises(ValueError, match=r"unknown agent of the run '\.\./secret'"):
-        race.restore(folder, "../secret")
+        race.restore_agent(folder, "../secret")
 
 
 def test_out_is_where_the_caller_says_and_nowhere_else(folder, monkeypatch, capsys):
@@ -171,6 +171,8 @@ def test_a_report_of_what_no_run_writes(tmp_path):
 
 
 def test_types_of_a_setting():
-    setting = race.Setting("lqr", ("a",), {"x": "1"}, None, float("inf"), 2, {"a": 3}, 5, {"m": 1.0}, 0.0, 0.1, 7, True)
+    setting = race.LearnConfig(
+        "lqr", ("a",), {"x": "1"}, None, float("inf"), 2, {"a": 3}, 5, {"m": 1.0}, 0.0, 0.1, 7, True
+    )
     written = json.loads(json.dumps(metrics.to_json({"task": "lqr", "job": "learn", **setting._asdict()})))
-    assert configs.settled(race.Setting, written) == setting
+    assert configs.config_from_json(race.LearnConfig, written) == setting

@@ -7,10 +7,10 @@ import pytest
 import scipy.optimize
 
 from benchmarks.trajectory_problems import problem
-from diffmbrl import DDP, ILQR, Affine, OpenLoop, Task, expansion, rollout, solve, tasks, value
+from diffmbrl import DDP, ILQR, Affine, OpenLoop, Task, episode_return, expansion, rollout, solve, tasks
 from diffmbrl.core import Box
 from diffmbrl.diagnostics.spectrum import in_double
-from diffmbrl.planners import MPC, ActionDamped, Backtracking, Boxed, Parallel, Receding, StateDamped, act
+from diffmbrl.planners import MPC, ActionDamped, Backtracking, BoxConstrained, Parallel, Receding, StateDamped, act
 from diffmbrl.planners.quadratic_models import costates, hamiltonian
 from diffmbrl.second_order.linearize import linearize, riccati
 from diffmbrl.second_order.parallel_riccati import PARALLEL, SCAN, choose
@@ -22,7 +22,7 @@ EVERY = {
     "ilqr": ILQR(),
     "ddp": DDP(),
     "state damping": ILQR(sweep=StateDamped()),
-    "boxed": ILQR(sweep=Boxed()),
+    "boxed": ILQR(sweep=BoxConstrained()),
     "parallel": ILQR(search=Parallel()),
 }
 
@@ -73,7 +73,7 @@ def test_one_update_solves_a_linear_quadratic_task(name, n, m, x64):
     plan, _, _ = update(planner, start, task, s0)
     optimum = textbook(task)
     np.testing.assert_allclose(plan.K, optimum.K, rtol=1e-7, atol=1e-9)
-    np.testing.assert_allclose(value(plan, task, s0), optimum.J(s0), rtol=1e-9)
+    np.testing.assert_allclose(episode_return(plan, task, s0), optimum.J(s0), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -84,9 +84,9 @@ def test_all_reach_the_same_optimum(name, x64):
     plan, history = solve(planner, planner.start(task), task, s0, None, 200, tolerance=1e-7)
     assert history.stop.startswith("converged: gradient norm")
     actions = rollout(plan, task, s0).a
-    assert np.linalg.norm(jax.grad(lambda a: value(OpenLoop(a), task, s0))(actions)) < 1e-6
+    assert np.linalg.norm(jax.grad(lambda a: episode_return(OpenLoop(a), task, s0))(actions)) < 1e-6
     reference, _ = solve(in_double(ILQR()), Affine.zeros(task), task, s0, None, 200, tolerance=1e-7)
-    np.testing.assert_allclose(value(plan, task, s0), value(reference, task, s0), rtol=1e-12)
+    np.testing.assert_allclose(episode_return(plan, task, s0), episode_return(reference, task, s0), rtol=1e-12)
 
 
 def test_ddp_converges_quadratically(x64):
@@ -118,7 +118,7 @@ def test_the_hessian_of_the_hamiltonian_is_newtons(x64):
         return lin, riccati(lin._replace(H=H, H_T=H_T), mu)
 
     def cost(a):
-        return -value(OpenLoop(a[:, None]), task, s0)
+        return -episode_return(OpenLoop(a[:, None]), task, s0)
 
     gradient, flat = jax.jit(lambda a: (jax.grad(cost)(a), jax.hessian(cost)(a)))(a[:, 0])
     lin, sweep = jax.tree.map(np.asarray, solved())
@@ -140,7 +140,7 @@ def test_damping_in_state_space_is_a_penalty_on_the_states(x64):
         return jnp.concatenate([tau.s[1:].ravel(), tau.s_T])
 
     def cost(w):
-        return -value(OpenLoop(w.reshape(5, 2)), task, s0)
+        return -episode_return(OpenLoop(w.reshape(5, 2)), task, s0)
 
     @jax.jit
     def followed():
@@ -159,16 +159,16 @@ def test_damping_in_state_space_is_a_penalty_on_the_states(x64):
 @pytest.mark.parametrize("low, high", [(-0.3, 0.3), (-0.1, 0.5), (-5.0, 5.0)])
 def test_limits_are_those_of_the_dense_quadratic_program(low, high, x64):
     task = limited(low, high)
-    planner, s0 = in_double(ILQR.within(task)), task.initial(KEY)
-    assert isinstance(planner.sweep, Boxed)
-    plan, history = solve(planner, Affine.within(task), task, s0, None, 50, tolerance=1e-10)
+    planner, s0 = in_double(ILQR.with_limits(task)), task.initial(KEY)
+    assert isinstance(planner.sweep, BoxConstrained)
+    plan, history = solve(planner, Affine.with_limits(task), task, s0, None, 50, tolerance=1e-10)
     assert history.stop.startswith("converged: gradient norm")
     oracle = dense(task, s0)
     a = np.asarray(rollout(plan, task, s0).a)
-    np.testing.assert_allclose(-value(plan, task, s0), oracle.fun, rtol=1e-9)
+    np.testing.assert_allclose(-episode_return(plan, task, s0), oracle.fun, rtol=1e-9)
     np.testing.assert_allclose(a.ravel(), oracle.x, atol=1e-5)
     # Complementarity, by automatic differentiation: zero where free, pushing outwards where a limit is active.
-    gradient = np.asarray(jax.grad(lambda a: value(OpenLoop(a), task, s0))(jnp.asarray(a)))  # of the return
+    gradient = np.asarray(jax.grad(lambda a: episode_return(OpenLoop(a), task, s0))(jnp.asarray(a)))  # of the return
     at_low, at_high = a <= low, a >= high
     assert np.all(np.abs(gradient[~at_low & ~at_high]) < 1e-6)
     assert np.all(gradient[at_low] <= 1e-9) and np.all(gradient[at_high] >= -1e-9)
@@ -180,7 +180,7 @@ def test_limits_are_those_of_the_dense_quadratic_program(low, high, x64):
 
 def test_limits_hold_from_every_start(x64):
     task = limited(-0.3, 0.3)
-    plan, _ = solve(in_double(ILQR.within(task)), Affine.within(task), task, task.initial(KEY), None, 20)
+    plan, _ = solve(in_double(ILQR.with_limits(task)), Affine.with_limits(task), task, task.initial(KEY), None, 20)
     for scale in (0.0, -2.0, 30.0):
         a = rollout(plan, task, scale * task.initial(KEY)).a
         assert np.all(a >= -0.3) and np.all(a <= 0.3)
@@ -189,7 +189,7 @@ def test_limits_hold_from_every_start(x64):
 def test_limits_that_do_not_bind_change_nothing(x64):
     task = limited(-1e3, 1e3)
     s0 = task.initial(KEY)
-    boxed, _ = solve(in_double(ILQR.within(task)), Affine.within(task), task, s0, None, 2)
+    boxed, _ = solve(in_double(ILQR.with_limits(task)), Affine.with_limits(task), task, s0, None, 2)
     free, _ = solve(in_double(ILQR()), Affine.zeros(task), task, s0, None, 2)
     same(boxed.K, free.K)
     same(boxed.a, free.a)
@@ -201,7 +201,7 @@ def test_a_quadratic_program_in_a_box(x64):
         rng = np.random.default_rng(seed)
         X, q = rng.normal(size=(4, 4)), 3 * rng.normal(size=4)
         Q, low, high = X @ X.T + 0.1 * np.eye(4), -rng.uniform(0, 1, 4), rng.uniform(0, 1, 4)
-        k, clamped, positive = jax.jit(lambda *x: Boxed().minimise(*x))(*map(jnp.asarray, (Q, q, low, high)))
+        k, clamped, positive = jax.jit(lambda *x: BoxConstrained().minimise(*x))(*map(jnp.asarray, (Q, q, low, high)))
         best = min(_corners(Q, q, low, high), key=lambda x: x @ Q @ x / 2 + q @ x)
         np.testing.assert_allclose(k, best, atol=1e-8)
         assert positive and np.all(clamped == ((best <= low) | (best >= high)))
@@ -223,12 +223,12 @@ def test_limits_need_a_plan_that_keeps_them():
     with pytest.raises(
         ValueError, match=r"Boxed keeps the limits of its plan, and this one has none: .*within\(task\)"
     ):
-        solve(ILQR.within(task), Affine.zeros(task), task, task.initial(KEY), None, 2)
+        solve(ILQR.with_limits(task), Affine.zeros(task), task, task.initial(KEY), None, 2)
     with pytest.raises(ValueError, match="a_low must lie below a_high"):
         limited(0.5, -0.5)
-    assert not isinstance(ILQR.within(bent()).sweep, Boxed)
+    assert not isinstance(ILQR.with_limits(bent()).sweep, BoxConstrained)
     with pytest.raises(ValueError, match="the limits of a plan are static"):
-        jax.jit(lambda task: Affine.within(task).a)(task)
+        jax.jit(lambda task: Affine.with_limits(task).a)(task)
 
 
 def test_one_step_and_none(x64):
@@ -236,7 +236,7 @@ def test_one_step_and_none(x64):
     s0 = task.initial(KEY)
     for planner in map(in_double, EVERY.values()):
         plan, _ = solve(planner, planner.start(task), task, s0, None, 2)
-        same(value(plan, task, s0), textbook(task).J(s0))
+        same(episode_return(plan, task, s0), textbook(task).J(s0))
     with pytest.raises(ValueError, match="horizon must be a whole number of at least 1, got 0"):
         tasks.lqr(horizon=0)
 
@@ -253,12 +253,12 @@ def test_parallel_takes_the_best_of_all_lengths(x64):
         for trials in (1, 3, 8):
             planner = ILQR(search=Parallel(trials=trials))
             plan, _, info = update(planner, start, task, s0)
-            found.append(float(value(plan, task, s0)))
+            found.append(float(episode_return(plan, task, s0)))
             assert info.inner_iterations == 1 + trials
         assert np.all(np.diff(found) >= 0)
         backtracked = ILQR(search=Backtracking(trials=8))
         plan, _, _ = update(backtracked, start, task, s0)
-        assert found[-1] >= float(value(plan, task, s0))
+        assert found[-1] >= float(episode_return(plan, task, s0))
         start = plan
 
 
@@ -285,7 +285,7 @@ def test_at_an_optimum_neither_the_plan_nor_the_damping_changes(x64):
     assert not history.info.accepted[-1]
     assert history.info.damping[-1] == 0
     assert np.all(np.diff(history.info.J) >= 0)
-    assert value(plan, task, s0) == history.info.J[-1]
+    assert episode_return(plan, task, s0) == history.info.J[-1]
 
 
 def test_the_damping_is_bounded_and_falls_along_a_receding_horizon():
@@ -303,7 +303,7 @@ def test_the_damping_is_bounded_and_falls_along_a_receding_horizon():
 def test_a_controller_at_rest_is_still_awake_when_something_happens():
     """Balanced for a hundred steps, and then pushed: no damping has piled up meanwhile that keeps the plan as it is."""
     task = tasks.pets_cartpole(horizon=160)
-    mpc = MPC.init(ILQR.within(task), task, horizon=25, first=10, window=Receding())
+    mpc = MPC.init(ILQR.with_limits(task), task, horizon=25, first=10, window=Receding())
     memory, s, a = mpc.start(task), jnp.asarray([0.1, 0.1, 0.0, 0.0]), jnp.zeros(1)
     for t in range(160):
         a, memory = act(mpc, memory, s)
@@ -328,5 +328,5 @@ def test_the_expansion_is_that_of_the_return_to_go(x64):
     s0 = jnp.asarray([0.9, -0.3])
     plan, _ = solve(in_double(ILQR()), Affine.zeros(task), task, s0, None, 3)
     found = jax.jit(expansion)(plan, task, s0)
-    same(found.v[0], jax.grad(lambda s: value(plan, task, s))(s0))
-    same(found.J[0], value(plan, task, s0))
+    same(found.v[0], jax.grad(lambda s: episode_return(plan, task, s))(s0))
+    same(found.J[0], episode_return(plan, task, s0))

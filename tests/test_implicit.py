@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from benchmarks.riccati import largest_error, smooth_loss
 from benchmarks.trajectory_problems import problem
-from diffmbrl import ILQR, Affine, Constraints, Descend, OpenLoop, rollout, value
+from diffmbrl import ILQR, Affine, Constraints, OpenLoop, OptaxSolver, episode_return, rollout
 from diffmbrl.core import Box, Task
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.planners.implicit import implicit, optimal
@@ -63,7 +63,7 @@ def resolved(task, s0, plan):
 @jax.jit
 def polished(task, s0, a):
     flat, unravel = ravel_pytree(a)
-    cost = lambda x: -value(OpenLoop(unravel(x)), task, s0)  # noqa: E731
+    cost = lambda x: -episode_return(OpenLoop(unravel(x)), task, s0)  # noqa: E731
 
     def newton(_, x):
         return x - jnp.linalg.solve(jax.hessian(cost)(x), jax.grad(cost)(x))
@@ -126,7 +126,7 @@ def test_the_bent_optimum_is_one(x64):
     task, plan = bent_plan()
     out = look(plan, task, start())
     assert out.ok and out.definite and out.gradient_norm < 1e-10 and out.distance < 1e-10
-    close(out.J, value(plan, task, start()), rtol=1e-10)
+    close(out.J, episode_return(plan, task, start()), rtol=1e-10)
     close(out.trajectory.a, plan.a, atol=1e-9)
 
 
@@ -229,7 +229,7 @@ def limited(high: Any) -> Task:
 def bounded(task, s0):
     """By scipy's L-BFGS-B on the actions."""
     high = float(task.a_high[0])
-    cost = jax.jit(jax.value_and_grad(lambda a: -value(OpenLoop(a[:, None]), task, s0)))
+    cost = jax.jit(jax.value_and_grad(lambda a: -episode_return(OpenLoop(a[:, None]), task, s0)))
     found = scipy.optimize.minimize(
         lambda a: tuple(np.asarray(x) for x in cost(jnp.asarray(a))),
         np.zeros(task.horizon),
@@ -330,7 +330,7 @@ def test_an_episode_that_ended_has_no_derivatives(x64):
     s0 = jnp.asarray([1.0, 0.5])
     out = look(plan, task, s0)
     assert not out.trajectory.alive[-1]
-    close(out.J, value(plan, task, s0))
+    close(out.J, episode_return(plan, task, s0))
     dead = np.flatnonzero(~out.trajectory.alive[:-1])
     jacobian = jax.jit(jax.jacrev(lambda s0: implicit(plan, task, s0).plan.a))(s0)
     assert dead.size and not np.any(jacobian[dead]) and np.isfinite(jacobian).all()
@@ -342,7 +342,7 @@ def test_clear_errors():
     with pytest.raises(TypeError, match=r"implicit differentiates an Affine plan.*got OpenLoop"):
         implicit(OpenLoop.zeros(task), task, s0)
     with pytest.raises(TypeError, match="optimal needs a planner, whose kind is 'plan'; Descend is a 'policy'"):
-        optimal(Descend(optax.adam, learning_rate=0.1), task, s0, steps=3)
+        optimal(OptaxSolver(optax.adam, learning_rate=0.1), task, s0, steps=3)
     with pytest.raises(ValueError, match="steps must be a whole number of at least 1, got 0"):
         optimal(ILQR(), task, s0, steps=0)
     bound = eqx.tree_at(lambda t: t.constraints, task, Constraints(), is_leaf=lambda x: x is None)

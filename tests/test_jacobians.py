@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl import Affine, Gaussian, Neural, OpenLoop, rollout, tasks
 from diffmbrl.diagnostics.jacobians import contributions, eigenvalues, jacobians, singular_values, spectral_radius
 from diffmbrl.diagnostics.products import log_eigenvalues, log_singular_values, log_spectral_radius, products
-from diffmbrl.rollout import expected, split
+from diffmbrl.rollout import mean_return, split_keys
 from diffmbrl.tasks.transforms.plant import delayed
 from tests.problems import bent, changed, same
 
@@ -224,7 +224,7 @@ def test_jacobians_and_contributions_are_the_derivatives(which: int, x64: None) 
 
         return A, B, K, jax.grad(J)(jnp.zeros((task.horizon, task.m))), trajectory.alive
 
-    keys = split(key, s0)
+    keys = split_keys(key, s0)
     A, B, K, dJ_da, alive = jax.vmap(direct)(s0, keys)
     same(found.alive, alive)
     assert bool(alive.all()) != ("ends" in cases()[which][0])
@@ -234,7 +234,7 @@ def test_jacobians_and_contributions_are_the_derivatives(which: int, x64: None) 
     same(found.K, np.where(mask, K, 0))
     same(found.dJ_da, dJ_da)
 
-    gradient = jax.jit(jax.grad(expected))(policy, task, s0, key)
+    gradient = jax.jit(jax.grad(mean_return))(policy, task, s0, key)
     same(jnp.sum(parts, axis=0), ravel_pytree(gradient)[0])
     if getattr(policy, "is_plan", False):
         rows = jax.vmap(lambda row: ravel_pytree(policy)[1](row))(parts)
@@ -244,9 +244,9 @@ def test_jacobians_and_contributions_are_the_derivatives(which: int, x64: None) 
 
 
 def rollout_value(policy, task, s, key):
-    from diffmbrl.rollout import value
+    from diffmbrl.rollout import episode_return
 
-    return jax.vmap(lambda s: value(policy, task, s, key))(s)
+    return jax.vmap(lambda s: episode_return(policy, task, s, key))(s)
 
 
 def test_states_that_are_not_flat_are_flattened(x64: None) -> None:

@@ -13,6 +13,7 @@ from diffmbrl import (
     BPTT,
     ILQR,
     Affine,
+    DampingGrid,
     Dense,
     Gaussian,
     GaussNewton,
@@ -20,13 +21,12 @@ from diffmbrl import (
     Linear,
     Neural,
     OpenLoop,
-    Path,
-    expected,
+    episode_return,
+    mean_return,
     rollout,
     rollouts,
     solve,
     tasks,
-    value,
 )
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.second_order import linearize
@@ -48,7 +48,7 @@ def update(solver, policy, task, s0):
     return policy, info
 
 
-evaluate = jax.jit(value)
+evaluate = jax.jit(episode_return)
 
 
 # Linear dynamics, quadratic costs.
@@ -93,7 +93,7 @@ def test_gauss_newton_on_a_plan_is_the_lqr_step(name, x64):
     )
     close(by_ilqr.a, optimal_actions(task, s0))
     for system in (Dense(), Krylov(rank=horizon * task.m)):
-        plan, info = update(GaussNewton(system=system, damping=Path(**UNDAMPED)), rest, task, s0[None])
+        plan, info = update(GaussNewton(system=system, damping=DampingGrid(**UNDAMPED)), rest, task, s0[None])
         assert info.accepted
         np.testing.assert_allclose(plan.a, by_ilqr.a, rtol=1e-6, atol=1e-7)
 
@@ -140,7 +140,7 @@ def test_the_fixed_point_of_a_linear_policy_is_the_stationary_gain(name, x64):
     start = Linear(jnp.asarray(0.8 * K), jnp.full(task.m, 0.1))
     s0 = task.starts(KEY, 2 * task.n)
     policy, history = solve(
-        GaussNewton(system=Dense(), damping=in_double(Path())), start, task, s0, None, 40, tolerance=1e-9
+        GaussNewton(system=Dense(), damping=in_double(DampingGrid())), start, task, s0, None, 40, tolerance=1e-9
     )
     np.testing.assert_allclose(policy.K, K, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(policy.b, np.zeros(task.m), atol=1e-7)
@@ -270,5 +270,5 @@ def test_on_a_linear_quadratic_task_it_is_the_hessian(x64):
     task = LINEAR["unstable 3x1"](5)
     plan, s0 = OpenLoop(0.1 * jnp.ones((5, 1))), task.starts(KEY, 2)
     theta, unravel = ravel_pytree(plan)
-    hessian = jax.jit(jax.hessian(lambda theta: -expected(unravel(theta), task, s0)))(theta)
+    hessian = jax.jit(jax.hessian(lambda theta: -mean_return(unravel(theta), task, s0)))(theta)
     same(jax.jit(lambda: dense(gauss_newton(plan, task, s0), plan, task))(), hessian)

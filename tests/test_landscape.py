@@ -8,7 +8,7 @@ import pytest
 
 from diffmbrl import Linear, Neural, OpenLoop, tasks
 from diffmbrl.diagnostics.landscape import filter_normalised, line, plane
-from diffmbrl.rollout import values
+from diffmbrl.rollout import episode_returns
 from tests.problems import bent, changed, same
 
 KEY = jax.random.key(0)
@@ -41,7 +41,9 @@ def test_slices_are_the_returns_at_moved_parameters(chunk: int, x64: None) -> No
     policy, s0, key = Neural.init(task, hidden=[3], key=KEY), task.starts(KEY, 3), jax.random.key(9)
     d, e = (filter_normalised(policy, jax.random.key(i)) for i in (1, 2))
     alphas, betas = jnp.linspace(-1, 1, 5), jnp.linspace(0, 2, 3)
-    at = jax.jit(lambda a, b: values(jax.tree.map(lambda x, u, v: x + a * u + b * v, policy, d, e), task, s0, key))
+    at = jax.jit(
+        lambda a, b: episode_returns(jax.tree.map(lambda x, u, v: x + a * u + b * v, policy, d, e), task, s0, key)
+    )
     on_line = jax.jit(line, static_argnames="chunk")(policy, task, s0, d, alphas, key, chunk=chunk)
     on_plane = jax.jit(plane, static_argnames="chunk")(policy, task, s0, (d, e), alphas, betas, key, chunk=chunk)
     assert on_line.shape == (5, 3) and on_plane.shape == (5, 3, 3)

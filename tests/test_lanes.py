@@ -9,8 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Affine, Descend, GaussNewton, Krylov, Neural, expected, rollouts, solve, tasks, values
-from diffmbrl.jobs.batch import PlanLanes, PolicyLanes, course, draw
+from diffmbrl import (
+    ILQR,
+    Affine,
+    GaussNewton,
+    Krylov,
+    Neural,
+    OptaxSolver,
+    episode_returns,
+    mean_return,
+    rollouts,
+    solve,
+    tasks,
+)
+from diffmbrl.jobs.batch import BatchedPlanRuns, BatchedPolicyRuns, draw_starts, learning_curve
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.solve.loop import CHUNK
 from diffmbrl.tasks import squashed
@@ -18,10 +30,10 @@ from diffmbrl.tasks import squashed
 TASK = tasks.cartpole_balance(horizon=6)
 HIDDEN, SEEDS, STARTS, HELD_OUT, STEPS = (3,), 2, 3, 5, 4
 RATES = (3e-3, 3e-2)
-DRAWS = draw(TASK, SEEDS, STARTS, HELD_OUT, 0)
+DRAWS = draw_starts(TASK, SEEDS, STARTS, HELD_OUT, 0)
 
-mean_return = jax.jit(expected)
-all_returns = jax.jit(values)
+mean_return = jax.jit(mean_return)
+all_returns = jax.jit(episode_returns)
 successes = jax.jit(lambda policy, task, s0: jax.vmap(task.success)(rollouts(policy, task, s0).s_T))
 action_gradients = jax.jit(lambda policy, task, s0: gauss_newton(policy, task, s0).g)
 
@@ -51,22 +63,22 @@ def test_seeds_differ_in_starts_and_policies():
 
 
 def test_a_longer_comparison_begins_with_the_seeds_of_a_shorter_one():
-    longer = draw(TASK, 5, STARTS, HELD_OUT, 0)
+    longer = draw_starts(TASK, 5, STARTS, HELD_OUT, 0)
     np.testing.assert_array_equal(longer[0][:SEEDS], DRAWS[0])
     np.testing.assert_array_equal(longer[1], DRAWS[1])
     np.testing.assert_array_equal(jax.random.key_data(longer[2][:SEEDS]), jax.random.key_data(DRAWS[2]))
 
 
 def test_another_key_is_another_comparison():
-    other = draw(TASK, SEEDS, STARTS, HELD_OUT, 1)
+    other = draw_starts(TASK, SEEDS, STARTS, HELD_OUT, 1)
     assert not np.any(other[0] == DRAWS[0]) and not np.any(other[1] == DRAWS[1])
 
 
 # Policies.
 
 SOLVERS = {
-    "adam": ([Descend(optax.adam, learning_rate=rate) for rate in RATES], False),
-    "lbfgs": ([Descend(optax.lbfgs, memory_size=4)], True),
+    "adam": ([OptaxSolver(optax.adam, learning_rate=rate) for rate in RATES], False),
+    "lbfgs": ([OptaxSolver(optax.lbfgs, memory_size=4)], True),
     "gauss-newton": ([GaussNewton(system=Krylov(6))], False),
 }
 
@@ -74,7 +86,7 @@ SOLVERS = {
 @pytest.fixture(scope="module", params=SOLVERS)
 def run(request):
     solvers, sequential = SOLVERS[request.param]
-    lanes = PolicyLanes(solvers, TASK, HIDDEN, DRAWS, sequential=sequential)
+    lanes = BatchedPolicyRuns(solvers, TASK, HIDDEN, DRAWS, sequential=sequential)
     begun = lanes.evaluate()
     assert lanes.compile() > 0
     lanes.advance(0, 1)
@@ -142,7 +154,7 @@ def test_profiles(run):
 
 def test_a_seed_that_breaks_is_named_and_stops_alone():
     train, test, keys = DRAWS
-    lanes = PolicyLanes(
+    lanes = BatchedPolicyRuns(
         SOLVERS["adam"][0], TASK, HIDDEN, (train.at[1, 2, 0].set(jnp.nan), test, keys), sequential=False
     )
     before = lanes.policies
@@ -155,7 +167,7 @@ def test_a_seed_that_breaks_is_named_and_stops_alone():
 
 
 def adam():
-    return PolicyLanes(SOLVERS["adam"][0], TASK, HIDDEN, DRAWS, sequential=False)
+    return BatchedPolicyRuns(SOLVERS["adam"][0], TASK, HIDDEN, DRAWS, sequential=False)
 
 
 def test_more_updates_than_one_call_of_the_program_makes():
@@ -169,7 +181,7 @@ def test_more_updates_than_one_call_of_the_program_makes():
 
 
 def test_a_course_looks_before_and_after_each_share():
-    run, lanes = course(adam(), 7, looks=3), adam()
+    run, lanes = learning_curve(adam(), 7, looks=3), adam()
     assert run.updates == [0, 2, 4, 7]
     for look, (done, end) in zip(run.looks, [(0, 0), *pairwise(run.updates)], strict=True):
         lanes.advance(done, end - done)
@@ -180,9 +192,9 @@ def test_a_course_looks_before_and_after_each_share():
 
 
 def test_a_course_has_at_most_a_look_for_each_update():
-    assert course(adam(), 2, looks=5).updates == [0, 1, 2]
+    assert learning_curve(adam(), 2, looks=5).updates == [0, 1, 2]
     with pytest.raises(ValueError, match="looks must be at least 1, got 0"):
-        course(adam(), 2, looks=0)
+        learning_curve(adam(), 2, looks=0)
 
 
 # Plans.
@@ -190,7 +202,7 @@ def test_a_course_has_at_most_a_look_for_each_update():
 
 @pytest.fixture(scope="module")
 def plans():
-    lanes = PlanLanes([ILQR()], TASK, DRAWS)
+    lanes = BatchedPlanRuns([ILQR()], TASK, DRAWS)
     lanes.compile()
     lanes.advance(0, 2)
     lanes.advance(2, 1)
@@ -234,6 +246,6 @@ def test_profiles_of_plans(plans):
 
 def test_a_plan_that_breaks_is_named():
     train, test, keys = DRAWS
-    lanes = PlanLanes([ILQR()], TASK, (train.at[1, 2, 0].set(jnp.nan), test, keys))
+    lanes = BatchedPlanRuns([ILQR()], TASK, (train.at[1, 2, 0].set(jnp.nan), test, keys))
     lanes.advance(0, 2)
     assert lanes.broken(0) == "s[0] of start 0, start 2, seed 1"

@@ -79,7 +79,7 @@ def test_what_says_the_same_keeps_its_provenance(
     measured: list[tuple[Case, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moments = iter(range(9))
-    monkeypatch.setattr(record, "collect", lambda **_: {"time": next(moments)})
+    monkeypatch.setattr(record, "collect_provenance", lambda **_: {"time": next(moments)})
 
     def written(seconds: float) -> str:
         return record.save("some", {"rows": [[seconds, (1, np.int64(2), "a")]]}, quick=False).read_text()

@@ -18,17 +18,17 @@ from diffmbrl import Gaussian, Linear, OpenLoop, tasks
 from diffmbrl.core import Box, Identity, Task, reweighted
 from diffmbrl.gradients import (
     BPTT,
-    Episode,
-    Fitted,
-    LearnedValue,
     LeaveOneOut,
     LikelihoodRatio,
-    Mean,
+    LinearBaseline,
+    MeanBaseline,
     NoBaseline,
     RewardToGo,
     Smoothed,
+    TotalReturn,
+    ValueBaseline,
 )
-from diffmbrl.rollout import rollouts, values
+from diffmbrl.rollout import episode_returns, rollouts
 from tests.problems import bent, changed, gaussian_return, same, same_tree, z_scores
 
 KEY = jax.random.key(0)
@@ -44,17 +44,17 @@ class Minus(eqx.Module):
 
 UNBIASED = {
     "pathwise": BPTT(),
-    "episode": LikelihoodRatio(Episode()),
-    "episode, leave-one-out": LikelihoodRatio(Episode(), LeaveOneOut()),
-    "episode, fitted": LikelihoodRatio(Episode(), Fitted()),
+    "episode": LikelihoodRatio(TotalReturn()),
+    "episode, leave-one-out": LikelihoodRatio(TotalReturn(), LeaveOneOut()),
+    "episode, fitted": LikelihoodRatio(TotalReturn(), LinearBaseline()),
     "reward to go": LikelihoodRatio(RewardToGo()),
     "reward to go, leave-one-out": LikelihoodRatio(RewardToGo(), LeaveOneOut()),
-    "reward to go, fitted": LikelihoodRatio(RewardToGo(), Fitted()),
-    "reward to go, critic": LikelihoodRatio(RewardToGo(), LearnedValue(Minus())),
+    "reward to go, fitted": LikelihoodRatio(RewardToGo(), LinearBaseline()),
+    "reward to go, critic": LikelihoodRatio(RewardToGo(), ValueBaseline(Minus())),
 }
 SHRUNK = {
-    "episode, mean": LikelihoodRatio(Episode(), Mean()),
-    "reward to go, mean": LikelihoodRatio(RewardToGo(), Mean()),
+    "episode, mean": LikelihoodRatio(TotalReturn(), MeanBaseline()),
+    "reward to go, mean": LikelihoodRatio(RewardToGo(), MeanBaseline()),
 }
 
 
@@ -181,7 +181,7 @@ def test_of_a_step_the_pathwise_gradient_is_exactly_zero_and_the_score_functions
     assert np.abs(z_scores(gradient.a, jax.scipy.stats.norm.pdf(z) / sigma)) < BOUND
 
 
-@pytest.mark.parametrize("credit", [Episode(), RewardToGo()], ids=["episode", "reward to go"])
+@pytest.mark.parametrize("credit", [TotalReturn(), RewardToGo()], ids=["episode", "reward to go"])
 def test_it_is_the_sum_over_steps_of_score_times_credit(credit, x64):
     # With weights for each start, episodes that end, noise in the dynamics: against a loop.
     weights = jnp.linspace(0.5, 1.0, 6)[:, None] * 0.9 ** jnp.arange(9.0)
@@ -189,7 +189,7 @@ def test_it_is_the_sum_over_steps_of_score_times_credit(credit, x64):
     policy = Gaussian(Linear(jnp.array([[0.6, -0.8]]), jnp.array([0.2])), jnp.log(jnp.array([0.4])))
     s0 = task.starts(KEY, 6)
     J, gradient = jax.jit(lambda *x: LikelihoodRatio(credit).samples(*x))(policy, task, s0, KEY)
-    same(J, values(policy, task, s0, KEY))
+    same(J, episode_returns(policy, task, s0, KEY))
     paths = rollouts(policy, task, s0, KEY)
     assert 0 < paths.alive[:, -1].sum() < 6
     score = jax.jit(jax.grad(lambda pi, s, a: pi.log_prob(s, a)))
@@ -199,7 +199,7 @@ def test_it_is_the_sum_over_steps_of_score_times_credit(credit, x64):
         total = jax.tree.map(jnp.zeros_like, policy)
         for t in range(8):
             if tau.alive[t]:
-                first = 0 if isinstance(credit, Episode) else t
+                first = 0 if isinstance(credit, TotalReturn) else t
                 R = w[first:-1] @ tau.r[first:] + phi
                 total = jax.tree.map(lambda x, g, R=R: x + R * g, total, score(policy, tau.s[t], tau.a[t]))
         same_tree(jax.tree.map(lambda x, i=i: x[i], gradient), total)
@@ -220,7 +220,7 @@ def test_a_policy_is_not_asked_after_the_end():
     s0 = task.starts(KEY, 6)
     alive = rollouts(policy, task, s0, KEY).alive
     assert alive[:, 0].all() and not alive[:, -1].all()
-    for baseline in (NoBaseline(), LeaveOneOut(), Fitted()):
+    for baseline in (NoBaseline(), LeaveOneOut(), LinearBaseline()):
         _, gradient = LikelihoodRatio(baseline=baseline)(policy, task, s0, KEY)
         assert jnp.isfinite(gradient.mean.K).all()
 
@@ -232,7 +232,7 @@ def test_a_return_within_the_regressors_span_leaves_no_variance(x64):
     s0 = task.starts(KEY, 64)
     task = eqx.tree_at(lambda t: t.terminal.Q, task, jnp.zeros((2, 2)))
     none = LikelihoodRatio()(policy, task, s0, KEY)[1].mean.a
-    fitted = LikelihoodRatio(baseline=Fitted(ridge=1e-12))(policy, task, s0, KEY)[1].mean.a
+    fitted = LikelihoodRatio(baseline=LinearBaseline(ridge=1e-12))(policy, task, s0, KEY)[1].mean.a
     assert jnp.linalg.norm(fitted) < 1e-6 * jnp.linalg.norm(none)
 
 
@@ -247,7 +247,7 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match="leave-one-out needs at least 2 starts, got 1"):
         LikelihoodRatio(baseline=LeaveOneOut())(noisy, task, task.starts(KEY, 1), KEY)
     with pytest.raises(ValueError, match="folds must be at least 2, got 1"):
-        Fitted(folds=1)
+        LinearBaseline(folds=1)
     with pytest.raises(ValueError, match="weights must have shape"):
         LikelihoodRatio()(noisy, reweighted(task, jnp.ones((3, 3))), task.starts(KEY, 2), KEY)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import Affine, Gaussian, Linear, Neural, OpenLoop, rollout, rollouts, tasks, value
+from diffmbrl import Affine, Gaussian, Linear, Neural, OpenLoop, episode_return, rollout, rollouts, tasks
 from diffmbrl.core import Box, Task
 from diffmbrl.second_order.linearize import (
     INLINE,
@@ -180,7 +180,7 @@ def respond_and_adjoint(along):
 
 def test_adjoint_is_the_gradient_in_additive_perturbations_of_the_actions(along):
     w = jnp.zeros_like(along.trajectory.a)
-    gradient = jax.jit(jax.grad(lambda w: value(perturbed(along, w), along.task, along.s0, along.key)))(w)
+    gradient = jax.jit(jax.grad(lambda w: episode_return(perturbed(along, w), along.task, along.s0, along.key)))(w)
     _, pull = respond_and_adjoint(along)
     close(pull(along.lin.c_s, along.lin.c_a, along.lin.c_T), -gradient)
 
@@ -452,7 +452,7 @@ def test_derivatives_after_the_end_are_zero_and_the_state_is_held(x64):
     )
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient(task)))
     repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *x.shape)), policy)
-    gradient = jax.jit(jax.grad(lambda w: value(Perturbed(repeated, w), task, s0)))(jnp.zeros((8, 1)))
+    gradient = jax.jit(jax.grad(lambda w: episode_return(Perturbed(repeated, w), task, s0)))(jnp.zeros((8, 1)))
     close(g, -gradient)
     assert np.any(g)
 

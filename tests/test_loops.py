@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from diffmbrl.planners.riccati_sweeps import Boxed
+from diffmbrl.planners.riccati_sweeps import BoxConstrained
 from diffmbrl.second_order.krylov import conjugate_gradients
 from tests.solvers import SOLVERS
 from tests.test_solvers import KEY, case
@@ -50,7 +50,7 @@ def test_no_loop_of_a_solver_computes_in_its_condition(row):
 @pytest.mark.parametrize(
     "loop",
     [
-        lambda x: Boxed().minimise(jnp.eye(2) * x[0], x, -jnp.abs(x), jnp.abs(x)),
+        lambda x: BoxConstrained().minimise(jnp.eye(2) * x[0], x, -jnp.abs(x), jnp.abs(x)),
         lambda x: conjugate_gradients(lambda v: 2 * v, x),
     ],
     ids=["projected Newton", "conjugate gradients"],

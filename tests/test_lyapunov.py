@@ -7,7 +7,7 @@ import pytest
 
 from diffmbrl import Linear, tasks
 from diffmbrl.diagnostics.jacobians import jacobians
-from diffmbrl.diagnostics.lyapunov import averaged, closed_loop_exponents, crossover, exponents
+from diffmbrl.diagnostics.lyapunov import closed_loop_exponents, crossover, exponents, mean_exponents
 from diffmbrl.diagnostics.products import products
 from diffmbrl.tasks.double_pendulum import DoublePendulum
 from tests.problems import bent, same
@@ -53,7 +53,7 @@ def test_steps_after_the_end_do_not_count(x64: None) -> None:
 
 def test_a_singular_jacobian_makes_the_last_exponent_minus_infinity(x64: None) -> None:
     A = jnp.tile(jnp.diag(jnp.array([1.5, 1.2])), (200, 1, 1)).at[100].set(jnp.diag(jnp.array([1.5, 0.0])))
-    found = averaged(products(A, jnp.eye(2)).growth, 1.0)
+    found = mean_exponents(products(A, jnp.eye(2)).growth, 1.0)
     np.testing.assert_allclose(found.values, [np.log(1.5), -np.inf], atol=1e-9)
     assert np.isfinite(found.running[99]).all() and found.running[-1, 1] == -np.inf
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import OpenLoop, rollout, tasks, value
+from diffmbrl import OpenLoop, episode_return, rollout, tasks
 from diffmbrl.agents.dyna_q import DynaQ
 from diffmbrl.core import Box, Task
-from diffmbrl.tasks.finite import Finite, Lookup, Tabular, closed_loop, followed, open_loop, planned, replanned
-from diffmbrl.tasks.math_test import tables
+from diffmbrl.tasks.finite import Finite, Lookup, Tabular, followed, open_loop, optimal_q, planned, replanned
+from diffmbrl.tasks.math_test import finite_model
 from experiments import math_test, record
 
 KEY = jax.random.key(0)
@@ -26,7 +26,7 @@ PAIRS = list(product(range(10), range(10)))
 
 @pytest.fixture(scope="module")
 def finite() -> Finite:
-    return tables(TASK)
+    return finite_model(TASK)
 
 
 # The task.
@@ -61,7 +61,7 @@ def test_after_the_answer_nothing_more_is_earned() -> None:
 
 def test_tables_are_of_this_task_alone() -> None:
     with pytest.raises(ValueError, match="'math-test'; got 'lqr'"):
-        tables(tasks.lqr())
+        finite_model(tasks.lqr())
 
 
 # Values, by hand.
@@ -74,7 +74,7 @@ def test_values_by_hand(finite: Finite) -> None:
     assert open_loop(finite, 0, 2) == (0, (0, 0))
     assert replanned(finite, 0, 2) == 0
     assert [replanned(finite, s, 1) for s in range(3, 103)] == [2000] * 100
-    first, second = closed_loop(finite, 2)
+    first, second = optimal_q(finite, 2)
     assert first[0] == [0] + [2000] * 19
     for s, (a, b) in enumerate(PAIRS, start=3):
         assert second[s] == [2000 if answer == a + b else -1000 for answer in range(-1, 19)]
@@ -83,7 +83,7 @@ def test_values_by_hand(finite: Finite) -> None:
 def test_a_worse_prize_makes_no_difference_to_open_loop_until_guessing_pays(finite: Finite) -> None:
     # 10 of 100 tests have the sum 9: guessing it pays when a tenth of the prize is more than nine tenths of the penalty.
     for prize, home in [(8999.0, True), (9001.0, False)]:
-        value, plan = open_loop(tables(tasks.math_test(prize=prize)), 0, 2)
+        value, plan = open_loop(finite_model(tasks.math_test(prize=prize)), 0, 2)
         assert (plan == (0, 0)) == home and (value == 0) == home
         assert home or plan == (1, 10)
 
@@ -92,7 +92,7 @@ def test_the_greedy_policy_of_the_best_table_earns_what_enumeration_says(finite:
     Q = math_test.best_q(finite, 2)
     assert followed(finite, 0, Q.argmax(-1).tolist(), 2) == 2000
     policy = Tabular(Lookup.of(finite), jnp.asarray(Q, jnp.float32))
-    J = jax.vmap(lambda k: value(policy, TASK, DOOR, k))(jax.random.split(KEY, 50))
+    J = jax.vmap(lambda k: episode_return(policy, TASK, DOOR, k))(jax.random.split(KEY, 50))
     np.testing.assert_array_equal(J, 2000)
 
 
@@ -167,7 +167,7 @@ def maze() -> tuple[Task, Finite]:
 def test_planning_finds_suttons_maze_in_a_fraction_of_the_real_steps() -> None:
     """Sutton and Barto 2018, figure 8.2: the shortest way is 14 steps (here: 16 will do); planning needs a fraction of them."""
     task, finite = maze()
-    shortest = closed_loop(finite, 14)
+    shortest = optimal_q(finite, 14)
     start = int(np.flatnonzero((finite.s == [0, 2]).all(1))[0])
     assert max(shortest[0][start]) == 1 and max(shortest[1][start]) == 0
 

@@ -7,20 +7,34 @@ import numpy as np
 import pytest
 
 from diffmbrl import tasks
-from diffmbrl.agents import MBPO, PPO, SAC, Growing, OffPolicy, OnPolicy, Replayed, Streamed, World, imagine, learn
+from diffmbrl.agents import (
+    MBPO,
+    PPO,
+    SAC,
+    EnsembleTrainer,
+    Growing,
+    OffPolicy,
+    OffPolicyPractice,
+    OnPolicy,
+    OnPolicyPractice,
+    imagine,
+    learn,
+)
 from diffmbrl.agents.collect import RandomActions
-from diffmbrl.agents.registry import make
+from diffmbrl.agents.registry import make_agent
 from diffmbrl.models import NetworkDynamics, Training
 from diffmbrl.models.buffer import Buffer, Transition, flat
 from diffmbrl.tasks.cartpole import CartPole
 
 KEY = jax.random.key(0)
 TASK = tasks.cartpole_continuous(horizon=30)
-WORLD = World(training=Training(epochs=2, batch=16), members=2, elites=1, hidden=(8,), model=NetworkDynamics.init)
+WORLD = EnsembleTrainer(
+    training=Training(epochs=2, batch=16), members=2, elites=1, hidden=(8,), model=NetworkDynamics.init
+)
 SMALL = MBPO(
     SAC(hidden=(8,)),
     WORLD,
-    practice=Replayed(updates=4, rounds=2, batch=16, branches=4, steps=3),
+    practice=OffPolicyPractice(updates=4, rounds=2, batch=16, branches=4, steps=3),
     warmup=40,
     every=20,
 )
@@ -103,10 +117,10 @@ def test_rows_are_real_with_the_probability_given():
     buffer = filled(TASK, r=7.0)
     rows, keep = flat(imagined(carts(1.0)))
     for share in (0.0, 0.3, 1.0):
-        real = np.asarray(Replayed(batch=5000, real=share).mixed(rows, keep, buffer, KEY).r) == 7
+        real = np.asarray(OffPolicyPractice(batch=5000, real=share).mixed(rows, keep, buffer, KEY).r) == 7
         assert abs(real.mean() - share) < (0.03 if 0 < share < 1 else 1e-9)
     # A row that is not kept has a real one in its place.
-    practice = Replayed(batch=100, real=0.0)
+    practice = OffPolicyPractice(batch=100, real=0.0)
     batch = practice.mixed(rows, jnp.zeros_like(keep), buffer, KEY)
     np.testing.assert_array_equal(batch.r, 7)
 
@@ -118,7 +132,7 @@ def test_the_schedule():
 
 
 def test_branches_are_long_where_a_fall_ends_them_and_short_where_nothing_does():
-    lengths = {task.name: make("mbpo", task).length for task in (TASK, tasks.cartpole_balance())}
+    lengths = {task.name: make_agent("mbpo", task).length for task in (TASK, tasks.cartpole_balance())}
     assert {name: int(length(jnp.asarray(0))) for name, length in lengths.items()} == {
         "cartpole-continuous": 200,
         "cartpole-balance": 20,
@@ -147,7 +161,7 @@ def test_a_model_that_explodes_is_counted_and_the_learner_learns_from_real_rows(
     def fit(self, members, buffer, key):
         return members, Explodes(members), {}
 
-    monkeypatch.setattr(World, "fit", fit)
+    monkeypatch.setattr(EnsembleTrainer, "fit", fit)
     after, said = jax.jit(lambda *x: SMALL.update(*x))(carry, TASK, filled(TASK), filled(TASK).sample(KEY, 4), KEY)
     assert said["imagined_rejected"] == 2 * 4 * 3
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after))
@@ -157,11 +171,11 @@ def test_a_model_that_explodes_is_counted_and_the_learner_learns_from_real_rows(
 @pytest.mark.parametrize(
     "build, words",
     [
-        (lambda: Replayed(updates=10, rounds=3), r"updates \(10\) must be a multiple of rounds \(3\)"),
-        (lambda: Replayed(batch=0), "batch must be a whole number of at least 1, got 0"),
-        (lambda: Streamed(steps=0), "steps must be a whole number of at least 1, got 0"),
-        (lambda: make("mbpo", TASK, {"length": -3}), "length must be at least 1 step of the model, got -3"),
-        (lambda: World(members=3, elites=4), "elites must be at most the number of members, 3; got 4"),
+        (lambda: OffPolicyPractice(updates=10, rounds=3), r"updates \(10\) must be a multiple of rounds \(3\)"),
+        (lambda: OffPolicyPractice(batch=0), "batch must be a whole number of at least 1, got 0"),
+        (lambda: OnPolicyPractice(steps=0), "steps must be a whole number of at least 1, got 0"),
+        (lambda: make_agent("mbpo", TASK, {"length": -3}), "length must be at least 1 step of the model, got -3"),
+        (lambda: EnsembleTrainer(members=3, elites=4), "elites must be at most the number of members, 3; got 4"),
     ],
 )
 def test_sizes(build, words):
@@ -172,8 +186,11 @@ def test_sizes(build, words):
 @pytest.mark.parametrize(
     "agent, words",
     [
-        (MBPO(SAC(hidden=(8,)), practice=Streamed()), r"SAC learns from transitions \[N\], not from streams"),
-        (MBPO(PPO(hidden=(8,)), practice=Replayed()), r"PPO learns from its own streams .* \[N, h\], not .* \[256\]"),
+        (MBPO(SAC(hidden=(8,)), practice=OnPolicyPractice()), r"SAC learns from transitions \[N\], not from streams"),
+        (
+            MBPO(PPO(hidden=(8,)), practice=OffPolicyPractice()),
+            r"PPO learns from its own streams .* \[N, h\], not .* \[256\]",
+        ),
         (OffPolicy(PPO(hidden=(8,))), r"PPO learns from its own streams .* \[N, h\], not .* \[256\]"),
         (OnPolicy(SAC(hidden=(8,))), r"SAC learns from transitions \[N\], not from streams of steps \[4, 16\]"),
     ],
@@ -189,5 +206,5 @@ def test_a_learner_is_told_which_practice_is_its_own(agent, words):
 def test_mbpo_balances_the_cart_pole():
     """Within 500 real steps, of which mbrl-lib explores 5000; see `python -m benchmarks mbpo`."""
     task = tasks.cartpole_continuous()
-    learned = learn(make("mbpo", task), task, KEY[None], real_steps=500, evaluations=4)
+    learned = learn(make_agent("mbpo", task), task, KEY[None], real_steps=500, evaluations=4)
     assert max(record["evaluation"].mean() for record in learned.records[1:]) == 200

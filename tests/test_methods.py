@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import Continuation, Raced, tasks
+from diffmbrl import Continuation, MultiStart, tasks
 from diffmbrl.core import Solver
 from diffmbrl.gradients.registry import ESTIMATORS
 from diffmbrl.methods import METHODS, estimated, method, schedule, solver
@@ -42,7 +42,7 @@ def test_continued_by_default(name):
     row = METHODS[name]
     rate = row.rates[0] if row.rates else None
     continued = solver(row, TASK, rate=rate, steps=row.steps, continuation="default")
-    assert isinstance(continued, Raced) == (row.race > 0)
+    assert isinstance(continued, MultiStart) == (row.race > 0)
     inner = continued.solver if row.race else continued
     assert isinstance(inner, Continuation) and continued.kind == row.kind
     stages = schedule(continued)
@@ -62,7 +62,7 @@ def test_continued_by_default(name):
 
 def test_a_race_is_over_after_a_fifth_of_the_updates():
     made = solver(METHODS["krylov-newton"], TASK, rate=None, steps=50, continuation="default")
-    assert isinstance(made, Raced) and made.updates == 10
+    assert isinstance(made, MultiStart) and made.updates == 10
 
 
 @pytest.mark.parametrize("name", ["adam", "gauss-newton"])

@@ -14,21 +14,21 @@ from diffmbrl import (
     MPC,
     Affine,
     Continuation,
-    Descend,
     Ending,
     OpenLoop,
+    OptaxSolver,
     Predicted,
     Receding,
     Unaware,
     act,
     control,
-    expected,
+    episode_return,
+    episode_returns,
+    mean_return,
     rollout,
     rollouts,
     solve,
     tasks,
-    value,
-    values,
 )
 from diffmbrl.core import is_stateful
 from diffmbrl.jobs.batch.policies import _evaluate
@@ -38,8 +38,8 @@ from diffmbrl.tasks.transforms.plant import Delayed, delayed, noisy
 from tests.problems import bent, changed, optimal_actions, riccati, same, same_tree
 
 follow = jax.jit(rollout)
-earn = jax.jit(value)
-earn_all = jax.jit(values)
+earn = jax.jit(episode_return)
+earn_all = jax.jit(episode_returns)
 watch = jax.jit(control)
 
 
@@ -128,7 +128,7 @@ def test_it_beats_the_open_loop_plan_where_the_model_is_wrong():
         plan = Affine.zeros(inside)
         start = (plan, longer.init(plan, inside))
         plan = jax.lax.fori_loop(0, 60, lambda i, x: longer.update(*x, inside, s, key=None)[:2], start)[0]
-        return value(OpenLoop(rollout(plan, inside, s).a), outside, s)
+        return episode_return(OpenLoop(rollout(plan, inside, s).a), outside, s)
 
     closed = earn_all(MPC.init(planner, model, horizon=30, first=40), plant, s0)
     cut = jax.vmap(open_loop)(s0)
@@ -200,7 +200,7 @@ def test_many_are_as_one_at_a_time(x64):
     one = [follow(mpc, task, s) for s in s0]
     same_tree(together, jax.tree.map(lambda *x: jnp.stack(x), *one), rtol=1e-6, atol=1e-6)
     same(earn_all(mpc, task, s0), jnp.stack([earn(mpc, task, s) for s in s0]), rtol=1e-6, atol=1e-6)
-    same(jax.jit(expected)(mpc, task, s0), jnp.mean(earn_all(mpc, task, s0)), rtol=1e-5)
+    same(jax.jit(mean_return)(mpc, task, s0), jnp.mean(earn_all(mpc, task, s0)), rtol=1e-5)
 
 
 def test_one_trace_for_all_steps_and_numbers():
@@ -333,7 +333,7 @@ def test_shifting_repeats_the_last_slice():
 def test_bad_arguments():
     task = bent()
     with pytest.raises(TypeError, match="solver of kind 'plan', such as ILQR"):
-        MPC.init(Descend(lambda learning_rate: None, learning_rate=0.1), task, horizon=3)
+        MPC.init(OptaxSolver(lambda learning_rate: None, learning_rate=0.1), task, horizon=3)
     with pytest.raises(ValueError, match="horizon must be a whole number of at least 1, got 0"):
         MPC.init(ILQR(), task, horizon=0)
     with pytest.raises(ValueError, match="iterations must be at least 1 update, got 0"):

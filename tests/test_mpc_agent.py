@@ -10,17 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import DDP, ILQR, Descend, MultipleShooting, Sampling, Shooting, rollout, tasks
+from diffmbrl import DDP, ILQR, MultipleShooting, OptaxSolver, Sampling, Shooting, rollout, tasks
 from diffmbrl.agents import Agent, MPCAgent, System, learn
-from diffmbrl.agents.collect import begin, collect
-from diffmbrl.agents.world import World
+from diffmbrl.agents.collect import collect_steps, reset_places
+from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
 from diffmbrl.models import TS1, Ensemble, GaussianDynamics, NetworkDynamics, Training, TSInfinity
-from diffmbrl.planners import CEM, MPC, MPPI, Best, Coloured, Even, Normal, Receding
+from diffmbrl.planners import CEM, MPC, MPPI, ArgMax, Coloured, Normal, Receding, Uniform
 from tests.problems import replaced, same_tree
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 TASK = tasks.cartpole_balance(horizon=12)
-WORLD = World(Training(epochs=3, batch=32), members=3, elites=2, hidden=(8,), model=NetworkDynamics.init)
+WORLD = EnsembleTrainer(Training(epochs=3, batch=32), members=3, elites=2, hidden=(8,), model=NetworkDynamics.init)
 SIZES: dict[str, Any] = {"world": WORLD, "horizon": 5, "first": 2, "warmup": 24, "every": 12}
 CARTS = Sampling(CEM(elites=4), samples=16, particles=4)
 
@@ -135,19 +135,19 @@ PLANNERS = {
     "ilqr, limits in the sweep": (None, None),
     "ddp": (DDP(), None),
     "multiple shooting": (MultipleShooting(), None),
-    "random shooting": (Sampling(Best(), draw=Even(), samples=8), TS1()),
+    "random shooting": (Sampling(ArgMax(), draw=Uniform(), samples=8), TS1()),
     "cem on gaussians": (CARTS, TSInfinity()),
     "icem": (Sampling(CEM(elites=4), draw=Coloured(1.0), samples=16, keep=2), None),
     "mppi": (Sampling(MPPI(), draw=Normal(), samples=16), None),
-    "adam": (Shooting(Descend(optax.adam, learning_rate=0.1), particles=4, starts=2), TSInfinity()),
-    "l-bfgs": (Shooting(Descend(optax.lbfgs, memory_size=3)), None),
+    "adam": (Shooting(OptaxSolver(optax.adam, learning_rate=0.1), particles=4, starts=2), TSInfinity()),
+    "l-bfgs": (Shooting(OptaxSolver(optax.lbfgs, memory_size=3)), None),
 }
 
 
 @pytest.mark.parametrize("name", PLANNERS)
 def test_every_planner_acts_through_the_ensemble(name):
     planner, propagation = PLANNERS[name]
-    gaussians = World(WORLD.training, members=3, elites=2, hidden=(8,), model=GaussianDynamics.init)
+    gaussians = EnsembleTrainer(WORLD.training, members=3, elites=2, hidden=(8,), model=GaussianDynamics.init)
     world = gaussians if name.endswith("gaussians") else WORLD
     made = agent(planner, world=world, propagation=propagation, noise=0.1)
     system = System(TASK)
@@ -156,7 +156,7 @@ def test_every_planner_acts_through_the_ensemble(name):
     def act(made, key):
         carry = made.init(system.view, key)
         policy = made.policy(carry, system.view)
-        return collect(policy, system, begin(policy, system, key, 2), key, steps=3)[1]
+        return collect_steps(policy, system, reset_places(policy, system, key, 2), key, steps=3)[1]
 
     found = act(made, KEYS[0])
     assert np.all(found.keep)
@@ -165,7 +165,7 @@ def test_every_planner_acts_through_the_ensemble(name):
 
 
 def test_a_gaussian_ensemble_is_planned_through_at_its_mean_by_what_does_not_draw():
-    world = World(Training(epochs=2), members=2, elites=2, hidden=(8,), model=GaussianDynamics.init)
+    world = EnsembleTrainer(Training(epochs=2), members=2, elites=2, hidden=(8,), model=GaussianDynamics.init)
     assert agent(world=world).mpc.key is None
     assert agent(CARTS, world=world, propagation=TS1()).mpc.key is not None
 
@@ -174,7 +174,9 @@ def test_a_gaussian_ensemble_is_planned_through_at_its_mean_by_what_does_not_dra
 
 
 def test_models_that_become_non_finite_are_rejected_and_counted():
-    world = World(Training(epochs=3, learning_rate=1e30), members=2, elites=2, hidden=(8,), model=NetworkDynamics.init)
+    world = EnsembleTrainer(
+        Training(epochs=3, learning_rate=1e30), members=2, elites=2, hidden=(8,), model=NetworkDynamics.init
+    )
     found = learn(agent(world=world), TASK, KEYS, real_steps=60)
     assert all(np.all(record["model_rejected"] == 2) for record in found.records[1:])
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found.carry.members))
@@ -234,7 +236,7 @@ class Always(eqx.Module):
     [
         ({"noise": -0.1}, ValueError, "noise must not be negative, got -0.1"),
         ({"fits": 0}, ValueError, "fits must be at least 1, got 0"),
-        ({"planner": Descend(optax.sgd, learning_rate=0.1)}, TypeError, "kind 'plan'.*got Descend"),
+        ({"planner": OptaxSolver(optax.sgd, learning_rate=0.1)}, TypeError, "kind 'plan'.*got Descend"),
         ({"horizon": 0}, ValueError, "horizon must be a whole number of at least 1, got 0"),
         ({"iterations": 0}, ValueError, "iterations must be at least 1"),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.trajectory_problems import problem
-from diffmbrl import ILQR, Affine, Constraints, MultipleShooting, OpenLoop, solve, tasks, value
+from diffmbrl import ILQR, Affine, Constraints, MultipleShooting, OpenLoop, episode_return, solve, tasks
 from diffmbrl.core import Task
 from diffmbrl.diagnostics.spectrum import in_double
 from tests.problems import LINEAR, bent, changed, matrices, riccati
@@ -125,7 +125,7 @@ def test_a_plan_without_gaps_is_never_made_worse(x64):
         plan = Affine(Affine.zeros(task).K, actions, states)
         *_, J = run(shooting(), plan, task, s0, 60)
         assert np.all(np.diff(J[:60, 0]) >= 0)
-        np.testing.assert_allclose(J[0, 0], value(plan, task, s0), rtol=1e-12)
+        np.testing.assert_allclose(J[0, 0], episode_return(plan, task, s0), rtol=1e-12)
         assert J[59, 0] > J[0, 0]
 
 
@@ -133,7 +133,7 @@ def test_it_reaches_ilqrs_optimum(x64):
     task, s0 = bent(), start()
     plan, *_ = run(shooting(), Affine.zeros(task), task, s0, 60)
     other, _ = solve(in_double(ILQR()), Affine.zeros(task), task, s0, None, 60)
-    np.testing.assert_allclose(value(plan, task, s0), value(other, task, s0), rtol=1e-9)
+    np.testing.assert_allclose(episode_return(plan, task, s0), episode_return(other, task, s0), rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_equality_constraints_on_a_linear_quadratic_task_are_the_dense_kkt_syste
 def test_limits_of_actions_satisfy_the_first_order_conditions(x64):
     task, s0 = limited(bent(), 0.5), start()
     plan, carry, info, _ = run(shooting(), Affine.zeros(task), task, s0, 80)
-    g = np.asarray(jax.jit(jax.grad(lambda a: value(OpenLoop(a), task, s0)))(plan.a))[:, 0]
+    g = np.asarray(jax.jit(jax.grad(lambda a: episode_return(OpenLoop(a), task, s0)))(plan.a))[:, 0]
     a = np.asarray(plan.a)[:, 0]
     low, high = np.asarray(carry.multipliers.inequality).T
     at_low, at_high = a < -0.5 + 1e-7, a > 0.5 - 1e-7

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import KrylovNewton, Neural, Path, expected
+from diffmbrl import DampingGrid, KrylovNewton, Neural, mean_return
 from diffmbrl.core import reweighted
 from diffmbrl.second_order.curvature import dense, gauss_newton, hessian
 from tests.problems import bent, same
@@ -51,12 +51,12 @@ def candidates(H, N, F, g, dampings):
 def test_it_takes_the_best_step_of_the_three_paths(problem, rank, margin, x64):
     policy, task, s0 = problem
     dampings = np.asarray([1e-2, 1e-1, 1.0])
-    solver = KrylovNewton(damping=Path(jnp.asarray(dampings)), rank=rank, structured=40, starts=6, margin=margin)
+    solver = KrylovNewton(damping=DampingGrid(jnp.asarray(dampings)), rank=rank, structured=40, starts=6, margin=margin)
     moved, _, info = update(solver, policy, solver.init(policy, task), task, s0)
     H, N, F, g = (np.asarray(x) for x in matrices(policy, task, s0))
     theta, unravel = ravel_pytree(policy)
     steps = candidates(H, N, F, g, dampings)
-    improved = np.asarray([expected(unravel(theta + d), task, s0) - expected(policy, task, s0) for d in steps])
+    improved = np.asarray([mean_return(unravel(theta + d), task, s0) - mean_return(policy, task, s0) for d in steps])
     np.testing.assert_allclose(info.model.improved, improved, rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(
         ravel_pytree(moved)[0] - theta,
@@ -79,7 +79,7 @@ def test_the_hessian_is_of_some_starts_in_turn(problem, x64):
     """Two of six: the first update's Ritz values are of the first two, the fourth's again, each with its own weights."""
     policy, task, s0 = problem
     weighted = reweighted(task, jax.random.uniform(KEY, (6, 7), minval=0.5))
-    solver = KrylovNewton(damping=Path(jnp.asarray([1e30])), rank=None, starts=2)  # hardly moves
+    solver = KrylovNewton(damping=DampingGrid(jnp.asarray([1e30])), rank=None, starts=2)  # hardly moves
     carry = solver.init(policy, task)
     for pair in (0, 2, 4, 0):
         _, carry, info = update(solver, policy, carry, weighted, s0)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl.agents import Idle
+from diffmbrl.agents import RandomAgent
+from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
 from diffmbrl.agents.registry import AGENTS as REGISTRY
-from diffmbrl.agents.registry import Row as AgentRow
-from diffmbrl.agents.world import World
+from diffmbrl.agents.registry import AgentRow as AgentRow
 from diffmbrl.cli import main as cli
 from diffmbrl.core import Task
 from diffmbrl.jobs import compare, plan
@@ -70,7 +70,7 @@ def clocked(*, horizon: int = 6, dynamics: float = NEVER, reward: float = NEVER,
     )  # fmt: skip
 
 
-class Numbed(Idle):
+class Numbed(RandomAgent):
     """Acts by the features alone."""
 
     def policy(self, carry, task) -> Any:
@@ -102,7 +102,7 @@ class Forgets(eqx.Module):
 def patched(monkeypatch) -> Any:
     """The task in the registry, two small agents, and no figures."""
     monkeypatch.setitem(TASKS, "clocked", TASKS["lqr"]._replace(make=clocked, states=("x [m]", "clock [1]")))
-    monkeypatch.setitem(REGISTRY, "random", AgentRow(lambda task: Idle(warmup=12, every=12), "", 36))
+    monkeypatch.setitem(REGISTRY, "random", AgentRow(lambda task: RandomAgent(warmup=12, every=12), "", 36))
     monkeypatch.setitem(REGISTRY, "numbed", AgentRow(lambda task: Numbed(warmup=12, every=12), "", 36))
     for job in ("compare", "learn"):
         monkeypatch.setattr(f"diffmbrl.jobs.{job}.rebuild", lambda folder: folder)
@@ -110,7 +110,7 @@ def patched(monkeypatch) -> Any:
 
 
 def compared(out: Path, **spoils: int) -> None:
-    setting = compare.Setting(
+    setting = compare.CompareConfig(
         "clocked", ("adam",), 6, spoils, (4,), 2, 2, 3, 100.0, (1e-2,), "none", False, 0
     )  # fmt: skip
     compare.compare(setting, out=out, stream=io.StringIO())
@@ -119,20 +119,20 @@ def compared(out: Path, **spoils: int) -> None:
 def planned(out: Path, *, mpc: bool = False, mismatch: float = 1.0, **spoils: int) -> None:
     factors = {} if mismatch == 1 else {"dynamics": mismatch}
     horizon, steps = (4, 6) if mpc else (6, None)
-    setting = plan.Setting("clocked", "ilqr", mpc, horizon, steps, 3, spoils, factors, 0.0, 0, 1, 0, False)
+    setting = plan.PlanConfig("clocked", "ilqr", mpc, horizon, steps, 3, spoils, factors, 0.0, 0, 1, 0, False)
     plan.plan(setting, out=out, stream=io.StringIO())
 
 
 def learned(out: Path, agent: str = "random", nonfinite: str = "reject", real_steps: int = 36, **spoils: int) -> None:
-    setting = race.Setting(
+    setting = race.LearnConfig(
         "clocked", (agent,), {}, real_steps, 100.0, 2, 0, 6, spoils, 0.0, 0.0, 0, False, nonfinite=nonfinite
     )  # fmt: skip
-    race.race(setting, out=out, stream=io.StringIO())
+    race.learn_agents(setting, out=out, stream=io.StringIO())
 
 
 def said(folder: Path) -> str:
     """How every arm ended, and what was named on the way."""
-    records = metrics.read(folder / "metrics.jsonl")[0]
+    records = metrics.read_metrics(folder / "metrics.jsonl")[0]
     ends = [r.get("reason") or r.get("stop") for r in records if r["kind"] in ("stop", "result")]
     return " | ".join([*map(str, ends), *(name for r in records for name in r.get("nonfinite_in", []))])
 
@@ -184,7 +184,7 @@ def test_learn_stops_or_rejects_and_names_it(what, nonfinite, tmp_path, patched)
     else:
         job()
         assert json.loads(status.read_text())["status"] == "finished"
-        rows = [r for r in metrics.read(tmp_path / "run" / "metrics.jsonl")[0] if r["kind"] == "iteration"]
+        rows = [r for r in metrics.read_metrics(tmp_path / "run" / "metrics.jsonl")[0] if r["kind"] == "iteration"]
         assert np.sum([r["rejected"] for r in rows]) > 0
         page = rebuild(tmp_path / "run").read_text()
         assert f"{agent}: not finite: " in page and first in page
@@ -195,16 +195,16 @@ def test_learn_refuses_a_model_that_comes_out_not_finite_and_names_the_leaf(tmp_
     """The fit after 40 of 80 real steps is spoilt: the agent stays as it was, and goes on at the next."""
     [row] = [row for row in AGENTS if row.name == "bptt"]
     patched.setitem(REGISTRY, "fitted", AgentRow(lambda task: row.make(task), "", 80))
-    honest = World.fit
+    honest = EnsembleTrainer.fit
 
     def fit(self, members, buffer, key):
         members, best, told = honest(self, members, buffer, key)
         members = jax.tree.map(lambda x: jnp.where(buffer.size == 40, jnp.nan, x), members)
         return members, best, told
 
-    patched.setattr(World, "fit", fit)
+    patched.setattr(EnsembleTrainer, "fit", fit)
     learned(tmp_path / "run", "fitted", real_steps=80)
-    rows = [r for r in metrics.read(tmp_path / "run" / "metrics.jsonl")[0] if r["kind"] == "iteration"]
+    rows = [r for r in metrics.read_metrics(tmp_path / "run" / "metrics.jsonl")[0] if r["kind"] == "iteration"]
     assert [r["refused"] for r in rows[1:]] == [[0, 0], [1, 1], [0, 0]]
     [named] = [r["nonfinite_in"] for r in rows if "nonfinite_in" in r]
     assert len(named) == 2

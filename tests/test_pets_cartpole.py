@@ -8,7 +8,7 @@ import pytest
 import scipy.integrate
 
 from diffmbrl import tasks
-from diffmbrl.agents import Idle, NoisySensor, System, learn
+from diffmbrl.agents import NoisySensor, RandomAgent, System, learn
 from diffmbrl.tasks.transforms.refined import refined
 from tests.problems import lagrangian_acceleration, replaced
 
@@ -155,8 +155,8 @@ def test_a_margin_needs_an_end(done, message):
 def test_a_noisy_sensor_shows_other_states_than_the_plants():
     plant, std = tasks.pendulum(horizon=50), jnp.asarray([0.1, 0.0])
     keys = jax.random.split(KEY, 2)
-    exact = learn(Idle(), plant, keys, real_steps=200)
-    noisy = learn(Idle(), System(plant, sensor=NoisySensor(std)), keys, real_steps=200)
+    exact = learn(RandomAgent(), plant, keys, real_steps=200)
+    noisy = learn(RandomAgent(), System(plant, sensor=NoisySensor(std)), keys, real_steps=200)
     apart = np.asarray(noisy.buffer.rows.s - exact.buffer.rows.s)
     np.testing.assert_allclose(apart[..., 1], 0, atol=1e-5)
     np.testing.assert_allclose(apart[..., 0].std(), 0.1, rtol=0.15)

@@ -9,14 +9,14 @@ from jax.sharding import Mesh
 
 from diffmbrl import tasks
 from diffmbrl.cli import main as cli
-from diffmbrl.jobs.plan import Setting, prepare
+from diffmbrl.jobs.plan import PlanConfig, prepare
 from diffmbrl.methods import METHODS
 from diffmbrl.render.shapes import Circle, Line
 from diffmbrl.report.plan_report import _shape, of_kind, sentence, shape_record, text
 from diffmbrl.runs import metrics
 from tests.problems import riccati
 
-SETTING = Setting("lqr", "ilqr", False, 6, None, 3, {}, {}, 0.0, 0, 2, 0, False)
+SETTING = PlanConfig("lqr", "ilqr", False, 6, None, 3, {}, {}, 0.0, 0, 2, 0, False)
 
 
 def test_plans_are_riccatis_and_the_report_is_rebuilt(folder, capsys):
@@ -30,7 +30,7 @@ def test_plans_are_riccatis_and_the_report_is_rebuilt(folder, capsys):
     config = json.loads((run / "config.json").read_text())
     assert (config["job"], config["mismatch"], config["starts"]) == ("plan", {"mass": 1.2}, 2)
 
-    records, damage = metrics.read(run / "metrics.jsonl")
+    records, damage = metrics.read_metrics(run / "metrics.jsonl")
     assert damage is None
     for result, trajectory in zip(of_kind(records, "result"), of_kind(records, "trajectory"), strict=True):
         optimum = riccati(tasks.lqr(horizon=6))
@@ -56,7 +56,7 @@ def test_a_controller_on_a_late_and_noisy_plant(folder, capsys):
     assert "[1/1] mpc of ilqr 5/5" in out and "ms a step" in out and "ilqr in the loop ends with" in out
     config = json.loads((folder / "run" / "config.json").read_text())
     assert (config["horizon"], config["steps"], config["iterations"]) == (4, 5, 1)
-    records = metrics.read(folder / "run" / "metrics.jsonl")[0]
+    records = metrics.read_metrics(folder / "run" / "metrics.jsonl")[0]
     for trajectory in of_kind(records, "trajectory"):
         a = np.asarray(trajectory["a"])
         # What arrives in the first two steps was sent before the episode.

@@ -13,27 +13,27 @@ from diffmbrl import (
     BPTT,
     CEM,
     ILQR,
-    Descend,
     Gaussian,
     GaussNewton,
     LikelihoodRatio,
     Linear,
     Neural,
     OpenLoop,
+    OptaxSolver,
     Sampling,
     ShortHorizon,
     Truncated,
+    episode_return,
+    episode_returns,
     rollout,
     tasks,
-    value,
-    values,
 )
 from diffmbrl.agents import learn
 from diffmbrl.agents.bptt_agent import PolicyAgent, redrawn
 from diffmbrl.agents.collect import Unknown
-from diffmbrl.agents.explored import Explored
+from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
+from diffmbrl.agents.exploration import GaussianExploration
 from diffmbrl.agents.hybrid import Hybrid, Proposed, ToCritic
-from diffmbrl.agents.world import World
 from diffmbrl.models import TS1, NetworkDynamics, Training
 from diffmbrl.models.buffer import Buffer, Transition
 from diffmbrl.optimizers.short_horizon.critic import Critic, inputs
@@ -42,19 +42,19 @@ from diffmbrl.planners.windows import Clocked, Ending
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 2)
 TASK = tasks.pendulum_swingup(horizon=16)
-WORLD = World(Training(epochs=3, batch=32), members=2, elites=2, hidden=(8,), model=NetworkDynamics.init)
+WORLD = EnsembleTrainer(Training(epochs=3, batch=32), members=2, elites=2, hidden=(8,), model=NetworkDynamics.init)
 POLICY = Neural.init(TASK, hidden=(8,), key=KEY)
-ADAM = Descend(optax.adam, learning_rate=1e-2)
+ADAM = OptaxSolver(optax.adam, learning_rate=1e-2)
 SHORT = ShortHorizon(ADAM, window=4, environments=8, hidden=(8,), epochs=1, batches=2)
 SIZES = {"world": WORLD, "starts": 8, "updates": 2, "warmup": 32, "every": 16}
 
 AGENTS = {
     "adam": lambda: PolicyAgent(ADAM, POLICY, **SIZES),
     "truncated": lambda: PolicyAgent(
-        Descend(optax.adam, learning_rate=1e-2, gradient=BPTT(Truncated(4))), POLICY, horizon=8, **SIZES
+        OptaxSolver(optax.adam, learning_rate=1e-2, gradient=BPTT(Truncated(4))), POLICY, horizon=8, **SIZES
     ),
     "score function": lambda: PolicyAgent(
-        Descend(optax.adam, learning_rate=1e-2, gradient=LikelihoodRatio()),
+        OptaxSolver(optax.adam, learning_rate=1e-2, gradient=LikelihoodRatio()),
         Gaussian.around(POLICY, TASK, std=0.3),
         propagation=TS1(),
         **SIZES,
@@ -110,7 +110,7 @@ def test_a_new_hyperparameter_does_not_recompile() -> None:
     carry, buffer = blank("adam"), filled()
     first, _ = improve(AGENTS["adam"](), carry, VIEW, buffer)
     programs = improve._cache_size()
-    other = PolicyAgent(Descend(optax.adam, learning_rate=1e-3), POLICY, noise=0.3, fresh=0.5, **SIZES)
+    other = PolicyAgent(OptaxSolver(optax.adam, learning_rate=1e-3), POLICY, noise=0.3, fresh=0.5, **SIZES)
     second, _ = improve(other, carry, VIEW, buffer)
     assert improve._cache_size() == programs
     assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (first.policy, second.policy)), strict=True))
@@ -151,7 +151,7 @@ def blank(name: str):
     return AGENTS[name]().init(VIEW, KEY)
 
 
-class Known(World):
+class Known(EnsembleTrainer):
     """A world that knows: its one member is the true dynamics."""
 
     members: int = eqx.field(static=True, default=1)
@@ -184,7 +184,7 @@ def test_with_the_true_dynamics_it_is_the_solver_itself() -> None:
 def test_on_a_linear_system_gauss_newton_finds_riccatis_gain_through_a_model_that_it_learned() -> None:
     """A linear policy on `lqr`, whose model is a network without hidden layers: the learned optimum is the true one."""
     task = tasks.lqr(horizon=20)
-    world = World(
+    world = EnsembleTrainer(
         Training(epochs=60, batch=32, patience=60, learning_rate=3e-2, bootstrap=False),
         members=1, elites=1, hidden=(), model=NetworkDynamics.init,
     )  # fmt: skip
@@ -203,7 +203,7 @@ def test_on_a_linear_system_gauss_newton_finds_riccatis_gain_through_a_model_tha
 
 @pytest.mark.slow
 def test_the_best_members_on_what_was_held_out_are_imagined_with() -> None:
-    world = World(WORLD.training, members=3, elites=1, hidden=(8,), model=NetworkDynamics.init)
+    world = EnsembleTrainer(WORLD.training, members=3, elites=1, hidden=(8,), model=NetworkDynamics.init)
     agent, buffer = PolicyAgent(ADAM, POLICY, **(SIZES | {"world": world})), filled()
     carry = agent.init(VIEW, KEY)
     learned, _ = improve(agent, carry, VIEW, buffer)
@@ -227,11 +227,11 @@ def test_the_starts_are_the_buffers_and_the_tasks() -> None:
 
 def test_noise_is_of_the_half_width_and_within_the_limits() -> None:
     task = tasks.cartpole_balance()
-    policy = Explored(Linear.zeros(task), jnp.array(0.2), task.a_low, task.a_high)
+    policy = GaussianExploration(Linear.zeros(task), jnp.array(0.2), task.a_low, task.a_high)
     a = np.asarray(jax.vmap(lambda k: policy(jnp.zeros(4), key=k))(jax.random.split(KEY, 4000)))
     np.testing.assert_allclose(a.std(), 0.2 * float(task.a_high[0]), rtol=0.05)
     assert np.all(np.asarray(policy(jnp.zeros(4))) == 0)
-    wide = Explored(Linear.zeros(task), jnp.array(5.0), task.a_low, task.a_high)
+    wide = GaussianExploration(Linear.zeros(task), jnp.array(5.0), task.a_low, task.a_high)
     a = np.asarray(jax.vmap(lambda k: wide(jnp.zeros(4), key=k))(jax.random.split(KEY, 100)))
     assert np.all(np.abs(a) <= float(task.a_high[0])) and np.mean(np.abs(a) == float(task.a_high[0])) > 0.5
 
@@ -261,8 +261,8 @@ def test_a_proposal_is_where_the_search_begins_if_it_is_better() -> None:
         planner = Proposed(Sampling(CEM(elites=4), samples=16, std=1.0), proposal)
         found, _, info = step(planner, plan, planner.init(plan, task), task, s0)
         begun = rollout_of(proposal, task, s0) if better else plan.a
-        np.testing.assert_allclose(info.J, value(OpenLoop(begun), task, s0), rtol=1e-5)
-        assert value(found, task, s0) >= info.J - 1e-5
+        np.testing.assert_allclose(info.J, episode_return(OpenLoop(begun), task, s0), rtol=1e-5)
+        assert episode_return(found, task, s0) >= info.J - 1e-5
 
 
 def rollout_of(policy, task, s0):
@@ -305,8 +305,8 @@ def test_with_a_true_model_the_hybrid_acts_better_than_its_policy() -> None:
 
     @jax.jit
     def earned(carry, view):
-        mpc = values(agent.best(carry, view), TASK, s0, KEY)
-        return jnp.mean(mpc), jnp.mean(values(carry.policy, TASK, s0))
+        mpc = episode_returns(agent.best(carry, view), TASK, s0, KEY)
+        return jnp.mean(mpc), jnp.mean(episode_returns(carry.policy, TASK, s0))
 
     planned, alone = earned(carry, VIEW)
     assert planned > alone + 0.1 * abs(alone)
@@ -386,6 +386,6 @@ def test_bad_hybrids_and_worlds() -> None:
     with pytest.raises(ValueError, match=r"no limits on some action.*std="):
         Hybrid(TASK, short)
     with pytest.raises(ValueError, match="elites must be at most"):
-        World(members=2, elites=3)
+        EnsembleTrainer(members=2, elites=3)
     with pytest.raises(ValueError, match="members must be"):
-        World(members=0, elites=0)
+        EnsembleTrainer(members=0, elites=0)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import LearnedValue, LikelihoodRatio, tasks
+from diffmbrl import LikelihoodRatio, ValueBaseline, tasks
 from diffmbrl.agents import PPO, SquashedGaussian
-from diffmbrl.agents.actor import limited, log_density, logit, moments
+from diffmbrl.agents.actor import limited, log_density, logit, squashed_moments
 from diffmbrl.agents.ppo import Rows, normalised
 from diffmbrl.core import reweighted
 from diffmbrl.models.buffer import Transition
-from diffmbrl.rollout import rollouts, split
+from diffmbrl.rollout import rollouts, split_keys
 from tests.problems import same, same_tree
 from tests.test_sac import brax_layers
 from tests.test_sac import learned as learned_by_sac
@@ -144,7 +144,7 @@ def test_returns_and_loss_are_braxs_on_the_same_batch():
     flat, z = x.reshape(N * H, -1), logit(steps.a, task.a_low, task.a_high).reshape(N * H, -1)
     # The policy that took the steps is another.
     old = jax.tree.map(lambda w: 1.2 * w, state.actor)
-    log_prob = jax.jit(lambda net: log_density(*moments(net.many(flat)), z, bounded))(old)
+    log_prob = jax.jit(lambda net: log_density(*squashed_moments(net.many(flat)), z, bounded))(old)
     advantage = normalised((G - V).ravel(), jnp.ones(N * H, bool))
 
     def by_time(y):  # in Brax's order, which is also that of its noise
@@ -194,10 +194,10 @@ def test_reinforce_is_the_likelihood_ratio_gradient_with_the_critic_for_a_baseli
     state = learned(task, learner)
     policy = SquashedGaussian.around(state.actor, task)
     s0 = task.starts(KEY, 4)
-    estimator = LikelihoodRatio(baseline=LearnedValue(AtState(state.critic)))
+    estimator = LikelihoodRatio(baseline=ValueBaseline(AtState(state.critic)))
     _, gradient = jax.jit(lambda *x: estimator(*x))(policy, task, s0, KEY)
     tau = jax.jit(rollouts)(policy, task, s0, KEY)
-    assert split(KEY, s0).shape == (4,)
+    assert split_keys(KEY, s0).shape == (4,)
     s_next = jnp.concatenate([tau.s[:, 1:], tau.s_T[:, None]], axis=1)
     last = jnp.broadcast_to(jnp.arange(H) == H - 1, (4, H))
     steps = Transition(
@@ -207,7 +207,7 @@ def test_reinforce_is_the_likelihood_ratio_gradient_with_the_critic_for_a_baseli
     G, V = returns(learner, state.critic, x, x_next, steps, jnp.ones((4, H), bool))
     z, bounded = logit(tau.a, task.a_low, task.a_high).reshape(4 * H, -1), limited(task.a_low, task.a_high)
     flat = x.reshape(4 * H, -1)
-    log_prob = jax.jit(lambda net: log_density(*moments(net.many(flat)), z, bounded))(state.actor)
+    log_prob = jax.jit(lambda net: log_density(*squashed_moments(net.many(flat)), z, bounded))(state.actor)
     rows = Rows(flat, z, log_prob, (G - V).ravel(), jnp.ones(4 * H))
     ours = jax.jit(jax.grad(lambda net: learner.loss(net, rows, bounded, KEY)[0]))(state.actor)
     same_tree(jax.tree.map(lambda g: -H * g, ours), gradient.net, rtol=1e-7, atol=1e-9)
@@ -227,7 +227,7 @@ def test_a_ratio_beyond_the_clip_has_no_gradient(x64):
     learner = PPO(hidden=(8,), entropy=0.0)
     actor = learned(task, learner).actor
     x, z, bounded = jnp.full((2, 4), 0.3), jnp.asarray([[0.1], [-0.2]]), jnp.ones(1, bool)
-    now = log_density(*moments(actor.many(x)), z, bounded)
+    now = log_density(*squashed_moments(actor.many(x)), z, bounded)
 
     @jax.jit
     def gradient(ratio, advantage):

@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 
 from diffmbrl import tasks
-from diffmbrl.agents import Idle
-from diffmbrl.agents.registry import AGENTS, Row, make, options
+from diffmbrl.agents import RandomAgent
+from diffmbrl.agents.registry import AGENTS, AgentRow, make_agent, options
 from diffmbrl.cli import main as cli
 from diffmbrl.jobs import diagnose as diagnosing
 from diffmbrl.jobs import learn as racing
-from diffmbrl.jobs.learn import Setting, prepare, race, restore
+from diffmbrl.jobs.learn import LearnConfig, learn_agents, prepare, restore_agent
 from diffmbrl.policies import Linear
-from diffmbrl.report import courses, learn_text, rebuild
+from diffmbrl.report import learn_text, rebuild
+from diffmbrl.report import learning_curves as courses
 from diffmbrl.report.learn_report import sentences
-from diffmbrl.runs import Progress, read
+from diffmbrl.runs import Progress, read_metrics
 from diffmbrl.runs.arrays import filled, read_arrays, save_arrays
 from tests.problems import of
 
-SETTING = Setting(
+SETTING = LearnConfig(
     task="lqr",
     agents=("random", "knows"),
     options={"warmup": 20, "every": "20"},
@@ -42,7 +43,7 @@ SETTING = Setting(
 )
 
 
-class Knows(Idle):
+class Knows(RandomAgent):
     """Its feedback is what it was and a little more at each update; its model is the truth, plus a bias."""
 
     bias: float = 0.0
@@ -77,20 +78,20 @@ def _knows(task, *, warmup=20, every=20, bias=0.0):
 @pytest.fixture(scope="module", autouse=True)
 def agents():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(AGENTS, "knows", Row(_knows, "the truth, and a bias", 100))
+        patch.setitem(AGENTS, "knows", AgentRow(_knows, "the truth, and a bias", 100))
         yield
 
 
 @pytest.fixture(scope="module")
 def run(agents, tmp_path_factory):
     printed = io.StringIO()
-    folder = race(SETTING, out=tmp_path_factory.mktemp("runs") / "tiny", stream=printed)
+    folder = learn_agents(SETTING, out=tmp_path_factory.mktemp("runs") / "tiny", stream=printed)
     return folder, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def records(run):
-    found, note = read(run[0] / "metrics.jsonl")
+    found, note = read_metrics(run[0] / "metrics.jsonl")
     assert note is None
     return found
 
@@ -143,7 +144,7 @@ def test_progress_is_shown_live(run):
 
 def test_the_table_and_what_it_says(run):
     text = learn_text(run[0])
-    rows = courses.summarise(courses.collect(read(run[0] / "metrics.jsonl")[0]))
+    rows = courses.summarise(courses.collect_curves(read_metrics(run[0] / "metrics.jsonl")[0]))
     assert {row.course.label for row in rows} == {"random", "knows"} and "95% bootstrap interval" in text
     best = max(rows, key=lambda row: row.final.value)
     assert f"{best.course.label} has the highest return" in text
@@ -166,7 +167,7 @@ def test_the_report_is_rebuilt_from_its_data_alone(run, tmp_path):
 
 def test_what_was_learned_comes_back(run, records):
     folder, _ = run
-    agent, carry, _, keys = restore(folder, "knows")
+    agent, carry, _, keys = restore_agent(folder, "knows")
     assert (agent.warmup, agent.every) == (20, 20) and keys.shape == (2,)
     np.testing.assert_array_equal(carry["pi"].K, np.full((2, 1, 2), -1.0))
     assert jnp.issubdtype(carry["key"].dtype, jax.dtypes.prng_key)  # keys are keys again
@@ -174,13 +175,13 @@ def test_what_was_learned_comes_back(run, records):
     assert manifest["seeds"] == 2 and leaves[".rows.s"].shape == (2, 60, 2) and leaves[".added"].tolist() == [60, 60]
     for path in (*(folder / "agents").iterdir(), *(folder / "buffers").iterdir()):
         assert b"pickle" not in path.read_bytes()
-    assert restore(folder).carry == ()  # without a name the run's first
+    assert restore_agent(folder).carry == ()  # without a name the run's first
 
 
 def test_a_policy_that_was_learned_is_diagnosed(run, monkeypatch):
     folder, _ = run
     blank = {"horizons": (2, 5), "scale": None, "hidden": (4,), "parameters": {}, "starts": 64, "std": 0.1, "key": 0}
-    setting = diagnosing.Setting(task="lqr", policy=f"{folder}:knows:1", **blank)
+    setting = diagnosing.DiagnoseConfig(task="lqr", policy=f"{folder}:knows:1", **blank)
     task, policy, origin = diagnosing.prepare(setting)
     assert origin == "knows, seed 1" and isinstance(policy, Linear) and task.horizon == 5
     np.testing.assert_array_equal(policy.K, np.full((1, 2), -1.0))
@@ -208,22 +209,22 @@ def test_what_is_not_as_it_was_written_is_refused(run, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(run[0], folder)
     with pytest.raises(ValueError, match="unknown agent of the run 'knosw'; did you mean 'knows'"):
-        restore(folder, "knosw")
+        restore_agent(folder, "knosw")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"seeds": 3}))
     with pytest.raises(ValueError, match=r"does not fit: it has \[2\] .* needs \[3\]"):
-        restore(folder, "knows")
+        restore_agent(folder, "knows")
     (folder / "config.json").write_text(json.dumps(config | {"x64": True}))
     with pytest.raises(ValueError, match="are in float64: set jax_enable_x64"):
-        restore(folder)
+        restore_agent(folder)
     (folder / "config.json").write_text(json.dumps(config))
     file = folder / "agents" / "knows.npz"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="SHA-256 is another"):
-        restore(folder, "knows")
+        restore_agent(folder, "knows")
     shutil.rmtree(folder / "agents")
     with pytest.raises(ValueError, match="has no agents"):
-        restore(folder)
+        restore_agent(folder)
 
 
 def test_any_tree_of_arrays_is_saved(tmp_path):
@@ -251,9 +252,9 @@ def test_interrupted_there_is_a_run_with_what_was_learned(tmp_path, monkeypatch,
     assert capsys.readouterr().err == "diffmbrl: interrupted; to go on: diffmbrl resume run\n"
     run = tmp_path / "run"
     assert json.loads((run / "status.json").read_text())["status"] == "interrupted"
-    found, _ = read(run / "metrics.jsonl")
+    found, _ = read_metrics(run / "metrics.jsonl")
     assert of(found, "stop")[0]["reason"] == "interrupted after 40 of 60 real steps"
-    assert restore(run).carry["pi"].K[0, 0, 0] == -0.5
+    assert restore_agent(run).carry["pi"].K[0, 0, 0] == -0.5
     page = (run / "report.html").read_bytes()
     assert b"knows was ended: interrupted after 40 of 60 real steps." in page and b"of the latest episodes" in page
     assert cli.main(["report", str(run)]) == 0 and (run / "report.html").read_bytes() == page
@@ -261,8 +262,8 @@ def test_interrupted_there_is_a_run_with_what_was_learned(tmp_path, monkeypatch,
 
 def test_a_budget_ends_an_agent(tmp_path):
     setting = SETTING._replace(agents=("random",), budget=1e-9, evaluations=0)
-    folder = race(setting, out=tmp_path / "run", stream=io.StringIO())
-    found, _ = read(folder / "metrics.jsonl")
+    folder = learn_agents(setting, out=tmp_path / "run", stream=io.StringIO())
+    found, _ = read_metrics(folder / "metrics.jsonl")
     assert [row["real_steps"] for row in of(found, "iteration")] == [20, 40]
     assert of(found, "stop")[0]["reason"] == "budget of 1e-09 s after 40 of 60 real steps"
     assert "random was ended" in (folder / "report.html").read_text()
@@ -294,7 +295,7 @@ def test_a_budget_ends_an_agent(tmp_path):
 )
 def test_bad_settings_before_anything_is_written(change, message, tmp_path):
     with pytest.raises(ValueError) as refused:
-        race(SETTING._replace(**change), out=tmp_path / "run")
+        learn_agents(SETTING._replace(**change), out=tmp_path / "run")
     assert message in str(refused.value)
     assert not (tmp_path / "run").exists()
 
@@ -309,7 +310,7 @@ def test_noise_of_the_process_and_of_the_sensor():
 
 def test_options_have_the_kind_of_their_default():
     assert options("random") == {"warmup": 100, "every": 100}
-    assert make("knows", tasks.lqr(), {"bias": "0.5", "every": "7"}).bias == 0.5
+    assert make_agent("knows", tasks.lqr(), {"bias": "0.5", "every": "7"}).bias == 0.5
     # One folder's worth of steps by default: an agent's own, or those of a race.
     alone, several = (
         prepare(SETTING._replace(agents=names, real_steps=None)) for names in (("knows",), SETTING.agents)
@@ -335,7 +336,7 @@ def lines(**agents):
 def test_who_got_there_first():
     """To 90% of the way from 0 to 100: one at 20 real steps, one at 40, one never."""
     quick, good = [[0, 0], [92, 92], [80, 80], [96, 96]], [[0, 0], None, [50, 50], [100, 100]]
-    found = courses.collect(list(lines(quick=quick, good=good, bad=[[0, 0], None, None, [9, 9]])))
+    found = courses.collect_curves(list(lines(quick=quick, good=good, bad=[[0, 0], None, None, [9, 9]])))
     rows = courses.summarise(found)
     assert courses.target(found) == 90 and courses.leader(found).method == "good"
     assert [row.there for row in rows] == [(20.0, 1.0), (40.0, 3.0), None]
@@ -350,18 +351,18 @@ def test_who_got_there_first():
 
 def test_without_evaluations_the_latest_episodes_count():
     """From where every seed has had one; a seed without a new one keeps its last."""
-    [course] = courses.collect(list(lines(plain=[None] * 4)))
+    [course] = courses.collect_curves(list(lines(plain=[None] * 4)))
     x, y = course.curve
     assert x.tolist() == [30, 40] and y.tolist() == [[2, 9], [3, 9]]
 
 
 def test_seeds_that_broke_count_as_the_worst(tmp_path):
-    [course] = courses.collect(list(lines(broken=[[1, 2], [3, math.nan]])))
+    [course] = courses.collect_curves(list(lines(broken=[[1, 2], [3, math.nan]])))
     [row] = courses.summarise([course])
     assert row.final.value == -math.inf and math.isnan(courses.target([course]))
     assert (
         courses.text([row])
-        and courses.summarise(courses.collect([{"kind": "agent", "method": "empty"}]))[0].there is None
+        and courses.summarise(courses.collect_curves([{"kind": "agent", "method": "empty"}]))[0].there is None
     )
 
 

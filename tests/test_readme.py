@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmbrl.cli.tables import BEGIN, END, tables, written
+from diffmbrl.cli.tables import BEGIN, END, registry_tables, written
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -47,12 +47,12 @@ def test_agents_of_the_example_learn_from_real_steps(capsys: pytest.CaptureFixtu
 
 def test_tables_are_those_of_the_registries() -> None:
     assert written(README) == README, "run: python -m diffmbrl.cli.tables README.md"
-    lines = [line for line in tables().splitlines() if line.startswith("| `")]
+    lines = [line for line in registry_tables().splitlines() if line.startswith("| `")]
     assert len(lines) > 60 and all(re.fullmatch(r"\| `[a-z0-9-]+` \| \S.{5,130} \|", line) for line in lines)
 
 
 def test_tables_go_between_two_markers() -> None:
-    assert written(f"above\n{BEGIN}\nold\n{END}\nbelow") == f"above\n{BEGIN}\n\n{tables()}\n\n{END}\nbelow"
+    assert written(f"above\n{BEGIN}\nold\n{END}\nbelow") == f"above\n{BEGIN}\n\n{registry_tables()}\n\n{END}\nbelow"
     with pytest.raises(ValueError, match="needs one line"):
         written(f"{END} {BEGIN}")
 

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Descend, GaussNewton, Krylov, Relay, solve
+from diffmbrl import ILQR, GaussNewton, Krylov, OptaxSolver, Sequential, solve
 from tests.problems import same, same_tree, small
 
 KEY = jax.random.key(9)
-FIRST, THEN = Descend(optax.adam, learning_rate=1e-2), GaussNewton(system=Krylov(4))
+FIRST, THEN = OptaxSolver(optax.adam, learning_rate=1e-2), GaussNewton(system=Krylov(4))
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def problem():
 
 def test_it_is_the_first_and_then_the_second_from_there(problem):
     policy, task, s0 = problem
-    both, history = solve(Relay(FIRST, THEN, updates=3), policy, task, s0, None, steps=5)
+    both, history = solve(Sequential(FIRST, THEN, updates=3), policy, task, s0, None, steps=5)
     left, before = solve(FIRST, policy, task, s0, None, steps=3)
     wanted, after = solve(THEN, left, task, s0, None, steps=2)
     same_tree(both, wanted, rtol=1e-4, atol=1e-6)
@@ -37,9 +37,9 @@ def test_it_is_the_first_and_then_the_second_from_there(problem):
 
 def test_what_only_one_reports_is_left_out(problem):
     policy, task, s0 = problem
-    relay = Relay(FIRST, THEN, updates=1)
+    relay = Sequential(FIRST, THEN, updates=1)
     assert jax.eval_shape(lambda: relay.update(policy, relay.init(policy, task), task, s0, key=None))[2].model is None
-    two = Relay(THEN, THEN, updates=1)
+    two = Sequential(THEN, THEN, updates=1)
     info = jax.eval_shape(lambda: two.update(policy, two.init(policy, task), task, s0, key=None))[2]
     assert info.model is not None
 
@@ -67,8 +67,8 @@ class Lost(eqx.Module):
 def test_a_search_that_is_lost_is_handed_on_at_once(problem):
     """From the policy that it had, in the update that was lost; the run goes on."""
     policy, task, s0 = problem
-    both, history = solve(Relay(Lost(after=2), THEN, updates=50), policy, task, s0, None, steps=4)
-    wanted, _ = solve(Relay(FIRST, THEN, updates=2), policy, task, s0, None, steps=4)
+    both, history = solve(Sequential(Lost(after=2), THEN, updates=50), policy, task, s0, None, steps=4)
+    wanted, _ = solve(Sequential(FIRST, THEN, updates=2), policy, task, s0, None, steps=4)
     same_tree(both, wanted, rtol=1e-4, atol=1e-6)
     assert history.updates == 4 and history.info.nonfinite.tolist() == [0, 0, 1, 0]
 
@@ -80,7 +80,7 @@ def test_the_updates_are_a_leaf(problem):
     @jax.jit
     @jax.vmap
     def J_after(updates):
-        relay = Relay(FIRST, THEN, updates=1)
+        relay = Sequential(FIRST, THEN, updates=1)
         relay = jax.tree.unflatten(jax.tree.structure(relay), [*jax.tree.leaves(relay)[:-1], updates])
         moved, carry, _ = relay.update(policy, relay.init(policy, task), task, s0, key=None)
         return relay.update(moved, carry, task, s0, key=None)[2].damping
@@ -90,6 +90,6 @@ def test_the_updates_are_a_leaf(problem):
 
 def test_what_is_wrong_is_refused():
     with pytest.raises(ValueError, match="updates must be at least 1, got 0"):
-        Relay(FIRST, THEN, updates=0)
+        Sequential(FIRST, THEN, updates=0)
     with pytest.raises(ValueError, match="hands on a policy; ILQR plans from one start"):
-        Relay(FIRST, ILQR(), updates=1)
+        Sequential(FIRST, ILQR(), updates=1)

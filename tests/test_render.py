@@ -19,10 +19,10 @@ from diffmbrl.render.gif import gif
 from diffmbrl.render.html import animate
 from diffmbrl.render.shapes import Line, Polygon, Rod
 from diffmbrl.report.plan_report import _shape, shape_record
-from diffmbrl.runs import read
+from diffmbrl.runs import read_metrics
 from tests.problems import of
 
-COMPARE = compare.Setting(
+COMPARE = compare.CompareConfig(
     task="lqr",
     methods=("adam",),
     horizon=5,
@@ -37,7 +37,7 @@ COMPARE = compare.Setting(
     x64=False,
     key=0,
 )
-LEARN = race.Setting(
+LEARN = race.LearnConfig(
     task="lqr",
     agents=("random",),
     options={"warmup": 20, "every": 20},
@@ -52,7 +52,7 @@ LEARN = race.Setting(
     key=0,
     x64=False,
 )
-PLAN = plan.Setting(
+PLAN = plan.PlanConfig(
     task="lqr",
     planner="ilqr",
     mpc=False,
@@ -74,7 +74,7 @@ def runs(tmp_path_factory):
     place, quiet = tmp_path_factory.mktemp("runs"), {"stream": io.StringIO(), "track": ["tensorboard"]}
     return {
         "compare": compare.compare(COMPARE, out=place / "compare", **quiet),
-        "learn": race.race(LEARN, out=place / "learn", **quiet),
+        "learn": race.learn_agents(LEARN, out=place / "learn", **quiet),
         "plan": plan.plan(PLAN, out=place / "plan", **quiet),
     }
 
@@ -96,7 +96,7 @@ def events(folder) -> dict[tuple[str, int], float]:
 
 
 def test_tensorboard_of_a_comparison(runs):
-    found, (records, _) = events(runs["compare"]), read(runs["compare"] / "metrics.jsonl")
+    found, (records, _) = events(runs["compare"]), read_metrics(runs["compare"] / "metrics.jsonl")
     rows = of(records, "eval")
     assert {row["rate"] for row in rows} == {0.01, 0.1}
     for row in rows:
@@ -106,11 +106,11 @@ def test_tensorboard_of_a_comparison(runs):
 
 
 def test_tensorboard_of_an_agent_and_of_a_plan(runs):
-    found, (records, _) = events(runs["learn"]), read(runs["learn"] / "metrics.jsonl")
+    found, (records, _) = events(runs["learn"]), read_metrics(runs["learn"] / "metrics.jsonl")
     for row in of(records, "iteration"):
         mean = np.mean(row["evaluation"])
         np.testing.assert_allclose(found["random/evaluation", row["real_steps"]], mean, rtol=1e-5)
-    found, (records, _) = events(runs["plan"]), read(runs["plan"] / "metrics.jsonl")
+    found, (records, _) = events(runs["plan"]), read_metrics(runs["plan"] / "metrics.jsonl")
     [updates] = of(records, "updates")
     np.testing.assert_allclose([found["start-0/J", k] for k in range(len(updates["J"]))], updates["J"], rtol=1e-5)
     np.testing.assert_allclose(found["result/return", 0], of(records, "result")[0]["return"], rtol=1e-5)
@@ -147,7 +147,7 @@ def test_every_run_is_drawn(runs, job, steps):
 
 def test_the_plan_that_is_drawn_is_the_one_that_was_kept(runs):
     data = film(render(runs["plan"]))
-    [kept] = of(read(runs["plan"] / "metrics.jsonl")[0], "trajectory")
+    [kept] = of(read_metrics(runs["plan"] / "metrics.jsonl")[0], "trajectory")
     np.testing.assert_allclose(
         [float(a[0].replace("\u2212", "-")) for a in data["actions"]], np.ravel(kept["a"]), rtol=6e-3
     )
@@ -214,7 +214,7 @@ def ant():
 def test_the_ant_stands_where_its_links_are(ant):
     body = geometry.solids(ant, azimuth=0.0, elevation=0.0)  # from the side: x to the right, z up
     pos, rot = geometry.poses(ant, ant.init_q)
-    shapes = geometry.draw(body, pos, rot)
+    shapes = geometry.solid_shapes(body, pos, rot)
     rods = [shape for shape in shapes if isinstance(shape, Rod)]
     assert len(rods) == 17 and all(isinstance(shape, Line) for shape in shapes[: len(shapes) - 17])
     torso = rods[0]
@@ -229,7 +229,9 @@ def test_the_ant_stands_where_its_links_are(ant):
     quarter = np.array([np.sqrt(0.5), 0, 0, np.sqrt(0.5)])
     turned = geometry.rotated(pos, quarter) + np.array([5.3, -2.0, 0.0])
     spun = np.stack([_product(quarter, r) for r in rot])
-    for rod, other in zip(geometry.draw(above, pos, rot), geometry.draw(above, turned, spun), strict=True):
+    for rod, other in zip(
+        geometry.solid_shapes(above, pos, rot), geometry.solid_shapes(above, turned, spun), strict=True
+    ):
         if isinstance(rod, Rod):
             np.testing.assert_allclose(other.points, np.stack([-rod.points[:, 1], rod.points[:, 0]], 1), atol=1e-5)
 
@@ -247,7 +249,7 @@ def test_rotations_are_braxs(ant):
     q, v = q / np.linalg.norm(q), rng.normal(size=(3, 3))
     np.testing.assert_allclose(geometry.rotated(v, q), [math.rotate(x, q) for x in v], atol=1e-5)
     with pytest.raises(ValueError, match="of at least 9 links"):
-        geometry.draw(geometry.solids(ant), np.zeros((3, 3)), np.zeros((3, 4)))
+        geometry.solid_shapes(geometry.solids(ant), np.zeros((3, 3)), np.zeros((3, 4)))
 
 
 def test_other_solids():
@@ -256,7 +258,7 @@ def test_other_solids():
         0, geometry.CYLINDER, geometry._local(None, 0, geometry.CYLINDER, np.array([1.0, 2.0, 0]))[0], 0.0, "body"
     )
     body = geometry.Solids((box, round_one), None, 1.0, False, 0.0, 0.0)
-    *faces, outline = geometry.draw(body, np.zeros((1, 3)), np.array([[1.0, 0, 0, 0]]))
+    *faces, outline = geometry.solid_shapes(body, np.zeros((1, 3)), np.array([[1.0, 0, 0, 0]]))
     assert len(faces) == 6 and all(isinstance(face, Polygon) and face.points.shape == (4, 2) for face in faces)
     near = min(faces, key=lambda face: face.depth)  # the side towards the eye, whole: x by z
     assert near.depth == -2.0 and np.ptp(near.points, axis=0).tolist() == [2.0, 6.0]

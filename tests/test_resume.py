@@ -18,7 +18,7 @@ import pytest
 
 from diffmbrl import tasks
 from diffmbrl.agents.registry import AGENTS as REGISTRY
-from diffmbrl.agents.registry import Row
+from diffmbrl.agents.registry import AgentRow
 from diffmbrl.cli import main as cli
 from diffmbrl.jobs import compare, plan
 from diffmbrl.jobs import learn as race
@@ -30,7 +30,7 @@ from diffmbrl.runs import Session, metrics
 from tests.agents import AGENTS
 
 TIMES = {"seconds", "cpu_seconds", "compile_seconds", "wall"}
-COMPARE = compare.Setting(
+COMPARE = compare.CompareConfig(
     task="lqr",
     methods=("gauss-newton", "cem"),  # lanes with a model's report, and planners that draw
     horizon=10,
@@ -45,9 +45,9 @@ COMPARE = compare.Setting(
     x64=False,
     key=0,
 )
-PLAN = plan.Setting("pendulum-swingup", "ilqr", False, 20, None, 5, {}, {}, 0.01, 0, 2, 0, False)
-MPC_RUN = plan.Setting("cartpole-balance", "cem", True, 4, 5, None, {}, {}, 0.01, 2, 2, 0, False)
-LEARN = race.Setting(
+PLAN = plan.PlanConfig("pendulum-swingup", "ilqr", False, 20, None, 5, {}, {}, 0.01, 0, 2, 0, False)
+MPC_RUN = plan.PlanConfig("cartpole-balance", "cem", True, 4, 5, None, {}, {}, 0.01, 2, 2, 0, False)
+LEARN = race.LearnConfig(
     task="pendulum",
     agents=("random", "small"),
     options={},
@@ -68,7 +68,7 @@ def agent(name: str, patch: pytest.MonkeyPatch) -> None:
     """An agent of the tests' table as "small" of the registry, and another beside it."""
     for row in AGENTS:
         if row.name in (name, "random"):
-            patch.setitem(REGISTRY, "small" if row.name == name else "random", Row(_maker(row), "a small one", 60))
+            patch.setitem(REGISTRY, "small" if row.name == name else "random", AgentRow(_maker(row), "a small one", 60))
 
 
 def _maker(row):
@@ -77,7 +77,7 @@ def _maker(row):
 
 def measured(folder: Path) -> list[dict]:
     """The records, without times."""
-    records, note = metrics.read(folder / "metrics.jsonl")
+    records, note = metrics.read_metrics(folder / "metrics.jsonl")
     assert note is None
     return [{name: x for name, x in record.items() if name not in TIMES} for record in records]
 
@@ -103,7 +103,7 @@ def stopped_at(look: int, job, patch: pytest.MonkeyPatch, error=KeyboardInterrup
             raise error
 
     with patch.context() as inner:
-        inner.setattr(Session, "look", looked)
+        inner.setattr(Session, "save", looked)
         with pytest.raises(error):
             job()
 
@@ -119,7 +119,7 @@ JOBS = {
     "compare": (lambda **places: compare.compare(COMPARE, stream=io.StringIO(), **places), (1, 8)),
     "plan": (lambda **places: plan.plan(PLAN, stream=io.StringIO(), **places), (1, 3)),
     "mpc": (lambda **places: plan.plan(MPC_RUN, stream=io.StringIO(), **places), (2,)),
-    "learn": (lambda **places: race.race(LEARN, stream=io.StringIO(), **places), (2, 4)),
+    "learn": (lambda **places: race.learn_agents(LEARN, stream=io.StringIO(), **places), (2, 4)),
 }
 
 
@@ -151,8 +151,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(name, tmp_path, monkeypa
 def test_every_agent_goes_on_to_the_same_numbers(row, tmp_path, monkeypatch, undrawn):
     agent(row.name, monkeypatch)
     setting = LEARN._replace(agents=("small",), real_steps=row.real_steps)
-    whole = race.race(setting, out=tmp_path / "whole", stream=io.StringIO())
-    stopped_at(2, lambda: race.race(setting, out=tmp_path / "cut", stream=io.StringIO()), monkeypatch)
+    whole = race.learn_agents(setting, out=tmp_path / "whole", stream=io.StringIO())
+    stopped_at(2, lambda: race.learn_agents(setting, out=tmp_path / "cut", stream=io.StringIO()), monkeypatch)
     same(resume(tmp_path / "cut", stream=io.StringIO()), whole)
 
 

@@ -16,13 +16,13 @@ from diffmbrl import (
     Linear,
     Neural,
     OpenLoop,
-    expected,
+    episode_return,
+    episode_returns,
+    mean_return,
     returns,
     rollout,
     rollouts,
     tasks,
-    value,
-    values,
 )
 from diffmbrl.core import Box, Task
 
@@ -80,14 +80,14 @@ def test_scan_is_the_python_loop(key):
     assert trajectory.alive.all()
     assert trajectory.alive.shape == (task.horizon + 1,)
     np.testing.assert_allclose(returns(trajectory, task), J, rtol=1e-5)
-    np.testing.assert_allclose(value(policy, task, s0, key), J, rtol=1e-5)
+    np.testing.assert_allclose(episode_return(policy, task, s0, key), J, rtol=1e-5)
 
 
 def test_network_on_a_nonlinear_task_is_the_python_loop(x64):
     task = tasks.cartpole_balance(horizon=5)
     policy = Neural.init(task, hidden=[4], key=jax.random.key(0))
     s0 = task.initial(jax.random.key(1))
-    assert value(policy, task, s0) == pytest.approx(loop(policy, task, s0)[-1], rel=1e-12)
+    assert episode_return(policy, task, s0) == pytest.approx(loop(policy, task, s0)[-1], rel=1e-12)
 
 
 def test_plans_use_the_slice_of_each_step():
@@ -118,8 +118,8 @@ def test_batches_are_loops_over_starts():
     batch = rollouts(policy, task, s0, key)
     jax.tree.map(lambda x, *xs: np.testing.assert_allclose(x, jnp.stack(xs), rtol=1e-5, atol=1e-6), batch, *each)
     J = jnp.stack([returns(trajectory, task) for trajectory in each])
-    np.testing.assert_allclose(values(policy, task, s0, key), J, rtol=1e-5)
-    np.testing.assert_allclose(expected(policy, task, s0, key), J.mean(), rtol=1e-5)
+    np.testing.assert_allclose(episode_returns(policy, task, s0, key), J, rtol=1e-5)
+    np.testing.assert_allclose(mean_return(policy, task, s0, key), J.mean(), rtol=1e-5)
 
 
 def test_keys():
@@ -263,7 +263,7 @@ def test_after_the_end_states_are_held_and_nothing_is_earned():
     assert np.all(np.asarray(trajectory.r[:steps]) != 0)
     # The terminal reward, undefined here, is not earned.
     assert returns(trajectory, task) == pytest.approx(float(J), rel=1e-5)
-    assert value(policy, task, jnp.asarray([0.1])) == pytest.approx(float(J), rel=1e-5)
+    assert episode_return(policy, task, jnp.asarray([0.1])) == pytest.approx(float(J), rel=1e-5)
 
 
 def test_the_clock_is_not_an_end():
@@ -271,7 +271,7 @@ def test_the_clock_is_not_an_end():
     J, steps, last = until_the_end(policy, task, jnp.asarray([0.1]))
     assert steps == 2
     assert float(task.terminal(last)) > 0.1
-    assert value(policy, task, jnp.asarray([0.1])) == pytest.approx(float(J), rel=1e-5)
+    assert episode_return(policy, task, jnp.asarray([0.1])) == pytest.approx(float(J), rel=1e-5)
 
 
 def test_a_start_that_has_ended_earns_nothing():
@@ -292,7 +292,7 @@ def test_no_nan_from_after_the_end_reaches_a_gradient(remat, x64):
     arguments = (policy, (task.dynamics, task.reward, task.terminal), s0)
     every = (0, 1, 2)
     true = jax.grad(lambda *x: J(lambda *y: until_the_end(*y)[0], *x), every)(*arguments)
-    for f in (lambda *y: value(*y, remat=remat), lambda *y: returns(rollout(*y, remat=remat), y[1])):
+    for f in (lambda *y: episode_return(*y, remat=remat), lambda *y: returns(rollout(*y, remat=remat), y[1])):
         gradient = jax.jit(jax.grad(lambda *x, f=f: J(f, *x), every))(*arguments)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), gradient, true)
 
@@ -300,7 +300,7 @@ def test_no_nan_from_after_the_end_reaches_a_gradient(remat, x64):
 def test_a_batch_of_ended_and_living_has_finite_gradients(x64):
     task, policy = fragile(3), FragilePolicy()
     s0 = jnp.asarray([[0.0], [0.1], [0.6], [0.99]])
-    gradient = jax.grad(expected)(policy, task, s0).gain
+    gradient = jax.grad(mean_return)(policy, task, s0).gain
     each = [jax.grad(lambda pi, s=s: until_the_end(pi, task, s)[0])(policy).gain for s in s0]
     assert {until_the_end(policy, task, s)[1] for s in s0} == {1, 2, 3}
     assert gradient == pytest.approx(float(jnp.mean(jnp.stack(each))), rel=1e-10)
@@ -315,7 +315,7 @@ def test_remat_changes_neither_value_nor_gradient(x64):
 
     @partial(jax.jit, static_argnums=0)
     def everything(remat):
-        J, gradient = jax.value_and_grad(lambda pi: value(pi, task, s0, key, remat=remat))(policy)
+        J, gradient = jax.value_and_grad(lambda pi: episode_return(pi, task, s0, key, remat=remat))(policy)
         return J, gradient, rollout(policy, task, s0, key, remat=remat)
 
     plain = everything(None)
@@ -328,7 +328,7 @@ def test_remat_of_a_plan_and_segments_save_memory():
     plan, s0 = OpenLoop.zeros(task), jnp.zeros(4)
 
     def memory(remat):
-        gradient = jax.jit(jax.grad(lambda plan: value(plan, task, s0, remat=remat)))
+        gradient = jax.jit(jax.grad(lambda plan: episode_return(plan, task, s0, remat=remat)))
         return gradient(plan).a, gradient.lower(plan).compile().memory_analysis().temp_size_in_bytes
 
     (plain, most), (segments, least) = memory(None), memory(20)
@@ -380,7 +380,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-@pytest.mark.parametrize("function", [rollout, value])
+@pytest.mark.parametrize("function", [rollout, episode_return])
 def test_error(case, function):
     given, message = ERRORS[case]
     task = replaced(**given.get("task", {}))
@@ -419,7 +419,7 @@ def test_new_numbers_do_not_recompile():
     @jax.jit
     @chex.assert_max_traces(n=1)
     def J(policy, task, s0, key):
-        return expected(policy, task, s0, key)
+        return mean_return(policy, task, s0, key)
 
     results = set()
     for m_p, discount, seed in [(0.3, 1.0, 0), (0.2, 1.0, 0), (0.3, 0.9, 0), (0.3, 1.0, 1)]:

@@ -112,7 +112,7 @@ def test_metrics_come_back_as_they_were(tmp_path):
         writer.write({"kind": "note", "text": "nan"})
     lines = (tmp_path / "m.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["J"] == [1.5, "nan", "inf", "-inf"]
-    (entry, note), damage = metrics.read(tmp_path / "m.jsonl")
+    (entry, note), damage = metrics.read_metrics(tmp_path / "m.jsonl")
     np.testing.assert_array_equal(entry["J"], [1.5, np.nan, np.inf, -np.inf])
     assert entry["vjp"] == [0, 1, 2]
     assert entry["rate"] == 0.5
@@ -126,7 +126,7 @@ def test_metrics_come_back_as_they_were(tmp_path):
 def test_each_line_is_on_disk_at_once(tmp_path):
     writer = metrics.Writer(tmp_path / "m.jsonl")
     writer.write({"kind": "note", "text": "a"})
-    assert len(metrics.read(tmp_path / "m.jsonl")[0]) == 1
+    assert len(metrics.read_metrics(tmp_path / "m.jsonl")[0]) == 1
     writer.close()
     with pytest.raises(ValueError, match="needs a kind"):
         writer.write({"J": 1.0})
@@ -135,12 +135,12 @@ def test_each_line_is_on_disk_at_once(tmp_path):
 def test_a_truncated_last_line_is_left_out_and_told(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"kind": "note", "text": "a"}\n{"kind": "ev')
-    records, note = metrics.read(path)
+    records, note = metrics.read_metrics(path)
     assert len(records) == 1
     assert note == "the last line of m.jsonl (line 2) is cut short and was left out"
     with metrics.Writer(path) as writer:  # appending does not glue two lines together
         writer.write({"kind": "note", "text": "b"})
-    records, note = metrics.read(path)
+    records, note = metrics.read_metrics(path)
     assert [record["text"] for record in records] == ["a", "b"]
     assert note == "m.jsonl: unreadable lines left out: 2"
 
@@ -312,7 +312,7 @@ def test_progress_on_a_terminal_shows_text_as_it_is():
 
 
 def test_the_best_rate_and_the_first_order_reference_are_found():
-    summary = table.summarise(arms.collect(synthetic()))
+    summary = table.summarise(arms.collect_arms(synthetic()))
     assert [row.arm.method for row in summary.rows] == ["adam", "lbfgs", "gauss-newton", "ilqr"]
     assert len(summary.arms) == 8
     assert summary.rows[0].arm.rate == 0.01
@@ -332,7 +332,7 @@ def test_best_visited_is_the_held_out_return_where_training_was_best():
         {"kind": "eval", "method": "m", "rate": None, "update": u, "seconds": u, "train": train, "test": test}
         for u, train, test in [(0, [-9, -9], [-9, -9]), (1, [-1, -5], [-2, -6]), (2, [math.nan, -4], [-100, -7])]
     ]
-    (row,) = table.summarise(arms.collect(evaluations)).rows
+    (row,) = table.summarise(arms.collect_arms(evaluations)).rows
     assert row.visited.value == (-2 - 7) / 2
     assert row.train.value == -math.inf
     assert row.reach is None
@@ -340,7 +340,7 @@ def test_best_visited_is_the_held_out_return_where_training_was_best():
 
 
 def test_the_verdict_says_what_the_numbers_say():
-    summary = table.summarise(arms.collect(synthetic()))
+    summary = table.summarise(arms.collect_arms(synthetic()))
     said = verdict.sentences(summary)
     assert said[0].startswith("gauss-newton has the best held-out return: -0.9")
     assert "lbfgs overlaps it, so these seeds do not separate them" in said[0]
@@ -348,12 +348,12 @@ def test_the_verdict_says_what_the_numbers_say():
     assert any("one after another" in line and "gauss-newton needed the fewest" in line for line in said)
     assert any("plans each start anew" in line for line in said)
     worse = [r | {"test": 30 * r["test"]} if r["kind"] == "eval" and r["method"] == "lbfgs" else r for r in synthetic()]
-    said = verdict.sentences(table.summarise(arms.collect(worse)))
+    said = verdict.sentences(table.summarise(arms.collect_arms(worse)))
     assert any(line.startswith("lbfgs overfits its training starts") for line in said)
 
 
 def test_the_text_table_fits_a_log():
-    text = table.text(table.summarise(arms.collect(synthetic())))
+    text = table.text(table.summarise(arms.collect_arms(synthetic())))
     assert max(map(len, text.splitlines())) <= 120
     assert "adam, rate 0.01" in text
     assert "ilqr*" in text
@@ -362,14 +362,14 @@ def test_the_text_table_fits_a_log():
 
 
 def test_numbers_read_well():
-    assert [words.number(x) for x in (0.0, -0.0123, 1234.5, 5e-9, math.inf)] == [
+    assert [words.format_number(x) for x in (0.0, -0.0123, 1234.5, 5e-9, math.inf)] == [
         "0.00",
         "-0.0123",
         "1,234",
         "5e-09",
         "inf",
     ]
-    assert [words.count(x) for x in (9999, 99999, 999999, math.nan)] == ["9,999", "100k", "1000k", "-"]
+    assert [words.format_count(x) for x in (9999, 99999, 999999, math.nan)] == ["9,999", "100k", "1000k", "-"]
 
 
 class Resources(HTMLParser):

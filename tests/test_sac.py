@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from diffmbrl import tasks
 from diffmbrl.agents import SAC, OffPolicy, SquashedGaussian
-from diffmbrl.agents.actor import entropy, log_density, logit, moments, unit
+from diffmbrl.agents.actor import entropy, log_density, logit, squashed_moments, unit
 from diffmbrl.models.buffer import Transition
 from tests.problems import same, same_tree
 
@@ -131,12 +131,12 @@ def test_critics_find_the_values_of_a_small_chain():
 
         return jax.lax.scan(step, state, jax.random.split(KEY, 1500))[0]
 
-    from diffmbrl.agents.sac import values
+    from diffmbrl.agents.sac import q_values
 
     state = run(learner.init(task, KEY))
     x = jnp.repeat(jax.vmap(First())(s), 3, axis=0)
     u = jnp.tile(jnp.asarray([[-0.8], [0.0], [0.8]]), (3, 1))
-    np.testing.assert_allclose(values(state.critics, x, u), np.tile(np.repeat([2.0, 2, 4], 3), (2, 1)), atol=0.15)
+    np.testing.assert_allclose(q_values(state.critics, x, u), np.tile(np.repeat([2.0, 2, 4], 3), (2, 1)), atol=0.15)
 
 
 class First(eqx.Module):
@@ -195,7 +195,9 @@ def test_actions_keep_their_limits_and_are_judged_by_their_density(x64):
     np.testing.assert_allclose(u[:, 1], a[:, 1])
     inside = np.abs(u[:, 0]) < 0.999
     np.testing.assert_allclose(np.tanh(z[inside, 0]), u[inside, 0], rtol=1e-9)
-    by_rows = jax.jit(lambda s: log_density(*moments(pi.net.many(jax.vmap(task.features)(s))), z, pi.limited))(s)
+    by_rows = jax.jit(lambda s: log_density(*squashed_moments(pi.net.many(jax.vmap(task.features)(s))), z, pi.limited))(
+        s
+    )
     np.testing.assert_allclose(jax.jit(jax.vmap(pi.log_prob))(s, a), by_rows, rtol=1e-9)
     at_limit = logit(jnp.asarray([4.0, 100.0]), task.a_low, task.a_high)
     assert np.all(np.isfinite(at_limit)) and at_limit[0] > 15 and at_limit[1] == 100

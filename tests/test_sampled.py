@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Continuation, Descend, GaussNewton, Krylov, Neural, Sampled, solve
+from diffmbrl import ILQR, Continuation, GaussNewton, Krylov, MiniBatch, Neural, OptaxSolver, solve
 from diffmbrl.core import reweighted
 from tests.problems import bent, changed, same_tree
 
@@ -30,7 +30,7 @@ def problem():
 def test_each_block_has_its_starts_and_its_noise(problem, noisy):
     policy, task, s0 = problem
     root = jax.random.key(9)
-    solver = Sampled(INNER, size=SIZE, every=EVERY, key=root)
+    solver = MiniBatch(INNER, size=SIZE, every=EVERY, key=root)
     carry, inner, same_policy = solver.init(policy, task), INNER.init(policy, task), policy
     for i in range(8):
         block = i // EVERY
@@ -48,7 +48,7 @@ def test_each_block_has_its_starts_and_its_noise(problem, noisy):
 def test_weights_of_each_start_go_with_them(problem):
     policy, task, s0 = problem
     w = jax.random.uniform(KEY, (POOL, 7))
-    solver = Sampled(INNER, size=SIZE)
+    solver = MiniBatch(INNER, size=SIZE)
     got = update(solver, policy, solver.init(policy, task), reweighted(task, w), s0, None)
     wanted = update(INNER, policy, INNER.init(policy, task), reweighted(task, w[:SIZE]), s0[:SIZE], None)
     same_tree(got[0], wanted[0], rtol=1e-5, atol=1e-6)
@@ -57,7 +57,7 @@ def test_weights_of_each_start_go_with_them(problem):
 def test_around_a_continuation_it_gives_every_stage_fresh_starts(problem):
     policy, task, s0 = problem
     stages = Continuation(INNER, discounts=[0.8, 1.0], lengths=[EVERY, EVERY])
-    better, history = solve(Sampled(stages, size=POOL // 2, every=EVERY), policy, task, s0, None, 2 * EVERY)
+    better, history = solve(MiniBatch(stages, size=POOL // 2, every=EVERY), policy, task, s0, None, 2 * EVERY)
     first, _ = solve(INNER, policy, reweighted(task, task.weights * 0.8 ** jnp.arange(7.0)), s0[:5], None, EVERY)
     second, _ = solve(INNER, first, task, s0[5:], None, EVERY)
     same_tree(better, second, rtol=1e-4, atol=1e-5)
@@ -67,11 +67,11 @@ def test_around_a_continuation_it_gives_every_stage_fresh_starts(problem):
 def test_what_is_wrong_is_refused(problem):
     policy, task, s0 = problem
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
-        Sampled(INNER, size=0)
+        MiniBatch(INNER, size=0)
     with pytest.raises(ValueError, match="every must be at least 1, got -1"):
-        Sampled(INNER, size=2, every=-1)
+        MiniBatch(INNER, size=2, every=-1)
     with pytest.raises(ValueError, match="a planner has only one"):
-        Sampled(ILQR(), size=2)
-    solver = Sampled(Descend(optax.adam, learning_rate=1e-2), size=POOL + 1)
+        MiniBatch(ILQR(), size=2)
+    solver = MiniBatch(OptaxSolver(optax.adam, learning_rate=1e-2), size=POOL + 1)
     with pytest.raises(ValueError, match="a mini-batch of 11 needs as many starts, got 10"):
         solver.update(policy, solver.init(policy, task), task, s0, key=None)

@@ -6,13 +6,24 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diffmbrl import ILQR, Affine, Linear, OpenLoop, solve, tasks, value
-from diffmbrl.planners import CEM, MPPI, Best, Coloured, EffectiveSize, Even, Normal, Sampling, TruncatedNormal, scores
+from diffmbrl import ILQR, Affine, Linear, OpenLoop, episode_return, solve, tasks
+from diffmbrl.planners import (
+    CEM,
+    MPPI,
+    ArgMax,
+    Coloured,
+    EffectiveSize,
+    Normal,
+    Sampling,
+    TruncatedNormal,
+    Uniform,
+    plan_returns,
+)
 from diffmbrl.planners.refit import weights
 from tests.problems import bent, changed, optimal_actions, riccati, same
 
 KEY = jax.random.key(0)
-DRAWS = {"even": Even(), "normal": Normal(), "truncated": TruncatedNormal(), "coloured": Coloured(2.0)}
+DRAWS = {"even": Uniform(), "normal": Normal(), "truncated": TruncatedNormal(), "coloured": Coloured(2.0)}
 J = jnp.asarray([1.0, 3.0, -jnp.inf, 2.0, -5.0])
 SEQUENCES = jnp.asarray([10.0, 20.0, 1e6, 40.0, -7.0])[:, None, None] * jnp.ones((5, 3, 1))
 NONE = jnp.zeros((3, 1)), jnp.ones((3, 1))
@@ -75,7 +86,7 @@ def test_coloured_noise_of_short_horizons_has_its_deviation(T):
 
 
 def test_the_best_is_the_mean():
-    mean, std = Best()(*NONE, SEQUENCES, J)
+    mean, std = ArgMax()(*NONE, SEQUENCES, J)
     same(mean, 20.0 * np.ones((3, 1)))
     same(std, NONE[1])
 
@@ -127,9 +138,9 @@ def test_a_return_that_is_not_finite_scores_worst_and_is_counted():
     task = changed(bent(), kink=0.1)
     a = jnp.stack([jnp.zeros((8, 1)), jnp.full((8, 1), jnp.nan), jnp.full((8, 1), jnp.inf), jnp.ones((8, 1))])
     s0 = jnp.asarray([0.3, 0.0])
-    found, nonfinite = scores(a, task, s0, None)
+    found, nonfinite = plan_returns(a, task, s0, None)
     assert int(nonfinite) == 2 and np.isneginf(found[1]) and np.isneginf(found[2])
-    same(found[0], value(OpenLoop(a[0]), task, s0), rtol=1e-6)
+    same(found[0], episode_return(OpenLoop(a[0]), task, s0), rtol=1e-6)
 
 
 # The optimum.
@@ -139,7 +150,7 @@ PLANNERS = {
     "icem": (Sampling(CEM(elites=26), draw=Coloured(1.0), samples=256, keep=8, std=1.0), 40, 1e-2),
     "mppi": (Sampling(MPPI(), draw=Normal(), samples=256, std=0.5), 40, 3e-3),
     "mppi, one temperature": (Sampling(MPPI(1e-3), draw=Normal(), samples=256, std=0.5), 40, 1e-2),
-    "predictive sampling": (Sampling(Best(), draw=Normal(), samples=256, std=0.3), 40, 3e-2),
+    "predictive sampling": (Sampling(ArgMax(), draw=Normal(), samples=256, std=0.3), 40, 3e-2),
 }
 
 
@@ -150,7 +161,7 @@ def test_the_optimum_of_a_linear_quadratic_task(name):
     plan, history = solve(planner, OpenLoop.zeros(task), task, s0, KEY, steps)
     best = riccati(task).J(s0)
     rest = float(history.info.J[0])
-    assert best - gap * (best - rest) <= float(value(plan, task, s0)) <= best + 1e-6
+    assert best - gap * (best - rest) <= float(episode_return(plan, task, s0)) <= best + 1e-6
     assert np.all(np.diff(history.info.J) >= -1e-6)
     if name == "cem":
         np.testing.assert_allclose(plan.a, optimal_actions(task, s0), atol=0.02)
@@ -158,12 +169,12 @@ def test_the_optimum_of_a_linear_quadratic_task(name):
 
 def test_random_shooting_is_the_best_of_all_that_it_drew():
     task, s0 = tasks.pendulum(horizon=3), jnp.asarray([0.5, 0.0])
-    planner = Sampling(Best(), draw=Even(), samples=50)
+    planner = Sampling(ArgMax(), draw=Uniform(), samples=50)
     rest = OpenLoop.zeros(task)
     plan, carry, info = planner.update(rest, planner.init(rest, task), task, s0, key=KEY)
-    drawn = Even()(jax.random.fold_in(KEY, 3), 49, *NONE, task.a_low, task.a_high)
-    returns = jax.vmap(lambda a: value(OpenLoop(a), task, s0))(jnp.concatenate([jnp.zeros((1, 3, 1)), drawn]))
-    same(value(plan, task, s0), jnp.max(returns), rtol=1e-6)
+    drawn = Uniform()(jax.random.fold_in(KEY, 3), 49, *NONE, task.a_low, task.a_high)
+    returns = jax.vmap(lambda a: episode_return(OpenLoop(a), task, s0))(jnp.concatenate([jnp.zeros((1, 3, 1)), drawn]))
+    same(episode_return(plan, task, s0), jnp.max(returns), rtol=1e-6)
     same(carry.mean, plan.a)
     assert bool(info.accepted) and int(info.work.forward) == 3 * 52 and int(info.work.sequential) == 2
 
@@ -182,7 +193,7 @@ def test_limits_are_kept_and_used(name):
 def test_one_step_is_a_horizon():
     task, s0 = tasks.lqr(horizon=1), jnp.asarray([0.1, 0.1])
     plan, _ = solve(PLANNERS["icem"][0], OpenLoop.zeros(task), task, s0, KEY, 30)
-    np.testing.assert_allclose(value(plan, task, s0), riccati(task).J(s0), rtol=1e-3)
+    np.testing.assert_allclose(episode_return(plan, task, s0), riccati(task).J(s0), rtol=1e-3)
 
 
 def test_keys_and_updates_differ():
@@ -200,7 +211,7 @@ def test_a_plan_with_feedback_starts_it_and_loses_its_gains():
     plan, history = solve(Sampling(samples=32, std=0.1), best, task, s0, KEY, 2)
     assert isinstance(plan, Affine) and not np.any(plan.K)
     same(history.info.J[0], riccati(task).J(s0), rtol=1e-5)
-    same(value(plan, task, s0), riccati(task).J(s0), rtol=1e-5)
+    same(episode_return(plan, task, s0), riccati(task).J(s0), rtol=1e-5)
 
 
 def test_the_search_moves_on_with_a_receding_horizon():
@@ -223,7 +234,7 @@ def test_elites_are_kept_best_first():
     planner = Sampling(CEM(elites=4), samples=32, keep=3)
     plan = OpenLoop.zeros(task)
     _, carry, _ = planner.update(plan, planner.init(plan, task), task, s0, key=KEY)
-    returns = np.asarray([value(OpenLoop(a), task, s0) for a in carry.elites])
+    returns = np.asarray([episode_return(OpenLoop(a), task, s0) for a in carry.elites])
     assert np.all(np.diff(returns) <= 0)
 
 

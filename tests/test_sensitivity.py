@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmbrl import ILQR, Continuation, GaussNewton, Linear, Neural, OpenLoop, expected, tasks
+from diffmbrl import ILQR, Continuation, GaussNewton, Linear, Neural, OpenLoop, mean_return, tasks
 from diffmbrl.second_order.curvature import dense, gauss_newton
 from diffmbrl.second_order.sensitivity import growth, sensitivity, trust
 from tests.problems import LINEAR, bent, changed, matrices, same
@@ -125,7 +125,7 @@ def test_a_trusting_stage_is_its_weights():
     np.testing.assert_allclose(info.J, plain_info.J, rtol=1e-5)
     assert info.work.sequential == plain_info.work.sequential + 2 and info.work.jvp > plain_info.work.jvp
     _, _, last = one(moved, carry)
-    np.testing.assert_allclose(last.J, jax.jit(expected)(moved, task, s0), rtol=1e-5)
+    np.testing.assert_allclose(last.J, jax.jit(mean_return)(moved, task, s0), rtol=1e-5)
 
 
 def test_the_start_that_fails_is_the_one_distrusted():
@@ -135,7 +135,7 @@ def test_the_start_that_fails_is_the_one_distrusted():
     held = task.starts(KEY, 10) * 0.2
     s0 = jnp.concatenate([held, jnp.asarray([[0.0, 1.5, 0.0, 6.0]])])
     w = np.asarray(trust(measured(policy, task, s0), jnp.float32(10.0)))
-    assert float(jax.jit(expected)(policy, task, held)) > -1
+    assert float(jax.jit(mean_return)(policy, task, held)) > -1
     np.testing.assert_array_equal(w[:10], np.ones((10, 61)))
     assert w[10, -1] < 0.1
 

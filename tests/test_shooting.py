@@ -6,20 +6,20 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Affine, Descend, OpenLoop, solve, tasks, value
+from diffmbrl import ILQR, Affine, OpenLoop, OptaxSolver, episode_return, solve, tasks
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.planners import Projection, Shooting, Tanh
 from tests.problems import bent, optimal_actions, riccati, same
 
 KEY = jax.random.key(0)
-LBFGS = Descend(optax.lbfgs, memory_size=10)
-ADAM = Descend(optax.adam, learning_rate=0.1)
+LBFGS = OptaxSolver(optax.lbfgs, memory_size=10)
+ADAM = OptaxSolver(optax.adam, learning_rate=0.1)
 
 
 def test_the_optimum_of_a_linear_quadratic_task():
     task, s0 = tasks.lqr(horizon=12), jnp.asarray([1.0, -0.5])
     plan, history = solve(Shooting(LBFGS), OpenLoop.zeros(task), task, s0, None, 40)
-    same(value(plan, task, s0), riccati(task).J(s0), rtol=1e-5)
+    same(episode_return(plan, task, s0), riccati(task).J(s0), rtol=1e-5)
     np.testing.assert_allclose(plan.a, optimal_actions(task, s0), atol=5e-3)
     assert history.info.gradient_norm[-1] < 1e-3 * history.info.gradient_norm[0]
 
@@ -29,8 +29,8 @@ def test_it_reaches_ilqrs_optimum(x64):
     task, s0 = bent(horizon=8), jnp.asarray([0.9, -0.3])
     plan, _ = solve(in_double(Shooting(LBFGS)), OpenLoop.zeros(task), task, s0, None, 200, tolerance=1e-7)
     best, _ = solve(in_double(ILQR()), Affine.zeros(task), task, s0, None, 200, tolerance=1e-7)
-    np.testing.assert_allclose(value(plan, task, s0), value(best, task, s0), rtol=1e-12)
-    assert np.linalg.norm(jax.grad(value)(plan, task, s0).a) < 1e-6
+    np.testing.assert_allclose(episode_return(plan, task, s0), episode_return(best, task, s0), rtol=1e-12)
+    assert np.linalg.norm(jax.grad(episode_return)(plan, task, s0).a) < 1e-6
 
 
 def test_one_start_is_descend_on_the_plan():
@@ -50,7 +50,7 @@ def test_limits_are_kept_and_reached(rule, limits):
     plan, history = solve(Shooting(rule, limits=limits), OpenLoop.zeros(task), task, s0, None, 30)
     assert np.all(np.abs(plan.a) <= 2) and np.abs(plan.a[0, 0]) > 1.9
     bang = OpenLoop(jnp.full((8, 1), -2.0))
-    assert value(plan, task, s0) >= value(bang, task, s0) - 0.01 * abs(value(bang, task, s0))
+    assert episode_return(plan, task, s0) >= episode_return(bang, task, s0) - 0.01 * abs(episode_return(bang, task, s0))
     assert not history.info.nonfinite.any()
 
 
@@ -69,14 +69,14 @@ def test_several_starts_find_what_one_does_not():
     returns = {}
     for starts in (1, 8):
         plan, _ = solve(Shooting(ADAM, starts=starts, spread=0.5), OpenLoop.zeros(task), task, s0, KEY, 60)
-        returns[starts] = float(value(plan, task, s0))
+        returns[starts] = float(episode_return(plan, task, s0))
     assert returns[8] > returns[1] + 0.05, returns
 
 
 def test_the_plan_given_is_one_of_the_starts():
     task, s0 = tasks.lqr(horizon=6), jnp.asarray([1.0, -0.5])
     best = OpenLoop(jnp.asarray(optimal_actions(task, s0), jnp.float32))
-    shooting = Shooting(Descend(optax.sgd, learning_rate=1e-3), starts=4, spread=3.0)
+    shooting = Shooting(OptaxSolver(optax.sgd, learning_rate=1e-3), starts=4, spread=3.0)
     plan, _, info = shooting.update(best, shooting.init(best, task), task, s0, key=KEY)
     same(info.J, riccati(task).J(s0), rtol=1e-5)
     np.testing.assert_allclose(plan.a, best.a, atol=1e-3)

@@ -12,26 +12,26 @@ from diffmbrl import (
     BPTT,
     AdaptiveHorizon,
     Affine,
-    Descend,
     Entropy,
     Linear,
     Neural,
     Noise,
+    OptaxSolver,
     ShortHorizon,
     StiffCut,
-    expected,
+    mean_return,
     rollout,
     rollouts,
     solve,
     tasks,
 )
-from diffmbrl.jobs.batch import PolicyLanes, draw
+from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.optimizers.clipped import clipped_adam
-from diffmbrl.optimizers.short_horizon.critic import Critic, fit, inputs, moments, td_lambda
+from diffmbrl.optimizers.short_horizon.critic import Critic, fit, inputs, running_moments, td_lambda
 from diffmbrl.optimizers.short_horizon.cuts import stiffness
-from diffmbrl.optimizers.short_horizon.exploration import Spread
-from diffmbrl.optimizers.short_horizon.windows import Environments, begin, window
+from diffmbrl.optimizers.short_horizon.exploration import StateNoise
+from diffmbrl.optimizers.short_horizon.windows import Environments, start_environments, window
 from tests.problems import bent, changed, matrices, same, same_tree
 
 KEY = jax.random.key(0)
@@ -111,7 +111,7 @@ def test_a_critic_is_held_where_no_target_was(x64):
 def test_an_unstable_system_does_not_end_the_search():
     """Its critic was infinite after three updates, in a state of 150, and every update from then on was rejected."""
     task = tasks.random_lqr(jax.random.key(0), 8, 3, stability="unstable", horizon=50)
-    train, _, keys = draw(task, 10, 256, 1, 0)
+    train, _, keys = draw_starts(task, 10, 256, 1, 0)
     search = METHODS["short-horizon"].make(5e-3, 1200, task)
     policy = Neural.init(task, hidden=(16, 16), key=keys[9])
     _, history = solve(search, policy, task, train[9], None, steps=20)
@@ -127,7 +127,7 @@ def test_a_window_that_is_not_finite_is_followed_by_new_environments():
     """One in a lost state would spoil every window after it; of two in a row the second ends the run."""
     task = tasks.lqr(horizon=32)
     policy, starts = Linear.zeros(task), task.starts(KEY, 8)
-    search = ShortHorizon(Descend(optax.sgd, learning_rate=1e-3), window=4, environments=8, hidden=(4,))
+    search = ShortHorizon(OptaxSolver(optax.sgd, learning_rate=1e-3), window=4, environments=8, hidden=(4,))
     learned, before, info = advanced(search, policy, search.init(policy, task), task, starts)
     environments = before.environments
     lost = before._replace(environments=environments._replace(s=environments.s.at[3].set(1e30)))
@@ -140,7 +140,7 @@ def test_a_window_that_is_not_finite_is_followed_by_new_environments():
 
     moved, _, accepted = advanced(search, kept, after, task, starts)
     assert accepted.nonfinite == 0 and accepted.accepted and not np.array_equal(moved.K, kept.K)
-    anew = before._replace(environments=begin(starts, 8, task), updates=after.updates)
+    anew = before._replace(environments=start_environments(starts, 8, task), updates=after.updates)
     same_tree(moved, advanced(search, learned, anew, task, starts)[0], rtol=0)
     second = advanced(search, kept, after, task, starts.at[3].set(1e30))[2]
     assert second.nonfinite == 1 and np.isnan(second.gradient_norm)
@@ -149,10 +149,10 @@ def test_a_window_that_is_not_finite_is_followed_by_new_environments():
 def test_the_scale_follows_the_targets_and_stays_positive(x64):
     critic = Critic.init(tasks.lqr(), hidden=(4,), key=KEY)
     G = number([-3.0, -1.0, 4.0, 9.0])
-    mean, std = moments(critic, G, number(1.0))
+    mean, std = running_moments(critic, G, number(1.0))
     shrunk = np.sign(G) * np.log1p(np.abs(G))
     same([mean, std], [shrunk.mean(), shrunk.std()])
-    mean, std = moments(critic, jnp.zeros(4), number(1.0))
+    mean, std = running_moments(critic, jnp.zeros(4), number(1.0))
     assert mean == 0 and 0 < std < 1e-7
 
 
@@ -160,7 +160,7 @@ def test_the_critic_learns_values_over_several_orders_of_magnitude():
     x = jax.random.uniform(KEY, (512, 3), minval=-1.0)
     G = -jnp.exp(5 * x[:, 0]) + x[:, 1]
     critic = Critic.init(tasks.lqr(), hidden=(32,), key=KEY)
-    critic = critic.rescaled(*moments(critic, G, jnp.ones(())))
+    critic = critic.rescaled(*running_moments(critic, G, jnp.ones(())))
     rule = optax.adam(5e-3)
     run = jax.jit(lambda c: fit(c, rule, rule.init(c.net), x, G, KEY, epochs=60, batches=4, factor=jnp.ones(())))
     learned, _, loss = run(critic)
@@ -181,7 +181,7 @@ def test_the_critic_learns_values_over_several_orders_of_magnitude():
 def test_a_window_of_the_whole_episode_is_bptt(noise, ends, x64):
     task = changed(bent(horizon=8, ends=ends), noise=noise, weights=0.95 ** np.arange(9))
     policy, s0 = network(task), task.starts(KEY, 5)
-    environments = begin(s0, 5, task, staggered=False)
+    environments = start_environments(s0, 5, task, staggered=False)
 
     @jax.jit
     def run(policy):
@@ -195,7 +195,7 @@ def test_a_window_of_the_whole_episode_is_bptt(noise, ends, x64):
     if ends:
         first = np.cumsum(steps.ended, axis=1) - np.asarray(steps.ended, int) == 0
         assert np.sum(~first) > 0
-        same(jnp.mean(jnp.sum(jnp.where(first, steps.r, 0), axis=1)), expected(policy, task, s0, KEY))
+        same(jnp.mean(jnp.sum(jnp.where(first, steps.r, 0), axis=1)), mean_return(policy, task, s0, KEY))
         return
     wanted, bptt = jax.jit(BPTT())(policy, task, s0, KEY)
     same(J, wanted)
@@ -209,9 +209,9 @@ def test_the_gradient_is_that_of_finite_differences(ends, x64):
     policy, s0 = network(task), task.starts(KEY, 4)
     critic = Critic.init(task, hidden=(5,), key=KEY)
     critic = eqx.tree_at(lambda c: c.net.weights[-1], critic, jnp.ones((1, 5)))
-    environments = begin(s0, 5, task)
+    environments = start_environments(s0, 5, task)
     epsilon = jax.random.normal(KEY, (5, 4, 1), float)
-    spread = Spread.init(task, std=number(0.2), key=KEY)
+    spread = StateNoise.init(task, std=number(0.2), key=KEY)
 
     @jax.jit
     def J(learned):
@@ -252,7 +252,7 @@ def test_windows_with_the_true_value_add_up_to_bptt(x64):
 def test_environments_carried_across_windows_follow_the_rollout(x64):
     task = changed(bent(horizon=12), noise=0.3)
     policy, s0 = network(task), task.starts(KEY, 3)
-    environments = begin(s0, 3, task, staggered=False)
+    environments = start_environments(s0, 3, task, staggered=False)
     step = jax.jit(
         lambda e: window(policy, changed(task, noise=0.0), s0, e, nothing, length=5, discount=number(0.9))[1]
     )
@@ -273,7 +273,7 @@ def test_environments_carried_across_windows_follow_the_rollout(x64):
 def test_episodes_begin_in_turn_at_all_phases():
     task = bent(horizon=8)
     s0 = task.starts(KEY, 5)
-    environments = begin(s0, 4, task)
+    environments = start_environments(s0, 4, task)
     assert environments.t.tolist() == [0, 2, 4, 6] and environments.start.tolist() == [0, 1, 2, 3]
     after, steps = window(network(task), task, s0, environments, nothing, length=2, discount=jnp.ones(()))[1]
     assert after.t.tolist() == [2, 4, 6, 0] and after.start.tolist() == [0, 1, 2, 2]  # (3 + 4) mod 5
@@ -302,9 +302,9 @@ def test_weights_of_each_start_are_its_own(x64):
     s0, policy = task.starts(KEY, 2), network(bent(horizon=4))
     weights = jnp.stack([jnp.ones(5), jnp.asarray(0.5 ** np.arange(5))])
     weighted = changed(task, weights=weights)
-    environments = begin(s0, 2, task, staggered=False)
+    environments = start_environments(s0, 2, task, staggered=False)
     J = window(policy, weighted, s0, environments, nothing, length=4, discount=number(1.0))[0]
-    same(J, expected(policy, weighted, s0))
+    same(J, mean_return(policy, weighted, s0))
 
 
 # How far the gradient reaches.
@@ -352,7 +352,7 @@ def one_step(rate: float, temperature: float, target: float):
     _, B, _, R, Q_T = matrices(task)
     curvature = float((R + B.T @ Q_T @ B)[0, 0])
     solver = ShortHorizon(
-        Descend(optax.adam, learning_rate=3e-2, anneal=400.0),
+        OptaxSolver(optax.adam, learning_rate=3e-2, anneal=400.0),
         noise=Noise(0.2, entropy=Entropy(temperature=temperature, target=target, rate=rate)),
         window=2, environments=64, epochs=1, batches=1, hidden=(4,), discount=1.0,
     )  # fmt: skip
@@ -388,7 +388,7 @@ def test_the_temperature_ends_where_entropy_is_its_target():
 
 # Bad input.
 
-RULE = Descend(optax.adam, learning_rate=1e-2)
+RULE = OptaxSolver(optax.adam, learning_rate=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_bad_numbers_are_named(make, message):
 def test_a_line_search_is_refused():
     task = tasks.lqr()
     with pytest.raises(ValueError, match="a line search would search another objective"):
-        ShortHorizon(Descend(optax.lbfgs)).init(Linear.zeros(task), task)
+        ShortHorizon(OptaxSolver(optax.lbfgs)).init(Linear.zeros(task), task)
 
 
 def test_what_is_no_rule_and_what_is_no_policy_are_refused():
@@ -441,7 +441,7 @@ def test_it_learns(name):
     horizon, updates, band = BANDS[name]
     task = tasks.make(name, horizon=horizon)
     made = solver(METHODS["short-horizon"], task, rate=5e-3, steps=updates, continuation="none")
-    lanes = PolicyLanes([made], task, (32, 32), draw(task, 5, 64, 256, 0), sequential=False)
+    lanes = BatchedPolicyRuns([made], task, (32, 32), draw_starts(task, 5, 64, 256, 0), sequential=False)
     lanes.advance(0, updates)
     found = lanes.evaluate()
     assert np.all((-found["test"] < band) & (found["success"] >= 0.9)), found
@@ -453,8 +453,8 @@ def test_the_full_unroll_does_not(name):
     """Clipped, at four rates, without continuation: of five seeds no rate brings more than one to success."""
     horizon = BANDS[name][0]
     task = tasks.make(name, horizon=horizon)
-    solvers = [Descend(clipped_adam, learning_rate=rate, anneal=800.0) for rate in (1e-3, 3e-3, 1e-2, 3e-2)]
-    lanes = PolicyLanes(solvers, task, (32, 32), draw(task, 5, 64, 256, 0), sequential=False)
+    solvers = [OptaxSolver(clipped_adam, learning_rate=rate, anneal=800.0) for rate in (1e-3, 3e-3, 1e-2, 3e-2)]
+    lanes = BatchedPolicyRuns(solvers, task, (32, 32), draw_starts(task, 5, 64, 256, 0), sequential=False)
     lanes.advance(0, 800)
     success = lanes.evaluate()["success"]
     assert np.all(np.sum(success >= 0.95, axis=1) <= 1), success

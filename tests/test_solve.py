@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Affine, Continuation, Descend, GaussNewton, Linear, Neural, OpenLoop, solve, tasks
+from diffmbrl import ILQR, Affine, Continuation, GaussNewton, Linear, Neural, OpenLoop, OptaxSolver, solve, tasks
 from diffmbrl.core import Box, Task
 from diffmbrl.solve.loop import CHUNK
 from tests.problems import bent, changed, riccati
 
 KEY = jax.random.key(0)
-SGD = Descend(optax.sgd, learning_rate=1e-2)
+SGD = OptaxSolver(optax.sgd, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_one_update_more_is_one_update_more(problem):
 def test_each_update_has_noise_of_its_own(problem):
     policy, task, s0 = problem
     task = changed(task, noise=0.5)
-    frozen = Descend(optax.sgd, learning_rate=0.0)
+    frozen = OptaxSolver(optax.sgd, learning_rate=0.0)
     _, history = solve(frozen, policy, task, s0, jax.random.key(1), 4)
     assert len(set(history.info.J.tolist())) == 4
     _, again = solve(frozen, policy, task, s0, jax.random.key(1), 4)
@@ -165,7 +165,7 @@ class Onwards(eqx.Module):
 def test_a_run_that_walks_off_a_cliff_returns_its_last_finite_policy(rate):
     """The reward lies beyond the edge; it is reached after few updates or many, at whatever place among the chunks."""
     task = walk(dynamics=FAR, reward=Onwards())
-    solver = Descend(optax.sgd, learning_rate=rate)
+    solver = OptaxSolver(optax.sgd, learning_rate=rate)
     policy, history = solve(solver, STILL, task, S0, None, 2000)
     assert history.stop.startswith("nonfinite: s[") and history.stop.endswith(f"(update {history.updates})")
     assert np.all(np.isfinite(history.info.J[:-1])) and not np.isfinite(history.info.J[-1])

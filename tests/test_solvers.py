@@ -13,15 +13,15 @@ from diffmbrl import (
     ILQR,
     Affine,
     Continuation,
-    Descend,
     GaussNewton,
+    MultiStart,
     Neural,
-    Raced,
-    Relay,
+    OptaxSolver,
+    Sequential,
     ShortHorizon,
-    expected,
+    episode_return,
+    mean_return,
     solve,
-    value,
 )
 from diffmbrl.core import Solver, Task
 from diffmbrl.diagnostics.spectrum import in_double
@@ -75,7 +75,7 @@ def update(solver, policy, carry, task, s0, key):
 
 @jax.jit
 def reached(policy, task, s0):
-    return value(policy, task, s0) if s0.ndim == 1 else expected(policy, task, s0)
+    return episode_return(policy, task, s0) if s0.ndim == 1 else mean_return(policy, task, s0)
 
 
 @cache
@@ -211,7 +211,7 @@ def test_new_numbers_do_not_recompile(row):
     assert len(TRACES) == before
 
 
-@pytest.mark.parametrize("make", [lambda: Descend(optax.adam, learning_rate=1e-2), GaussNewton, ILQR])
+@pytest.mark.parametrize("make", [lambda: OptaxSolver(optax.adam, learning_rate=1e-2), GaussNewton, ILQR])
 def test_a_solver_made_anew_does_not_recompile(make):
     kind = "plan" if make is ILQR else "policy"
     first, second = (case(Row("made anew", make(), kind)) for _ in range(2))
@@ -256,10 +256,10 @@ def test_hyperparameters_are_array_leaves(row):
 def test_learning_rates_are_lanes():
     _, policy, carry, task, s0 = case(ROWS["adam"])
     rates = [1e-3, 1e-2]
-    solvers = jax.tree.map(lambda *xs: jnp.stack(xs), *(Descend(optax.adam, learning_rate=rate) for rate in rates))
+    solvers = jax.tree.map(lambda *xs: jnp.stack(xs), *(OptaxSolver(optax.adam, learning_rate=rate) for rate in rates))
     swept, _, _ = jax.jit(jax.vmap(lambda solver: solver.update(policy, carry, task, s0, key=KEY)))(solvers)
     for lane, rate in enumerate(rates):
-        alone, _, _ = update(Descend(optax.adam, learning_rate=rate), policy, carry, task, s0, KEY)
+        alone, _, _ = update(OptaxSolver(optax.adam, learning_rate=rate), policy, carry, task, s0, KEY)
         same_tree(jax.tree.map(lambda x, lane=lane: x[lane], swept), alone, rtol=1e-5, atol=1e-6)
 
 
@@ -277,7 +277,7 @@ def test_one_step_is_a_horizon(row):
     s0, rest = task.initial(KEY), Affine.zeros(task)
     plan, history = solve(row.solver, rest, task, s0, KEY, STEPS)
     assert plan.a.shape == (1, 1) and np.all(np.isfinite(history.info.J)) and not history.info.nonfinite.any()
-    assert value(plan, task, s0) > value(rest, task, s0)
+    assert episode_return(plan, task, s0) > episode_return(rest, task, s0)
 
 
 @every_solver
@@ -295,7 +295,7 @@ def test_what_is_not_finite_is_rejected_and_counted(row, what):
         kept, after, info = update(solver, given, after, bad_task, bad_s0, KEY)
         assert not info.accepted and info.nonfinite >= 1 and not differ(kept, given)
         # By the clock a rejected update counts.
-        if not isinstance(solver, Continuation | Relay):
+        if not isinstance(solver, Continuation | Sequential):
             resumed, _, info = update(solver, given, after, task, s0, KEY)
             if isinstance(solver, ShortHorizon):
                 # But for the clock, and that its episodes begin anew: any may have been in a state that was lost.
@@ -348,7 +348,7 @@ def test_what_it_says_of_its_model_is_true(row):
     assert row.models
     assert np.all(np.diff(model.ritz, axis=-1) >= 0) or "square root" in row.name
     assert np.all((model.negative >= 0) & (model.negative <= 1))
-    if not isinstance(row.solver, Continuation | Raced):
+    if not isinstance(row.solver, Continuation | MultiStart):
         # The best candidate is the one that was taken, and the next update starts where it led.
         np.testing.assert_allclose(np.diff(J), np.max(model.improved, axis=-1)[:-1] * accepted[:-1], atol=2e-5)
     if np.all(np.isfinite(model.gap)):
@@ -411,7 +411,7 @@ def test_a_stored_gradient_is_used_for_its_own_objective_alone(after_a_search, w
     elif what == "key":
         key = jax.random.key(2)
     _, _, info = update(solver, policy, carry, task, s0, key)
-    J, gradient = jax.jit(jax.value_and_grad(expected))(policy, task, s0, key)
+    J, gradient = jax.jit(jax.value_and_grad(mean_return))(policy, task, s0, key)
     same(info.J, J, rtol=1e-5)
     same(info.gradient_norm, optax.tree.norm(gradient), rtol=1e-3)
     evaluations = int(info.work.vjp) // (BATCH * HORIZON) - int(info.inner_iterations)
@@ -421,12 +421,12 @@ def test_a_stored_gradient_is_used_for_its_own_objective_alone(after_a_search, w
 def test_a_rule_is_a_constructor():
     for wrong in (optax.adam(1e-2), 3):
         with pytest.raises(TypeError, match=r"rule must be a constructor such as optax\.adam.*; got (Gradient|int)"):
-            Descend(wrong)
+            OptaxSolver(wrong)
 
 
 def test_hyperparameters_that_are_not_numbers_are_static():
     assert set(ADAM.hyperparameters) == {"learning_rate"}
-    assert Descend(optax.lbfgs, memory_size=7).options == (("memory_size", 7),)
-    assert jax.tree.structure(Descend(optax.adam, learning_rate=1.0)) == jax.tree.structure(
-        Descend(optax.adam, learning_rate=2.0)
+    assert OptaxSolver(optax.lbfgs, memory_size=7).options == (("memory_size", 7),)
+    assert jax.tree.structure(OptaxSolver(optax.adam, learning_rate=1.0)) == jax.tree.structure(
+        OptaxSolver(optax.adam, learning_rate=2.0)
     )

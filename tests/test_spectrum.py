@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl import Gaussian, Neural, OpenLoop, tasks
 from diffmbrl.diagnostics import spectrum
 from diffmbrl.diagnostics.spectrum import density, eigenvalues, extremes, in_double, smoothed
-from diffmbrl.rollout import expected
+from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import dense, fisher, gauss_newton, hessian
 from tests.problems import bent, changed
 
@@ -30,7 +30,7 @@ def formed(of: Callable) -> np.ndarray:
         policy, task, s0 = in_double((POLICY, TASK, S0))
         theta, unravel = ravel_pytree(policy)
         if of is hessian:
-            return np.asarray(jax.jit(jax.hessian(lambda x: -expected(unravel(x), task, s0)))(theta))
+            return np.asarray(jax.jit(jax.hessian(lambda x: -mean_return(unravel(x), task, s0)))(theta))
         if of is gauss_newton:
             return np.asarray(jax.jit(lambda: dense(gauss_newton(policy, task, s0), policy, task))())
         return np.asarray(jax.jit(lambda: jax.vmap(of(policy, task, s0).product)(jnp.eye(theta.size)))())

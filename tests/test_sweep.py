@@ -13,12 +13,12 @@ import pytest
 
 from diffmbrl.cli import main as cli
 from diffmbrl.jobs import compare
-from diffmbrl.jobs.compare import Setting
+from diffmbrl.jobs.compare import CompareConfig
 from diffmbrl.jobs.sweep import runner, sweep
 from diffmbrl.jobs.sweep.groups import groups
 from diffmbrl.jobs.sweep.points import parse
 from diffmbrl.report import rebuild, sweep_report, sweep_text
-from diffmbrl.runs import read as read_records
+from diffmbrl.runs import read_metrics as read_records
 
 SETTING = {"task": "lqr", "method": "adam", "horizon": 5, "hidden": [3], "seeds": 2, "starts": 3, "steps": 4}
 SETTING |= {"continuation": "none", "lr": 0.1}
@@ -156,8 +156,8 @@ def test_a_point_is_the_run_alone(ran, tmp_path):
     assert [record["status"] for record in records] == ["finished"] * 4
     [point] = [p for p in found.points if p.setting["lr"] == 0.1 and p.setting["param.mass"] == 2.0]
     given = {**SETTING, "budget": 1e9, "x64": False, "key": 0, "rates": (0.1,), "methods": ("adam",), "hidden": (3,)}
-    given = {name: x for name, x in given.items() if name in Setting._fields}
-    alone = compare.compare(Setting(parameters={"mass": 2.0}, **given), out=tmp_path / "alone")
+    given = {name: x for name, x in given.items() if name in CompareConfig._fields}
+    alone = compare.compare(CompareConfig(parameters={"mass": 2.0}, **given), out=tmp_path / "alone")
     last = [record for record in read_records(alone / "metrics.jsonl")[0] if record["kind"] == "eval"][-1]
     [own] = [record["last"] for record in records if record["point"] == point.name]
     for name in ("train", "test", "success", "update"):
@@ -226,11 +226,11 @@ def test_a_folder_that_holds_something_else_than_a_sweep_wrote_is_refused(ran, t
     ]:
         config.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=wanted):
-            runner.work(tmp_path, names)
+            runner.run_points(tmp_path, names)
     config.unlink()
     config.symlink_to(place / "config.json")
     with pytest.raises(ValueError, match="is a symbolic link"):
-        runner.work(tmp_path, [one])
+        runner.run_points(tmp_path, [one])
     with pytest.raises(ValueError, match="is a symbolic link"):
         sweep(found, out=tmp_path, say=lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -307,7 +307,7 @@ def test_slurm_is_given_the_commands_of_the_groups(tmp_path, monkeypatch):
     # What such a command does, here.
     ran = []
     monkeypatch.setattr(runner, "run", lambda sweep, group, folder, facts: ran.append((sweep.job, group.points)))
-    runner.work(folder, commands[0][4:])
+    runner.run_points(folder, commands[0][4:])
     assert ran == [("compare", tuple(found.points[:2]))]
 
 

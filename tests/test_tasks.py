@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 from jax.test_util import check_grads
 
-from diffmbrl import Neural, OpenLoop, rollout, rollouts, tasks, value
+from diffmbrl import Neural, OpenLoop, episode_return, rollout, rollouts, tasks
 from diffmbrl.second_order.linearize import adjoint, feedback, linearize
 from diffmbrl.tasks import TASKS, squashed
 from diffmbrl.tasks.cartpole import CartPole
@@ -141,7 +141,7 @@ class Gradients:
 
     @partial(jax.jit, static_argnums=0)
     def J(self, policy, task, s0):
-        return value(policy, task, s0)
+        return episode_return(policy, task, s0)
 
 
 gradients = cache(Gradients)
@@ -190,7 +190,7 @@ def test_a_task_can_be_built_of_traced_parameters(name, parameter, x64):
     @jax.jit
     def J(x):
         task = tasks.make(name, horizon=8, **{parameter: x})
-        return value(policy, task, jnp.full(task.n, 0.3))
+        return episode_return(policy, task, jnp.full(task.n, 0.3))
 
     check_grads(J, (jnp.asarray(0.7),), order=1, modes=["rev"], eps=1e-6, rtol=1e-6)
     assert jax.grad(J)(jnp.asarray(0.7)) != 0

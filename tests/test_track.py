@@ -12,7 +12,7 @@ from diffmbrl.cli import main as cli
 from diffmbrl.cli.commands import Compare, Learn, Plan
 from diffmbrl.runs import check_sinks, tracked
 from diffmbrl.runs import track as tracking
-from diffmbrl.runs.track import Point, points
+from diffmbrl.runs.track import TrackedPoint, points
 
 
 def history(folder) -> list[dict[str, float]]:
@@ -106,7 +106,9 @@ def test_a_sink_that_fails_is_left_out_and_noted_once(tmp_path, monkeypatch, con
     assert len(written) == 4 and len(notes) == 1
     said = "OSError: no room" if config else "RuntimeError: gone"
     assert notes[0] == f"--track tensorboard failed and is left out from here on: {said}"
-    assert good == ([] if config else [Point("adam", k, {"test": 1.0, "test/seed 0": 1.0}) for k in range(4)] + [None])
+    assert good == (
+        [] if config else [TrackedPoint("adam", k, {"test": 1.0, "test/seed 0": 1.0}) for k in range(4)] + [None]
+    )
 
 
 def test_a_sink_that_is_not_there(tmp_path, monkeypatch, capsys):

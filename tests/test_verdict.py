@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diffmbrl.agents.registry import AGENTS
-from diffmbrl.agents.registry import make as make_agent
+from diffmbrl.agents.registry import make_agent as make_agent
 from diffmbrl.tasks import make
 from experiments import verdict
 

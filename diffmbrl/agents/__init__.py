@@ -1,44 +1,44 @@
 """Agents: loops that learn from a real system, with a model of it or without."""
 
 from diffmbrl.agents.actor import SquashedGaussian
-from diffmbrl.agents.collect import Exact, NoisySensor, RandomActions, System, Unknown
+from diffmbrl.agents.collect import ExactSensor, NoisySensor, RandomActions, System, Unknown
+from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
 from diffmbrl.agents.host import HostSystem
-from diffmbrl.agents.idle import Idle
 from diffmbrl.agents.imagine import imagine
-from diffmbrl.agents.judged import Judged, judged, learnable
 from diffmbrl.agents.learn import Agent, Learned, learn
+from diffmbrl.agents.learned_reward import WithLearnedReward, learnable, with_learned_reward
 from diffmbrl.agents.mbpo import MBPO, Growing
 from diffmbrl.agents.model_free import OffPolicy, OnPolicy
 from diffmbrl.agents.mpc_agent import MPCAgent
 from diffmbrl.agents.ppo import PPO
-from diffmbrl.agents.practice import Replayed, Streamed
+from diffmbrl.agents.practice import OffPolicyPractice, OnPolicyPractice
+from diffmbrl.agents.random_agent import RandomAgent
 from diffmbrl.agents.sac import SAC
-from diffmbrl.agents.world import World
 
 __all__ = [
     "MBPO",
     "PPO",
     "SAC",
     "Agent",
-    "Exact",
+    "EnsembleTrainer",
+    "ExactSensor",
     "Growing",
     "HostSystem",
-    "Idle",
-    "Judged",
     "Learned",
     "MPCAgent",
     "NoisySensor",
     "OffPolicy",
+    "OffPolicyPractice",
     "OnPolicy",
+    "OnPolicyPractice",
     "RandomActions",
-    "Replayed",
+    "RandomAgent",
     "SquashedGaussian",
-    "Streamed",
     "System",
     "Unknown",
-    "World",
+    "WithLearnedReward",
     "imagine",
-    "judged",
     "learn",
     "learnable",
+    "with_learned_reward",
 ]

@@ -44,7 +44,7 @@ class SquashedGaussian(eqx.Module):
         return cls(net, task.features, task.a_low, task.a_high)
 
     def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
-        z, std = moments(self.net(self.features(s)))
+        z, std = squashed_moments(self.net(self.features(s)))
         if key is not None:
             z = z + std * jax.random.normal(key, z.shape, z.dtype)
         centre, half = centre_and_half(self.a_low, self.a_high)
@@ -52,7 +52,9 @@ class SquashedGaussian(eqx.Module):
 
     def log_prob(self, s: State, a: Float[Array, " m"]) -> Float[Array, ""]:
         """The logarithm of u's density, of an action of the task."""
-        return log_density(*moments(self.net(self.features(s))), logit(a, self.a_low, self.a_high), self.limited)
+        return log_density(
+            *squashed_moments(self.net(self.features(s))), logit(a, self.a_low, self.a_high), self.limited
+        )
 
     @property
     def limited(self) -> Bool[Array, " m"]:
@@ -73,13 +75,13 @@ def network(
     return MLP.init(shape[0], hidden, 2 * task.m, key=key, activation=activation, output_scale=output_scale)
 
 
-def moments(outputs: Float[Array, "*N k"]) -> tuple[Float[Array, "*N m"], Float[Array, "*N m"]]:
+def squashed_moments(outputs: Float[Array, "*N k"]) -> tuple[Float[Array, "*N m"], Float[Array, "*N m"]]:
     r"""$\mu$ and $\sigma$ of z, of the network's outputs."""
     mean, raw = jnp.split(outputs, 2, axis=-1)
     return mean, jax.nn.softplus(raw) + LOWEST_STD
 
 
-def drawn(
+def sample_squashed(
     mean: Float[Array, "*N m"], std: Float[Array, "*N m"], noise: Float[Array, "*N m"], limited: Bool[Array, " m"]
 ) -> tuple[Float[Array, "*N m"], Float[Array, "*N"]]:
     """u by reparameterisation of standard normal noise, and the logarithm of its density."""

@@ -10,15 +10,15 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.collect import RandomActions
-from diffmbrl.agents.explored import Explored
-from diffmbrl.agents.world import World
+from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
+from diffmbrl.agents.exploration import GaussianExploration
 from diffmbrl.core import Solver, State, Task, as_float
 from diffmbrl.models import Ensemble, Mean, NetworkDynamics, Training
 from diffmbrl.models.buffer import Buffer, Transition
 from diffmbrl.models.ensemble import Propagation
 from diffmbrl.nets import MLP
-from diffmbrl.optimizers.descend import Descend
 from diffmbrl.optimizers.newton import KrylovNewton
+from diffmbrl.optimizers.optax_solver import OptaxSolver
 from diffmbrl.optimizers.short_horizon.solver import ShortHorizon
 from diffmbrl.optimizers.wrappers.continuation import Continuation
 from diffmbrl.planners.windows import Receding
@@ -42,7 +42,8 @@ class PolicyAgent(eqx.Module):
     s_0 = s^{(i)},\; s_{t+1} = \hat f(s_t, \pi_\theta(s_t), \epsilon_t)$$
 
     `solver` is any `Solver` of kind "policy", and decides what this is:
-    * `Descend(optax.adam, gradient=BPTT())`: the lecture's; `BPTT(Truncated(k))`, `LikelihoodRatio(...)`, `Smoothed(...)` or
+    * `OptaxSolver(optax.adam, gradient=BPTT())`: the lecture's; `BPTT(Truncated(k))`, `LikelihoodRatio(...)`,
+    `Smoothed(...)` or
       any other estimator of `gradients/` for its gradient;
     * `GaussNewton()`, `KrylovNewton()`, `NewtonCG()` ...: second order through the model, within a `Continuation` or without;
     * `ShortHorizon(...)`: windows with a critic behind them.
@@ -64,13 +65,13 @@ class PolicyAgent(eqx.Module):
 
     >>> from diffmbrl import tasks
     >>> policy = Neural.init(tasks.pendulum(), key=jax.random.key(0))
-    >>> PolicyAgent(Descend(optax.adam, learning_rate=1e-2), policy, horizon=30).starts
+    >>> PolicyAgent(OptaxSolver(optax.adam, learning_rate=1e-2), policy, horizon=30).starts
     64
     """
 
     solver: Solver
     given: Any
-    world: World
+    world: EnsembleTrainer
     propagation: Propagation
     noise: Float[Array, ""]
     fresh: Float[Array, ""]
@@ -86,7 +87,7 @@ class PolicyAgent(eqx.Module):
         solver: Any,
         policy: Any,
         *,
-        world: World | None = None,
+        world: EnsembleTrainer | None = None,
         propagation: Propagation | None = None,
         noise: Any = 0.1,
         fresh: Any = 0.25,
@@ -110,7 +111,7 @@ class PolicyAgent(eqx.Module):
             raise ValueError(f"fresh must be a share of the starts, in [0, 1], got {fresh}")
         if not bool(jnp.all(jnp.asarray(noise) >= 0)):
             raise ValueError(f"noise must not be negative, got {noise}")
-        self.solver, self.world = solver, World() if world is None else world
+        self.solver, self.world = solver, EnsembleTrainer() if world is None else world
         self.propagation = Mean() if propagation is None else propagation
         self.noise, self.fresh, self.given = as_float(noise), as_float(fresh), policy
         self.horizon, self.starts, self.updates = horizon, starts, updates
@@ -127,8 +128,8 @@ class PolicyAgent(eqx.Module):
     def first(self, carry: PolicyCarry, task: Task) -> RandomActions:
         return RandomActions(task)
 
-    def policy(self, carry: PolicyCarry, task: Task) -> Explored:
-        return Explored(carry.policy, self.noise, task.a_low, task.a_high)
+    def policy(self, carry: PolicyCarry, task: Task) -> GaussianExploration:
+        return GaussianExploration(carry.policy, self.noise, task.a_low, task.a_high)
 
     def best(self, carry: PolicyCarry, task: Task) -> Any:
         return carry.policy
@@ -200,7 +201,7 @@ def bptt(
 ) -> PolicyAgent:
     """The lecture's model-based RL 2.0: Adam through the whole horizon; with `continued` > 0 its discount rises over so many
     updates."""
-    adam = Descend(optax.adam, learning_rate=rate)
+    adam = OptaxSolver(optax.adam, learning_rate=rate)
     solver = Continuation.discounted(adam, continued) if continued else adam
     return _small(task, solver, updates, warmup, every)
 
@@ -218,13 +219,13 @@ def short_horizon(
     task: Task, *, rate: float = 3e-3, updates: int = 150, window: int = 12, warmup: int = 200, every: int = 200
 ) -> PolicyAgent:
     """Windows of the model's rollouts with a critic behind them, from 32 environments at once."""
-    solver = ShortHorizon(Descend(optax.adam, learning_rate=rate), window=window, environments=32, discount=0.99)
+    solver = ShortHorizon(OptaxSolver(optax.adam, learning_rate=rate), window=window, environments=32, discount=0.99)
     return _small(task, solver, updates, warmup, every)
 
 
 def _small(task: Task, solver: Any, updates: int, warmup: int, every: int) -> PolicyAgent:
     """With networks that suffice for a handful of state variables."""
     training = Training(optax.adam, learning_rate=2e-3, epochs=20, batch=64, patience=3)
-    world = World(training, members=3, elites=3, hidden=(32, 32), model=NetworkDynamics.init)
+    world = EnsembleTrainer(training, members=3, elites=3, hidden=(32, 32), model=NetworkDynamics.init)
     policy = Neural.init(task, key=jax.random.key(0))
     return PolicyAgent(solver, policy, world=world, starts=32, updates=updates, warmup=warmup, every=every)

@@ -21,7 +21,7 @@ class Unknown(eqx.Module):
         raise TypeError("the true dynamics are not known to an agent: learn a model, and put it in their place")
 
 
-class Exact(eqx.Module):
+class ExactSensor(eqx.Module):
     """A sensor that shows the state as it is."""
 
     def __call__(self, s: State, key: PRNGKeyArray) -> State:
@@ -112,7 +112,7 @@ class System(eqx.Module):
         seen = plant if view is None else view
         self.plant = plant
         self.view = eqx.tree_at(lambda t: t.dynamics, seen, Unknown())
-        self.sensor = Exact() if sensor is None else sensor
+        self.sensor = ExactSensor() if sensor is None else sensor
         shown = jax.eval_shape(self.sensor, plant.state_shape, jax.random.key(0))
         if shown != self.view.state_shape:
             raise ValueError(f"the sensor shows {shown}; the agent's task '{seen.name}' has states {seen.state_shape}")
@@ -123,9 +123,9 @@ class System(eqx.Module):
         return self.plant.horizon
 
     def begin(self, who: Acting, carries: Any, keys: Key[Array, " S"], count: int, first: Int[Array, " S"]) -> "Place":
-        """`begin`, for each seed."""
+        """`reset_places`, for each seed."""
         each = jax.vmap(
-            lambda system, who, carry, key, e: begin(who(carry), system, key, count, e),
+            lambda system, who, carry, key, e: reset_places(who(carry), system, key, count, e),
             in_axes=(who.over[1], who.axes, 0, 0, 0),
         )
         return each(self, who, carries, keys, first)
@@ -133,9 +133,9 @@ class System(eqx.Module):
     def collect(
         self, who: Acting, carries: Any, places: "Place", keys: Key[Array, " S"], *, steps: int
     ) -> tuple["Place", "Collected"]:
-        """`collect`, for each seed."""
+        """`collect_steps`, for each seed."""
         each = jax.vmap(
-            lambda system, who, carry, place, key: collect(who(carry), system, place, key, steps=steps),
+            lambda system, who, carry, place, key: collect_steps(who(carry), system, place, key, steps=steps),
             in_axes=(who.over[1], who.axes, 0, 0, 0),
         )
         return each(self, who, carries, places, keys)
@@ -195,7 +195,7 @@ class Collected(NamedTuple):
     met: Int[Array, "*S N k"]  # values that were not finite in the rollouts of a policy that plans, before this step
 
 
-def begin(policy: Any, system: System, key: PRNGKeyArray, count: int, first: Int[Array, ""] | int = 0) -> Place:
+def reset_places(policy: Any, system: System, key: PRNGKeyArray, count: int, first: Int[Array, ""] | int = 0) -> Place:
     """`count` environments at the start of their episodes, which are numbered from `first` on.
 
     Raises: `TypeError` for a plan, which has no action for a second episode.
@@ -206,7 +206,9 @@ def begin(policy: Any, system: System, key: PRNGKeyArray, count: int, first: Int
     return jax.vmap(lambda k, e: _fresh(policy, system, k, e))(jax.random.split(key, count), number)
 
 
-def collect(policy: Any, system: System, places: Place, key: PRNGKeyArray, *, steps: int) -> tuple[Place, Collected]:
+def collect_steps(
+    policy: Any, system: System, places: Place, key: PRNGKeyArray, *, steps: int
+) -> tuple[Place, Collected]:
     r"""`steps` steps of each of N environments: $a \sim \pi(o)$, $s' = f(s, a)$, $o'$ what the sensor shows of $s'$.
 
     An episode ends at the plant's horizon, when it is `done`, or where an action, a reward or a state is not finite; the next

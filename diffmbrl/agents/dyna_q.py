@@ -55,9 +55,9 @@ class DynaQ(eqx.Module):
     Reference: Watkins 1989; Sutton 1990; Sutton and Barto 2018, sections 6.5 and 8.2.
 
     >>> from diffmbrl.tasks.finite import Lookup
-    >>> from diffmbrl.tasks.math_test import math_test, tables
+    >>> from diffmbrl.tasks.math_test import math_test, finite_model
     >>> task = math_test()
-    >>> agent, lookup = DynaQ(planning=5), Lookup.of(tables(task))
+    >>> agent, lookup = DynaQ(planning=5), Lookup.of(finite_model(task))
     >>> carry = agent.run(agent.init(task, lookup, jax.random.key(0)), task, lookup, jax.random.key(1), steps=100)
     >>> carry.Q.shape, int(carry.steps)
     ((103, 20), 100)

@@ -37,10 +37,10 @@ class HostSystem:
     not finite the step is not kept, and the episode ends there; an action that is not finite is not taken.
 
     >>> import jax
-    >>> from diffmbrl.agents import Idle, learn
+    >>> from diffmbrl.agents import RandomAgent, learn
     >>> from diffmbrl.tasks.adapters.gymnasium import environment
     >>> system = HostSystem(*environment("Pendulum-v1", horizon=50))
-    >>> learned = learn(Idle(every=50), system, jax.random.split(jax.random.key(0), 2), real_steps=200)
+    >>> learned = learn(RandomAgent(every=50), system, jax.random.split(jax.random.key(0), 2), real_steps=200)
     >>> [int(x) for x in learned.buffer.size], len(learned.records)
     ([200, 200], 3)
     """

@@ -9,16 +9,16 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.bptt_agent import PolicyAgent, PolicyCarry, short_horizon
 from diffmbrl.agents.collect import RandomActions
-from diffmbrl.agents.explored import ExploredMPC
+from diffmbrl.agents.exploration import ExploredMPC
 from diffmbrl.core import Policy, State, Task, as_float, is_concrete, keeps_limits, reweighted
-from diffmbrl.info import Info, count_work
+from diffmbrl.info import Info, count_evaluations
 from diffmbrl.models import Ensemble
 from diffmbrl.models.buffer import Buffer, Transition
 from diffmbrl.optimizers.short_horizon.critic import Critic, inputs
 from diffmbrl.optimizers.short_horizon.solver import ShortHorizon
 from diffmbrl.planners.mpc import MPC
 from diffmbrl.planners.sampling import Sampling
-from diffmbrl.planners.scoring import scores
+from diffmbrl.planners.scoring import plan_returns
 from diffmbrl.planners.windows import Clocked, Ending
 from diffmbrl.policies import OpenLoop
 from diffmbrl.rollout import rollout
@@ -165,7 +165,7 @@ class Proposed(eqx.Module):
         self, policy: OpenLoop, carry: Any, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[OpenLoop, Any, Info]:
         a = jnp.clip(rollout(_OnClock(self.proposal), task, s0, key, remat=None).a, task.a_low, task.a_high)
-        J, nonfinite = scores(jnp.stack([policy.a, a]), task, s0, key)
+        J, nonfinite = plan_returns(jnp.stack([policy.a, a]), task, s0, key)
         better = J[1] > J[0]
         proposal = OpenLoop(a)
         # A search around another place begins anew.
@@ -175,7 +175,7 @@ class Proposed(eqx.Module):
             (policy, carry),
         )
         plan, carry, info = self.planner.update(*state, task, s0, key=key)
-        own = count_work(forward=3 * task.horizon, sequential=2)
+        own = count_evaluations(forward=3 * task.horizon, sequential=2)
         work = jax.tree.map(jnp.add, info.work, own)
         return plan, carry, info._replace(nonfinite=info.nonfinite + nonfinite, work=work)
 

@@ -56,7 +56,7 @@ def imagine(
         a = jax.vmap(lambda s, k: policy(s, key=k))(s, jax.random.split(key_a, N))
         s_next, r = model(s, a, key_s), jax.vmap(task.reward)(s, a)
         done = jnp.zeros(N, bool) if task.done is None else jax.vmap(task.done)(s_next)
-        keep = finite((s, a, r, s_next), N)
+        keep = finite_rows((s, a, r, s_next), N)
         last = done | (age + 1 >= length) | ~keep
         again = buffer.sample(key_start, N).s
         s_after = jax.tree.map(lambda x, y: jnp.where(_like(last, x), x, y), again, s_next)
@@ -68,7 +68,7 @@ def imagine(
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out)
 
 
-def finite(tree: Any, N: int) -> Bool[Array, " N"]:
+def finite_rows(tree: Any, N: int) -> Bool[Array, " N"]:
     """Which of N rows are finite in every leaf."""
     leaves = [x.reshape(N, -1) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.all(jnp.isfinite(jnp.concatenate(leaves, axis=1)), axis=1)

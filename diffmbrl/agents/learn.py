@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 from diffmbrl.agents.collect import Acting, Axes, Collected, Real, System
 from diffmbrl.agents.nonfinite import spoilt, steps_named, update_named
 from diffmbrl.core import Task
-from diffmbrl.devices import agreed, along, local
+from diffmbrl.devices import broadcast, shard_like, to_local
 from diffmbrl.models.buffer import Buffer, Transition, flat
-from diffmbrl.solve.looks import Looks, Unwatched
+from diffmbrl.solve.checkpointer import Checkpointer, NoCheckpoints
 
 SPOILT = "spoilt leaves"  # beside what an agent says
 
@@ -102,7 +102,7 @@ def learn(
     evaluate_every: int = 1,
     capacity: int | None = None,
     on_record: Callable[[dict[str, Any], "Learned"], None] | None = None,
-    looks: Looks | None = None,
+    checkpointer: Checkpointer | None = None,
     in_axes: Axes = (None, None),
 ) -> Learned:
     r"""Let an agent learn on a real system for at most so many real steps, or until `seconds` of iterations are spent.
@@ -118,22 +118,23 @@ def learn(
     it began; `refused` updates, in which something that was finite came out not finite (the carry of before is kept); if there
     were any, `nonfinite_in`, the names of the first such values of each seed; what the agent says; and every `evaluate_every`
     iterations, and at the end, `evaluation` [S, `evaluations`], the returns of `agent.best`, each from another start.
-    `on_record` is given them all. `looks` sees the state after each record, and has the one to go on from.
+    `on_record` is given them all. `checkpointer` sees the state after each record, and has the one to go on from.
 
     Shapes: every leaf of the carry and the buffer gets a leading axis of S. Raises: `ValueError` for sizes that do not fit, and
     if the warm-up leaves nothing in the buffer; `TypeError` if the policy is a plan.
 
     >>> import jax
     >>> from diffmbrl import tasks
-    >>> from diffmbrl.agents import Idle
-    >>> learned = learn(Idle(every=50), tasks.pendulum(horizon=50), jax.random.split(jax.random.key(0), 2), real_steps=200)
+    >>> from diffmbrl.agents import RandomAgent
+    >>> learned = learn(RandomAgent(every=50), tasks.pendulum(horizon=50), jax.random.split(jax.random.key(0), 2),
+    real_steps=200)
     >>> [int(x) for x in learned.buffer.size], len(learned.records)
     ([200, 200], 3)
     """
     system = System(system) if isinstance(system, Task) else system
-    check(agent, keys, real_steps, evaluations, evaluate_every)
+    check_sizes(agent, keys, real_steps, evaluations, evaluate_every)
     capacity = max(real_steps, agent.warmup + agent.every) if capacity is None else capacity
-    looks = Unwatched() if looks is None else looks
+    checkpointer = NoCheckpoints() if checkpointer is None else checkpointer
     records: list[dict[str, Any]] = []
     run, evaluate = None, None
 
@@ -145,17 +146,17 @@ def learn(
         if evaluations and (over() or iteration % evaluate_every == 0):
             given = (agent, system, lanes.carry, keys)
             evaluate = evaluate or system.ready(_evaluate, *given, count=evaluations, in_axes=in_axes)
-            record["evaluation"] = np.asarray(local(evaluate(*given)))
+            record["evaluation"] = np.asarray(to_local(evaluate(*given)))
         records.append(record)
         if on_record is not None:
             on_record(record, Learned(lanes.carry, lanes.buffer, records, done))
-        looks.look(local(lanes), done=done, iteration=iteration, spent=spent, worked=worked)
+        checkpointer.save(to_local(lanes), done=done, iteration=iteration, spent=spent, worked=worked)
 
-    if (kept := looks.kept) is None:
+    if (kept := checkpointer.restored) is None:
         warm = system.ready(_warm, agent, system, keys, capacity=capacity, in_axes=in_axes)
         lanes, fresh = warm(agent, system, keys)
-        lanes = along(keys, lanes)
-        left = np.asarray(local(lanes.buffer.size))
+        lanes = shard_like(keys, lanes)
+        left = np.asarray(to_local(lanes.buffer.size))
         if left.min() < 1:
             why = "; ".join(steps_named(fresh)) or "every episode was over before its first step"
             raise ValueError(
@@ -166,7 +167,7 @@ def learn(
         recorded(_record(fresh, done, spent, worked))
     else:
         shapes = jax.eval_shape(lambda: _warm(agent, system, keys, capacity, in_axes)[0])
-        lanes = along(keys, looks.restore(shapes))
+        lanes = shard_like(keys, checkpointer.restore(shapes))
         done, iteration, spent, worked = (kept[name] for name in ("done", "iteration", "spent", "worked"))
     while not over():
         number = jnp.int32(iteration)
@@ -174,10 +175,10 @@ def learn(
         run = run or system.ready(_iterate, agent, system, lanes, keys, number, in_axes=in_axes)
         begun, before = time.perf_counter(), time.process_time()
         lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
-        lanes = along(keys, lanes)
-        spent, worked = agreed(spent + time.perf_counter() - begun), worked + time.process_time() - before
+        lanes = shard_like(keys, lanes)
+        spent, worked = broadcast(spent + time.perf_counter() - begun), worked + time.process_time() - before
         done, iteration = done + agent.every, iteration + 1
-        said = {name: np.asarray(x) for name, x in local(said).items()}
+        said = {name: np.asarray(x) for name, x in to_local(said).items()}
         named = update_named(lanes.carry, said.pop(SPOILT), iteration)
         recorded(_record(lanes.fresh, done, spent, worked, named) | said)
     return Learned(lanes.carry, lanes.buffer, records, done)
@@ -269,7 +270,7 @@ def _record(
     fresh: Collected, real_steps: int, seconds: float, cpu_seconds: float, named: Sequence[str] = ()
 ) -> dict[str, Any]:
     """`named` are the updates' values that were not finite, to which those of the steps are added."""
-    ended, J, keep, doubts = local((fresh.steps.last, fresh.J, fresh.keep, fresh.met))
+    ended, J, keep, doubts = to_local((fresh.steps.last, fresh.J, fresh.keep, fresh.met))
     ended, J = (np.asarray(x).reshape(x.shape[0], -1) for x in (ended, J))
     if not np.all(keep) or np.any(doubts):
         named = [*named, *steps_named(fresh)]
@@ -283,7 +284,7 @@ def _record(
     } | ({"nonfinite_in": list(named)} if named else {})
 
 
-def check(agent: Agent, keys: Key[Array, "..."], real_steps: int, evaluations: int, evaluate_every: int) -> None:
+def check_sizes(agent: Agent, keys: Key[Array, "..."], real_steps: int, evaluations: int, evaluate_every: int) -> None:
     """What `learn` asks of its sizes. Raises: `ValueError` naming the one that is wrong."""
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1 or keys.shape[0] < 1:
         raise ValueError(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.collect import RandomActions
-from diffmbrl.agents.practice import Replayed
+from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
+from diffmbrl.agents.practice import OffPolicyPractice
 from diffmbrl.agents.sac import SAC
-from diffmbrl.agents.world import World
 from diffmbrl.core import Task, as_float, parameter
 from diffmbrl.models import TS1, Ensemble
 from diffmbrl.models.buffer import Buffer, Transition
@@ -53,9 +53,10 @@ class MBPO(eqx.Module):
     r"""Model-based policy optimisation: a model-free `learner` that practises in an ensemble.
 
     After each `every` real steps the ensemble is fitted to all of them, and the learner practises on branches of the scheduled
-    `length` from states of the buffer: `Replayed()` for one that learns from rows of any policy (SAC, as in the paper), or
-    `Streamed()` for one that learns from its own (`PPO()`, or `PPO.reinforce()` for the policy gradient in the model). All
-    that is one compiled call. A row that the model made non-finite is not used, and is counted in `imagined_rejected`.
+    `length` from states of the buffer: `OffPolicyPractice()` for one that learns from rows of any policy (SAC, as in
+    the paper), or `Streamed()` for one that learns from its own (`PPO()`, or `PPO.reinforce()` for the policy gradient
+    in the model). All that is one compiled call. A row that the model made non-finite is not used, and is counted in
+    `imagined_rejected`.
 
     Branches should be as long as a mistake takes to show. On the cart-pole those of 1 to 10 steps reach the best return and
     lose it again: neither branches nor data come to the ends of the rail, where the critics extrapolate upwards, and the
@@ -67,15 +68,15 @@ class MBPO(eqx.Module):
     Reference: Janner et al. 2019, When to trust your model, algorithm 2; Kurutach et al. 2018, Model-ensemble trust-region
     policy optimization, algorithm 2, with PPO.
 
-    >>> from diffmbrl.agents import PPO, Streamed
-    >>> MBPO(PPO.reinforce(), practice=Streamed()).learner.epochs
+    >>> from diffmbrl.agents import PPO, OnPolicyPractice
+    >>> MBPO(PPO.reinforce(), practice=OnPolicyPractice()).learner.epochs
     1
     """
 
     learner: Any = eqx.field(default_factory=SAC)
-    world: World = eqx.field(default_factory=World)
+    world: EnsembleTrainer = eqx.field(default_factory=EnsembleTrainer)
     length: Growing = eqx.field(default_factory=Growing)
-    practice: Any = eqx.field(default_factory=Replayed)
+    practice: Any = eqx.field(default_factory=OffPolicyPractice)
     warmup: int = eqx.field(static=True, default=200)
     every: int = eqx.field(static=True, default=50)
     environments: int = eqx.field(static=True, default=1)

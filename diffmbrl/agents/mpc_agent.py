@@ -10,14 +10,14 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.collect import RandomActions
-from diffmbrl.agents.explored import ExploredMPC
-from diffmbrl.agents.world import World
-from diffmbrl.choices import known
+from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
+from diffmbrl.agents.exploration import ExploredMPC
+from diffmbrl.choices import validate_choice
 from diffmbrl.core import Task, as_float, is_concrete
 from diffmbrl.models import EndModel, Ensemble, Mean, NetworkDynamics, Training, TSInfinity
 from diffmbrl.models.buffer import Buffer, Transition, flat
 from diffmbrl.models.ensemble import Propagation
-from diffmbrl.optimizers.descend import Descend
+from diffmbrl.optimizers.optax_solver import OptaxSolver
 from diffmbrl.planners.ilqr import ILQR
 from diffmbrl.planners.mpc import MPC
 from diffmbrl.planners.refit import CEM
@@ -68,7 +68,7 @@ class MPCAgent(eqx.Module):
     """
 
     mpc: MPC  # with members that are not trained
-    world: World
+    world: EnsembleTrainer
     noise: Float[Array, ""]
     fits: Int[Array, ""]
     warmup: int = eqx.field(static=True)
@@ -80,7 +80,7 @@ class MPCAgent(eqx.Module):
         task: Task,
         planner: Any = None,
         *,
-        world: World | None = None,
+        world: EnsembleTrainer | None = None,
         propagation: Propagation | None = None,
         horizon: int = 25,
         iterations: int = 1,
@@ -98,7 +98,7 @@ class MPCAgent(eqx.Module):
         if is_concrete(fits) and int(fits) < 1:
             raise ValueError(f"fits must be at least 1, got {fits}")
         self.world = small_world() if world is None else world
-        planner = ILQR.within(task) if planner is None else planner
+        planner = ILQR.with_limits(task) if planner is None else planner
         key = jax.random.key(0)  # the steps' keys are folded into it
         draws = isinstance(planner, Sampling | Shooting)  # the others plan without the model's noise
         blank = Ensemble(self.world.first(self.world.init(task, key)), propagation)
@@ -177,7 +177,7 @@ def mpc(
     measurements by which it is iLQR unless another is named.
     Raises: `ValueError` for another planner, naming the nearest; what `MPCAgent` raises.
     """
-    row = PLANNERS[known("planner", planner, PLANNERS)]
+    row = PLANNERS[validate_choice("planner", planner, PLANNERS)]
     # The margin of an end that is learned would be that of a network without training.
     given = task if task.done is None or isinstance(task.done, EndModel) else soft_margin(task)
     return MPCAgent(
@@ -197,7 +197,7 @@ def mpc(
     )
 
 
-class Row(NamedTuple):
+class PlannerRow(NamedTuple):
     """A planner by its name, and how it meets the ensemble."""
 
     make: Callable[[Task, int], Any]  # of the task and the number of members
@@ -206,18 +206,18 @@ class Row(NamedTuple):
 
 
 PLANNERS = {
-    "ilqr": Row(lambda task, members: ILQR.within(task), Mean(), 1),
-    "cem": Row(lambda task, members: Sampling(CEM(elites=6), samples=60, particles=members), TSInfinity(), 2),
-    "adam": Row(
-        lambda task, members: Shooting(Descend(optax.adam, learning_rate=0.1), particles=members), TSInfinity(), 5
+    "ilqr": PlannerRow(lambda task, members: ILQR.with_limits(task), Mean(), 1),
+    "cem": PlannerRow(lambda task, members: Sampling(CEM(elites=6), samples=60, particles=members), TSInfinity(), 2),
+    "adam": PlannerRow(
+        lambda task, members: Shooting(OptaxSolver(optax.adam, learning_rate=0.1), particles=members), TSInfinity(), 5
     ),
 }
 
 
-def small_world(members: int = 5, units: int = 64) -> World:
+def small_world(members: int = 5, units: int = 64) -> EnsembleTrainer:
     """Deterministic networks of two layers: all that systems of a few bodies need, and fast to plan through."""
     training = Training(epochs=100, patience=10, batch=64)
-    return World(training, members=members, elites=members, hidden=(units, units), model=NetworkDynamics.init)
+    return EnsembleTrainer(training, members=members, elites=members, hidden=(units, units), model=NetworkDynamics.init)
 
 
 def _is_ensemble(x: Any) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from diffmbrl.agents.collect import Collected
-from diffmbrl.devices import local
+from diffmbrl.devices import to_local
 
 
 def steps_named(fresh: Collected) -> list[str]:
@@ -17,8 +17,8 @@ def steps_named(fresh: Collected) -> list[str]:
     Of one step the state is named before the action, the reward and the next state, which follow from it.
     """
     out = []
-    episode, t, doubts = (np.asarray(local(x)) for x in (fresh.episode, fresh.t, fresh.met))
-    steps = local(fresh.steps)
+    episode, t, doubts = (np.asarray(to_local(x)) for x in (fresh.episode, fresh.t, fresh.met))
+    steps = to_local(fresh.steps)
     bad = np.stack([_bad(x) for x in (steps.s, steps.a, steps.r, steps.s_next)])  # [4, S, N, k]
     for seed in range(t.shape[0]):
         if bad[:, seed].any():

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.agents.actor import SquashedGaussian, entropy, limited, log_density, logit, moments, network
+from diffmbrl.agents.actor import SquashedGaussian, entropy, limited, log_density, logit, network, squashed_moments
 from diffmbrl.agents.sac import Mode
 from diffmbrl.core import Task, parameter
 from diffmbrl.models.buffer import Transition
 from diffmbrl.nets import MLP
 from diffmbrl.optimizers.short_horizon.critic import Critic, fit, td_lambda
-from diffmbrl.optimizers.short_horizon.critic import moments as return_moments
+from diffmbrl.optimizers.short_horizon.critic import running_moments as return_moments
 
 
 class PPOState(NamedTuple):
@@ -122,7 +122,7 @@ class PPO(eqx.Module):
         z = jnp.where(keep[..., None], logit(steps.a, task.a_low, task.a_high), 0).reshape(-1, task.m)
         flat = x.reshape(-1, x.shape[-1])
         bounded = limited(task.a_low, task.a_high)
-        log_prob = log_density(*moments(state.actor.many(flat)), z, bounded)
+        log_prob = log_density(*squashed_moments(state.actor.many(flat)), z, bounded)
         rows = Rows(flat, z, log_prob, A, keep.ravel().astype(A.dtype))
         if flat.shape[0] < self.batches:
             raise ValueError(
@@ -182,7 +182,7 @@ class PPO(eqx.Module):
         self, actor: MLP, rows: Rows, bounded: Bool[Array, " m"], key: PRNGKeyArray
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         r"""$L_\pi$ of rows."""
-        mean, std = moments(actor.many(rows.x))
+        mean, std = squashed_moments(actor.many(rows.x))
         ratio = jnp.exp(log_density(mean, std, rows.z, bounded) - rows.log_prob)
         inside = jnp.clip(ratio, 1 - self.clip, 1 + self.clip)
         total = jnp.maximum(jnp.sum(rows.weight), 1)

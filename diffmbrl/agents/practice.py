@@ -13,7 +13,7 @@ from diffmbrl.core import Task, parameter
 from diffmbrl.models.buffer import Buffer, Transition, flat
 
 
-class Replayed(eqx.Module):
+class OffPolicyPractice(eqx.Module):
     r"""Batches of rows that any policy may have made, for SAC.
 
     `rounds` times the policy as it is takes `steps` steps in the model on each of `branches` lanes, and the learner makes
@@ -24,7 +24,7 @@ class Replayed(eqx.Module):
     Raises: `ValueError` for sizes below 1, or `updates` that `rounds` does not divide.
     Reference: Janner et al. 2019, algorithm 2.
 
-    >>> Replayed(updates=200, rounds=4).batch
+    >>> OffPolicyPractice(updates=200, rounds=4).batch
     256
     """
 
@@ -74,7 +74,7 @@ class Replayed(eqx.Module):
         return jax.tree.map(pick, real, rows)
 
 
-class Streamed(eqx.Module):
+class OnPolicyPractice(eqx.Module):
     """`updates` updates, each on imagined streams [`branches`, `steps`] of the policy as it is, for PPO.
 
     They are made of branches, at whose ends the critic says what is to come. A row that is not finite does not count.
@@ -82,7 +82,7 @@ class Streamed(eqx.Module):
     Cost: `branches steps updates` rows of the model, and the updates on them. Raises: `ValueError` for sizes below 1.
     Reference: Kurutach et al. 2018, algorithm 2.
 
-    >>> Streamed(updates=2).steps
+    >>> OnPolicyPractice(updates=2).steps
     25
     """
 

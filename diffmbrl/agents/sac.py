@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.agents.actor import SquashedGaussian, drawn, moments, network, unit
+from diffmbrl.agents.actor import SquashedGaussian, network, sample_squashed, squashed_moments, unit
 from diffmbrl.core import Task, parameter
 from diffmbrl.models.buffer import Transition
 from diffmbrl.nets import MLP
@@ -117,12 +117,12 @@ class SAC(eqx.Module):
         key_now, key_next = jax.random.split(key)
 
         u_next, log_prob = _draw(fixed_actor, x_next, pi.limited, key_next)
-        V_next = jnp.min(values(targets, x_next, u_next), axis=0) - alpha * log_prob
+        V_next = jnp.min(q_values(targets, x_next, u_next), axis=0) - alpha * log_prob
         y = batch.r + self.discount * jnp.where(batch.done, 0, V_next)
-        critic_loss = 0.5 * jnp.mean(jnp.square(values(critics, x, u) - jax.lax.stop_gradient(y)))
+        critic_loss = 0.5 * jnp.mean(jnp.square(q_values(critics, x, u) - jax.lax.stop_gradient(y)))
 
         u_now, log_prob = _draw(actor, x, pi.limited, key_now)
-        actor_loss = jnp.mean(alpha * log_prob - jnp.min(values(fixed_critics, x, u_now), axis=0))
+        actor_loss = jnp.mean(alpha * log_prob - jnp.min(q_values(fixed_critics, x, u_now), axis=0))
         entropy = -jnp.mean(jax.lax.stop_gradient(log_prob))
         temperature_loss = jnp.exp(log_alpha) * (entropy - self.entropy * task.m)
         said = {"critic_loss": critic_loss, "actor_loss": actor_loss, "entropy": entropy, "temperature": alpha}
@@ -141,12 +141,12 @@ class Mode(eqx.Module):
         return self.policy(s)
 
 
-def values(critics: MLP, x: Float[Array, "N k"], u: Float[Array, "N m"]) -> Float[Array, "2 N"]:
+def q_values(critics: MLP, x: Float[Array, "N k"], u: Float[Array, "N m"]) -> Float[Array, "2 N"]:
     """Q of each critic."""
     return jax.vmap(lambda net: net.many(jnp.concatenate([x, u], axis=1))[:, 0])(critics)
 
 
 def _draw(net: MLP, x: Float[Array, "N k"], limited: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
     """u [N, m] and the logarithms of their densities [N]."""
-    mean, std = moments(net.many(x))
-    return drawn(mean, std, jax.random.normal(key, mean.shape, mean.dtype), limited)
+    mean, std = squashed_moments(net.many(x))
+    return sample_squashed(mean, std, jax.random.normal(key, mean.shape, mean.dtype), limited)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmbrl.cli.commands import Agents, Compare, Diagnose, Doctor, Learn, Plan, Render, Report, Resume, Sweep, Tasks
-from diffmbrl.cli.options import numbers, pairs
+from diffmbrl.cli.options import parse_numbers, parse_pairs
 from diffmbrl.jobs.configure import configure
 
 
@@ -18,19 +18,19 @@ def _compare(command: Compare) -> int:
     if command.real_steps is not None:
         raise ValueError("--real-steps is for agents that learn: give --learned too")
     configure(command.x64, command.devices)
-    from diffmbrl.choices import known
-    from diffmbrl.devices import alone
-    from diffmbrl.jobs.compare import Setting, compare
+    from diffmbrl.choices import validate_choice
+    from diffmbrl.devices import primary_only
+    from diffmbrl.jobs.compare import CompareConfig, compare
     from diffmbrl.methods import METHODS
     from diffmbrl.tasks import TASKS, make
 
-    row = TASKS[known("task", command.task, TASKS)]
-    parameters = numbers(command.param)
+    row = TASKS[validate_choice("task", command.task, TASKS)]
+    parameters = parse_numbers(command.param)
     task = make(command.task, horizon=command.horizon, **parameters)
     # A line search takes no estimator: by default it is left out when one is asked for.
     fitting = (name for name, row in METHODS.items() if row.default and not (command.estimator and row.sequential))
     names = command.methods or list(fitting)
-    setting = Setting(
+    setting = CompareConfig(
         task=command.task,
         methods=tuple(names),
         horizon=task.horizon,
@@ -47,7 +47,7 @@ def _compare(command: Compare) -> int:
         estimators=tuple(command.estimator),
         devices=command.devices,
     )
-    with alone(command.out) as (out, stream):
+    with primary_only(command.out) as (out, stream):
         return _compared(compare(setting, out=out, stream=stream, **_kept(command)), stream)
 
 
@@ -60,18 +60,18 @@ def _compared(folder: Path, stream: Any = None) -> int:
 
 def _plan(command: Plan) -> int:
     configure(command.x64, command.devices)
-    from diffmbrl.devices import alone
-    from diffmbrl.jobs.plan import Setting, plan
+    from diffmbrl.devices import primary_only
+    from diffmbrl.jobs.plan import PlanConfig, plan
 
-    setting = Setting(
+    setting = PlanConfig(
         task=command.task,
         planner=command.planner,
         mpc=command.mpc,
         horizon=command.horizon,
         steps=command.steps,
         iterations=command.iterations,
-        parameters=numbers(command.param),
-        mismatch=numbers(command.model_mismatch, "--model-mismatch", "mass=1.2"),
+        parameters=parse_numbers(command.param),
+        mismatch=parse_numbers(command.model_mismatch, "--model-mismatch", "mass=1.2"),
         noise=command.noise,
         delay=command.delay,
         starts=command.starts,
@@ -79,7 +79,7 @@ def _plan(command: Plan) -> int:
         x64=command.x64,
         devices=command.devices,
     )
-    with alone(command.out) as (out, stream):
+    with primary_only(command.out) as (out, stream):
         return _planned(plan(setting, out=out, stream=stream, **_kept(command)), stream)
 
 
@@ -91,21 +91,21 @@ def _planned(folder: Path, stream: Any = None) -> int:
 
 def _diagnose(command: Diagnose) -> int:
     configure(True)
-    from diffmbrl.choices import known
-    from diffmbrl.jobs.diagnose import Setting, diagnose
+    from diffmbrl.choices import validate_choice
+    from diffmbrl.jobs.diagnose import DiagnoseConfig, diagnose
     from diffmbrl.report import health_text
     from diffmbrl.tasks import TASKS
 
-    row = TASKS[known("task", command.task, TASKS)]
+    row = TASKS[validate_choice("task", command.task, TASKS)]
     if command.policy is not None and command.hidden:
         raise ValueError("--hidden is of a random first policy and --policy names a trained one: give one of them")
-    setting = Setting(
+    setting = DiagnoseConfig(
         task=command.task,
         horizons=tuple(command.horizons),
         policy=command.policy,
         scale=command.scale,
         hidden=tuple(command.hidden or row.hidden),
-        parameters=numbers(command.param),
+        parameters=parse_numbers(command.param),
         starts=command.starts,
         std=command.std,
         key=command.key,
@@ -116,19 +116,19 @@ def _diagnose(command: Diagnose) -> int:
 
 def _learn(command: Learn) -> int:
     configure(command.x64, command.devices)
-    from diffmbrl.devices import alone
-    from diffmbrl.jobs.learn import Setting, race
+    from diffmbrl.devices import primary_only
+    from diffmbrl.jobs.learn import LearnConfig, learn_agents
 
-    setting = Setting(
+    setting = LearnConfig(
         task=command.task,
         agents=(command.agent,),
-        options=pairs(command.option, "--option", "name=value, such as warmup=500"),
+        options=parse_pairs(command.option, "--option", "name=value, such as warmup=500"),
         real_steps=command.real_steps,
         budget=command.budget,
         seeds=command.seeds,
         evaluations=command.evaluations,
         horizon=command.horizon,
-        parameters=numbers(command.param),
+        parameters=parse_numbers(command.param),
         noise=command.noise,
         sensor_noise=command.sensor_noise,
         key=command.key,
@@ -137,8 +137,8 @@ def _learn(command: Learn) -> int:
         devices=command.devices,
         nonfinite=command.nonfinite,
     )
-    with alone(command.out) as (out, stream):
-        return _learned(race(setting, out=out, stream=stream, **_kept(command)), stream)
+    with primary_only(command.out) as (out, stream):
+        return _learned(learn_agents(setting, out=out, stream=stream, **_kept(command)), stream)
 
 
 def _race(command: Compare) -> int:
@@ -166,10 +166,10 @@ def _race(command: Compare) -> int:
             raise ValueError(f"--{option.name} is of methods that know the dynamics: --learned does not take it")
     configure(command.x64, command.devices)
     from diffmbrl.agents.registry import AGENTS
-    from diffmbrl.devices import alone
-    from diffmbrl.jobs.learn import Setting, race
+    from diffmbrl.devices import primary_only
+    from diffmbrl.jobs.learn import LearnConfig, learn_agents
 
-    setting = Setting(
+    setting = LearnConfig(
         task=command.task,
         agents=tuple(command.methods or [name for name, row in AGENTS.items() if row.default]),
         options={},
@@ -178,15 +178,15 @@ def _race(command: Compare) -> int:
         seeds=command.seeds,
         evaluations=None,
         horizon=command.horizon,
-        parameters=numbers(command.param),
+        parameters=parse_numbers(command.param),
         noise=0.0,
         sensor_noise=0.0,
         key=command.key,
         x64=command.x64,
         devices=command.devices,
     )
-    with alone(command.out) as (out, stream):
-        return _learned(race(setting, out=out, stream=stream, **_kept(command)), stream)
+    with primary_only(command.out) as (out, stream):
+        return _learned(learn_agents(setting, out=out, stream=stream, **_kept(command)), stream)
 
 
 def _learned(folder: Path, stream: Any = None) -> int:
@@ -201,13 +201,13 @@ def _resume(command: Resume) -> int:
     config = read_config(command.run)
     devices = config.get("devices", 1)
     configure(config.get("x64") is True, devices if isinstance(devices, int) else 1)
-    from diffmbrl.devices import again
+    from diffmbrl.devices import resume_copies
     from diffmbrl.jobs.resume import is_finished, resume
 
     if is_finished(command.run):
         print(f"'{command.run}' is finished: there is nothing to resume")
         return 0
-    with again(command.run) as (place, stream):
+    with resume_copies(command.run) as (place, stream):
         folder = resume(place, stream=stream, **_kept(command))
         return {"compare": _compared, "learn": _learned, "plan": _planned}[config["job"]](folder, stream)
 
@@ -227,14 +227,16 @@ def _kept(command: Compare | Plan | Learn | Resume) -> dict[str, Any]:
 
 
 def _sweep(command: Sweep) -> int:
-    from diffmbrl.jobs.sweep.points import read
+    from diffmbrl.jobs.sweep.points import read_sweep
 
-    asked = read(command.file)
+    asked = read_sweep(command.file)
     configure(asked.x64)
     from diffmbrl.jobs.sweep import sweep
     from diffmbrl.report import sweep_text
 
-    given = None if command.slurm is None else pairs(command.slurm, "--slurm", "name=value, such as timeout_min=60")
+    given = (
+        None if command.slurm is None else parse_pairs(command.slurm, "--slurm", "name=value, such as timeout_min=60")
+    )
     slurm = None if given is None else {name: int(x) if x.isdecimal() else x for name, x in given.items()}
     folder, complete = sweep(asked, out=command.out, processes=command.processes, slurm=slurm)
     _shown(folder, sweep_text(folder))
@@ -265,16 +267,16 @@ def _render(command: Render) -> int:
 
 
 def _agents(command: Agents) -> int:
-    from diffmbrl.agents.registry import listing
+    from diffmbrl.agents.registry import agents_listing
 
-    print(listing())
+    print(agents_listing())
     return 0
 
 
 def _tasks(command: Tasks) -> int:
-    from diffmbrl.tasks.listing import listing
+    from diffmbrl.tasks.listing import tasks_listing
 
-    print(listing())
+    print(tasks_listing())
     return 0
 
 

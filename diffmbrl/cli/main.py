@@ -42,9 +42,9 @@ def _parse(arguments: list[str]) -> Any:
     if not arguments:
         raise ValueError(f"expected a command: {', '.join(names)}; see diffmbrl --help")
     if not arguments[0].startswith("-") and arguments[0] not in names:
-        from diffmbrl.choices import known
+        from diffmbrl.choices import validate_choice
 
-        known("command", arguments[0], names)
+        validate_choice("command", arguments[0], names)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):

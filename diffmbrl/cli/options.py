@@ -5,10 +5,10 @@ from typing import Any
 WORDS = ("backend",)  # parameters of tasks that are no numbers
 
 
-def numbers(given: list[str], option: str = "--param", example: str = "m_p=0.2") -> dict[str, Any]:
+def parse_numbers(given: list[str], option: str = "--param", example: str = "m_p=0.2") -> dict[str, Any]:
     """name=value pairs of numbers, and of the words that some parameters are. Raises: `ValueError` for one that is not."""
     parameters, form = {}, f"name=value with a number, such as {example}"
-    for name, number in pairs(given, option, form).items():
+    for name, number in parse_pairs(given, option, form).items():
         try:
             parameters[name] = number if name in WORDS else float(number)
         except ValueError:
@@ -16,7 +16,7 @@ def numbers(given: list[str], option: str = "--param", example: str = "m_p=0.2")
     return parameters
 
 
-def pairs(given: list[str], option: str, form: str) -> dict[str, str]:
+def parse_pairs(given: list[str], option: str, form: str) -> dict[str, str]:
     """name=value pairs. Raises: `ValueError` for one that is not, and for one that is given twice."""
     found: dict[str, str] = {}
     for pair in given:

@@ -15,14 +15,14 @@ from diffmbrl.tasks.registry import TASKS
 BEGIN, END = "<!-- from the registries: python -m diffmbrl.cli.tables README.md -->", "<!-- until here -->"
 
 
-def tables() -> str:
+def registry_tables() -> str:
     """Tasks, solvers, planners, estimators and agents by their names, as Markdown."""
     rows = {
         "task": {name: (row.make.__doc__ or "").strip().splitlines()[0].rstrip(".") for name, row in TASKS.items()},
-        "solver of policies": {name: row.words for name, row in METHODS.items() if row.kind == "policy"},
-        "planner": {name: row.words for name, row in METHODS.items() if row.kind == "plan"},
-        "estimator of the gradient": {name: row.words for name, row in ESTIMATORS.items()},
-        "agent": {name: row.words for name, row in AGENTS.items()},
+        "solver of policies": {name: row.description for name, row in METHODS.items() if row.kind == "policy"},
+        "planner": {name: row.description for name, row in METHODS.items() if row.kind == "plan"},
+        "estimator of the gradient": {name: row.description for name, row in ESTIMATORS.items()},
+        "agent": {name: row.description for name, row in AGENTS.items()},
     }
     return "\n\n".join(_table(kind, lines) for kind, lines in rows.items())
 
@@ -34,7 +34,7 @@ def written(text: str) -> str:
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the file needs one line {BEGIN!r} and after it one line {END!r}")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{tables()}\n\n{text[text.index(END) :]}"
+    return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{registry_tables()}\n\n{text[text.index(END) :]}"
 
 
 def _table(kind: str, lines: dict[str, str]) -> str:
@@ -48,4 +48,4 @@ if __name__ == "__main__":
         path = Path(sys.argv[1])
         path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
     else:
-        print(tables())
+        print(registry_tables())

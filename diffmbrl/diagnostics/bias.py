@@ -25,14 +25,14 @@ class Bias(NamedTuple):
     error: Float[Array, "*batch"]  # its standard error, in the same unit: a bias below a few of these cannot be seen
 
 
-def bias(pathwise: Float[Array, "N P"], score: Float[Array, "N P"]) -> Bias:
+def bias_test(pathwise: Float[Array, "N P"], score: Float[Array, "N P"]) -> Bias:
     """The test on paired samples, in units of the pathwise mean's norm, or of the score function's less its noise, if larger.
 
     Samples where either is not finite are left out.
 
     >>> import jax
     >>> x = jax.random.normal(jax.random.key(0), (2, 400, 3))
-    >>> bool(bias(x[0], x[1]).z < 4), bool(bias(x[0] + 1, x[1]).z > 4)
+    >>> bool(bias_test(x[0], x[1]).z < 4), bool(bias_test(x[0] + 1, x[1]).z > 4)
     (True, True)
     """
     fine = jnp.all(jnp.isfinite(pathwise) & jnp.isfinite(score), axis=1)

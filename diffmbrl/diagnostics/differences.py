@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task
-from diffmbrl.rollout import expected
+from diffmbrl.rollout import mean_return
 
 DIRECTIONS = 3  # random ones, beside the gradient's own
 STEPS = (1e-4, 1e-6, 1e-8)
@@ -27,11 +27,11 @@ def difference_error(
     jump that no start is within h of is not seen: the test of bias is for that.
     Cost: 24 rollouts from each start.
 
-    >>> from diffmbrl import Linear, expected, tasks
+    >>> from diffmbrl import Linear, mean_return, tasks
     >>> with jax.enable_x64(True):
     ...     task = tasks.lqr(horizon=10)
     ...     policy, s0, key = Linear.zeros(task), task.starts(jax.random.key(0), 4), jax.random.key(1)
-    ...     gradient, _ = ravel_pytree(jax.grad(expected)(policy, task, s0))
+    ...     gradient, _ = ravel_pytree(jax.grad(mean_return)(policy, task, s0))
     ...     bool(difference_error(policy, task, s0, gradient, key) < 1e-6)
     True
     """
@@ -43,7 +43,9 @@ def difference_error(
     slopes = jnp.matmul(U, gradient, precision="highest")
 
     def slope(h, u):
-        ahead, behind = jax.lax.map(lambda x: expected(unravel(x), task, s0), jnp.stack([theta + h * u, theta - h * u]))
+        ahead, behind = jax.lax.map(
+            lambda x: mean_return(unravel(x), task, s0), jnp.stack([theta + h * u, theta - h * u])
+        )
         return (ahead - behind) / (2 * h)
 
     def error(h):

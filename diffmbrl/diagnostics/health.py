@@ -14,17 +14,17 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task
-from diffmbrl.diagnostics.bias import Bias, bias
+from diffmbrl.diagnostics.bias import Bias, bias_test
 from diffmbrl.diagnostics.differences import difference_error
 from diffmbrl.diagnostics.jacobians import contributions, jacobians
 from diffmbrl.diagnostics.products import log_singular_values, products
-from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
+from diffmbrl.diagnostics.sample_statistics import SampleStatistics, in_chunks, sample_statistics
 from diffmbrl.gradients import BPTT, LikelihoodRatio, Smoothed
 from diffmbrl.gradients.likelihood_ratio import LeaveOneOut
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.krylov import lanczos
 from diffmbrl.solve.nonfinite import locate
-from diffmbrl.tasks.transforms.prefix import Seeing, begin, prefix
+from diffmbrl.tasks.transforms.prefix import Seeing, prefix, prefix_start
 from diffmbrl.tasks.transforms.refined import refined
 
 LEAST = 64  # starts
@@ -42,9 +42,9 @@ class Health(NamedTuple):
     horizons: Int[np.ndarray, " K"]
     J: Float[np.ndarray, " K"]  # mean return over the starts, without noise
     norms: Float[np.ndarray, "K N"]  # of each sample's gradient, without noise
-    plain: Spread  # of those gradients: the starts alone differ
-    pathwise: Spread  # of BPTT on the return smoothed by noise on the actions, `std` of their range
-    score: Spread  # of the likelihood ratio on the same, with the same starts and noise
+    plain: SampleStatistics  # of those gradients: the starts alone differ
+    pathwise: SampleStatistics  # of BPTT on the return smoothed by noise on the actions, `std` of their range
+    score: SampleStatistics  # of the likelihood ratio on the same, with the same starts and noise
     bias: Bias  # of the one against the other
     difference: Float[np.ndarray, " K"]  # relative error against central differences
     refinement: Float[np.ndarray, " K"]  # relative change of the gradient when the integrator's step is halved
@@ -84,7 +84,7 @@ def gradient_health(
     >>> bool(np.all(health.float32 < 1e-3)), health.where
     (True, None)
     """
-    check(task.horizon, horizons, starts, std)
+    check_health_arguments(task.horizon, horizons, starts, std)
     Seeing(policy)
     key_starts, key_noise, key_directions = jax.random.split(key, 3)
     s0 = task.starts(key_starts, starts)
@@ -115,7 +115,7 @@ def gradient_health(
     )
 
 
-def check(longest: int, horizons: Sequence[int], starts: int, std: float) -> None:
+def check_health_arguments(longest: int, horizons: Sequence[int], starts: int, std: float) -> None:
     """Raises: `ValueError` as `gradient_health`."""
     if len(horizons) == 0:
         raise ValueError("horizons needs at least one number of steps")
@@ -139,7 +139,7 @@ def check(longest: int, horizons: Sequence[int], starts: int, std: float) -> Non
 def _double(policy, task, s0, finer, length, std, key_noise, key_directions):
     """A row of the record, and the gradient of each start [N, P]."""
     pi, short = Seeing(policy), prefix(task, length)
-    s0 = jax.vmap(lambda s: begin(s, length))(s0)
+    s0 = jax.vmap(lambda s: prefix_start(s, length))(s0)
     few, curved = _first(s0, FEW), _first(s0, CURVED)
     J, plain = in_chunks(BPTT(), pi, short, s0, None)
     # Copies of a few starts: the others of a start's copies are then its baseline, the best there is.
@@ -165,10 +165,10 @@ def _double(policy, task, s0, finer, length, std, key_noise, key_directions):
     row = {
         "J": jnp.mean(J),
         "norms": jnp.linalg.norm(plain, axis=1),
-        "plain": spread(plain),
-        "pathwise": spread(pathwise),
-        "score": spread(score),
-        "bias": bias(pathwise, score),
+        "plain": sample_statistics(plain),
+        "pathwise": sample_statistics(pathwise),
+        "score": sample_statistics(score),
+        "bias": bias_test(pathwise, score),
         "difference": difference_error(pi, short, few, gradient, key_directions),
         "refinement": refinement,
         "condition": top / jnp.min(jnp.where(ritz > ROUNDING * top, ritz, jnp.inf)),
@@ -181,7 +181,7 @@ def _double(policy, task, s0, finer, length, std, key_noise, key_directions):
 
 @jax.jit
 def _single(policy, task, s0, length):
-    s0 = jax.vmap(lambda s: begin(s, length))(s0)
+    s0 = jax.vmap(lambda s: prefix_start(s, length))(s0)
     return in_chunks(BPTT(), Seeing(policy), prefix(task, length), s0, None)[1]
 
 

@@ -26,8 +26,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, is_plan, is_stateful
-from diffmbrl.rollout import split
-from diffmbrl.second_order.curvature import along
+from diffmbrl.rollout import split_keys
+from diffmbrl.second_order.curvature import linearize_rollouts
 from diffmbrl.second_order.linearize import adjoint
 
 CHUNK = 64  # time steps whose contributions are computed at once
@@ -56,7 +56,7 @@ def jacobians(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = Non
     Raises: `TypeError` for a policy with a memory, whose loop is not in the state alone, and for states that are not float.
     """
     _refuse_memory(policy)
-    _, trajectory, lin, K = along(policy, task, s0, key)
+    _, trajectory, lin, K = linearize_rollouts(policy, task, s0, key)
     g = adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
     A, B, K, g = (jnp.moveaxis(x, -1, 0) for x in (lin.A, lin.B, K, g))
     return Jacobians(A, B, K, -g, trajectory.alive.T)
@@ -75,10 +75,10 @@ def contributions(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None =
     (10, 3)
     """
     _refuse_memory(policy)
-    _, trajectory, lin, K = along(policy, task, s0, key)
+    _, trajectory, lin, K = linearize_rollouts(policy, task, s0, key)
     g = adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
     theta, unravel = ravel_pytree(policy)
-    keys = split(key, s0)
+    keys = split_keys(key, s0)
 
     def of_step(x):
         t, s, g = x

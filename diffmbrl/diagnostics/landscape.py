@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task
-from diffmbrl.rollout import values
+from diffmbrl.rollout import episode_returns
 
 CHUNK = 64  # points of a slice evaluated at once
 
@@ -101,7 +101,7 @@ def _slice(
         def moved(theta, *d):
             return theta + sum(x * by.astype(theta.dtype) for x, by in zip(d, point, strict=True))
 
-        return values(jax.tree.map(moved, policy, *directions), task, s0, key)
+        return episode_returns(jax.tree.map(moved, policy, *directions), task, s0, key)
 
     return jax.lax.map(at, points, batch_size=min(chunk, len(points)))
 

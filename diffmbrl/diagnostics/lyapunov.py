@@ -47,10 +47,10 @@ def exponents(A: Float[Array, "T n n"], dt: ScalarLike, alive: Bool[Array, " T"]
     >>> [round(float(x), 3) for x in found.values]
     [0.0, -6.931]
     """
-    return averaged(products(A).growth, dt, alive)
+    return mean_exponents(products(A).growth, dt, alive)
 
 
-def averaged(growth: Float[Array, "T n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None) -> Exponents:
+def mean_exponents(growth: Float[Array, "T n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None) -> Exponents:
     """`exponents` of products that were factored already, from their `growth`."""
     growth = growth / dt
     steps = jnp.arange(1, growth.shape[0] + 1, dtype=growth.dtype)

@@ -8,14 +8,14 @@ from diffmbrl.gradients.discontinuity import Agreement, DiscontinuityTested, Exp
 from diffmbrl.gradients.evolution import CentredRanks, Evolution, Returns
 from diffmbrl.gradients.inverse_variance import InverseVariance, InverseVariancePerStep
 from diffmbrl.gradients.likelihood_ratio import (
-    Episode,
-    Fitted,
-    LearnedValue,
     LeaveOneOut,
     LikelihoodRatio,
-    Mean,
+    LinearBaseline,
+    MeanBaseline,
     NoBaseline,
     RewardToGo,
+    TotalReturn,
+    ValueBaseline,
 )
 from diffmbrl.gradients.smoothed import Smoothed
 from diffmbrl.gradients.total_propagation import TotalPropagation
@@ -30,22 +30,22 @@ __all__ = [
     "Decayed",
     "Decoupled",
     "DiscontinuityTested",
-    "Episode",
     "Evolution",
     "Explained",
-    "Fitted",
     "InverseVariance",
     "InverseVariancePerStep",
-    "LearnedValue",
     "LeaveOneOut",
     "LikelihoodRatio",
-    "Mean",
+    "LinearBaseline",
+    "MeanBaseline",
     "NoBaseline",
     "Returns",
     "RewardToGo",
     "Smoothed",
     "TotalPropagation",
+    "TotalReturn",
     "TrueForward",
     "Truncated",
+    "ValueBaseline",
     "branch",
 ]

@@ -10,7 +10,8 @@ It is at most gamma, with probability $1 - \delta$, and the variance the least t
 
 $$\alpha = \min\{\alpha_\infty,\; \gamma / (|P - Z| + \epsilon)\}$$
 
-with the inverse-variance weight $\alpha_\infty$: that is `bias`. Suh et al. (2022, lemma 4.4) bound the whole error instead,
+with the inverse-variance weight $\alpha_\infty$: that is `bias_bound`. Suh et al. (2022, lemma 4.4) bound the whole
+error instead,
 
 $$|\alpha P + (1 - \alpha) Z - g| \;\le\; \alpha\,|P - Z| + \epsilon \;\le\; \gamma,\qquad
 \alpha = \min\{\alpha_\infty,\; (\gamma - \epsilon) / |P - Z|\},$$
@@ -33,9 +34,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float
-from diffmbrl.gradients.inverse_variance import exchange, inverse_variance, mix, moments
-from diffmbrl.gradients.paired import both, pair, work
-from diffmbrl.info import Work
+from diffmbrl.gradients.inverse_variance import exchange, fold_moments, inverse_variance, mix
+from diffmbrl.gradients.paired import both, pair, paired_evaluations
+from diffmbrl.info import EvaluationCounts
 
 Radius = Callable[[Array, Array], Array]
 Bound = Callable[[Array, Array, Array], Array]
@@ -76,10 +77,10 @@ def _trace(y: Float[Array, "N P"]) -> Float[Array, ""]:
     return jnp.sum(jnp.var(y, axis=0, ddof=1))
 
 
-def bias(gamma: Array, distance: Array, epsilon: Array) -> Array:
+def bias_bound(gamma: Array, distance: Array, epsilon: Array) -> Array:
     r"""The largest alpha with $\alpha (|P - Z| + \epsilon) \le \gamma$.
 
-    >>> print(bias(jnp.array(1.0), jnp.array(3.0), jnp.array(1.0)))
+    >>> print(bias_bound(jnp.array(1.0), jnp.array(3.0), jnp.array(1.0)))
     0.25
     """
     return gamma / (distance + epsilon)
@@ -99,8 +100,8 @@ class AlphaOrder(eqx.Module):
 
     `gamma` (in the gradient's units) bounds the error that the pathwise part may bring, with probability 1 - `delta`. Where it
     is infinite, alpha is the inverse-variance weight, of the traces of both covariances. `radius` (`chebyshev`, `normal`,
-    `bernstein`) makes epsilon of the score function's samples; `bound` (`bias`, `accuracy`) is the constraint; see the top of
-    this file. `baseline` and `folds` as `InverseVariance`, for policies with a density.
+    `bernstein`) makes epsilon of the score function's samples; `bound` (`bias_bound`, `accuracy`) is the constraint;
+    see the top of this file. `baseline` and `folds` as `InverseVariance`, for policies with a density.
 
     Under a discontinuity that the pathwise estimate misses altogether, such as a step function, the mixture is within gamma of
     the score function's estimate. `alpha` gives the weight.
@@ -133,7 +134,7 @@ class AlphaOrder(eqx.Module):
         delta: float | Float[Array, ""] = 0.05,
         baseline: Any = None,
         radius: Radius = chebyshev,
-        bound: Bound = bias,
+        bound: Bound = bias_bound,
         folds: int = 1,
         remat: int | None = 1,
     ):
@@ -159,9 +160,9 @@ class AlphaOrder(eqx.Module):
         _, pathwise, score = self._both(policy, task, s0, key)
         return jnp.mean(self._alpha(pathwise, score))
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """One forward and one reverse pass."""
-        return work(task, batch, self.remat)
+        return paired_evaluations(task, batch, self.remat)
 
     def _both(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Array, Any, Any]:
         x = pair(policy, task, s0, key, baseline=self.baseline, folds=self.folds, remat=self.remat)
@@ -169,7 +170,7 @@ class AlphaOrder(eqx.Module):
 
     def _alpha(self, pathwise: Any, score: Any) -> Float[Array, " F"]:
         x, y = (jax.vmap(lambda g: ravel_pytree(g)[0])(each) for each in (pathwise, score))
-        free = inverse_variance(*(jnp.sum(v, axis=-1) for v in moments(x, y, self.folds)))
+        free = inverse_variance(*(jnp.sum(v, axis=-1) for v in fold_moments(x, y, self.folds)))
         x, y = (z.reshape(self.folds, -1, z.shape[-1]) for z in (x, y))
         gamma, delta = self.gamma.astype(x.dtype), self.delta.astype(x.dtype)
         distance = jnp.linalg.norm(jnp.mean(x, axis=1) - jnp.mean(y, axis=1), axis=-1)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, reweighted
-from diffmbrl.info import Work, count_work
-from diffmbrl.rollout import split, value, values, weights_axis
+from diffmbrl.info import EvaluationCounts, count_evaluations
+from diffmbrl.rollout import episode_return, episode_returns, split_keys, weights_axis
 
 
 class BPTT(eqx.Module):
@@ -39,7 +39,7 @@ class BPTT(eqx.Module):
 
     def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
         def total(pi):
-            J = values(pi, task, s0, key, remat=self.remat, adjoint=self.adjoint)
+            J = episode_returns(pi, task, s0, key, remat=self.remat, adjoint=self.adjoint)
             return jnp.sum(J), J.shape[0]
 
         # The gradient of the sum, over B, rather than of the mean: a rule sees each start's own adjoint, not a B-th of it.
@@ -50,12 +50,14 @@ class BPTT(eqx.Module):
         """Return and gradient of each start, whose means are what a call gives. Memory: B gradients."""
 
         def one(s, k, w):
-            return jax.value_and_grad(value)(policy, reweighted(task, w), s, k, remat=self.remat, adjoint=self.adjoint)
+            return jax.value_and_grad(episode_return)(
+                policy, reweighted(task, w), s, k, remat=self.remat, adjoint=self.adjoint
+            )
 
-        return jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split(key, s0), task.weights)
+        return jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split_keys(key, s0), task.weights)
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """Dynamics evaluations of one call; recomputed steps are counted, they are run."""
         passes = 1 if self.remat is None else 2 if self.remat == 1 else 3
         steps = task.horizon * batch
-        return count_work(forward=passes * steps, vjp=steps, sequential=passes + 1)
+        return count_evaluations(forward=passes * steps, vjp=steps, sequential=passes + 1)

@@ -6,9 +6,9 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Gradient, State, Task
+from diffmbrl.core import GradientEstimator, State, Task
 from diffmbrl.gradients.bptt import BPTT
-from diffmbrl.info import Work
+from diffmbrl.info import EvaluationCounts
 from diffmbrl.rollout import describe
 
 
@@ -63,7 +63,7 @@ class Decoupled(eqx.Module):
     model: Any
     inner: Any
 
-    def __init__(self, model: Any, inner: Gradient | None = None):
+    def __init__(self, model: Any, inner: GradientEstimator | None = None):
         self.model = model
         self.inner = BPTT() if inner is None else inner
 
@@ -89,6 +89,6 @@ class Decoupled(eqx.Module):
             )
         return eqx.tree_at(lambda t: t.dynamics, task, TrueForward(task.dynamics, self.model))
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """The inner estimator's: steps of f forwards, of the model in reverse."""
         return self.inner.work(task, batch)

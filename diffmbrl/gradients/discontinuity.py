@@ -30,8 +30,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float, reweighted
 from diffmbrl.gradients.inverse_variance import Weigh, at_steps, exchange, inverse_variance, step_weights
-from diffmbrl.gradients.paired import Pair, act, over_time, pair, pull_each, pull_mean, work
-from diffmbrl.info import Work, count_work
+from diffmbrl.gradients.paired import Pair, noisy_action, over_time, pair, paired_evaluations, pull_each, pull_mean
+from diffmbrl.info import EvaluationCounts, count_evaluations
 from diffmbrl.rollout import returns, rollout, weights_axis
 
 
@@ -72,7 +72,7 @@ class Explained(eqx.Module):
         def again(s, key, a_seen, s_seen, weights):
             # Other actions by a perturbation, so that the dynamics keep the noise they had.
             def noise(pi, s, t):
-                return act(pi, s, key, t) - pi.mean(s)
+                return noisy_action(pi, s, key, t) - pi.mean(s)
 
             drawn = over_time(noise, policy, s_seen, jnp.arange(task.horizon))
             other = sigma * jax.random.normal(jax.random.fold_in(key, task.horizon), a_seen.shape, a_seen.dtype)
@@ -133,10 +133,10 @@ class DiscontinuityTested(eqx.Module):
         x = self._pair(policy, task, s0, key)
         return jnp.all(self.test(policy, task, s0, x, self.folds), axis=0)
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """One forward and one reverse pass, and the test's rollouts."""
-        more = count_work(forward=self.test.rollouts * task.horizon * batch)
-        return jax.tree.map(jnp.add, work(task, batch, self.remat), more)
+        more = count_evaluations(forward=self.test.rollouts * task.horizon * batch)
+        return jax.tree.map(jnp.add, paired_evaluations(task, batch, self.remat), more)
 
     def _pair(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> Pair:
         return pair(policy, task, s0, key, baseline=self.baseline, folds=self.folds, remat=self.remat)

@@ -9,9 +9,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float, is_concrete, reweighted
-from diffmbrl.gradients.smoothed import drawn
-from diffmbrl.info import Work, count_work
-from diffmbrl.rollout import split, value, weights_axis
+from diffmbrl.gradients.smoothed import require_key
+from diffmbrl.info import EvaluationCounts, count_evaluations
+from diffmbrl.rollout import episode_return, split_keys, weights_axis
 from diffmbrl.second_order.curvature import map_chunks
 
 DIRECTION = 2**31 - 1  # folded into a start's key: beyond the numbers of the time steps
@@ -84,14 +84,14 @@ class Evolution(eqx.Module):
             slopes.astype(directions.dtype)[:, None] * directions
         )
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """Two rollouts a start, side by side."""
-        return count_work(forward=2 * task.horizon * batch, sequential=1)
+        return count_evaluations(forward=2 * task.horizon * batch, sequential=1)
 
     def _pairs(self, policy, task, s0, key) -> tuple[Float[Array, "2 B"], Float[Array, "B P"], Float[Array, " B"]]:
         """Returns of each pair, its direction epsilon, and the shaped difference over 2 sigma."""
         theta, unravel = ravel_pytree(policy)
-        keys = split(drawn(key), s0)
+        keys = split_keys(require_key(key), s0)
 
         def draw(k):
             return jax.random.normal(jax.random.fold_in(k, DIRECTION), theta.shape, theta.dtype)
@@ -101,7 +101,7 @@ class Evolution(eqx.Module):
 
             def perturbed(sign):
                 pi = jax.tree.map(lambda x, e: x + (sign * self.std).astype(x.dtype) * e, policy, epsilon)
-                return value(pi, reweighted(task, w), s, k, remat=None)
+                return episode_return(pi, reweighted(task, w), s, k, remat=None)
 
             return jax.vmap(perturbed)(jnp.array([1, -1], self.std.dtype))
 

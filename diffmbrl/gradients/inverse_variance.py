@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from diffmbrl.core import State, Task
-from diffmbrl.gradients.paired import Pair, both, pair, pull_each, pull_mean, work
-from diffmbrl.info import Work
+from diffmbrl.gradients.paired import Pair, both, pair, paired_evaluations, pull_each, pull_mean
+from diffmbrl.info import EvaluationCounts
 
 Weigh = Callable[[Array, Array, Array], Array]
 
@@ -54,7 +54,7 @@ def _ratio(share: Array, total: Array, v_x: Array) -> Array:
     return jnp.where(jnp.isfinite(v_x), k, 0).astype(total.dtype)
 
 
-def moments(
+def fold_moments(
     x: Float[Array, "B *n"], y: Float[Array, "B *n"], folds: int
 ) -> tuple[Float[Array, "F *n"], Float[Array, "F *n"], Float[Array, "F *n"]]:
     """Variances and covariance of one sample of x and y in each of `folds` parts of the batch."""
@@ -121,15 +121,15 @@ class InverseVariance(eqx.Module):
         k = self._weights(*both(policy, self._pair(policy, task, s0, key)))
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), k)
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """One forward and one reverse pass."""
-        return work(task, batch, self.remat)
+        return paired_evaluations(task, batch, self.remat)
 
     def _pair(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> Pair:
         return pair(policy, task, s0, key, baseline=self.baseline, folds=self.folds, remat=self.remat)
 
     def _weights(self, pathwise: Any, score: Any) -> Any:
-        return jax.tree.map(lambda x, y: exchange(self.weigh(*moments(x, y, self.folds))), pathwise, score)
+        return jax.tree.map(lambda x, y: exchange(self.weigh(*fold_moments(x, y, self.folds))), pathwise, score)
 
 
 class InverseVariancePerStep(eqx.Module):
@@ -175,9 +175,9 @@ class InverseVariancePerStep(eqx.Module):
         """k_t, the weight of the pathwise estimate at each step; the mean over folds."""
         return jnp.mean(self._weigh(policy, task, s0, key)[1], axis=0)
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """One forward and one reverse pass."""
-        return work(task, batch, self.remat)
+        return paired_evaluations(task, batch, self.remat)
 
     def _weigh(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Pair, Float[Array, "F T"]]:
         x = pair(policy, task, s0, key, baseline=self.baseline, folds=self.folds, remat=self.remat)
@@ -186,7 +186,7 @@ class InverseVariancePerStep(eqx.Module):
 
 def step_weights(x: Pair, weigh: Weigh, folds: int) -> Float[Array, "F T"]:
     """The weight of lambda_t at each step, from each fold's own samples."""
-    return weigh(*(jnp.sum(v, axis=-1) for v in moments(x.pathwise, x.score, folds)))
+    return weigh(*(jnp.sum(v, axis=-1) for v in fold_moments(x.pathwise, x.score, folds)))
 
 
 def at_steps(k: Float[Array, "F T"], x: Pair) -> tuple[Float[Array, "B T m"], Float[Array, "B T"]]:

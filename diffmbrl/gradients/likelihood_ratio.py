@@ -2,8 +2,9 @@ r"""The score-function gradient of a stochastic policy, which differentiates nei
 
 $$\nabla_\theta J = E\Big[\sum_{t<T} (R_t - b_t)\, \nabla_\theta \log\pi_\theta(a_t \mid s_t)\Big]$$
 
-An estimator is a choice of R_t, its credit (`Episode`, `RewardToGo`), and of a baseline b_t (none, `Mean`, `LeaveOneOut`,
-`Fitted`, `LearnedValue`). The credit makes returns [B, T] of a batch of rollouts, the baseline predicts them, [B, T] as well.
+An estimator is a choice of R_t, its credit (`TotalReturn`, `RewardToGo`), and of a baseline b_t (none, `MeanBaseline`,
+`LeaveOneOut`, `LinearBaseline`, `ValueBaseline`). The credit makes returns [B, T] of a batch of rollouts, the baseline
+predicts them, [B, T] as well.
 """
 
 from typing import Any
@@ -14,13 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, is_plan, parameter, reweighted
-from diffmbrl.gradients.smoothed import drawn
-from diffmbrl.info import Work, count_work
+from diffmbrl.gradients.smoothed import require_key
+from diffmbrl.info import EvaluationCounts, count_evaluations
 from diffmbrl.rollout import returns, rollouts, weights_axis
 from diffmbrl.second_order.curvature import map_chunks
 
 
-class Episode(eqx.Module):
+class TotalReturn(eqx.Module):
     """R_t = J, the return of the whole episode, for every step: REINFORCE (Williams 1992)."""
 
     def __call__(self, trajectories: Trajectory, task: Task) -> Float[Array, "B T"]:
@@ -31,7 +32,7 @@ class Episode(eqx.Module):
 class RewardToGo(eqx.Module):
     r"""$R_t = \sum_{u \ge t} w_u r_u + w_T \phi(s_T)$: what was earned before an action does not depend on it.
 
-    The same mean as `Episode` with T terms of noise fewer, so a variance that is lower, commonly by half or more.
+    The same mean as `TotalReturn` with T terms of noise fewer, so a variance that is lower, commonly by half or more.
     Reference: Baxter and Bartlett 2001; Peters and Schaal 2008, section 2.2.
     """
 
@@ -49,8 +50,8 @@ class NoBaseline(eqx.Module):
         return jnp.zeros_like(R)
 
 
-class Mean(eqx.Module):
-    """The mean over the batch, at each step; for `Episode` this is the mean return.
+class MeanBaseline(eqx.Module):
+    """The mean over the batch, at each step; for `TotalReturn` this is the mean return.
 
     A sample is in its own baseline, so the gradient's mean is exactly 1 - 1/B times the true one: the direction is unbiased.
     """
@@ -73,7 +74,7 @@ class LeaveOneOut(eqx.Module):
         return R - (R - jnp.mean(R, axis=0)) * (B / (B - 1))
 
 
-class Fitted(eqx.Module):
+class LinearBaseline(eqx.Module):
     r"""A learned value: ridge regression of R_t on $(x, x^2, \tau, \tau^2, \tau^3, 1)$, x the features of s_t and $\tau = t/T$.
 
     Fitted within the call and, unlike in the source, across folds: start i's baseline comes from the starts of the other folds
@@ -112,7 +113,7 @@ class Fitted(eqx.Module):
         return unit * jax.scipy.linalg.solve(scaled, unit * Xty, assume_a="pos")
 
 
-class LearnedValue(eqx.Module):
+class ValueBaseline(eqx.Module):
     """A value known beforehand: `value` (s -> [], a module), such as a critic. Unbiased, if not fitted to the same batch."""
 
     value: Any
@@ -164,9 +165,9 @@ class LikelihoodRatio(eqx.Module):
 
         return J, jax.vmap(one)(where_alive(trajectories), trajectories.a, advantage)
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """One rollout."""
-        return count_work(forward=task.horizon * batch, sequential=1)
+        return count_evaluations(forward=task.horizon * batch, sequential=1)
 
     def _weigh(self, policy, task, s0, key) -> tuple[Float[Array, " B"], Trajectory, Float[Array, "B T"]]:
         """Returns, rollouts, and what multiplies the score of each action: 0 after the end of an episode."""
@@ -176,7 +177,7 @@ class LikelihoodRatio(eqx.Module):
                 "Gaussian.around(policy, task, std=0.1), or Smoothed(LikelihoodRatio(), std=0.1)"
             )
         weights_axis(task, s0)  # raises for weights of another batch
-        trajectories = rollouts(policy, task, s0, drawn(key), remat=None)
+        trajectories = rollouts(policy, task, s0, require_key(key), remat=None)
         R = self.credit(trajectories, task)
         advantage = jnp.where(trajectories.alive[:, :-1], R - self.baseline(R, trajectories, task), 0)
         return each_return(trajectories, task), trajectories, advantage

@@ -23,10 +23,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
 from diffmbrl.gradients.likelihood_ratio import LeaveOneOut, RewardToGo, each_return, where_alive
-from diffmbrl.gradients.smoothed import drawn
-from diffmbrl.info import Work, count_work
+from diffmbrl.gradients.smoothed import require_key
+from diffmbrl.info import EvaluationCounts, count_evaluations
 from diffmbrl.policies import Gaussian, OpenLoop
-from diffmbrl.rollout import returns, rollout, split, weights_axis
+from diffmbrl.rollout import returns, rollout, split_keys, weights_axis
 from diffmbrl.second_order.curvature import map_chunks
 
 
@@ -58,7 +58,7 @@ def pair(
     Cost: a forward and a reverse pass over time, and the policy's log density once at each step, without a recursion.
     Raises: `ValueError` without a key or a density, or if the batch cannot be parted.
     """
-    key = check(policy, s0, key, folds)
+    key = check_score_function(policy, s0, key, folds)
 
     def one(s, k, weights):
         def run(w):
@@ -69,11 +69,13 @@ def pair(
         J, transpose, trajectory = jax.vjp(run, w, has_aux=True)
         return trajectory, transpose(jnp.ones_like(J))[0]
 
-    trajectories, pathwise = jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(s0, split(key, s0), task.weights)
+    trajectories, pathwise = jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)))(
+        s0, split_keys(key, s0), task.weights
+    )
     return score_function(policy, task, s0, key, trajectories, baseline, folds)._replace(pathwise=pathwise)
 
 
-def check(policy: Any, s0: State, key: PRNGKeyArray | None, folds: int) -> PRNGKeyArray:
+def check_score_function(policy: Any, s0: State, key: PRNGKeyArray | None, folds: int) -> PRNGKeyArray:
     """What every estimator with a score function asks for; the key."""
     if not hasattr(policy, "log_prob"):
         raise ValueError(
@@ -83,7 +85,7 @@ def check(policy: Any, s0: State, key: PRNGKeyArray | None, folds: int) -> PRNGK
     batch = jax.tree.leaves(s0)[0].shape[0]
     if folds < 1 or batch % folds or batch // folds < 2:
         raise ValueError(f"{batch} starts cannot be parted into {folds} folds of equal size, of 2 starts at least")
-    return drawn(key)
+    return require_key(key)
 
 
 def score_function(
@@ -93,7 +95,7 @@ def score_function(
     s, alive = where_alive(trajectories), trajectories.alive[:, :-1]
     R = RewardToGo()(trajectories, task)
     A = jnp.where(alive, R - _predicted(baseline, R, trajectories, task, folds), 0)
-    psi = scores(policy, s, trajectories.a, A)
+    psi = score_terms(policy, s, trajectories.a, A)
     nothing = jnp.zeros_like(trajectories.a)
     keys = jax.random.split(key, R.shape[0])  # `rollout.split`'s
     return Pair(each_return(trajectories, task), s, trajectories.a, alive, keys, nothing, A, psi)
@@ -108,7 +110,7 @@ def _predicted(
     return jax.vmap(lambda R, tau: baseline(R, tau, task))(*apart).reshape(R.shape)
 
 
-def scores(policy: Any, s: State, a: Float[Array, "B T m"], A: Float[Array, "B T"]) -> Float[Array, "B T m"]:
+def score_terms(policy: Any, s: State, a: Float[Array, "B T m"], A: Float[Array, "B T"]) -> Float[Array, "B T m"]:
     r"""$\psi_t = -A_t \nabla_a \log\pi(a_t \mid s_t)$, for a Gaussian $A_t \epsilon_t / \sigma_t$."""
 
     def at(pi, s, a, A):
@@ -162,7 +164,7 @@ def heads(
     def at(pi, s, a, t):
         # With its mean in hand a policy is differentiated once for both.
         pi = Gaussian(OpenLoop(pi.mean(s)), pi.log_std) if isinstance(pi, Gaussian) else pi
-        return act(pi, s, key, t), pi.log_prob(s, a)
+        return noisy_action(pi, s, key, t), pi.log_prob(s, a)
 
     return over_time(at, policy, s, a, _steps(a))
 
@@ -171,7 +173,7 @@ def _steps(x: Float[Array, "T *m"]) -> Int[Array, " T"]:
     return jnp.arange(x.shape[0])
 
 
-def act(policy: Any, s: State, key: PRNGKeyArray, t: Any) -> Float[Array, " m"]:
+def noisy_action(policy: Any, s: State, key: PRNGKeyArray, t: Any) -> Float[Array, " m"]:
     """The policy with the noise that `rollout` draws at step t."""
     return policy(s, key=jax.random.split(jax.random.fold_in(key, t))[0])
 
@@ -182,8 +184,8 @@ def over_time(at: Any, policy: Any, *xs: Any) -> Any:
     return jax.vmap(at, in_axes=axes)(policy, *xs)
 
 
-def work(task: Task, batch: int, remat: int | None) -> Work:
+def paired_evaluations(task: Task, batch: int, remat: int | None) -> EvaluationCounts:
     """One forward and one reverse pass, whatever is made of it."""
     passes = 1 if remat is None else 2 if remat == 1 else 3
     steps = task.horizon * batch
-    return count_work(forward=passes * steps, vjp=steps, sequential=passes + 1)
+    return count_evaluations(forward=passes * steps, vjp=steps, sequential=passes + 1)

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from diffmbrl.choices import known
-from diffmbrl.core import Gradient, Task
+from diffmbrl.choices import validate_choice
+from diffmbrl.core import GradientEstimator, Task
 from diffmbrl.gradients.alpha_order import AlphaOrder
 from diffmbrl.gradients.bptt import BPTT
 from diffmbrl.gradients.discontinuity import DiscontinuityTested
 from diffmbrl.gradients.evolution import CentredRanks, Evolution
 from diffmbrl.gradients.inverse_variance import InverseVariance, InverseVariancePerStep
-from diffmbrl.gradients.likelihood_ratio import Episode, Fitted, LeaveOneOut, LikelihoodRatio
+from diffmbrl.gradients.likelihood_ratio import LeaveOneOut, LikelihoodRatio, LinearBaseline, TotalReturn
 from diffmbrl.gradients.smoothed import Smoothed
 from diffmbrl.gradients.total_propagation import TotalPropagation
 from diffmbrl.gradients.truncated import Clipped, Decayed, Truncated
@@ -21,10 +21,10 @@ NOISE = 0.1  # on the actions, as a share of half their range
 class Estimator(NamedTuple):
     """How an estimator is made for a task, with numbers that do on most."""
 
-    make: Callable[[Task], Gradient]
+    make: Callable[[Task], GradientEstimator]
     draws: bool  # whether it needs a key: of noise on the actions or on the parameters
     differentiates: bool  # the dynamics or the reward; one that does not can climb where their derivatives are zero
-    words: str = ""  # what it is, in a line
+    description: str = ""  # what it is, in a line
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -32,91 +32,94 @@ ESTIMATORS: dict[str, Estimator] = {
         lambda task: BPTT(),
         draws=False,
         differentiates=True,
-        words="the exact gradient, by backpropagation through time",
+        description="the exact gradient, by backpropagation through time",
     ),
     "bptt-smoothed": Estimator(
         lambda task: Smoothed(BPTT(), std=NOISE),
         draws=True,
         differentiates=True,
-        words="the same under noise on the actions",
+        description="the same under noise on the actions",
     ),
     "truncated": Estimator(
-        lambda task: BPTT(Truncated(20)), draws=False, differentiates=True, words="the adjoint cut every 20 steps"
+        lambda task: BPTT(Truncated(20)), draws=False, differentiates=True, description="the adjoint cut every 20 steps"
     ),
     "clipped-adjoint": Estimator(
         lambda task: BPTT(Clipped(1.0)),
         draws=False,
         differentiates=True,
-        words="the adjoint's norm clipped to 1 at each step",
+        description="the adjoint's norm clipped to 1 at each step",
     ),
     "decayed-adjoint": Estimator(
-        lambda task: BPTT(Decayed(0.95)), draws=False, differentiates=True, words="the adjoint times .95 at each step"
+        lambda task: BPTT(Decayed(0.95)),
+        draws=False,
+        differentiates=True,
+        description="the adjoint times .95 at each step",
     ),
     "likelihood-ratio": Estimator(
         lambda task: Smoothed(LikelihoodRatio(), std=NOISE),
         draws=True,
         differentiates=False,
-        words="score function, rewards to go; no derivative of dynamics or reward",
+        description="score function, rewards to go; no derivative of dynamics or reward",
     ),
     "likelihood-ratio-episode": Estimator(
-        lambda task: Smoothed(LikelihoodRatio(Episode(), LeaveOneOut()), std=NOISE),
+        lambda task: Smoothed(LikelihoodRatio(TotalReturn(), LeaveOneOut()), std=NOISE),
         draws=True,
         differentiates=False,
-        words="the same of whole episodes, the other starts' mean as a baseline",
+        description="the same of whole episodes, the other starts' mean as a baseline",
     ),
     "likelihood-ratio-loo": Estimator(
         lambda task: Smoothed(LikelihoodRatio(baseline=LeaveOneOut()), std=NOISE),
         draws=True,
         differentiates=False,
-        words="rewards to go, the other starts' mean as a baseline",
+        description="rewards to go, the other starts' mean as a baseline",
     ),
     "likelihood-ratio-value": Estimator(
-        lambda task: Smoothed(LikelihoodRatio(baseline=Fitted()), std=NOISE),
+        lambda task: Smoothed(LikelihoodRatio(baseline=LinearBaseline()), std=NOISE),
         draws=True,
         differentiates=False,
-        words="rewards to go, a fitted value as a baseline",
+        description="rewards to go, a fitted value as a baseline",
     ),
     "inverse-variance": Estimator(
         lambda task: Smoothed(InverseVariance(), std=NOISE),
         draws=True,
         differentiates=True,
-        words="pathwise and score function, weighted by their variances for each parameter",
+        description="pathwise and score function, weighted by their variances for each parameter",
     ),
     "inverse-variance-per-step": Estimator(
         lambda task: Smoothed(InverseVariancePerStep(), std=NOISE),
         draws=True,
         differentiates=True,
-        words="the same for each time step",
+        description="the same for each time step",
     ),
     "total-propagation": Estimator(
         lambda task: Smoothed(TotalPropagation(), std=NOISE),
         draws=True,
         differentiates=True,
-        words="the same at every step of the backward pass",
+        description="the same at every step of the backward pass",
     ),
     "alpha-order": Estimator(
         lambda task: Smoothed(AlphaOrder(), std=NOISE),
         draws=True,
         differentiates=True,
-        words="pathwise and score function, of least variance with a bounded bias",
+        description="pathwise and score function, of least variance with a bounded bias",
     ),
     "discontinuity-tested": Estimator(
         lambda task: Smoothed(DiscontinuityTested(), std=NOISE),
         draws=True,
         differentiates=True,
-        words="pathwise, and the score function where a test finds a jump",
+        description="pathwise, and the score function where a test finds a jump",
     ),
     "evolution": Estimator(
         lambda task: Evolution(std=0.05),
         draws=True,
         differentiates=False,
-        words="evolution strategies: noise on the parameters, in antithetic pairs",
+        description="evolution strategies: noise on the parameters, in antithetic pairs",
     ),
     "evolution-rank": Estimator(
         lambda task: Evolution(std=0.05, shaping=CentredRanks()),
         draws=True,
         differentiates=False,
-        words="the same on the ranks of the returns",
+        description="the same on the ranks of the returns",
     ),
 }
 
@@ -129,5 +132,5 @@ def estimator(name: str) -> tuple[str, Estimator]:
     >>> estimator("likelihood_ratio")[0]
     'likelihood-ratio'
     """
-    name = known("estimator", name.replace("_", "-"), ESTIMATORS)
+    name = validate_choice("estimator", name.replace("_", "-"), ESTIMATORS)
     return name, ESTIMATORS[name]

@@ -6,8 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Gradient, State, Task, as_float
-from diffmbrl.info import Work
+from diffmbrl.core import GradientEstimator, State, Task, as_float
+from diffmbrl.info import EvaluationCounts
 from diffmbrl.policies import Gaussian, centre_and_half
 
 
@@ -35,7 +35,7 @@ class Smoothed(eqx.Module):
     inner: Any
     std: Float[Array, ""]
 
-    def __init__(self, inner: Gradient, *, std: float | Float[Array, ""]):
+    def __init__(self, inner: GradientEstimator, *, std: float | Float[Array, ""]):
         if isinstance(std, float | int) and not std > 0:
             raise ValueError(f"std must be positive, got {std}")
         self.inner, self.std = inner, as_float(std)
@@ -46,12 +46,12 @@ class Smoothed(eqx.Module):
         return self.inner.remat
 
     def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
-        J, gradient = self.inner(self.around(policy, task), task, s0, drawn(key))
+        J, gradient = self.inner(self.around(policy, task), task, s0, require_key(key))
         return J, gradient.mean
 
     def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
         """Return and gradient of each start, with its own noise."""
-        J, gradient = self.inner.samples(self.around(policy, task), task, s0, drawn(key))
+        J, gradient = self.inner.samples(self.around(policy, task), task, s0, require_key(key))
         return J, gradient.mean
 
     def around(self, policy: Any, task: Task) -> Gaussian:
@@ -60,12 +60,12 @@ class Smoothed(eqx.Module):
         unit = Gaussian.around(policy, task, std=1.0)
         return Gaussian(policy, unit.log_std + jnp.log(self.std.astype(h.dtype) * h))
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """The inner estimator's."""
         return self.inner.work(task, batch)
 
 
-def drawn(key: PRNGKeyArray | None) -> PRNGKeyArray:
+def require_key(key: PRNGKeyArray | None) -> PRNGKeyArray:
     """The key, of an estimator that cannot do without. Raises: `ValueError` if there is none."""
     if key is None:
         raise ValueError("noise needs a key: this estimator draws its actions")

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, is_plan, where
-from diffmbrl.gradients.inverse_variance import Weigh, at_steps, exchange, inverse_variance, mix, moments
-from diffmbrl.gradients.paired import Pair, act, check, pull_each, pull_mean, score_function
-from diffmbrl.info import Work, count_work
+from diffmbrl.gradients.inverse_variance import Weigh, at_steps, exchange, fold_moments, inverse_variance, mix
+from diffmbrl.gradients.paired import Pair, check_score_function, noisy_action, pull_each, pull_mean, score_function
+from diffmbrl.info import EvaluationCounts, count_evaluations
 from diffmbrl.rollout import rollouts, weights_axis
 
 
@@ -75,26 +75,26 @@ class TotalPropagation(eqx.Module):
         """k_t, the weight of the pathwise estimate at each step; the mean over folds."""
         return jnp.mean(self._propagate(policy, task, s0, key)[1], axis=0)
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """Rollouts, and for each reverse pass a step recomputed and pulled back."""
         steps, sweeps = task.horizon * batch, 1 if self.folds == 1 else 2
-        return count_work(forward=(1 + sweeps) * steps, vjp=sweeps * steps, sequential=1 + sweeps)
+        return count_evaluations(forward=(1 + sweeps) * steps, vjp=sweeps * steps, sequential=1 + sweeps)
 
     def _propagate(
         self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None
     ) -> tuple[Pair, Float[Array, "F T"]]:
-        key = check(policy, s0, key, self.folds)
+        key = check_score_function(policy, s0, key, self.folds)
         trajectories = rollouts(policy, task, s0, key, remat=None)
         x = score_function(policy, task, s0, key, trajectories, self.baseline, self.folds)
         s_T, alive_T = trajectories.s_T, trajectories.alive[:, -1]
-        lam, k = sweep(policy, task, x, s_T, alive_T, None, self.weigh, self.folds)
+        lam, k = propagate_backward(policy, task, x, s_T, alive_T, None, self.weigh, self.folds)
         if self.folds > 1:
             # A fold's own weights at t know the other folds' at later steps: only a second sweep is free of them.
-            lam, k = sweep(policy, task, x, s_T, alive_T, exchange(k), self.weigh, self.folds)
+            lam, k = propagate_backward(policy, task, x, s_T, alive_T, exchange(k), self.weigh, self.folds)
         return x._replace(pathwise=lam), k
 
 
-def sweep(
+def propagate_backward(
     policy: Any,
     task: Task,
     x: Pair,
@@ -125,14 +125,14 @@ def sweep(
         return masked(alive, transpose((jnp.ones_like(r), v)))
 
     def through_policy(t, pi, s, a, key, alive, u, A):
-        _, transpose = jax.vjp(lambda z: (act(pi, z, key, t), pi.log_prob(z, a)), s)
+        _, transpose = jax.vjp(lambda z: (noisy_action(pi, z, key, t), pi.log_prob(z, a)), s)
         return masked(alive, transpose((u, A))[0])
 
     def step(v, slices):
         t, pi, s, a, psi, A, alive, given = slices
         pi = policy if pi is None else pi
         v_s, lam = jax.vmap(pathwise, (None, 0, 0, 0, 0, axis, 0))(t, s, a, x.keys, v, task.weights, alive)
-        k = weigh(*(jnp.sum(z, axis=-1) for z in moments(lam, psi, folds))) if given is None else given
+        k = weigh(*(jnp.sum(z, axis=-1) for z in fold_moments(lam, psi, folds))) if given is None else given
         u, to_log = mix(k, lam, jnp.zeros_like(lam)), mix(k, jnp.zeros_like(A), A)
         through = jax.vmap(through_policy, (None, None, 0, 0, 0, 0, 0, 0))(t, pi, s, a, x.keys, alive, u, to_log)
         return jax.tree.map(jnp.add, v_s, through), (lam, k)

@@ -9,22 +9,22 @@ import jax
 import numpy as np
 
 from diffmbrl.core import Task
-from diffmbrl.devices import agreed, check, local, mesh_of
-from diffmbrl.jobs.batch import Lanes, PlanLanes, PolicyLanes, draw, shared
+from diffmbrl.devices import broadcast, check_divisible, mesh_of, to_local
+from diffmbrl.jobs.batch import BatchedPlanRuns, BatchedPolicyRuns, BatchedRuns, draw_starts, shared
 from diffmbrl.jobs.policies import save_policies
 from diffmbrl.methods import Method, estimated, method, schedule, solver
 from diffmbrl.policies import Neural
 from diffmbrl.report import rebuild
-from diffmbrl.runs import EVERY, Session, check_out, check_sinks, create, settled, underway
+from diffmbrl.runs import EVERY, Session, check_out, check_sinks, config_from_json, create, underway
+from diffmbrl.solve.gradient_reach import refuse_without_gradient
 from diffmbrl.solve.loop import CHUNK
-from diffmbrl.solve.reach import refuse_without_gradient
 from diffmbrl.tasks import make
 
 HELD_OUT = 256
 LOOKS = 30  # evaluations along a run
 
 
-class Setting(NamedTuple):
+class CompareConfig(NamedTuple):
     """Everything that a comparison depends on, and nothing else: the run's config."""
 
     task: str
@@ -45,7 +45,12 @@ class Setting(NamedTuple):
 
 
 def compare(
-    setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY, track: Sequence[str] = ()
+    setting: CompareConfig,
+    *,
+    out: Path | None = None,
+    stream: Any = None,
+    every: float = EVERY,
+    track: Sequence[str] = (),
 ) -> Path:
     """Run the comparison and return its run folder, with figures and report.
 
@@ -74,20 +79,20 @@ def resume(
 
     Raises: `ValueError` if its config or its checkpoints do not fit.
     """
-    setting = settled(Setting, config, besides={"held_out"})
+    setting = config_from_json(CompareConfig, config, besides={"held_out"})
     if config.get("held_out") != HELD_OUT:
         raise ValueError(f"config.json has held_out = {config.get('held_out')}; the installed diffmbrl has {HELD_OUT}")
     return _run(setting, *prepare(setting), folder, stream=stream, every=every, track=track, resumed=True)
 
 
-def _run(setting: Setting, task: Task, rows: list[tuple[str, Method]], folder: Path, **options: Any) -> Path:
+def _run(setting: CompareConfig, task: Task, rows: list[tuple[str, Method]], folder: Path, **options: Any) -> Path:
     with underway(folder, len(rows), report=rebuild, **options) as run:
         for name, row in run.arms(rows):
             _run_method(name, row, task, setting, run)
     return folder
 
 
-def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
+def prepare(setting: CompareConfig) -> tuple[Task, list[tuple[str, Method]]]:
     """The task and the methods' rows, everything checked.
 
     Raises: `ValueError` naming the value that is wrong.
@@ -99,7 +104,7 @@ def prepare(setting: Setting) -> tuple[Task, list[tuple[str, Method]]]:
     if not 0 <= setting.key < 2**32:
         raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
     mesh_of(setting.devices)
-    check(setting.starts, setting.devices, "starts")
+    check_divisible(setting.starts, setting.devices, "starts")
     if HELD_OUT % setting.devices:
         fitting = [count for count in range(1, HELD_OUT + 1) if HELD_OUT % count == 0]
         nearest = min(fitting, key=lambda count: abs(count - setting.devices))
@@ -145,21 +150,21 @@ def _parameters(task: Task, hidden: tuple[int, ...]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(policy))
 
 
-def _run_method(name: str, row: Method, task: Task, setting: Setting, run: Session) -> None:
+def _run_method(name: str, row: Method, task: Task, setting: CompareConfig, run: Session) -> None:
     """One method, all its rates and seeds: records of arms, evaluations, profiles, spectra and why each ended; its policies."""
     write, progress = run.write, run.progress
     rates: list[float | None] = list(setting.rates or row.rates) if row.rates else [None]
     steps = setting.steps or row.steps
     solvers = [solver(row, task, rate=rate, steps=steps, continuation=setting.continuation) for rate in rates]
-    draws = shared(draw(task, setting.seeds, setting.starts, HELD_OUT, setting.key), setting.devices)
-    lanes: Lanes = (
-        PlanLanes(solvers, task, draws)
+    draws = shared(draw_starts(task, setting.seeds, setting.starts, HELD_OUT, setting.key), setting.devices)
+    lanes: BatchedRuns = (
+        BatchedPlanRuns(solvers, task, draws)
         if row.kind == "plan"
-        else PolicyLanes(solvers, task, setting.hidden, draws, sequential=row.sequential, draws_noise=row.draws)
+        else BatchedPolicyRuns(solvers, task, setting.hidden, draws, sequential=row.sequential, draws_noise=row.draws)
     )
     progress.arm(name, steps)
     progress.update(0, "compiling")
-    if (kept := run.kept) is None:
+    if (kept := run.restored) is None:
         compile_seconds = lanes.compile()
         arm = {"method": name, "label": name, "order": row.order, "policy_kind": row.kind}
         if row.takes_estimator:
@@ -178,15 +183,15 @@ def _run_method(name: str, row: Method, task: Task, setting: Setting, run: Sessi
     while done < steps and (done == 0 or spent < setting.budget):
         begun = time.perf_counter()
         lanes.advance(done, min(every, steps - done))
-        spent = agreed(spent + time.perf_counter() - begun)
+        spent = broadcast(spent + time.perf_counter() - begun)
         done += min(every, steps - done)
         train = _write_evaluation(write, name, rates, lanes, done, spent)
         progress.update(done, f"return {np.max(train):.4g}, {spent:.1f} s")
-        run.look(local(lanes.state), done=done, spent=spent)
+        run.save(to_local(lanes.state), done=done, spent=spent)
     stop = f"{steps} updates" if done >= steps else f"budget of {setting.budget:g} s after {done} of {steps} updates"
     _write_profiles(write, name, rates, lanes, "end")
-    if isinstance(lanes, PolicyLanes):
-        save_policies(run.folder, name, local(lanes.policies), rates=rates, seeds=setting.seeds)
+    if isinstance(lanes, BatchedPolicyRuns):
+        save_policies(run.folder, name, to_local(lanes.policies), rates=rates, seeds=setting.seeds)
     for index, rate in enumerate(rates):
         if (path := lanes.path(index)) is not None:
             write({"kind": "path", "method": name, "rate": rate, **path})
@@ -195,7 +200,7 @@ def _run_method(name: str, row: Method, task: Task, setting: Setting, run: Sessi
         write({"kind": "stop", "method": name, "rate": rate, "reason": reason})
 
 
-def _write_evaluation(write, name: str, rates: list, lanes: Lanes, done: int, spent: float) -> np.ndarray:
+def _write_evaluation(write, name: str, rates: list, lanes: BatchedRuns, done: int, spent: float) -> np.ndarray:
     """One record for each rate; returns the mean training return of each."""
     evaluation = lanes.evaluate()
     for index, rate in enumerate(rates):
@@ -205,7 +210,7 @@ def _write_evaluation(write, name: str, rates: list, lanes: Lanes, done: int, sp
     return np.mean(np.nan_to_num(evaluation["train"], nan=-np.inf), axis=1)
 
 
-def _write_profiles(write, name: str, rates: list, lanes: Lanes, when: str) -> None:
+def _write_profiles(write, name: str, rates: list, lanes: BatchedRuns, when: str) -> None:
     """|dJ/da_t| and the spectrum of each rate; at the start they are the same for all."""
     distinct = range(len(rates)) if when == "end" else [0]
     found = [(lanes.profile(index).tolist(), lanes.spectrum(index).tolist()) for index in distinct]

@@ -10,9 +10,9 @@ def configure(x64: bool, devices: int = 1) -> None:
     """Precision, devices, and a compilation cache that outlives the process."""
     import jax
 
-    from diffmbrl.devices import begin
+    from diffmbrl.devices import init_distributed
 
-    begin(devices)
+    init_distributed(devices)
     jax.config.update("jax_enable_x64", x64)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(DEFAULT_CACHE.expanduser()))

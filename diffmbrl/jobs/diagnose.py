@@ -8,19 +8,20 @@ import jax
 import numpy as np
 
 from diffmbrl.core import Task, is_stateful
-from diffmbrl.diagnostics.health import Health, check, gradient_health
+from diffmbrl.diagnostics.health import Health, check_health_arguments, gradient_health
 from diffmbrl.diagnostics.verdict import BATCH, FLOAT32, TAIL, least_z, swell, verdict
-from diffmbrl.jobs.learn import restore
+from diffmbrl.jobs.learn import restore_agent
 from diffmbrl.jobs.policies import load_policy, parse
 from diffmbrl.policies import Neural
-from diffmbrl.report import courses, rebuild
-from diffmbrl.runs import Progress, Writer, check_out, create, read, read_config, running
+from diffmbrl.report import learning_curves as courses
+from diffmbrl.report import rebuild
+from diffmbrl.runs import Progress, Writer, check_out, create, read_config, read_metrics, running
 from diffmbrl.tasks import make
 
 OUTPUT_SCALE = 0.1  # of a first policy's last layer
 
 
-class Setting(NamedTuple):
+class DiagnoseConfig(NamedTuple):
     """Everything that a diagnosis depends on: its config."""
 
     task: str
@@ -34,7 +35,7 @@ class Setting(NamedTuple):
     key: int
 
 
-def diagnose(setting: Setting, *, out: Path | None = None, stream: Any = None) -> Path:
+def diagnose(setting: DiagnoseConfig, *, out: Path | None = None, stream: Any = None) -> Path:
     """Measure the gradient's health and return the run folder, with verdict, figures and report.
 
     Raises: `ValueError` for anything wrong in the setting or the folder, before anything is written.
@@ -60,12 +61,12 @@ def diagnose(setting: Setting, *, out: Path | None = None, stream: Any = None) -
     return folder
 
 
-def prepare(setting: Setting) -> tuple[Task, Any, str]:
+def prepare(setting: DiagnoseConfig) -> tuple[Task, Any, str]:
     """The task of the longest horizon, the policy and where it is from, everything checked.
 
     Raises: `ValueError` naming the value that is wrong.
     """
-    check(max(setting.horizons, default=0), setting.horizons, setting.starts, setting.std)
+    check_health_arguments(max(setting.horizons, default=0), setting.horizons, setting.starts, setting.std)
     task = make(setting.task, horizon=int(setting.horizons[-1]), **setting.parameters)
     if not 0 <= setting.key < 2**32:
         raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
@@ -93,10 +94,10 @@ def _trained(place: str, task: Task) -> tuple[Any, str]:
         return saved.policy, f"{saved.method}{rate}, seed {saved.seed}"
     if config["task"] != task.name:
         raise ValueError(f"the policy of '{folder}' is of task '{config['task']}', not '{task.name}'")
-    leader = courses.leader(courses.collect(read(folder / "metrics.jsonl")[0]))
+    leader = courses.leader(courses.collect_curves(read_metrics(folder / "metrics.jsonl")[0]))
     name = name or (config["agents"][0] if leader is None else leader.method)
     with jax.enable_x64(bool(config["x64"])):  # what is measured is turned into both precisions
-        restored = restore(folder, name)
+        restored = restore_agent(folder, name)
         if not 0 <= seed < len(restored.keys):
             raise ValueError(f"the run has seeds 0 to {len(restored.keys) - 1}, got {seed}")
         carry = jax.tree.map(lambda x: x[seed], restored.carry)

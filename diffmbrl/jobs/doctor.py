@@ -16,7 +16,7 @@ from diffmbrl import tasks
 from diffmbrl.core import Task
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.policies import Neural
-from diffmbrl.rollout import expected
+from diffmbrl.rollout import mean_return
 from diffmbrl.runs import provenance
 from diffmbrl.xla import OPTION, THRESHOLD
 
@@ -28,7 +28,7 @@ TOLERANCES = {"float32": 1e-2, "float64": 1e-6}
 def diagnose() -> tuple[bool, str]:
     """Whether the gradient test passes, and a report: versions, devices, precision, compilation, gradient."""
     checks = [_gradient(precision) for precision in dict.fromkeys([_precision(), "float64"])]
-    facts = provenance.collect()
+    facts = provenance.collect_provenance()
     devices, host = facts["device"], facts["host"]
     own = {"diffmbrl": diffmbrl.__version__, "python": platform.python_version()}
     versions = own | {name: provenance.version(name) for name in PACKAGES}
@@ -114,7 +114,7 @@ def _problem() -> tuple[Neural, Task, Any]:
 
 @jax.jit
 def _by_autodiff(policy: Neural, task: Task, s0: Any) -> jax.Array:
-    return ravel_pytree(jax.grad(expected)(policy, task, s0))[0]
+    return ravel_pytree(jax.grad(mean_return)(policy, task, s0))[0]
 
 
 @jax.jit
@@ -122,7 +122,7 @@ def _by_differences(policy: Neural, task: Task, s0: Any, eps: float = 1e-5) -> j
     theta, unravel = ravel_pytree(policy)
 
     def slope(direction):
-        ahead, behind = (expected(unravel(theta + sign * eps * direction), task, s0) for sign in (1, -1))
+        ahead, behind = (mean_return(unravel(theta + sign * eps * direction), task, s0) for sign in (1, -1))
         return (ahead - behind) / (2 * eps)
 
     return jax.lax.map(slope, jnp.eye(theta.size, dtype=theta.dtype))

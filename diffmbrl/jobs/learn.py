@@ -10,24 +10,24 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from diffmbrl.agents.collect import NoisySensor, Real, System
-from diffmbrl.agents.foresight import foresight
 from diffmbrl.agents.host import HostSystem
-from diffmbrl.agents.judged import judged, learnable
-from diffmbrl.agents.learn import Agent, Learned, check, learn
+from diffmbrl.agents.learn import Agent, Learned, check_sizes, learn
+from diffmbrl.agents.learned_reward import learnable, with_learned_reward
 from diffmbrl.agents.registry import AGENTS
-from diffmbrl.agents.registry import make as make_agent
-from diffmbrl.choices import known
-from diffmbrl.devices import local, mesh_of, share
+from diffmbrl.agents.registry import make_agent as make_agent
+from diffmbrl.agents.rollout_error import model_rollout_error
+from diffmbrl.choices import validate_choice
+from diffmbrl.devices import mesh_of, shard, to_local
 from diffmbrl.report import rebuild, words
 from diffmbrl.runs import (
     EVERY,
     Session,
     check_out,
     check_sinks,
+    config_from_json,
     create,
     interquartile_mean,
     read_config,
-    settled,
     underway,
 )
 from diffmbrl.runs.arrays import filled, read_arrays, save_arrays
@@ -41,7 +41,7 @@ NONFINITE = ("reject", "stop")
 SHOWN = ("model_error", "disagreement")  # of what an agent says, shown live
 
 
-class Setting(NamedTuple):
+class LearnConfig(NamedTuple):
     """Everything that a run depends on: its config."""
 
     task: str
@@ -62,7 +62,7 @@ class Setting(NamedTuple):
     nonfinite: str = "reject"  # or "stop": what comes of a step or an update that is not finite
 
 
-class Prepared(NamedTuple):
+class ResolvedLearn(NamedTuple):
     """What a setting means."""
 
     system: Real
@@ -81,8 +81,13 @@ class Restored(NamedTuple):
     keys: Key[Array, " S"]
 
 
-def race(
-    setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY, track: Sequence[str] = ()
+def learn_agents(
+    setting: LearnConfig,
+    *,
+    out: Path | None = None,
+    stream: Any = None,
+    every: float = EVERY,
+    track: Sequence[str] = (),
 ) -> Path:
     """Let the agents learn, one after another, and return the run folder, with figures and report.
 
@@ -111,11 +116,11 @@ def resume(
 
     Raises: `ValueError` if its config or its checkpoints do not fit.
     """
-    setting = settled(Setting, config)
+    setting = config_from_json(LearnConfig, config)
     return _run(setting, prepare(setting), folder, stream=stream, every=every, track=track, resumed=True)
 
 
-def _run(setting: Setting, prepared: Prepared, folder: Path, **options: Any) -> Path:
+def _run(setting: LearnConfig, prepared: ResolvedLearn, folder: Path, **options: Any) -> Path:
     with underway(folder, len(prepared.agents), report=rebuild, **options) as run:
         if run.begins:
             view = prepared.system.view
@@ -126,14 +131,14 @@ def _run(setting: Setting, prepared: Prepared, folder: Path, **options: Any) -> 
     return folder
 
 
-def prepare(setting: Setting) -> Prepared:
+def prepare(setting: LearnConfig) -> ResolvedLearn:
     """System and agents, everything checked.
 
     Raises: `ValueError` naming the value that is wrong; `ModuleNotFoundError` for what a system of Gymnasium's needs.
     """
     if not setting.task.startswith(gymnasium.PREFIX):
-        known("task", setting.task, TASKS)
-    names = [known("agent", name.replace("_", "-"), AGENTS) for name in setting.agents]
+        validate_choice("task", setting.task, TASKS)
+    names = [validate_choice("agent", name.replace("_", "-"), AGENTS) for name in setting.agents]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"agents must be named, each once; got {' '.join(setting.agents) or 'none'}")
     if setting.seeds < 1:
@@ -147,24 +152,24 @@ def prepare(setting: Setting) -> Prepared:
         raise ValueError(f"budget must be a positive number of seconds, got {setting.budget:g}")
     if not 0 <= setting.key < 2**32:
         raise ValueError(f"key must be a whole number from 0 to {2**32 - 1}, got {setting.key}")
-    known("way with what is not finite", setting.nonfinite, NONFINITE)
+    validate_choice("way with what is not finite", setting.nonfinite, NONFINITE)
     system = _system(setting)
-    agents = {name: judged(make_agent(name, system.view, setting.options), system.view) for name in names}
+    agents = {name: with_learned_reward(make_agent(name, system.view, setting.options), system.view) for name in names}
     steps = setting.real_steps or (AGENTS[names[0]].real_steps if len(names) == 1 else RACE)
     keys = jax.random.split(jax.random.key(setting.key), setting.seeds)
     mesh = mesh_of(setting.devices)
     if mesh.size > 1 and not isinstance(system, System):
         raise ValueError(f"'{setting.task}' is stepped on the host, by one device; got {setting.devices} devices")
-    keys = keys if mesh.size == 1 else share(keys, mesh, what="seeds")
+    keys = keys if mesh.size == 1 else shard(keys, mesh, what="seeds")
     for name, agent in agents.items():
         try:
-            check(agent, keys, steps, starts[name], 1)
+            check_sizes(agent, keys, steps, starts[name], 1)
         except ValueError as error:
             raise ValueError(f"agent '{name}': {error}") from None
-    return Prepared(system, agents, keys, steps, starts)
+    return ResolvedLearn(system, agents, keys, steps, starts)
 
 
-def _evaluations(setting: Setting, names: list[str]) -> dict[str, int]:
+def _evaluations(setting: LearnConfig, names: list[str]) -> dict[str, int]:
     """The number of starts for each agent."""
     asked = setting.evaluations
     if isinstance(asked, dict):
@@ -176,7 +181,7 @@ def _evaluations(setting: Setting, names: list[str]) -> dict[str, int]:
     return {name: AGENTS[name].evaluations if asked is None else asked for name in names}
 
 
-def _system(setting: Setting) -> Real:
+def _system(setting: LearnConfig) -> Real:
     """A task, or with the prefix `gym:` an environment of Gymnasium's."""
     if setting.task.startswith(gymnasium.PREFIX):
         for option, std in (("--noise", setting.noise), ("--sensor-noise", setting.sensor_noise)):
@@ -193,7 +198,7 @@ def _system(setting: Setting) -> Real:
     return System(noisy(task, std=setting.noise), view=task, sensor=sensor)
 
 
-def restore(folder: Path, name: str | None = None) -> Restored:
+def restore_agent(folder: Path, name: str | None = None) -> Restored:
     """An agent that a run has left, by default the run's first, with the system it learned on.
 
     `agent.best(carry of one seed, system.view)` is its policy. Raises: `ValueError` if there is none, if its files are not what
@@ -209,21 +214,21 @@ def restore(folder: Path, name: str | None = None) -> Restored:
             f"the agents of '{folder}' are in {'float64' if config['x64'] else 'float32'}: set jax_enable_x64"
         )
     first = next(name for name in (*config["agents"], *kept) if name in kept)
-    name = known("agent of the run", first if name is None else name, kept)
-    prepared = prepare(settled(Setting, config))
+    name = validate_choice("agent of the run", first if name is None else name, kept)
+    prepared = prepare(config_from_json(LearnConfig, config))
     agent, view = prepared.agents[name], prepared.system.view
     blank = jax.eval_shape(jax.vmap(lambda key: agent.init(view, key)), prepared.keys)
     leaves = read_arrays(Path(folder) / "agents", name)[1]
     return Restored(agent, filled(blank, leaves, f"agent '{name}' of '{folder}'"), prepared.system, prepared.keys)
 
 
-def _run_agent(name: str, prepared: Prepared, setting: Setting, run: Session) -> None:
+def _run_agent(name: str, prepared: ResolvedLearn, setting: LearnConfig, run: Session) -> None:
     """One agent, all its seeds: a record of each iteration, why it ended, what it foresees; what it learned and saw."""
     agent, system, keys, real_steps = prepared.agents[name], prepared.system, prepared.keys, prepared.real_steps
     write, progress = run.write, run.progress
-    if run.kept is None:
+    if run.restored is None:
         sizes = {"warmup": agent.warmup, "every": agent.every, "environments": agent.environments}
-        write({"kind": "agent", "method": name, "label": name, "text": AGENTS[name].words} | sizes)
+        write({"kind": "agent", "method": name, "label": name, "text": AGENTS[name].description} | sizes)
     progress.arm(name, real_steps)
     progress.update(0, "compiling")
     latest: Learned | None = None
@@ -246,7 +251,7 @@ def _run_agent(name: str, prepared: Prepared, setting: Setting, run: Session) ->
 
     def keep(stop: str) -> None:
         if latest is not None:
-            carry, buffer = local((latest.carry, latest.buffer))
+            carry, buffer = to_local((latest.carry, latest.buffer))
             save_arrays(run.folder / "agents", name, carry, seeds=len(keys))
             save_arrays(run.folder / "buffers", name, buffer, seeds=len(keys))
         write({"kind": "stop", "method": name, "reason": stop})
@@ -261,7 +266,9 @@ def _run_agent(name: str, prepared: Prepared, setting: Setting, run: Session) ->
             evaluations=prepared.evaluations[name],
             evaluate_every=max(1, -(-(real_steps - agent.warmup) // (agent.every * LOOKS))),
             on_record=on_record,
-            looks=run if isinstance(system, System) else None,  # what steps on the host cannot be kept: begin anew
+            checkpointer=run
+            if isinstance(system, System)
+            else None,  # what steps on the host cannot be kept: begin anew
         )
     except BaseException as error:
         with contextlib.suppress(OSError):  # of a full disk, which is what stopped the run
@@ -270,7 +277,7 @@ def _run_agent(name: str, prepared: Prepared, setting: Setting, run: Session) ->
     reached = latest.real_steps
     whole = reached + agent.every > real_steps
     keep(f"{reached:,} real steps" if whole else f"budget of {setting.budget:g} s{done()}")
-    if (found := foresight(agent, system, *local((latest._replace(records=[]), keys)))) is not None:
+    if (found := model_rollout_error(agent, system, *to_local((latest._replace(records=[]), keys)))) is not None:
         write({"kind": "foresight", "method": name} | found)
 
 
@@ -291,4 +298,4 @@ def _shown(line: dict[str, Any]) -> dict[str, str]:
     values |= {name: line["said"][name] for name in SHOWN if name in line["said"]}
     columns = {name.replace("_", " "): np.atleast_1d(np.asarray(x, float)) for name, x in values.items()}
     means = {name: float(interquartile_mean(column)) for name, column in columns.items()}
-    return {name: words.number(x) for name, x in means.items() if np.isfinite(x)}
+    return {name: words.format_number(x) for name, x in means.items() if np.isfinite(x)}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from diffmbrl.choices import known
+from diffmbrl.choices import validate_choice
 from diffmbrl.core import Task
 from diffmbrl.policies import Neural
 from diffmbrl.report import summarise, verdict
@@ -46,7 +46,7 @@ def load_policy(place: str, task: Task) -> Saved:
     if method is None:
         leader = verdict.leader(summary)
         method = leader.arm.method if leader is not None and leader.arm.method in kept else kept[0]
-    known("method of the run", method, kept)
+    validate_choice("method of the run", method, kept)
     manifest, leaves = read_arrays(folder / "policies", method)
     if not 0 <= number < manifest["seeds"]:
         raise ValueError(f"the run has seeds 0 to {manifest['seeds'] - 1}, got {number}")

@@ -10,18 +10,19 @@ import numpy as np
 
 from diffmbrl.agents.collect import Acting
 from diffmbrl.core import State, Task
-from diffmbrl.jobs.learn import restore
+from diffmbrl.jobs.learn import restore_agent
 from diffmbrl.jobs.policies import load_policy
 from diffmbrl.render.gif import gif
 from diffmbrl.render.html import animate, animation_page
+from diffmbrl.render.page import escape, prose
 from diffmbrl.render.registry import frames
-from diffmbrl.report import courses, words
-from diffmbrl.report.page import escape, prose
+from diffmbrl.report import learning_curves as courses
+from diffmbrl.report import words
 from diffmbrl.report.plan_report import of_kind
 from diffmbrl.rollout import returns, rollout
 from diffmbrl.runs import read_config
 from diffmbrl.runs.folder import write_atomic
-from diffmbrl.runs.metrics import read
+from diffmbrl.runs.metrics import read_metrics
 from diffmbrl.tasks import TASKS, make
 
 
@@ -94,7 +95,7 @@ def render(
 def _of_plan(run: Path, config: dict[str, Any], method: str | None, seed: int | None, start: int) -> Film:
     if method is not None or seed is not None:
         raise ValueError("a run of `plan` has one planner and no seeds: it takes --start alone")
-    records = read(run / "metrics.jsonl")[0]
+    records = read_metrics(run / "metrics.jsonl")[0]
     kept = {record["start"]: record for record in of_kind(records, "trajectory")}
     if start not in kept:
         raise ValueError(f"the run has starts {', '.join(map(str, kept)) or '(none)'}, got {start}")
@@ -123,10 +124,10 @@ def _of_comparison(run: Path, config: dict[str, Any], method: str | None, seed: 
 
 
 def _of_agents(run: Path, config: dict[str, Any], method: str | None, seed: int | None, start: int) -> Film:
-    found = [course for course in courses.collect(read(run / "metrics.jsonl")[0]) if course.measured]
+    found = [course for course in courses.collect_curves(read_metrics(run / "metrics.jsonl")[0]) if course.measured]
     leader = courses.leader(found)
     name = method or (config["agents"][0] if leader is None else leader.method)
-    restored = restore(run, name)
+    restored = restore_agent(run, name)
     if seed is None:
         ends = [course.curve[1][-1] for course in found if course.method == name]
         seed = int(np.argmax(np.nan_to_num(ends[0], nan=-np.inf))) if ends else 0
@@ -159,7 +160,7 @@ def _key(config: dict[str, Any], start: int) -> Any:
 
 
 def _earned(J: float = math.nan) -> str:
-    return "" if math.isnan(J) else f": return {words.number(J)}"
+    return "" if math.isnan(J) else f": return {words.format_number(J)}"
 
 
 def _flat(states: State) -> np.ndarray:

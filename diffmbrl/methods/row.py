@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 
-from diffmbrl.choices import known
+from diffmbrl.choices import validate_choice
 from diffmbrl.core import Solver, Task
 from diffmbrl.gradients.registry import estimator
-from diffmbrl.optimizers import Continuation, Raced
+from diffmbrl.optimizers import Continuation, MultiStart
 
 CONTINUATIONS = ("default", "discounts", "trust", "measured", "none")
 
@@ -30,7 +30,7 @@ class Method(NamedTuple):
     continuation: str = "discounts"  # the schedule by default: "discounts", "trust", "growing" for plans, or "none"
     estimator: str = "bptt"  # of the gradient, in methods that take one
     own_gradient: bool = False  # its gradient is part of the method: it takes no other
-    words: str = ""  # what it is, in a line
+    description: str = ""  # what it is, in a line
 
     @property
     def takes_estimator(self) -> bool:
@@ -58,10 +58,10 @@ def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuat
     on with the best of four policies after its share of the updates.
     Raises: `ValueError` for another name, or fewer updates than stages.
     """
-    known("continuation", continuation, CONTINUATIONS)
+    validate_choice("continuation", continuation, CONTINUATIONS)
     inner = row.make(rate, steps, task)
     made = inner if "none" in (continuation, row.continuation) else _continued(inner, row, task, steps, continuation)
-    return Raced(made, updates=max(1, round(row.race * steps))) if row.race else made
+    return MultiStart(made, updates=max(1, round(row.race * steps))) if row.race else made
 
 
 def _continued(inner: Solver, row: Method, task: Task, steps: int, continuation: str) -> Continuation:
@@ -104,7 +104,7 @@ def estimated(name: str, row: Method, estimators: Sequence[str]) -> list[tuple[s
 
 def schedule(made: Solver) -> list[list[float | int | None]] | None:
     """The stages of a continuation as [discount, updates, bound of trust or None], for the record; None without one."""
-    made = made.solver if isinstance(made, Raced) else made
+    made = made.solver if isinstance(made, MultiStart) else made
     if not isinstance(made, Continuation):
         return None
     bounds = [None] * made.lengths.size if made.trusts is None else made.trusts.tolist()

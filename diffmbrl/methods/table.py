@@ -2,23 +2,23 @@
 
 import optax
 
-from diffmbrl.choices import known
+from diffmbrl.choices import validate_choice
 from diffmbrl.core import Task
 from diffmbrl.methods.row import Method, solver
 from diffmbrl.optimizers import (
+    BestSoFar,
     Consensus,
     Continuation,
     Dense,
-    Descend,
     Entropy,
     GaussNewton,
-    KeepBest,
     Krylov,
     KrylovNewton,
     LevenbergMarquardt,
     NewtonCG,
     Noise,
-    Relay,
+    OptaxSolver,
+    Sequential,
     ShortHorizon,
     Sigma,
     SquareRoot,
@@ -28,70 +28,70 @@ from diffmbrl.planners import (
     CEM,
     ILQR,
     MPPI,
-    Best,
+    ArgMax,
     Coloured,
     EffectiveSize,
-    Even,
     MultipleShooting,
     Normal,
     Sampling,
     SecondOrder,
     Shooting,
+    Uniform,
 )
 
 # The rates of first-order methods: the best of those tried on `cartpole-balance` and `pendulum-swingup`, and its neighbours.
 METHODS: dict[str, Method] = {
     "adam": Method(
-        lambda rate, steps, task: Descend(clipped_adam, learning_rate=rate),
+        lambda rate, steps, task: OptaxSolver(clipped_adam, learning_rate=rate),
         1,
         "policy",
         600,
         rates=(1e-3, 3e-3, 1e-2, 3e-2),
-        words="Adam on the gradient through time, clipped",
+        description="Adam on the gradient through time, clipped",
     ),
     "adam-decay": Method(
-        lambda rate, steps, task: Descend(clipped_adam, learning_rate=rate, anneal=float(steps)),
+        lambda rate, steps, task: OptaxSolver(clipped_adam, learning_rate=rate, anneal=float(steps)),
         1,
         "policy",
         600,
         rates=(3e-3, 1e-2, 3e-2),
         default=False,
-        words="the same, its rate annealed to 0",
+        description="the same, its rate annealed to 0",
     ),
     "muon": Method(
-        lambda rate, steps, task: Descend(clipped_muon, learning_rate=rate, anneal=float(steps)),
+        lambda rate, steps, task: OptaxSolver(clipped_muon, learning_rate=rate, anneal=float(steps)),
         1,
         "policy",
         600,
         rates=(1e-2, 3e-2, 1e-1),
         default=False,
-        words="Muon: orthogonalised momentum, clipped and annealed",
+        description="Muon: orthogonalised momentum, clipped and annealed",
     ),
     "soap": Method(
-        lambda rate, steps, task: Descend(clipped_soap, learning_rate=rate, anneal=float(steps)),
+        lambda rate, steps, task: OptaxSolver(clipped_soap, learning_rate=rate, anneal=float(steps)),
         1,
         "policy",
         600,
         rates=(3e-3, 1e-2, 3e-2),
         default=False,
-        words="SOAP: Adam in Shampoo's eigenbasis, clipped and annealed",
+        description="SOAP: Adam in Shampoo's eigenbasis, clipped and annealed",
     ),
     "sgd": Method(
-        lambda rate, steps, task: Descend(clipped_sgd, learning_rate=rate),
+        lambda rate, steps, task: OptaxSolver(clipped_sgd, learning_rate=rate),
         1,
         "policy",
         600,
         rates=(1e-2, 1e-1, 1.0),
         default=False,
-        words="gradient descent, clipped",
+        description="gradient descent, clipped",
     ),
     "lbfgs": Method(
-        lambda rate, steps, task: Descend(optax.lbfgs, memory_size=20),
+        lambda rate, steps, task: OptaxSolver(optax.lbfgs, memory_size=20),
         1,
         "policy",
         600,
         sequential=True,
-        words="L-BFGS with a line search",
+        description="L-BFGS with a line search",
     ),
     # Ten products rather than thirty: the path takes short steps, for which more change nothing.
     "gauss-newton": Method(
@@ -100,7 +100,7 @@ METHODS: dict[str, Method] = {
         "policy",
         150,
         continuation="trust",
-        words="Gauss-Newton through the rollout, by products; the best of a path of dampings",
+        description="Gauss-Newton through the rollout, by products; the best of a path of dampings",
     ),
     "gauss-newton-dense": Method(
         lambda rate, steps, task: GaussNewton(system=Dense()),
@@ -110,7 +110,7 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=3000,
         continuation="trust",
-        words="the same with the matrix itself",
+        description="the same with the matrix itself",
     ),
     "gauss-newton-lm": Method(
         lambda rate, steps, task: GaussNewton(damping=LevenbergMarquardt()),
@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
         150,
         default=False,
         continuation="trust",
-        words="the same with one damping, adapted (Levenberg-Marquardt)",
+        description="the same with one damping, adapted (Levenberg-Marquardt)",
     ),
     "gauss-newton-sqrt": Method(
         lambda rate, steps, task: GaussNewton(system=SquareRoot()),
@@ -129,7 +129,7 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=1000,
         continuation="trust",
-        words="the same by a square root of the matrix, for float32",
+        description="the same by a square root of the matrix, for float32",
     ),
     "sigma-metric": Method(
         lambda rate, steps, task: GaussNewton(system=Sigma()),
@@ -138,7 +138,7 @@ METHODS: dict[str, Method] = {
         150,
         default=False,
         continuation="trust",
-        words="between Gauss-Newton and imitation of the planner's step",
+        description="between Gauss-Newton and imitation of the planner's step",
     ),
     "newton-cg": Method(
         lambda rate, steps, task: NewtonCG(),
@@ -147,7 +147,7 @@ METHODS: dict[str, Method] = {
         150,
         default=False,
         continuation="trust",
-        words="the true Hessian by conjugate gradients, in a trust region",
+        description="the true Hessian by conjugate gradients, in a trust region",
     ),
     "consensus": Method(
         lambda rate, steps, task: Consensus(),
@@ -156,7 +156,7 @@ METHODS: dict[str, Method] = {
         75,
         default=False,
         continuation="trust",
-        words="guided policy search: iLQR around the policy, regression onto its trajectories",
+        description="guided policy search: iLQR around the policy, regression onto its trajectories",
     ),
     "krylov-newton": Method(
         lambda rate, steps, task: KrylovNewton(),
@@ -165,7 +165,8 @@ METHODS: dict[str, Method] = {
         100,
         continuation="trust",
         race=0.2,
-        words="Gauss-Newton, saddle-free Newton and an imitated gradient, judged together; the best of four first policies",
+        description="Gauss-Newton, saddle-free Newton and an imitated gradient, judged together; "
+        "the best of four first policies",
     ),
     "newton-dense": Method(
         lambda rate, steps, task: KrylovNewton(rank=None),
@@ -175,12 +176,12 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=1500,
         continuation="trust",
-        words="the same with the matrices themselves",
+        description="the same with the matrices themselves",
     ),
     # Noise at a learned price: without, a policy soon holds a hanging pole still, and stays there.
     "short-horizon": Method(
         lambda rate, steps, task: ShortHorizon(
-            Descend(clipped_adam, learning_rate=rate, anneal=float(steps)), noise=Noise(entropy=Entropy())
+            OptaxSolver(clipped_adam, learning_rate=rate, anneal=float(steps)), noise=Noise(entropy=Entropy())
         ),
         1,
         "policy",
@@ -191,7 +192,7 @@ METHODS: dict[str, Method] = {
         own_gradient=True,
         # Which of them hold the pole shows late: after 300 of 1200 updates in one run in ten, after 600 in all.
         race=0.5,
-        words="short windows with a critic behind them, noise at a price of entropy",
+        description="short windows with a critic behind them, noise at a price of entropy",
     ),
     "explored-newton": Method(
         lambda rate, steps, task: _explored_newton(rate, steps, task),
@@ -202,26 +203,27 @@ METHODS: dict[str, Method] = {
         default=False,
         continuation="none",
         own_gradient=True,
-        words="short-horizon's search, then Krylov-Newton from what it found, without a schedule and with; the best of all",
+        description="short-horizon's search, then Krylov-Newton from what it found, without a schedule and with; "
+        "the best of all",
     ),
     # Fifteen updates for each of twenty horizons: with five, 15 of 32 starts of the cart-pole's swing-up do not get there (20.6
     # on average in place of 6.0).
     "ilqr": Method(
-        lambda rate, steps, task: ILQR.within(task),
+        lambda rate, steps, task: ILQR.with_limits(task),
         2,
         "plan",
         300,
         continuation="growing",
-        words="iterative LQR, within the limits of the actions",
+        description="iterative LQR, within the limits of the actions",
     ),
     "random-shooting": Method(
-        lambda rate, steps, task: Sampling(Best(), draw=Even(), samples=256, std=1.0),
+        lambda rate, steps, task: Sampling(ArgMax(), draw=Uniform(), samples=256, std=1.0),
         0,
         "plan",
         100,
         default=False,
         continuation="none",
-        words="the best of many plans drawn evenly",
+        description="the best of many plans drawn evenly",
     ),
     "cem": Method(
         lambda rate, steps, task: Sampling(CEM(elites=32), samples=256, std=1.0),
@@ -230,7 +232,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
-        words="cross-entropy method: a normal distribution refitted to the best plans",
+        description="cross-entropy method: a normal distribution refitted to the best plans",
     ),
     "icem": Method(
         lambda rate, steps, task: Sampling(CEM(elites=32), draw=Coloured(2.0), samples=256, keep=8, std=1.0),
@@ -239,7 +241,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
-        words="the same with coloured noise, the best plans kept",
+        description="the same with coloured noise, the best plans kept",
     ),
     "mppi": Method(
         lambda rate, steps, task: Sampling(MPPI(EffectiveSize(10.0)), draw=Normal(), samples=256, std=1.0),
@@ -248,25 +250,25 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
-        words="path integral control: the mean of plans weighted by their returns",
+        description="path integral control: the mean of plans weighted by their returns",
     ),
     "shooting": Method(
-        lambda rate, steps, task: Shooting(Descend(optax.lbfgs, memory_size=10)),
+        lambda rate, steps, task: Shooting(OptaxSolver(optax.lbfgs, memory_size=10)),
         1,
         "plan",
         100,
         default=False,
         continuation="none",
-        words="L-BFGS on the actions",
+        description="L-BFGS on the actions",
     ),
     "ddp": Method(
-        lambda rate, steps, task: ILQR.within(task, model=SecondOrder()),
+        lambda rate, steps, task: ILQR.with_limits(task, model=SecondOrder()),
         2,
         "plan",
         300,
         default=False,
         continuation="growing",
-        words="iLQR with the second derivatives of the dynamics",
+        description="iLQR with the second derivatives of the dynamics",
     ),
     "multiple-shooting": Method(
         lambda rate, steps, task: MultipleShooting(),
@@ -275,7 +277,7 @@ METHODS: dict[str, Method] = {
         300,
         default=False,
         continuation="growing",
-        words="states and actions together, from states that the dynamics do not follow; meets constraints",
+        description="states and actions together, from states that the dynamics do not follow; meets constraints",
     ),
 }
 
@@ -288,14 +290,14 @@ def method(name: str) -> tuple[str, Method]:
     >>> method("gauss_newton")[0]
     'gauss-newton'
     """
-    name = known("method", name.replace("_", "-"), METHODS)
+    name = validate_choice("method", name.replace("_", "-"), METHODS)
     return name, METHODS[name]
 
 
-def _explored_newton(rate: float | None, steps: int, task: Task) -> Relay:
+def _explored_newton(rate: float | None, steps: int, task: Task) -> Sequential:
     """Of 1340 updates the last 140 are of second order: without a schedule and with, and the best of all is kept."""
     last = max(8, steps * 140 // 1340)
     searching = max(1, steps - last)
     search = solver(METHODS["short-horizon"], task, rate=rate, steps=searching, continuation="default")
     then = Continuation.resumed(KrylovNewton(), last, horizon=task.horizon)
-    return Relay(search, KeepBest(then), updates=searching)
+    return Sequential(search, BestSoFar(then), updates=searching)

@@ -5,7 +5,7 @@ from diffmbrl.models.fit import Curves, Training, train
 from diffmbrl.models.gaussian import GaussianDynamics
 from diffmbrl.models.mlp import NetworkDynamics
 from diffmbrl.models.normalizer import Normalizer
-from diffmbrl.models.particles import particles, spread
+from diffmbrl.models.particles import particles, replicate_start
 from diffmbrl.models.recurrent import RecurrentDynamics, Remembered, remembering
 from diffmbrl.models.reward import EndModel, RewardModel
 from diffmbrl.models.simplex import SimplexMemory, SimplexMLP
@@ -32,6 +32,6 @@ __all__ = [
     "elites",
     "particles",
     "remembering",
-    "spread",
+    "replicate_start",
     "train",
 ]

@@ -37,7 +37,7 @@ class Mean(eqx.Module):
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), step(members, keys))
 
     def many(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
-        keys = None if key is None else jax.random.split(key, count(s))
+        keys = None if key is None else jax.random.split(key, particle_count(s))
         in_axes = (0, None if key is None else 0)
         return jax.vmap(lambda s, k: self.one(members, s, a, k), in_axes=in_axes)(s, keys)
 
@@ -70,9 +70,9 @@ class TSInfinity(eqx.Module):
         )
 
     def many(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
-        if count(s) < size(members):
+        if particle_count(s) < size(members):
             raise ValueError(
-                f"TSInfinity needs at least one particle for each of {size(members)} members, got {count(s)}"
+                f"TSInfinity needs at least one particle for each of {size(members)} members, got {particle_count(s)}"
             )
         return grouped(members, s, a, key, slots(members, s))
 
@@ -161,14 +161,14 @@ def disagreement(ensemble: Ensemble, s: State, a: Float[Array, " m"]) -> Float[A
     return jnp.where(spread > 0, jnp.sqrt(jnp.where(spread > 0, spread, 1)), 0)
 
 
-def count(s: State) -> int:
+def particle_count(s: State) -> int:
     """The number of particles."""
     return jax.tree.leaves(s)[0].shape[0]
 
 
 def slots(members: Any, s: State) -> Int[Array, " slots"]:
     """One for each particle, and as many more as make them an equal number for each member."""
-    return jnp.arange(-(-count(s) // size(members)) * size(members), dtype=jnp.int32)
+    return jnp.arange(-(-particle_count(s) // size(members)) * size(members), dtype=jnp.int32)
 
 
 def grouped(
@@ -180,7 +180,7 @@ def grouped(
     sequences that are scored side by side; the members follow one another, whose activations then stay in a core's cache. Slots
     beyond the number of particles repeat the first of them and are dropped.
     """
-    E, P, total = size(members), count(s), order.shape[0]
+    E, P, total = size(members), particle_count(s), order.shape[0]
     particle = jnp.arange(total, dtype=jnp.int32)
     held = jnp.zeros_like(particle).at[order].set(jnp.where(particle < P, particle, 0))
     keys = None if key is None else jax.random.split(key, total).reshape(total // E, E).T

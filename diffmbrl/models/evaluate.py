@@ -40,7 +40,9 @@ def step_errors(
     return jnp.sqrt(jnp.sum(jnp.mean(squares, axis=0), axis=1) / jnp.maximum(jnp.sum(known), 1).astype(s.dtype))
 
 
-def moments(f: Any, s: Float[Array, " n"], a: Float[Array, " m"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+def predictive_moments(
+    f: Any, s: Float[Array, " n"], a: Float[Array, " m"]
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     r"""Mean and standard deviation of what a model says of the next state.
 
     Of an ensemble those of the mixture: $\mu = \bar\mu_e$, $\sigma^2 = \overline{\sigma_e^2} + \mathrm{Var}_e(\mu_e)$.
@@ -48,7 +50,7 @@ def moments(f: Any, s: Float[Array, " n"], a: Float[Array, " m"]) -> tuple[Float
     """
     if not isinstance(f, Ensemble):
         return f.moments(s, a) if hasattr(f, "moments") else (f(s, a), jnp.zeros_like(s))
-    mean, std = jax.vmap(lambda f: moments(f, s, a))(f.members)
+    mean, std = jax.vmap(lambda f: predictive_moments(f, s, a))(f.members)
     return jnp.mean(mean, axis=0), jnp.sqrt(jnp.mean(std**2, axis=0) + jnp.var(mean, axis=0))
 
 
@@ -65,13 +67,13 @@ def coverage(
     that is calibrated covers what it says; one that is too sure covers less.
     Reference: Kuleshov et al. 2018, section 3.5.
     """
-    mean, std = jax.vmap(lambda s, a: moments(f, s, a))(s, a)
+    mean, std = jax.vmap(lambda s, a: predictive_moments(f, s, a))(s, a)
     width = norm.ppf((1 + levels) / 2)
     inside = jnp.abs(s_next - mean) <= width[:, None, None] * std
     return jnp.mean(inside.astype(s.dtype), axis=1)
 
 
-def jacobians(f: Dynamics, s: Float[Array, " n"], a: Float[Array, " m"]) -> Float[Array, "n n+m"]:
+def model_jacobians(f: Dynamics, s: Float[Array, " n"], a: Float[Array, " m"]) -> Float[Array, "n n+m"]:
     """[A, B] = df/d(s, a), of a model with a memory at an empty one."""
     start = getattr(f, "start", lambda s: s)
 
@@ -91,7 +93,7 @@ def jacobian_error(
     The error is a share of how far the true Jacobians are from those of a state that stays as it is.
     """
     n = s.shape[1]
-    mine, theirs = (jax.vmap(lambda s, a, g=g: jacobians(g, s, a))(s, a) for g in (f, true))
+    mine, theirs = (jax.vmap(lambda s, a, g=g: model_jacobians(g, s, a))(s, a) for g in (f, true))
     stays = jnp.eye(n, scale.shape[0], dtype=s.dtype)
 
     def size(F):

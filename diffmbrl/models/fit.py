@@ -157,7 +157,7 @@ def train(
 
 @jax.jit
 def _train(members: Any, transitions: Transition, size: Array, key: PRNGKeyArray, training: Training):
-    rows, held = split(transitions.a.shape[0], size, training.holdout)
+    rows, held = holdout_split(transitions.a.shape[0], size, training.holdout)
     normalizer = _normalizer(member(members, 0), transitions, size)
     one = partial(
         _one, normalizer=normalizer, transitions=transitions, rows=rows, held=held, size=size, training=training
@@ -167,7 +167,9 @@ def _train(members: Any, transitions: Transition, size: Array, key: PRNGKeyArray
     return jax.lax.map(lambda x: one(*x), (members, keys), batch_size=at_once)
 
 
-def split(capacity: int, size: Int[Array, ""], holdout: Float[Array, ""]) -> tuple[Int[Array, " rows"], Int[Array, ""]]:
+def holdout_split(
+    capacity: int, size: Int[Array, ""], holdout: Float[Array, ""]
+) -> tuple[Int[Array, " rows"], Int[Array, ""]]:
     """The rows below `size` in an order that is drawn by their place, and how many of the first are held out.
 
     At least one is if `holdout` is positive. The order is that of numbers drawn for each row, the same in every call: of a

@@ -96,18 +96,18 @@ class Normalizer(eqx.Module):
         z = jnp.concatenate([jax.vmap(self.features)(rows.s), rows.a], axis=1)
         mean, std = standard(z, data)
         changes = jax.vmap(self.difference)(rows.s, rows.s_next)
-        return Normalizer(self.features, mean, std, jnp.sqrt(averaged(changes**2, data)), self.turn)
+        return Normalizer(self.features, mean, std, jnp.sqrt(masked_mean(changes**2, data)), self.turn)
 
 
-def averaged(x: Float[Array, "N k"], data: Bool[Array, " N"]) -> Float[Array, " k"]:
+def masked_mean(x: Float[Array, "N k"], data: Bool[Array, " N"]) -> Float[Array, " k"]:
     """The mean of those rows that are data."""
     return jnp.sum(jnp.where(data[:, None], x, 0), axis=0) / jnp.maximum(jnp.sum(data), 1).astype(x.dtype)
 
 
 def standard(x: Float[Array, "N k"], data: Bool[Array, " N"]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
     """Mean and standard deviation of those rows that are data; 1 for the deviation of a constant."""
-    mean = averaged(x, data)
-    std = jnp.sqrt(averaged((x - mean) ** 2, data))
+    mean = masked_mean(x, data)
+    std = jnp.sqrt(masked_mean((x - mean) ** 2, data))
     # What is below is what rounding left of a constant's mean; NaN stays.
     return mean, jnp.where(std <= 8 * jnp.finfo(std.dtype).eps * jnp.abs(mean), 1, std)
 

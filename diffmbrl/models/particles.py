@@ -78,7 +78,7 @@ class EachParticle(eqx.Module):
 
 
 def particles(task: Task, count: int) -> Task:
-    """The task of `count` particles; its start is `spread(s0, task, count)`. It says nothing of success.
+    """The task of `count` particles; its start is `replicate_start(s0, task, count)`. It says nothing of success.
 
     Raises: `ValueError` if there are none.
 
@@ -109,7 +109,7 @@ def particles(task: Task, count: int) -> Task:
     )
 
 
-def spread(s0: State, task: Task, count: int) -> State:
+def replicate_start(s0: State, task: Task, count: int) -> State:
     """`count` particles at one start state of `task`."""
     return _spread(s0, count, task.done)
 

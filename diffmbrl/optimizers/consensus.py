@@ -9,10 +9,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, as_float, is_plan, parameter, reweighted
-from diffmbrl.info import Info, count_work
-from diffmbrl.optimizers.damping import Choice, Evaluate, Path, Proposals, best_of, take
-from diffmbrl.rollout import expected, returns, rollout, split, weights_axis
-from diffmbrl.second_order.curvature import TIME_FIRST, Model, Vector, actions, gauss_newton
+from diffmbrl.info import Info, count_evaluations
+from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, Proposals, best_of, damped_update
+from diffmbrl.rollout import mean_return, returns, rollout, split_keys, weights_axis
+from diffmbrl.second_order.curvature import TIME_FIRST, CurvatureModel, Vector, actions, gauss_newton
 from diffmbrl.second_order.krylov import lanczos
 from diffmbrl.second_order.linearize import (
     Linearization,
@@ -71,7 +71,7 @@ class Consensus(eqx.Module):
     blends: Float[Array, " c"] = eqx.field(
         default_factory=lambda: jnp.asarray([1.0, 0.5, 0.25, 0.1, 0.03], float), converter=as_float
     )
-    fit: Path = eqx.field(default_factory=lambda: Path(jnp.logspace(-8, 0, 5, dtype=float)))
+    fit: DampingGrid = eqx.field(default_factory=lambda: DampingGrid(jnp.logspace(-8, 0, 5, dtype=float)))
     rounds: int = eqx.field(static=True, default=2)
     iterations: int = eqx.field(static=True, default=2)
     regressions: int = eqx.field(static=True, default=1)
@@ -99,7 +99,7 @@ class Consensus(eqx.Module):
         steps, effort = model.g.shape[0] * model.g.shape[-1], self.rounds * self.iterations
 
         def work(candidates):
-            return count_work(
+            return count_evaluations(
                 forward=steps * (2 + effort * (self.lengths.size + 1) + candidates),
                 jvp=steps * (task.n + task.m) * (1 + effort),
                 # Rollout and adjoint, the pivots, a sweep and a line search an iteration, the candidates all at once.
@@ -107,14 +107,14 @@ class Consensus(eqx.Module):
             )
 
         def objective(pi):
-            return expected(pi, task, s0, key)
+            return mean_return(pi, task, s0, key)
 
-        policy, carry, info = take(_Judge(), policy, carry, model, proposals, objective, work)
+        policy, carry, info = damped_update(_Judge(), policy, carry, model, proposals, objective, work)
         return policy, carry, info._replace(damping=rho, nonfinite=info.nonfinite + spoilt)
 
 
 class _Judge(eqx.Module):
-    """The rule by which `take` chooses among the proposals and adapts rho."""
+    """The rule by which `damped_update` chooses among the proposals and adapts rho."""
 
     def choose(
         self, carry: Float[Array, ""], found: Proposals, J: Float[Array, ""], evaluate: Evaluate
@@ -156,15 +156,21 @@ class _Rounds:
     """The rounds of one update, and what they share: task, starts, noise and prices."""
 
     def __init__(
-        self, solver: Consensus, task: Task, s0: State, key: PRNGKeyArray | None, rho: Float[Array, ""], model: Model
+        self,
+        solver: Consensus,
+        task: Task,
+        s0: State,
+        key: PRNGKeyArray | None,
+        rho: Float[Array, ""],
+        model: CurvatureModel,
     ):
         self.solver, self.task, self.s0, self.rho = solver, task, s0, rho
-        self.keys: Key[Array, " B"] | None = split(key, s0)
+        self.keys: Key[Array, " B"] | None = split_keys(key, s0)
         self.axis = weights_axis(task, s0)
         self.floor = FLOOR * _one_step(model.linearization)
         self.S = riccati(closed_loop(model.linearization, model.K), self.floor).Q_aa
 
-    def propose(self, policy: Any, model: Model) -> tuple[Proposals, Int[Array, ""]]:
+    def propose(self, policy: Any, model: CurvatureModel) -> tuple[Proposals, Int[Array, ""]]:
         """Steps for every blend of every round, and how many rollouts of the planner were not finite."""
         theta, unravel = ravel_pytree(policy)
         value = jax.vmap(

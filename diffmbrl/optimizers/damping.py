@@ -2,7 +2,7 @@ r"""How far to go along the curve of damped steps $d(\lambda) = -(N + \lambda I)
 
 A rule has `start(dtype) -> carry` and `choose(carry, space, J, evaluate) -> carry, Choice`, where `evaluate` maps steps [k, P]
 to true returns [k]; one whose step may be refused (`gate.py`) has `refuse(carry) -> carry` too, which makes the next one
-shorter. `take` is the update that every solver with a rule makes. Dampings are relative to the
+shorter. `damped_update` is the update that every solver with a rule makes. Dampings are relative to the
 largest eigenvalue seen, so that neither the units of the reward nor the number of steps matter.
 """
 
@@ -16,9 +16,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from diffmbrl.core import as_float
-from diffmbrl.info import Info, Quadratic, Work
-from diffmbrl.second_order.curvature import Curved, Model
-from diffmbrl.second_order.krylov import Spectral, Truncated
+from diffmbrl.info import EvaluationCounts, Info, Quadratic
+from diffmbrl.second_order.curvature import CurvatureModel, Curved
+from diffmbrl.second_order.krylov import Spectral, TruncatedCG
 from diffmbrl.second_order.projection import projection_gap
 
 Evaluate = Callable[[Float[Array, "c P"]], Float[Array, " c"]]
@@ -45,13 +45,13 @@ class Proposals(NamedTuple):
     negative: Float[Array, ""]
 
 
-class Path(eqx.Module):
+class DampingGrid(eqx.Module):
     r"""A dozen dampings of one factorisation, the true return of each from one vmapped rollout; the best is taken.
 
     $\lambda_j = \mu\,d_j\,\rho_{max}$. The carry $\mu$ is raised tenfold when no step of the path improves the return, and
     falls back to 1 as steps are accepted again. It replaces damping schedules and their constants.
 
-    >>> Path().dampings.shape
+    >>> DampingGrid().dampings.shape
     (12,)
     """
 
@@ -132,7 +132,7 @@ class TrustRegion(eqx.Module):
         return self.initial.astype(dtype)
 
     def choose(
-        self, carry: Float[Array, ""], found: Truncated, J: Float[Array, ""], evaluate: Evaluate
+        self, carry: Float[Array, ""], found: TruncatedCG, J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
         reached = evaluate(found.step[None])[0]
         ratio = _ratio(reached, J, found.predicted)
@@ -162,14 +162,14 @@ def best_of(
     return Choice(step, accepted, dampings[best], dampings, predicted, returns)
 
 
-def take(
+def damped_update(
     rule: Any,
     policy: Any,
     carry: Any,
-    model: Curved | Model,
-    space: Spectral | Truncated | Proposals | tuple[Spectral, ...],
+    model: Curved | CurvatureModel,
+    space: Spectral | TruncatedCG | Proposals | tuple[Spectral, ...],
     objective: Callable[[Any], Array],
-    work: Callable[[int], Work],
+    work: Callable[[int], EvaluationCounts],
     *,
     allows: Callable[[Any], Bool[Array, ""]] | None = None,
 ) -> tuple[Any, Any, Info]:
@@ -193,7 +193,7 @@ def take(
     accepted = choice.accepted & finite
     step = jnp.where(accepted, choice.step, jnp.zeros_like(theta))
     bad = jnp.sum(~jnp.isfinite(choice.returns), dtype=jnp.int32)
-    spaces = (space,) if isinstance(space, Spectral | Truncated | Proposals) else space
+    spaces = (space,) if isinstance(space, Spectral | TruncatedCG | Proposals) else space
     seen = spaces[0]
     ritz = seen.ritz if isinstance(seen, Spectral) else jnp.zeros(0, theta.dtype)
     info = Info(
@@ -210,7 +210,9 @@ def take(
             dampings=choice.dampings,
             predicted=choice.predicted,
             improved=choice.returns - model.J,
-            gap=projection_gap(model, step) if isinstance(model, Model) else jnp.full((), jnp.nan, theta.dtype),
+            gap=projection_gap(model, step)
+            if isinstance(model, CurvatureModel)
+            else jnp.full((), jnp.nan, theta.dtype),
         ),
     )
     policy = unravel(jnp.where(accepted, theta + step, theta))

@@ -7,11 +7,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
 
 from diffmbrl.core import State, Task
-from diffmbrl.info import Info, count_work
-from diffmbrl.optimizers.damping import LevenbergMarquardt, Path, take
-from diffmbrl.optimizers.gate import Gate
+from diffmbrl.info import Info, count_evaluations
+from diffmbrl.optimizers.damping import DampingGrid, LevenbergMarquardt, damped_update
+from diffmbrl.optimizers.sensitivity_gate import SensitivityGate
 from diffmbrl.optimizers.systems import Krylov, System
-from diffmbrl.rollout import expected
+from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import gauss_newton
 
 
@@ -24,7 +24,7 @@ class GaussNewton(eqx.Module):
     gradient of the cost in the actions (`curvature.py`). `system` says how it is solved, for every damping from one
     factorisation: `Krylov(rank)` by products, `Dense()` with the matrix, `SquareRoot()` without squaring its condition,
     `Sigma(sigma)` with slack between the planner's actions and the policy's, `Preconditioned(...)` in the metric of an
-    approximation. `damping` says which is taken: `Path()` the best
+    approximation. `damping` says which is taken: `DampingGrid()` the best
     of a dozen by their true returns, `LevenbergMarquardt()` one, adapted by the reduction ratio. On an `OpenLoop` plan the step
     is iLQR's, without its feedback.
 
@@ -46,8 +46,8 @@ class GaussNewton(eqx.Module):
     """
 
     system: System = eqx.field(default_factory=Krylov)
-    damping: Path | LevenbergMarquardt = eqx.field(default_factory=Path)
-    gate: Gate | None = None
+    damping: DampingGrid | LevenbergMarquardt = eqx.field(default_factory=DampingGrid)
+    gate: SensitivityGate | None = None
     chunk: int | None = eqx.field(static=True, default=None)
 
     @property
@@ -68,7 +68,7 @@ class GaussNewton(eqx.Module):
         gated = int(self.gate is not None)
 
         def work(candidates):
-            return count_work(
+            return count_evaluations(
                 # The rollout, its linearisation, the candidates; and the gate's rollout, linearised.
                 forward=steps * (2 + candidates + 2 * gated),
                 jvp=steps * (task.n + task.m) * (1 + gated),
@@ -77,6 +77,6 @@ class GaussNewton(eqx.Module):
             )
 
         allows = None if self.gate is None else self.gate.around(policy, model, task, s0, key)
-        return take(
-            self.damping, policy, carry, model, space, lambda pi: expected(pi, task, s0, key), work, allows=allows
+        return damped_update(
+            self.damping, policy, carry, model, space, lambda pi: mean_return(pi, task, s0, key), work, allows=allows
         )

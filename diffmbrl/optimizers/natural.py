@@ -9,14 +9,14 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float
-from diffmbrl.info import Info, count_work
-from diffmbrl.optimizers.damping import Choice, Evaluate, best_of, scale, take
-from diffmbrl.rollout import expected
+from diffmbrl.info import Info, count_evaluations
+from diffmbrl.optimizers.damping import Choice, Evaluate, best_of, damped_update, scale
+from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import fisher
 from diffmbrl.second_order.krylov import Spectral, lanczos
 
 
-class Radii(eqx.Module):
+class KLGrid(eqx.Module):
     """A dozen steps along one direction, each to a KL divergence, the true return of each from one vmapped rollout.
 
     The direction is solved for with `damping`, relative to the largest eigenvalue. All radii shrink tenfold when none of them
@@ -68,7 +68,7 @@ class NaturalGradient(eqx.Module):
     True
     """
 
-    radii: Radii = eqx.field(default_factory=Radii)
+    radii: KLGrid = eqx.field(default_factory=KLGrid)
     rank: int = eqx.field(static=True, default=10)
 
     @property
@@ -89,6 +89,6 @@ class NaturalGradient(eqx.Module):
 
         def work(candidates):
             # The gradient's rollout and its recomputation, the rollout that F stands on, the candidates.
-            return count_work(forward=steps * (3 + candidates), vjp=steps, sequential=3 + 1 + 1)
+            return count_evaluations(forward=steps * (3 + candidates), vjp=steps, sequential=3 + 1 + 1)
 
-        return take(self.radii, policy, carry, model, space, lambda pi: expected(pi, task, s0, key), work)
+        return damped_update(self.radii, policy, carry, model, space, lambda pi: mean_return(pi, task, s0, key), work)

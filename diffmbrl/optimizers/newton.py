@@ -10,12 +10,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float
-from diffmbrl.info import Info, count_work
-from diffmbrl.optimizers.damping import Choice, Evaluate, Path, best_of, take
-from diffmbrl.optimizers.gate import Gate
+from diffmbrl.info import Info, count_evaluations
+from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, best_of, damped_update
+from diffmbrl.optimizers.sensitivity_gate import SensitivityGate
 from diffmbrl.optimizers.systems import Dense, Krylov
 from diffmbrl.optimizers.wrappers.minibatch import in_turn
-from diffmbrl.rollout import expected
+from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import Vector, gauss_newton, hessian
 from diffmbrl.second_order.krylov import Spectral, eigen, lanczos
 
@@ -26,7 +26,7 @@ class ThreePaths(eqx.Module):
     The third takes every other damping of the path.
     """
 
-    path: Path
+    path: DampingGrid
     margin: Float[Array, ""]
 
     def choose(
@@ -91,9 +91,9 @@ class KrylovNewton(eqx.Module):
     True
     """
 
-    damping: Path = eqx.field(default_factory=Path)
+    damping: DampingGrid = eqx.field(default_factory=DampingGrid)
     margin: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(4.0), converter=as_float)
-    gate: Gate | None = None
+    gate: SensitivityGate | None = None
     rank: int | None = eqx.field(static=True, default=15)
     structured: int = eqx.field(static=True, default=10)
     starts: int = eqx.field(static=True, default=64)
@@ -129,7 +129,7 @@ class KrylovNewton(eqx.Module):
         gated = int(self.gate is not None)
 
         def work(candidates):
-            return count_work(
+            return count_evaluations(
                 # The rollout, its linearisation, the candidates and the gate's; the Hessian's rollout, and its recomputation.
                 forward=steps * (2 + candidates + 2 * gated) + 2 * partial,
                 jvp=steps * (task.n + task.m) * (1 + gated) + partial * space.products,
@@ -144,13 +144,13 @@ class KrylovNewton(eqx.Module):
                 + 3 * gated,
             )
 
-        policy, damping, info = take(
+        policy, damping, info = damped_update(
             ThreePaths(self.damping, self.margin),
             policy,
             damping,
             model,
             (space, other, imitation),
-            lambda pi: expected(pi, task, s0, key),
+            lambda pi: mean_return(pi, task, s0, key),
             work,
             allows=None if self.gate is None else self.gate.around(policy, model, task, s0, key),
         )

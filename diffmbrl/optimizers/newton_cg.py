@@ -9,11 +9,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float
-from diffmbrl.info import Info, count_work
-from diffmbrl.optimizers.damping import TrustRegion, take
-from diffmbrl.optimizers.gate import Gate
-from diffmbrl.rollout import expected
-from diffmbrl.second_order.curvature import Curved, Model, Vector, hessian
+from diffmbrl.info import Info, count_evaluations
+from diffmbrl.optimizers.damping import TrustRegion, damped_update
+from diffmbrl.optimizers.sensitivity_gate import SensitivityGate
+from diffmbrl.rollout import mean_return
+from diffmbrl.second_order.curvature import CurvatureModel, Curved, Vector, hessian
 from diffmbrl.second_order.krylov import conjugate_gradients
 from diffmbrl.second_order.preconditioners import Preconditioner
 
@@ -47,9 +47,9 @@ class NewtonCG(eqx.Module):
     region: TrustRegion = eqx.field(default_factory=TrustRegion)
     tolerance: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(0.1), converter=as_float)
     iterations: int = eqx.field(static=True, default=30)
-    curvature: Callable[..., Curved | Model] = eqx.field(static=True, default=hessian)
+    curvature: Callable[..., Curved | CurvatureModel] = eqx.field(static=True, default=hessian)
     preconditioner: Preconditioner | None = None
-    gate: Gate | None = None
+    gate: SensitivityGate | None = None
 
     @property
     def kind(self) -> str:
@@ -73,17 +73,17 @@ class NewtonCG(eqx.Module):
         )
         steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
         # Rollouts that the gate linearises: the candidate's, and the policy's where the model has none.
-        gated = 0 if self.gate is None else 2 - isinstance(model, Model)
+        gated = 0 if self.gate is None else 2 - isinstance(model, CurvatureModel)
 
         def work(candidates):
             forward, tangents = steps * (2 + candidates + 2 * gated), steps * (task.n + task.m)
-            if isinstance(model, Model):
-                return count_work(
+            if isinstance(model, CurvatureModel):
+                return count_evaluations(
                     forward=forward,
                     jvp=tangents * (1 + gated),
                     sequential=2 + 2 * found.products + 1 + int(self.preconditioner is not None) + 3 * gated,
                 )
-            return count_work(
+            return count_evaluations(
                 forward=forward,
                 jvp=steps * found.products + tangents * gated,
                 vjp=steps * (1 + found.products),
@@ -91,16 +91,16 @@ class NewtonCG(eqx.Module):
             )
 
         allows = None if self.gate is None else self.gate.around(policy, model, task, s0, key)
-        return take(
-            self.region, policy, carry, model, found, lambda pi: expected(pi, task, s0, key), work, allows=allows
+        return damped_update(
+            self.region, policy, carry, model, found, lambda pi: mean_return(pi, task, s0, key), work, allows=allows
         )
 
     def _inverse(
-        self, model: Curved | Model, policy: Any, task: Task, key: PRNGKeyArray | None
+        self, model: Curved | CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None
     ) -> Callable[[Vector], Vector] | None:
         if self.preconditioner is None:
             return None
-        if not isinstance(model, Model):
+        if not isinstance(model, CurvatureModel):
             raise TypeError(
                 f"{type(self.preconditioner).__name__} approximates the Gauss-Newton matrix: "
                 "NewtonCG(curvature=gauss_newton, preconditioner=...), or leave the preconditioner out"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from diffmbrl.core import only_if
+from diffmbrl.core import cond_once
 
 Square = Float[Array, "_ _"]
 Sides = tuple[Square | None, ...]  # one matrix for each axis of a leaf; None for an axis that is not rotated
@@ -28,10 +28,10 @@ def soap(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
     """`scale_by_soap` times minus the learning rate.
 
     >>> import jax
-    >>> from diffmbrl import Descend, Neural, solve, tasks
+    >>> from diffmbrl import OptaxSolver, Neural, solve, tasks
     >>> task = tasks.cartpole_balance(horizon=20)
     >>> key = jax.random.key(0)
-    >>> solver = Descend(soap, learning_rate=1e-2, every=5)
+    >>> solver = OptaxSolver(soap, learning_rate=1e-2, every=5)
     >>> policy, history = solve(solver, Neural.init(task, key=key), task, task.starts(key, 8), key, steps=5)
     >>> bool(history.info.J[-1] > history.info.J[0])
     True
@@ -128,7 +128,7 @@ def _refresh(
                 last = out[-1][0, 0]
             return jax.tree.unflatten(structure, out)
 
-        return only_if(due, turn, bases)
+        return cond_once(due, turn, bases)
 
     bases = if_due(updates == 0, bases, lambda Q, F: jnp.linalg.eigh(F)[1])
     later = (updates > 0) & (updates % every == 0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task, as_float
-from diffmbrl.second_order.curvature import Model, curve, dense, planner_step, square_root
+from diffmbrl.second_order.curvature import CurvatureModel, curve, dense, planner_step, square_root
 from diffmbrl.second_order.krylov import Spectral, eigen, lanczos
 from diffmbrl.second_order.preconditioners import Jacobi, Preconditioner
 
@@ -22,7 +22,7 @@ class Krylov(eqx.Module):
 
     rank: int = eqx.field(static=True, default=30)
 
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
         space = lanczos(model.product, model.gradient, self.rank)
         return space._replace(values=jnp.maximum(space.values, 0))  # as below
 
@@ -34,7 +34,7 @@ class Krylov(eqx.Module):
 class Dense(eqx.Module):
     """The whole matrix and its eigenvectors: exact, one pass over time, P^2 memory; for up to some thousand parameters."""
 
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
         space = eigen(dense(model, policy, task, key), model.gradient)
         # The matrix is positive semidefinite; what rounding leaves below zero would turn a damped step uphill.
         return space._replace(values=jnp.maximum(space.values, 0))
@@ -54,7 +54,7 @@ class SquareRoot(eqx.Module):
     Reference: Golub and Van Loan, Matrix Computations, section 5.3 (least squares by QR rather than the normal equations).
     """
 
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
         _, singular, vectors = jnp.linalg.svd(square_root(model, policy, task, key))
         coefficients = jnp.matmul(vectors, model.gradient, precision="highest")
         count = jnp.asarray(singular.shape[0], jnp.int32)
@@ -84,7 +84,7 @@ class Sigma(eqx.Module):
     sigma: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1.0), converter=as_float)
     rank: int = eqx.field(static=True, default=10)
 
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
         lin, K, g = model.linearization, model.K, model.g
         tiny = jnp.finfo(g.dtype).tiny
         sigma = self.sigma.astype(g.dtype) * jnp.sum(g * curve(lin, K, g)) / jnp.maximum(jnp.sum(g * g), tiny)
@@ -114,7 +114,7 @@ class Preconditioned(eqx.Module):
     preconditioner: Preconditioner = eqx.field(default_factory=Jacobi)
     rank: int = eqx.field(static=True, default=10)
 
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
         P = self.preconditioner(model, policy, task, key)
         space = lanczos(lambda y: P.root(model.product(P.root(y))), P.root(model.gradient), self.rank)
         return space._replace(vectors=jax.vmap(P.root)(space.vectors), values=jnp.maximum(space.values, 0))

@@ -29,7 +29,7 @@ class Each(NamedTuple):
     final_inequality: Float[Array, "l_T *z"]
 
 
-def along(task: Task, trajectory: Trajectory) -> Each:
+def constraint_values(task: Task, trajectory: Trajectory) -> Each:
     """The value of every constraint along a trajectory; -inf for a limit that is infinite."""
     return _stage(task, trajectory.s, trajectory.a)._replace(**_final(task, trajectory.s_T))
 
@@ -108,7 +108,7 @@ def with_constraints(
     return first._replace(H=lin.H + H, H_T=lin.H_T + H_T), first
 
 
-def violation(values: Each) -> Float[Array, ""]:
+def largest_violation(values: Each) -> Float[Array, ""]:
     """The largest |h| or positive g; what is not finite counts as infinite."""
     above = [jnp.maximum(x, 0) for x in (values.inequality, values.final_inequality)]
     return _largest(jnp.abs(values.equality), jnp.abs(values.final_equality), *above)

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.core import Solver, State, Task, is_plan
-from diffmbrl.info import is_final
+from diffmbrl.info import in_last_stage
 from diffmbrl.planners.quadratic_models import Expansion, expansion
 from diffmbrl.policies import first_plan
-from diffmbrl.rollout import split, value
-from diffmbrl.solve.loop import check
+from diffmbrl.rollout import episode_return, split_keys
+from diffmbrl.solve.loop import check_problem
 
 
 class Status(IntEnum):
@@ -99,7 +99,7 @@ def plans(
     r"""Plan from each of many starts: up to `steps` updates of `planner` each, or until it has converged or cannot go on.
 
     `start` is a plan for all or, with a leading batch axis, one for each; without it `planner.start(task)`, or
-    `Affine.zeros(task)`. Start i draws from `split(key, B)[i]`, update j of it from `fold_in` of that by j. `schedule` is
+    `Affine.zeros(task)`. Start i draws from `split_keys(key, B)[i]`, update j of it from `fold_in` of that by j. `schedule` is
     `OneByOne()` or `Together()`, by default the first on a CPU and the second elsewhere. `values` adds the expansion of the
     return to go along each plan. A plan whose gradient norm (`tolerance`) or last relative
     change of J (`relative`, by default ten roundings) is small enough is returned as it was measured.
@@ -121,12 +121,12 @@ def plans(
     if start is None:
         start = first_plan(planner, task)
     batch = _batch(task, s0)
-    check(planner, _one(start), task, jax.tree.map(lambda x: x[0], s0), steps)
+    check_problem(planner, _one(start), task, jax.tree.map(lambda x: x[0], s0), steps)
     start = _repeated(start, task, batch)
     carry = jax.vmap(lambda plan: planner.init(plan, task))(start)
     dtype = task.weights.dtype
     unknown, zero = jnp.full(batch, jnp.nan, dtype), jnp.zeros(batch, jnp.int32)
-    lanes = _Lane(start, carry, s0, split(key, s0), unknown, unknown, unknown, zero, zero)
+    lanes = _Lane(start, carry, s0, split_keys(key, s0), unknown, unknown, unknown, zero, zero)
     if schedule is None:
         schedule = OneByOne() if jax.default_backend() == "cpu" else Together()
     relative = 10 * float(jnp.finfo(dtype).eps) if relative is None else relative
@@ -173,7 +173,7 @@ def _advance(what: Any, lane: _Lane, limit: Int[Array, ""], most: Int[Array, ""]
         plan, carry, info = planner.update(lane.plan, lane.carry, task, lane.s0, key=key)
         norm = jnp.full_like(info.J, jnp.inf) if info.gradient_norm is None else info.gradient_norm
         finite = jnp.isfinite(info.J) & (True if info.gradient_norm is None else jnp.isfinite(norm))
-        final = is_final(info)
+        final = in_last_stage(info)
         converged = final & (norm <= tolerance)
         still = final & (jnp.abs(info.J - lane.before) <= relative * jnp.abs(info.J)) & (relative > 0)
         # With noise the next update has another.
@@ -206,7 +206,7 @@ def _abreast(what: Any, lanes: _Lane, limit: Int[Array, ""], most: Int[Array, ""
 @partial(jax.jit, static_argnames="values")
 def _measure(plan: Any, task: Task, s0: State, key: Any, *, values: bool) -> tuple[Array, Expansion | None]:
     def one(plan, s, k):
-        return value(plan, task, s, k), expansion(plan, task, s, k) if values else None
+        return episode_return(plan, task, s, k), expansion(plan, task, s, k) if values else None
 
     return jax.vmap(one)(plan, s0, key)
 

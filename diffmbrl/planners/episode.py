@@ -16,45 +16,47 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from diffmbrl.core import State, Task, Trajectory
 from diffmbrl.info import Info
 from diffmbrl.planners.mpc import MPC
-from diffmbrl.rollout import begin, stepping
+from diffmbrl.rollout import rollout_start, stepping
 
 
-class Episode(NamedTuple):
+class ControlledEpisode(NamedTuple):
     """An episode between two of its steps."""
 
     place: tuple[State, Array, Any]  # the state, whether it goes on, the controller's memory
     rows: tuple[State, Array, Array, Array, Info]  # s, a, r, alive, info [T, ...]; zero where no step was made yet
 
 
-def start(mpc: MPC, task: Task, s0: State) -> Episode:
+def start(mpc: MPC, task: Task, s0: State) -> ControlledEpisode:
     """Before the first step."""
-    place = begin(mpc, task, s0)
+    place = rollout_start(mpc, task, s0)
     row = jax.eval_shape(_step(mpc, task, s0, None), place, (jnp.int32(0), None, None))[1]
-    return Episode(place, jax.tree.map(lambda x: jnp.zeros((task.horizon, *x.shape), x.dtype), row))
+    return ControlledEpisode(place, jax.tree.map(lambda x: jnp.zeros((task.horizon, *x.shape), x.dtype), row))
 
 
 def proceed(
     mpc: MPC,
     task: Task,
     s0: State,
-    episode: Episode,
+    episode: ControlledEpisode,
     key: PRNGKeyArray | None = None,
     *,
     first: Int[Array, ""],
     count: Int[Array, ""],
-) -> Episode:
+) -> ControlledEpisode:
     """After `count` steps more, number `first` and on; `s0` and `key` are those of the whole episode."""
     step = _step(mpc, task, s0, key)
 
     def one(t, episode):
         place, row = step(episode.place, (t, None, None))
         put = jax.lax.dynamic_update_index_in_dim
-        return Episode(place, jax.tree.map(lambda rows, x: put(rows, x.astype(rows.dtype), t, 0), episode.rows, row))
+        return ControlledEpisode(
+            place, jax.tree.map(lambda rows, x: put(rows, x.astype(rows.dtype), t, 0), episode.rows, row)
+        )
 
     return jax.lax.fori_loop(first, jnp.minimum(first + count, task.horizon), one, episode)
 
 
-def finish(episode: Episode) -> tuple[Trajectory, Info]:
+def finish(episode: ControlledEpisode) -> tuple[Trajectory, Info]:
     """What `control` returns."""
     (s_T, alive_T, _), (s, a, r, alive, info) = episode
     return Trajectory(s, a, r, jnp.append(alive, alive_T), s_T), info

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, parameter
-from diffmbrl.info import Info, count_work
-from diffmbrl.planners.quadratic_models import FirstOrder, Model, SecondOrder
+from diffmbrl.info import Info, count_evaluations
+from diffmbrl.planners.quadratic_models import FirstOrder, QuadraticModel, SecondOrder
 from diffmbrl.planners.regularization import Damping
-from diffmbrl.planners.riccati_sweeps import ActionDamped, Boxed, Room
+from diffmbrl.planners.riccati_sweeps import ActionDamped, BoxConstrained, Room
 from diffmbrl.planners.search import Backtracking, Trial
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout
-from diffmbrl.second_order.linearize import Sweep, flat_states
+from diffmbrl.second_order.linearize import RiccatiSolution, flat_states
 from diffmbrl.second_order.parallel_riccati import choose
 
 ROUNDING = 8  # of J, in units of its last place
@@ -34,15 +34,15 @@ class ILQR(eqx.Module):
     It is put together from
     * `model`: `FirstOrder()`, or `SecondOrder()`, which is DDP: the dynamics' Hessians where the sweep is positive definite
       with them (`DDP()` makes one);
-    * `sweep`: `ActionDamped()`, `StateDamped()`, or `Boxed()`, which keeps the limits of the plan it is given, an
-      `Affine.within(task)` (`ILQR.within(task)` makes one where the task has limits); the others know of no limits, and run
-      parallel in time where that pays (`choose`), or as their `recursion` says;
+    * `sweep`: `ActionDamped()`, `StateDamped()`, or `BoxConstrained()`, which keeps the limits of the plan it is given, an
+      `Affine.with_limits(task)` (`ILQR.with_limits(task)` makes one where the task has limits); the others know of no
+      limits, and run parallel in time where that pays (`choose`), or as their `recursion` says;
     * `search`: `Backtracking()` or `Parallel()`.
 
     Shapes: `s0` of one start; the plan's leaves [T, ...]; `vmap` for many, or `plans`. Cost: one rollout, its linearisation, a
     Riccati sweep (or several, when an action Hessian is not positive definite), one rollout for each trial.
-    Raises: `TypeError` if the policy is not an `Affine` plan or a state has leaves that are not float; `ValueError` if `Boxed`
-    is given a plan without limits.
+    Raises: `TypeError` if the policy is not an `Affine` plan or a state has leaves that are not float; `ValueError` if
+    `BoxConstrained` is given a plan without limits.
     Reference: Li and Todorov 2004; Tassa, Erez, Todorov 2012, section II.
 
     >>> import jax
@@ -61,11 +61,11 @@ class ILQR(eqx.Module):
     search: Any = eqx.field(default_factory=Backtracking)
 
     @classmethod
-    def within(cls, task: Task, **options: Any) -> "ILQR":
-        """With `Boxed()` if the task limits any action, and without, which is cheaper, if not."""
+    def with_limits(cls, task: Task, **options: Any) -> "ILQR":
+        """With `BoxConstrained()` if the task limits any action, and without, which is cheaper, if not."""
         limited = bool(jnp.any(jnp.isfinite(task.a_low) | jnp.isfinite(task.a_high)))
         if limited:
-            options.setdefault("sweep", Boxed())
+            options.setdefault("sweep", BoxConstrained())
         return cls(**options)
 
     @property
@@ -80,7 +80,7 @@ class ILQR(eqx.Module):
 
     def start(self, task: Task) -> Affine:
         """The plan of resting actions that it starts from, with limits if it keeps them."""
-        return Affine.within(task) if self.sweep.limits else Affine.zeros(task)
+        return Affine.with_limits(task) if self.sweep.limits else Affine.zeros(task)
 
     def init(self, policy: Any, task: Task) -> Float[Array, ""]:
         if not isinstance(policy, Affine):
@@ -88,7 +88,7 @@ class ILQR(eqx.Module):
         if self.sweep.limits and policy.low is None:
             name = type(self.sweep).__name__
             raise ValueError(
-                f"{name} keeps the limits of its plan, and this one has none: start from Affine.within(task)"
+                f"{name} keeps the limits of its plan, and this one has none: start from Affine.with_limits(task)"
             )
         return jnp.zeros((), policy.a.dtype)
 
@@ -127,13 +127,13 @@ class ILQR(eqx.Module):
             damping=damping,
             inner_iterations=sweeps + trial.tried,
             nonfinite=trial.nonfinite + (~finite).astype(jnp.int32),
-            work=count_work(
+            work=count_evaluations(
                 forward=T * (2 + trial.tried), jvp=T * (task.n + task.m), sequential=2 + sweeps + trial.tried
             ),
         )
         return plan, carry, info
 
-    def _sweep(self, model: Model, damping: Array, room: Room | None) -> tuple[Array, Sweep, Array]:
+    def _sweep(self, model: QuadraticModel, damping: Array, room: Room | None) -> tuple[Array, RiccatiSolution, Array]:
         """A sweep whose action Hessians are positive definite: with the exact ones if they are, else as damped as it takes."""
         lin, exact = model
         if exact is None:
@@ -145,7 +145,7 @@ class ILQR(eqx.Module):
         return self.damping.definite(sweep, damping, plain=1)
 
     def _search(
-        self, policy: Affine, nominal: Trajectory, J: Array, sweep: Sweep, task: Task, s0: State, key: Any
+        self, policy: Affine, nominal: Trajectory, J: Array, sweep: RiccatiSolution, task: Task, s0: State, key: Any
     ) -> Trial:
         states, _ = flat_states(nominal.s)
         zero, one = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)

@@ -92,7 +92,7 @@ class MPC(eqx.Module):
 
         A plan is followed for `hold` steps. `plan` is what it begins with, for the planning task (`first_plan` by default;
         `planning_task` gives the task); `window` is `Ending()` unless given; `seen`, what it makes of the plant's state, is
-        `Exact()`; `logit_cost` is that of `planning_task`.
+        `FullState()`; `logit_cost` is that of `planning_task`.
         """
         if getattr(planner, "kind", None) != "plan":
             raise TypeError(f"MPC plans with a solver of kind 'plan', such as ILQR(); got {type(planner).__name__}")
@@ -102,7 +102,7 @@ class MPC(eqx.Module):
                 raise ValueError(f"{name} must be at least 1 update, got {number}")
         if is_concrete(hold) and not 1 <= int(hold) <= max(horizon, 1):
             raise ValueError(f"hold must be from 1 to the {horizon} steps of a plan, got {hold}")
-        window, seen = Ending() if window is None else window, Exact() if seen is None else seen
+        window, seen = Ending() if window is None else window, FullState() if seen is None else seen
         task = planning_task(planner, model, horizon, window=window, logit_cost=logit_cost)
         plan = first_plan(planner, task) if plan is None else plan
         if not is_plan(plan) or jax.tree.leaves(plan)[0].shape[0] != horizon:
@@ -175,7 +175,7 @@ def act(mpc: MPC, memory: Memory, s: State, key: PRNGKeyArray | None = None) -> 
     return mpc.step(memory, s, key=key)
 
 
-class Exact(eqx.Module):
+class FullState(eqx.Module):
     """The state as the plant has it, now."""
 
     def __call__(self, s: State) -> tuple[State, int]:

@@ -9,19 +9,19 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, parameter, where
-from diffmbrl.info import Info, count_work
+from diffmbrl.info import Info, count_evaluations
 from diffmbrl.planners import augmented_lagrangian as constraint
 from diffmbrl.planners.augmented_lagrangian import Each
 from diffmbrl.planners.regularization import Damping
 from diffmbrl.planners.search import Backtracking
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout
-from diffmbrl.second_order.kkt import Step, solve_with_gaps
-from diffmbrl.second_order.linearize import Linearization, Sweep, linearize
+from diffmbrl.second_order.kkt import KKTStep, solve_with_gaps
+from diffmbrl.second_order.linearize import Linearization, RiccatiSolution, linearize
 from diffmbrl.second_order.parallel_riccati import choose
 
 
-class Progress(NamedTuple):
+class ShootingCarry(NamedTuple):
     """What the next update needs."""
 
     damping: Float[Array, ""]
@@ -93,7 +93,7 @@ class MultipleShooting(eqx.Module):
         """It takes one start."""
         return "plan"
 
-    def init(self, policy: Any, task: Task) -> Progress:
+    def init(self, policy: Any, task: Task) -> ShootingCarry:
         if not isinstance(policy, Affine):
             got = type(policy).__name__
             raise TypeError(f"MultipleShooting improves an Affine plan, such as Affine.zeros(task); got {got}")
@@ -104,7 +104,7 @@ class MultipleShooting(eqx.Module):
         dtype = policy.a.dtype
         zero = jnp.zeros((), dtype)
         s0 = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), task.state_shape)
-        return Progress(
+        return ShootingCarry(
             damping=zero,
             weight=zero,
             penalty=self.penalty.astype(dtype),
@@ -114,12 +114,12 @@ class MultipleShooting(eqx.Module):
         )
 
     def update(
-        self, policy: Affine, carry: Progress, task: Task, s0: State, *, key: PRNGKeyArray | None
-    ) -> tuple[Affine, Progress, Info]:
+        self, policy: Affine, carry: ShootingCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Affine, ShootingCarry, Info]:
         followed = rollout(policy, task, s0, key)
         J = returns(followed, task)
         nodes, gaps = _nodes(policy, task, s0, key)
-        values = constraint.along(task, nodes)
+        values = constraint.constraint_values(task, nodes)
         forces = constraint.estimates(values, carry.multipliers, carry.penalty)
         lin, first = constraint.with_constraints(linearize(task, nodes, key), task, nodes, forces, carry.penalty)
         sweeps = choose(task.horizon)
@@ -135,7 +135,7 @@ class MultipleShooting(eqx.Module):
         merit = returns(nodes, task) - constraint.cost(values, carry.multipliers, carry.penalty) - weight * total
 
         def worth(trajectory: Trajectory, share: Array) -> Array:
-            added = constraint.cost(constraint.along(task, trajectory), carry.multipliers, carry.penalty)
+            added = constraint.cost(constraint.constraint_values(task, trajectory), carry.multipliers, carry.penalty)
             return returns(trajectory, task) - added - weight * share * total
 
         # Where constraints press, J is no longer what must not fall, and rounding of a merit with a large penalty would end
@@ -158,7 +158,7 @@ class MultipleShooting(eqx.Module):
         progress = carry._replace(damping=adapted.astype(J.dtype), weight=weight)
         least = jnp.maximum(carry.tolerance, 10 * jnp.finfo(J.dtype).eps) * (1 + jnp.abs(merit))
         slight = (-descent / 2 <= least) | (accepted & (trial.merit - merit <= least))
-        progress = where(slight, self._renewed(progress, constraint.along(task, reached)), progress)
+        progress = where(slight, self._renewed(progress, constraint.constraint_values(task, reached)), progress)
         carry = where(finite, progress, carry)  # what is not finite says nothing
         T = task.horizon
         info = Info(
@@ -168,16 +168,16 @@ class MultipleShooting(eqx.Module):
             damping=damping,
             inner_iterations=count + trial.tried,
             nonfinite=trial.nonfinite + (~finite).astype(jnp.int32),
-            work=count_work(
+            work=count_evaluations(
                 forward=T * (2 + trial.tried), jvp=T * (task.n + task.m), sequential=5 + count + trial.tried
             ),
-            violation=constraint.violation(constraint.along(task, followed)),
+            violation=constraint.largest_violation(constraint.constraint_values(task, followed)),
             merit=merit,
         )
         return plan, carry, info
 
     def _search(
-        self, policy: Affine, nodes: Trajectory, gaps: Array, sweep: Sweep, step: Step, model: Any, task: Task,
+        self, policy: Affine, nodes: Trajectory, gaps: Array, sweep: RiccatiSolution, step: KKTStep, model: Any, task: Task,
         s0: State, key: Any,
     ) -> _Trial:  # fmt: skip
         merit, descent, slack, worth = model
@@ -195,7 +195,7 @@ class MultipleShooting(eqx.Module):
         start = _Trial(jnp.ones((), merit.dtype), zero, jnp.array(False), zero, merit, nodes, policy.s)
         return Backtracking(self.trials)(attempt, start)
 
-    def _renewed(self, carry: Progress, values: Each) -> Progress:
+    def _renewed(self, carry: ShootingCarry, values: Each) -> ShootingCarry:
         """Better multipliers; a larger penalty if the constraints' residual fell too little since the last time."""
         forces = constraint.estimates(values, carry.multipliers, carry.penalty)
         largest = self.largest.astype(carry.penalty.dtype)
@@ -250,7 +250,7 @@ def _shoot(plan: Affine, left: Float[Array, "T1 n"], task: Task, s0: State, key:
     return Trajectory(jax.vmap(unravel)(x), a, r, jnp.ones(task.horizon + 1, bool), unravel(last)), x
 
 
-def _model(lin: Linearization, step: Step) -> tuple[Array, Array]:
+def _model(lin: Linearization, step: KKTStep) -> tuple[Array, Array]:
     """c' z and z' H z of the cost, the constraints' included, along the full step."""
     z = jnp.concatenate([step.s, step.a], axis=1)
     c = jnp.concatenate([lin.c_s, lin.c_a], axis=1)

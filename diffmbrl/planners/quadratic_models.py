@@ -27,7 +27,7 @@ from diffmbrl.second_order.linearize import (
 from diffmbrl.second_order.sparsity import compression
 
 
-class Model(NamedTuple):
+class QuadraticModel(NamedTuple):
     """A linearisation whose Hessians are positive semidefinite, and the exact ones where they are known."""
 
     lin: Linearization
@@ -40,8 +40,8 @@ class FirstOrder(eqx.Module):
     Reference: Li and Todorov 2004.
     """
 
-    def __call__(self, task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Model:
-        return Model(linearize(task, trajectory, key), None)
+    def __call__(self, task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> QuadraticModel:
+        return QuadraticModel(linearize(task, trajectory, key), None)
 
 
 class SecondOrder(eqx.Module):
@@ -56,9 +56,9 @@ class SecondOrder(eqx.Module):
     Reference: Jacobson and Mayne 1970; Dunn and Bertsekas 1989 for the costate in the place of V's gradient.
     """
 
-    def __call__(self, task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Model:
+    def __call__(self, task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> QuadraticModel:
         lin = linearize(task, trajectory, key)
-        return Model(lin, hamiltonian(task, trajectory, costates(lin), key))
+        return QuadraticModel(lin, hamiltonian(task, trajectory, costates(lin), key))
 
 
 def costates(lin: Linearization) -> Float[Array, "T n"]:

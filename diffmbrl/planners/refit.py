@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from diffmbrl.core import as_float
 
 
-class Best(eqx.Module):
+class ArgMax(eqx.Module):
     """The mean is the best sequence; the standard deviation stays: random shooting, or predictive sampling around a plan.
 
     Reference: Howell et al. 2022 (predictive sampling).

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from diffmbrl.core import parameter
-from diffmbrl.second_order.linearize import Sweep
+from diffmbrl.second_order.linearize import RiccatiSolution
 
 
 class Damping(eqx.Module):
@@ -39,8 +39,8 @@ class Damping(eqx.Module):
         return jnp.where(accepted, kept, self.raised(damping)).astype(damping.dtype)
 
     def definite(
-        self, sweep: Callable[[Array, Array], Sweep], damping: Float[Array, ""], *, plain: int = 0
-    ) -> tuple[Float[Array, ""], Sweep, Int[Array, ""]]:
+        self, sweep: Callable[[Array, Array], RiccatiSolution], damping: Float[Array, ""], *, plain: int = 0
+    ) -> tuple[Float[Array, ""], RiccatiSolution, Int[Array, ""]]:
         """A sweep whose action Hessians are positive definite, as damped as that takes, and the number made, 20 at most.
 
         `sweep` is given the damping and the number of the sweep; the first 1 + `plain` have the damping of the start.

@@ -1,7 +1,7 @@
 r"""The backward passes of iLQR: what damps them, and whether they keep limits on the actions.
 
-A sweep is called with a linearisation, the damping $\mu$ and the room $(l_t, h_t)$ left to each action, and returns a `Sweep`.
-`free` makes a gradient in the actions the residual of the optimality conditions.
+A sweep is called with a linearisation, the damping $\mu$ and the room $(l_t, h_t)$ left to each action, and returns a
+`RiccatiSolution`. `free` makes a gradient in the actions the residual of the optimality conditions.
 """
 
 from typing import ClassVar
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from diffmbrl.second_order.linearize import Linearization, Sweep, eliminate, matmul, matvec, transpose
+from diffmbrl.second_order.linearize import Linearization, RiccatiSolution, eliminate, matmul, matvec, transpose
 from diffmbrl.second_order.parallel_riccati import Sweeps, choose
 
 Room = tuple[Float[Array, "T m"], Float[Array, "T m"]]  # low - a and high - a of a plan's limits
@@ -26,7 +26,7 @@ class ActionDamped(eqx.Module):
     recursion: Sweeps | None = eqx.field(static=True, default=None)
     limits: ClassVar[bool] = False
 
-    def __call__(self, lin: Linearization, damping: Float[Array, ""], room: Room | None) -> Sweep:
+    def __call__(self, lin: Linearization, damping: Float[Array, ""], room: Room | None) -> RiccatiSolution:
         return _riccati(self.recursion, lin, damping)
 
     def free(self, gradient: Float[Array, "T m"], room: Room | None) -> Float[Array, "T m"]:
@@ -45,7 +45,7 @@ class StateDamped(eqx.Module):
     recursion: Sweeps | None = eqx.field(static=True, default=None)
     limits: ClassVar[bool] = False
 
-    def __call__(self, lin: Linearization, damping: Float[Array, ""], room: Room | None) -> Sweep:
+    def __call__(self, lin: Linearization, damping: Float[Array, ""], room: Room | None) -> RiccatiSolution:
         F = jnp.concatenate([lin.A, lin.B], axis=2)
         H = lin.H + damping * jax.vmap(lambda F: matmul(transpose(F), F))(F)
         return _riccati(self.recursion, lin._replace(H=H), jnp.zeros_like(damping))
@@ -54,7 +54,7 @@ class StateDamped(eqx.Module):
         return gradient
 
 
-class Boxed(eqx.Module):
+class BoxConstrained(eqx.Module):
     r"""Limits on the actions: each step of the sweep solves a quadratic program by Newton's method projected onto the box.
 
     $$k_t = \arg\min_{l_t \le k \le h_t} \tfrac12 k^\top (Q_{aa} + \mu I) k + q_a^\top k$$
@@ -70,7 +70,7 @@ class Boxed(eqx.Module):
     halvings: int = eqx.field(static=True, default=10)
     limits: ClassVar[bool] = True
 
-    def __call__(self, lin: Linearization, damping: Float[Array, ""], room: Room | None) -> Sweep:
+    def __call__(self, lin: Linearization, damping: Float[Array, ""], room: Room | None) -> RiccatiSolution:
         A, B, c_s, c_a, H, c_T, H_T = lin
         n, m = B.shape[1:]
         eye = jnp.eye(m, dtype=A.dtype)
@@ -92,7 +92,7 @@ class Boxed(eqx.Module):
         start = (H_T, c_T, jnp.zeros((), A.dtype), jnp.array(True))
         xs = (jnp.concatenate([A, B], axis=2), c_s, c_a, H, *_given(room))
         (_, _, slope, definite), (K, k, Q_aa) = jax.lax.scan(step, start, xs, reverse=True)
-        return Sweep(K, k, slope, definite, Q_aa)
+        return RiccatiSolution(K, k, slope, definite, Q_aa)
 
     def minimise(
         self, Q: Float[Array, "m m"], q: Float[Array, " m"], low: Float[Array, " m"], high: Float[Array, " m"]
@@ -147,7 +147,7 @@ class Boxed(eqx.Module):
         return jnp.where(pushing, jnp.zeros_like(gradient), gradient)
 
 
-def _riccati(recursion: Sweeps | None, lin: Linearization, damping: Float[Array, ""]) -> Sweep:
+def _riccati(recursion: Sweeps | None, lin: Linearization, damping: Float[Array, ""]) -> RiccatiSolution:
     return (choose(lin.A.shape[0]) if recursion is None else recursion).riccati(lin, damping)
 
 
@@ -161,5 +161,7 @@ def _solve_free(Q: Float[Array, "m m"], R: Float[Array, "m k"], clamped: Bool[Ar
 
 def _given(room: Room | None) -> Room:
     if room is None:
-        raise ValueError("Boxed keeps the limits of its plan, and this one has none: start from Affine.within(task)")
+        raise ValueError(
+            "Boxed keeps the limits of its plan, and this one has none: start from Affine.with_limits(task)"
+        )
     return room

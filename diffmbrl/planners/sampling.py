@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float, is_concrete
-from diffmbrl.devices import check, gathered
-from diffmbrl.info import Info, count_work
-from diffmbrl.planners.draw import TruncatedNormal
+from diffmbrl.devices import check_divisible, gathered
+from diffmbrl.info import Info, count_evaluations
+from diffmbrl.planners.distributions import TruncatedNormal
 from diffmbrl.planners.refit import CEM
-from diffmbrl.planners.scoring import check_plan, clouded, scores, with_actions
+from diffmbrl.planners.scoring import check_plan, clouded, plan_returns, with_actions
 from diffmbrl.policies import Affine, OpenLoop
 from diffmbrl.rollout import rollout
 
@@ -112,7 +112,7 @@ class Sampling(eqx.Module):
         if not (bool(self.share > 0) and (self.std is None or bool(jnp.all(self.std > 0)))):
             raise ValueError(f"share and std must be positive, got {share} and {std}")
         if mesh is not None:
-            check(samples, mesh.size, "samples")
+            check_divisible(samples, mesh.size, "samples")
 
     @property
     def kind(self) -> str:
@@ -139,7 +139,7 @@ class Sampling(eqx.Module):
         elites = jnp.broadcast_to(a, (self.keep, *a.shape))
         return SamplingCarry(a, jnp.broadcast_to(start, a.shape), elites, start)
 
-    def renew(self, policy: Any, carry: SamplingCarry, task: Task) -> SamplingCarry:
+    def on_objective_change(self, policy: Any, carry: SamplingCarry, task: Task) -> SamplingCarry:
         """The search goes on when the objective changes: of a growing horizon, what is planned stays and the rest is open."""
         return carry
 
@@ -167,13 +167,13 @@ class Sampling(eqx.Module):
         drawn = self.draw(key_draw, fresh, carry.mean, carry.std, task.a_low, task.a_high)
         # Whole, to be learned from: of a divided one, XLA divides what a refit does with it, down to each sum of a bisection.
         sequences = gathered(jnp.concatenate([_within(given, task)[None], carry.elites, drawn]), self.mesh)
-        J, nonfinite = scores(sequences, cloud, starts, key, mesh=self.mesh)
+        J, nonfinite = plan_returns(sequences, cloud, starts, key, mesh=self.mesh)
         found = jnp.any(jnp.isfinite(J))
 
         mean, std = self.refit(carry.mean, carry.std, sequences, J)
         mean = _within(mean, task)
         # The plan as it was given, which the limits may have cut among the samples.
-        (J_given, J_mean), nonfinite_others = scores(jnp.stack([given, mean]), cloud, starts, key)
+        (J_given, J_mean), nonfinite_others = plan_returns(jnp.stack([given, mean]), cloud, starts, key)
         best = jnp.argmax(J)
         a = jnp.where(J_mean > J[best], mean, sequences[best])
         elites = sequences[jax.lax.top_k(J, self.keep)[1]]
@@ -193,7 +193,7 @@ class Sampling(eqx.Module):
             damping=jnp.zeros_like(J_given),
             inner_iterations=jnp.ones((), jnp.int32),
             nonfinite=nonfinite + nonfinite_others,
-            work=count_work(forward=T * rolled, sequential=2 + int(isinstance(policy, Affine))),
+            work=count_evaluations(forward=T * rolled, sequential=2 + int(isinstance(policy, Affine))),
         )
         return plan, keep(SamplingCarry(mean, std, elites, carry.start), carry), info
 

@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task
 from diffmbrl.devices import divided, gathered
-from diffmbrl.models.particles import particles, spread
+from diffmbrl.models.particles import particles, replicate_start
 from diffmbrl.policies import Affine, OpenLoop
-from diffmbrl.rollout import value
+from diffmbrl.rollout import episode_return
 
 
-def scores(
+def plan_returns(
     sequences: Float[Array, "N T m"], task: Task, s0: State, key: PRNGKeyArray | None, *, mesh: Mesh | None = None
 ) -> tuple[Float[Array, " N"], Int[Array, ""]]:
     """The return of each sequence from one start, -inf where it is not finite, and how many were not.
@@ -25,11 +25,11 @@ def scores(
     >>> import jax
     >>> from diffmbrl import tasks
     >>> task = tasks.lqr(horizon=5)
-    >>> J, nonfinite = scores(jax.numpy.zeros((3, 5, 1)), task, task.initial(jax.random.key(0)), None)
+    >>> J, nonfinite = plan_returns(jax.numpy.zeros((3, 5, 1)), task, task.initial(jax.random.key(0)), None)
     >>> J.shape, int(nonfinite)
     ((3,), 0)
     """
-    J = jax.vmap(lambda a: value(OpenLoop(a), task, s0, key, remat=None))(divided(sequences, mesh))
+    J = jax.vmap(lambda a: episode_return(OpenLoop(a), task, s0, key, remat=None))(divided(sequences, mesh))
     J = gathered(J, mesh)
     finite = jnp.isfinite(J)
     return jnp.where(finite, J, -jnp.inf), jnp.sum(~finite, dtype=jnp.int32)
@@ -37,7 +37,7 @@ def scores(
 
 def clouded(task: Task, s0: State, count: int | None) -> tuple[Task, State]:
     """Task and start of so many particles; of the state itself for None."""
-    return (task, s0) if count is None else (particles(task, count), spread(s0, task, count))
+    return (task, s0) if count is None else (particles(task, count), replicate_start(s0, task, count))
 
 
 def check_plan(policy: Any, task: Task, solver: str) -> None:

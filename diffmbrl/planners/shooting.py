@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import Dynamics, Reward, State, Task, as_float
-from diffmbrl.info import Info, Work, count_work
-from diffmbrl.optimizers.descend import Descend, DescendCarry
+from diffmbrl.info import EvaluationCounts, Info, count_evaluations
+from diffmbrl.optimizers.optax_solver import OptaxCarry, OptaxSolver
 from diffmbrl.planners.scoring import check_plan, clouded, with_actions
 from diffmbrl.policies import Affine, OpenLoop, centre_and_half
 from diffmbrl.rollout import rollout
@@ -51,7 +51,7 @@ class ShootingCarry(NamedTuple):
     """The sequences that are improved side by side, and which of them the plan is."""
 
     z: Float[Array, "*batch k T m"]
-    inner: DescendCarry
+    inner: OptaxCarry
     best: Int[Array, "*batch"]
     begun: Bool[Array, "*batch"]
 
@@ -59,10 +59,11 @@ class ShootingCarry(NamedTuple):
 class Shooting(eqx.Module):
     r"""$z \leftarrow z + \mathrm{rule}(\nabla_z (-J))$ on sequences of actions $a_t = \mathrm{limits}(z_t)$.
 
-    `descend` is the rule with its gradient estimator, any `Descend`: Adam, L-BFGS with its line search. `limits` keeps actions
-    within the task's: `Tanh()` or `Projection()`. With `starts` = k > 1 sequences are improved side by side, the plan given and
-    k - 1 drawn around it at the first update with standard deviation `spread` in z; the plan returned is the step of the one
-    that was best before it. For one start the method is the rule's own, as monotone as it is: L-BFGS, not Adam.
+    `descend` is the rule with its gradient estimator, any `OptaxSolver`: Adam, L-BFGS with its line search. `limits`
+    keeps actions within the task's: `Tanh()` or `Projection()`. With `starts` = k > 1 sequences are improved side by
+    side, the plan given and k - 1 drawn around it at the first update with standard deviation `spread` in z; the plan
+    returned is the step of the one that was best before it. For one start the method is the rule's own, as monotone as
+    it is: L-BFGS, not Adam.
 
     `particles` improves the mean return of so many particles (`models.particles`), which an ensemble's members or noise drive
     apart; None follows one state. A sequence whose gradient is not finite stays where it is; the others go on.
@@ -72,19 +73,19 @@ class Shooting(eqx.Module):
     Shapes: `s0` of one start; plans `OpenLoop` or `Affine` (of which the actions it takes are the start, and whose gains become
     0); `vmap` for many. Cost: k gradients side by side, or for each line-search trial; for an `Affine` plan one rollout more.
     Raises: `ValueError` for no starts, a spread that is not positive, or several starts without a key; `TypeError` if `descend`
-    is not a `Descend`, or for a policy that is not such a plan.
+    is not a `OptaxSolver`, or for a policy that is not such a plan.
     Reference: Betts 1998, section 3 (direct single shooting).
 
     >>> import jax, optax
-    >>> from diffmbrl import Descend, OpenLoop, solve, tasks
+    >>> from diffmbrl import OptaxSolver, OpenLoop, solve, tasks
     >>> task = tasks.lqr(horizon=20)
     >>> s0 = task.initial(jax.random.key(0))
-    >>> plan, history = solve(Shooting(Descend(optax.lbfgs)), OpenLoop.zeros(task), task, s0, None, steps=10)
+    >>> plan, history = solve(Shooting(OptaxSolver(optax.lbfgs)), OpenLoop.zeros(task), task, s0, None, steps=10)
     >>> bool(history.info.J[-1] > history.info.J[0])
     True
     """
 
-    descend: Descend
+    descend: OptaxSolver
     limits: Any
     spread: Float[Array, ""]
     starts: int = eqx.field(static=True)
@@ -100,7 +101,7 @@ class Shooting(eqx.Module):
         spread: float | Array = 1.0,
         particles: int | None = None,
     ):
-        if not isinstance(descend, Descend):
+        if not isinstance(descend, OptaxSolver):
             raise TypeError(
                 f"descend must be a rule on a gradient, Descend(optax.adam, learning_rate=1e-2); got {type(descend).__name__}"
             )
@@ -204,12 +205,12 @@ class Shooting(eqx.Module):
             ),
         )
 
-    def _work(self, work: Work, policy: Any, task: Task) -> Work:
+    def _work(self, work: EvaluationCounts, policy: Any, task: Task) -> EvaluationCounts:
         """Sequences run side by side: they add to the work but not to its depth."""
         count = self.particles or 1
         forward, jvp, vjp = (jnp.sum(x, dtype=jnp.int32) * count for x in work[:3])
         once = int(isinstance(policy, Affine))
-        return count_work(forward + once * task.horizon, jvp, vjp, jnp.max(work.sequential) + once)
+        return count_evaluations(forward + once * task.horizon, jvp, vjp, jnp.max(work.sequential) + once)
 
 
 class _FreeDynamics(eqx.Module):

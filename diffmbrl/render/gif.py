@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from diffmbrl.render.scene import EDGE, INSIDE, ROLES, WIDTH, Array, behind, checked, finite, span, view_of
+from diffmbrl.render.palette import INK, MUTED, PALETTE, blank, dress
+from diffmbrl.render.scene import EDGE, INSIDE, ROLES, WIDTH, Array, behind, checked, finite_limits, span, view_of
 from diffmbrl.render.shapes import Circle, Polygon, Rod
-from diffmbrl.report.figures import INK, MUTED, PALETTE, blank, dress
 
 
 def gif(
@@ -124,5 +124,5 @@ class _Painter:
 
 
 def _limits(axis: Any, low: float, high: float) -> None:
-    for limit in finite(low, high):
+    for limit in finite_limits(low, high):
         axis.axhline(limit, color="#d55e00", linestyle=(0, (4, 3)), linewidth=0.8)

@@ -12,10 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from diffmbrl.render.scene import EDGE, INSIDE, ROLES, WIDTH, Array, behind, checked, finite, points_of, span, view_of
+from diffmbrl.render import page
+from diffmbrl.render.palette import PALETTE
+from diffmbrl.render.scene import (
+    EDGE,
+    INSIDE,
+    ROLES,
+    WIDTH,
+    Array,
+    behind,
+    checked,
+    finite_limits,
+    points_of,
+    span,
+    view_of,
+)
 from diffmbrl.render.shapes import Circle, Polygon, Rod
-from diffmbrl.report import page
-from diffmbrl.report.figures import PALETTE
 
 STRIP = 44  # pixels, the height of an action
 MOST = 400  # frames; a longer trajectory leaves some out
@@ -170,9 +182,10 @@ def _strip(a: Array, low: float, high: float, name: str) -> str:
     corners = np.column_stack([np.repeat(edges, 2)[1:-1], np.repeat(place(a), 2)])
     points = " ".join(f"{x:.5g},{y:.4g}" for x, y in corners)
     lines = "".join(
-        f'<path d="M0 {place(x):.4g}H{WIDTH}" stroke="#d55e00" stroke-dasharray="4 3"/>' for x in finite(low, high)
+        f'<path d="M0 {place(x):.4g}H{WIDTH}" stroke="#d55e00" stroke-dasharray="4 3"/>'
+        for x in finite_limits(low, high)
     )
-    limits = f" ({low:.3g} to {high:.3g})" if len(finite(low, high)) == 2 else ""
+    limits = f" ({low:.3g} to {high:.3g})" if len(finite_limits(low, high)) == 2 else ""
     label = page.prose(name + limits)
     return (
         f'<svg viewBox="0 0 {WIDTH} {STRIP}" role="img" aria-label="{label}"><text x="0" y="11">{label}</text>'

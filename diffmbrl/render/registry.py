@@ -14,33 +14,33 @@ from diffmbrl.render.shapes import Array, Shape, phase
 
 
 def _pendulum_observed(task: Task, s: Array) -> list[Shape]:
-    return shapes.pendulum(task, np.array([np.arctan2(s[1], s[0])]))
+    return shapes.draw_pendulum(task, np.array([np.arctan2(s[1], s[0])]))
 
 
 DRAWINGS: dict[str, Callable[[Task, Array], list[Shape]]] = {
-    "lqr": shapes.block,
-    "pendulum": shapes.pendulum,
-    "pendulum-swingup": shapes.pendulum,
-    "cartpole-balance": shapes.cartpole,
-    "cartpole-swingup": shapes.cartpole,
-    "cartpole-continuous": shapes.rod_on_cart,
-    "inverted-pendulum": shapes.rod_on_cart,
-    "pets-cartpole": shapes.rod_on_cart,
-    "quadrotor2d": shapes.quadrotor2d,
-    "acrobot": shapes.two_links,
-    "double-pendulum": shapes.two_links,
-    "reacher": shapes.reacher,
-    "car": shapes.car,
-    "quadrotor": shapes.quadrotor,
-    "quadrotor-waypoint": shapes.quadrotor,
-    "heaviside": shapes.edge,
-    "ball-and-wall": shapes.ball_and_wall,
-    "pushing": shapes.pushing,
-    "friction": shapes.friction,
-    "bouncing": shapes.bouncing,
-    "bouncing-on-the-grid": shapes.bouncing,
-    "tennis": shapes.tennis,
-    "math-test": shapes.math_test,
+    "lqr": shapes.draw_block,
+    "pendulum": shapes.draw_pendulum,
+    "pendulum-swingup": shapes.draw_pendulum,
+    "cartpole-balance": shapes.draw_cartpole,
+    "cartpole-swingup": shapes.draw_cartpole,
+    "cartpole-continuous": shapes.draw_rod_on_cart,
+    "inverted-pendulum": shapes.draw_rod_on_cart,
+    "pets-cartpole": shapes.draw_rod_on_cart,
+    "quadrotor2d": shapes.draw_quadrotor2d,
+    "acrobot": shapes.draw_two_links,
+    "double-pendulum": shapes.draw_two_links,
+    "reacher": shapes.draw_reacher,
+    "car": shapes.draw_car,
+    "quadrotor": shapes.draw_quadrotor,
+    "quadrotor-waypoint": shapes.draw_quadrotor,
+    "heaviside": shapes.draw_edge,
+    "ball-and-wall": shapes.draw_ball_and_wall,
+    "pushing": shapes.draw_pushing,
+    "friction": shapes.draw_friction,
+    "bouncing": shapes.draw_bouncing,
+    "bouncing-on-the-grid": shapes.draw_bouncing,
+    "tennis": shapes.draw_tennis,
+    "math-test": shapes.draw_math_test,
     "brax-inverted-pendulum": bodies,
     "brax-inverted-pendulum-shaped": bodies,
     "brax-inverted-double-pendulum": bodies,
@@ -52,7 +52,7 @@ DRAWINGS: dict[str, Callable[[Task, Array], list[Shape]]] = {
     "brax-ant": bodies,
     # Gymnasium's environments whose observations are known.
     "gym:Pendulum-v1": _pendulum_observed,
-    "gym:InvertedPendulum-v5": shapes.cartpole,
+    "gym:InvertedPendulum-v5": shapes.draw_cartpole,
 }
 
 

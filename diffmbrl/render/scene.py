@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from diffmbrl.report.figures import MUTED
+from diffmbrl.render.palette import MUTED
 
 Array = np.ndarray
 WIDTH, TALLEST = 560, 400  # pixels
@@ -69,11 +69,11 @@ def behind(shapes: Sequence[Any]) -> list[int]:
 
 
 def span(a: Array, low: float, high: float) -> tuple[float, float]:
-    seen = [a.min(), a.max(), *finite(low, high)]
+    seen = [a.min(), a.max(), *finite_limits(low, high)]
     bottom, top = float(min(seen)), float(max(seen))
     pad = 0.06 * (top - bottom) or 1.0
     return bottom - pad, top + pad
 
 
-def finite(*limits: float) -> list[float]:
+def finite_limits(*limits: float) -> list[float]:
     return [float(x) for x in limits if np.isfinite(x)]

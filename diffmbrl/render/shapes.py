@@ -60,12 +60,12 @@ def phase(s: Array) -> list[list[Shape]]:
     return [[Line(scaled, GROUND), Circle(point, 0.04, ACCENT)] for point in scaled]
 
 
-def block(task: Task, s: Array) -> list[Shape]:
+def draw_block(task: Task, s: Array) -> list[Shape]:
     """The double integrator: a block on a table, and where it shall rest."""
     return [_level(-1.5, 1.5), Line(np.array([[0, 0], [0, 0.3]]), TARGET), Line(_box(s[0], 0.1, 0.3, 0.2))]
 
 
-def pendulum(task: Task, s: Array) -> list[Shape]:
+def draw_pendulum(task: Task, s: Array) -> list[Shape]:
     """A rod with its weight, and its pivot."""
     length = _leaf(task, "l", 1.0)
     tip = length * _from_top(s[0])
@@ -78,7 +78,7 @@ def pendulum(task: Task, s: Array) -> list[Shape]:
     ]
 
 
-def cartpole(task: Task, s: Array) -> list[Shape]:
+def draw_cartpole(task: Task, s: Array) -> list[Shape]:
     """A cart on its rail, the pole and its weight."""
     pivot = np.array([s[0], 0.0])
     tip = pivot + _leaf(task, "l", 0.5) * _from_top(s[1])
@@ -86,7 +86,7 @@ def cartpole(task: Task, s: Array) -> list[Shape]:
     return [_level(-1.5, 1.5), cart, Line(np.stack([pivot, tip])), Circle(tip, 0.06, ACCENT), Circle(pivot, 0.02)]
 
 
-def rod_on_cart(task: Task, s: Array) -> list[Shape]:
+def draw_rod_on_cart(task: Task, s: Array) -> list[Shape]:
     """A cart on its rail and the whole of the rod."""
     length, end = 2 * _leaf(task, "l", 0.5), float(getattr(task.dynamics, "end", 1.5))
     pivot = np.array([s[0], 0.0])
@@ -95,7 +95,7 @@ def rod_on_cart(task: Task, s: Array) -> list[Shape]:
     return [_level(-end, end), cart, Line(rod, ACCENT), Circle(pivot, 0.02)]
 
 
-def two_links(task: Task, s: Array) -> list[Shape]:
+def draw_two_links(task: Task, s: Array) -> list[Shape]:
     """Two links from a pivot, with their joints."""
     elbow = _leaf(task, "l_1", 1.0) * _from_top(s[0])
     tip = elbow + _leaf(task, "l_2", 1.0) * _from_top(s[0] + s[1])
@@ -104,7 +104,7 @@ def two_links(task: Task, s: Array) -> list[Shape]:
     return [Line(_ring(length), GROUND), Line(np.stack([np.zeros(2), elbow, tip])), *joints]
 
 
-def reacher(task: Task, s: Array) -> list[Shape]:
+def draw_reacher(task: Task, s: Array) -> list[Shape]:
     """The arm from above, its reach and the target, of the size of success."""
     l_1, l_2 = _leaf(task, "l_1", 0.5), _leaf(task, "l_2", 0.5)
     elbow = l_1 * _direction(s[0])
@@ -113,7 +113,7 @@ def reacher(task: Task, s: Array) -> list[Shape]:
     return [Line(_ring(l_1 + l_2), GROUND), Circle(s[4:], 0.05, TARGET), *arm, Circle(tip, 0.025, ACCENT)]
 
 
-def car(task: Task, s: Array) -> list[Shape]:
+def draw_car(task: Task, s: Array) -> list[Shape]:
     """The car from above, its rear axle's centre, the place to park and what the axle's centre must not enter."""
     base = _leaf(task, "wheelbase", 2.5)
     outline = _box(base / 2, 0.0, 1.4 * base, 0.5 * base)
@@ -128,7 +128,7 @@ def car(task: Task, s: Array) -> list[Shape]:
     ]
 
 
-def quadrotor2d(task: Task, s: Array) -> list[Shape]:
+def draw_quadrotor2d(task: Task, s: Array) -> list[Shape]:
     """The beam with its two rotors, and where it shall hover."""
     arm = _leaf(task, "arm", 0.25)
     along, up = _direction(s[2]), _direction(s[2] + math.pi / 2)
@@ -138,7 +138,7 @@ def quadrotor2d(task: Task, s: Array) -> list[Shape]:
     return [Circle(np.zeros(2), 0.05, TARGET), Line(np.stack(ends)), *masts, *rotors]
 
 
-def quadrotor(task: Task, s: Array) -> list[Shape]:
+def draw_quadrotor(task: Task, s: Array) -> list[Shape]:
     """Seen from above and aside: arms (blue: ahead) and rotors, a plumb line to the level of the origin, the target."""
     target = np.asarray(getattr(task.reward, "target", np.zeros(3)), np.float64)
     R = _rotation(*s[3:6])
@@ -153,44 +153,44 @@ def quadrotor(task: Task, s: Array) -> list[Shape]:
     return shapes
 
 
-def edge(task: Task, s: Array) -> list[Shape]:
+def draw_edge(task: Task, s: Array) -> list[Shape]:
     """A ledge at 0, higher beyond, and who stands on it."""
     ledge = np.array([[-1.5, 0.0], [0.0, 0.0], [0.0, 0.3], [1.5, 0.3]])
     return [Line(ledge, GROUND), Circle(np.array([s[0], 0.35 if s[0] >= 0 else 0.05]), 0.05, ACCENT)]
 
 
-def ball_and_wall(task: Task, s: Array) -> list[Shape]:
+def draw_ball_and_wall(task: Task, s: Array) -> list[Shape]:
     """The wall, and the ball where it lies."""
     wall = Line(np.array([[s[0], 0.0], [s[0], _leaf(task, "height", 0.02)]]), OBSTACLE)
     return [_level(0.0, 0.12), wall, Circle(np.array([s[1], 0.002]), 0.002, ACCENT)]
 
 
-def pushing(task: Task, s: Array) -> list[Shape]:
+def draw_pushing(task: Task, s: Array) -> list[Shape]:
     """Two blocks, which touch at a distance of 1 m, and where the second shall be."""
     blocks = [Line(_box(x, 0.2, 1.0, 0.4)) for x in s[:2]]
     return [_level(-1.0, 3.0), Line(np.array([[2.0, 0.0], [2.0, 0.4]]), TARGET), *blocks, _dot(s[1], 0.2)]
 
 
-def friction(task: Task, s: Array) -> list[Shape]:
+def draw_friction(task: Task, s: Array) -> list[Shape]:
     """A sled with a block on it, and where the block shall be."""
     sled = Line(_box(s[0], 0.03, 2 * _leaf(task, "width", 0.1), 0.06))
     block = Line(_box(s[1], 0.11, 0.1, 0.1), ACCENT)
     return [_level(-0.5, 2.5), Line(np.array([[2.0, 0.0], [2.0, 0.3]]), TARGET), sled, block]
 
 
-def bouncing(task: Task, s: Array) -> list[Shape]:
+def draw_bouncing(task: Task, s: Array) -> list[Shape]:
     """A ball above the ground, and the height that it shall have."""
     return [_level(-1.0, 1.0), Line(np.array([[-0.3, 1.0], [0.3, 1.0]]), TARGET), _dot(0.0, s[0])]
 
 
-def tennis(task: Task, s: Array) -> list[Shape]:
+def draw_tennis(task: Task, s: Array) -> list[Shape]:
     """The racket, the ball, and where it shall go."""
     half = _leaf(task, "w", 0.15) * _direction(s[5])
     racket = np.array([s[4], 0.0]) + np.stack([-half, half])
     return [Circle(np.array([0.8, 0.4]), 0.2, TARGET), Line(racket), Circle(s[:2], 0.03, ACCENT)]
 
 
-def math_test(task: Task, s: Array) -> list[Shape]:
+def draw_math_test(task: Task, s: Array) -> list[Shape]:
     """Home on the left, the desk with the sheet on the right, and who stands where; on the sheet both digits, once seen."""
     house = np.array([[-1.25, 0.0], [-1.25, 0.4], [-1.0, 0.6], [-0.75, 0.4], [-0.75, 0.0]])
     desk = np.array([[0.75, 0.0], [0.75, 0.3], [1.25, 0.3], [1.25, 0.0]])

@@ -89,7 +89,7 @@ def poses(sys: Any, q: Any) -> tuple[Array, Array]:
     return np.asarray(x.pos, float), np.asarray(x.rot, float)
 
 
-def draw(body: Solids, pos: Any, rot: Any) -> list[Shape]:
+def solid_shapes(body: Solids, pos: Any, rot: Any) -> list[Shape]:
     """The shapes of one state; their number and that of their points do not depend on it.
 
     Raises: `ValueError` if positions and rotations are not those of the links.
@@ -120,7 +120,7 @@ def draw(body: Solids, pos: Any, rot: Any) -> list[Shape]:
 def frames(sys: Any, pos: Any, rot: Any) -> list[list[Shape]]:
     """The shapes of each state of a trajectory: `pos` [T+1, L, 3], `rot` [T+1, L, 4]."""
     body = solids(sys)
-    return [draw(body, p, r) for p, r in zip(np.asarray(pos), np.asarray(rot), strict=True)]
+    return [solid_shapes(body, p, r) for p, r in zip(np.asarray(pos), np.asarray(rot), strict=True)]
 
 
 def rotated(points: Array, rotation: Array) -> Array:

@@ -72,7 +72,7 @@ class Arm:
         return float(interquartile_mean(self["train"][-1])) if self.measured else -math.inf
 
 
-def collect(records: list[dict[str, Any]]) -> list[Arm]:
+def collect_arms(records: list[dict[str, Any]]) -> list[Arm]:
     """The arms in the order in which they were first met; an arm of which only some records exist is still an arm."""
     arms: dict[tuple[str, float | None], Arm] = {}
     evaluations: dict[tuple[str, float | None], list[dict[str, Any]]] = {}

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
+from diffmbrl.render.palette import INK, MUTED, PALETTE, PAPER, blank, dress
+
 MINUS = "\u2212"  # as wide as a plus, which a hyphen is not
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-INK, MUTED, RULE, PAPER = "#1b1f24", "#6a737d", "#e3e6ea", "#ffffff"
 SIZE = (6.0, 3.9)  # inches
 RIGHT = 0.76  # where the axis ends and the names begin
 Array = np.ndarray
@@ -38,7 +38,7 @@ class Curve(NamedTuple):
     stages: Array  # indices at which the objective changed
 
 
-class Line(NamedTuple):
+class Series(NamedTuple):
     """One method's values along an index."""
 
     style: Style
@@ -46,7 +46,7 @@ class Line(NamedTuple):
     y: Array
 
 
-class Point(NamedTuple):
+class RatePoint(NamedTuple):
     """Final returns at one learning rate."""
 
     x: float
@@ -70,26 +70,6 @@ def canvas() -> tuple[Any, Any]:
     return figure, axis
 
 
-def blank(size: tuple[float, float]) -> Any:
-    """A figure of this size in inches, on paper, without axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, facecolor=PAPER)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def dress(axis: Any) -> None:
-    """Paper, frame, ticks and grid of every axis."""
-    axis.set_facecolor(PAPER)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(MUTED)
-    axis.tick_params(which="both", color=MUTED, labelcolor=INK, labelsize=9)
-    axis.grid(True, color=RULE, linewidth=0.8)
-    axis.set_axisbelow(True)
-
-
 def settings(salt: str) -> Any:
     """Matplotlib's for every figure. The salt makes the ids in the SVG, and so its bytes, the same each time; text stays text,
     searchable and light."""
@@ -97,7 +77,7 @@ def settings(salt: str) -> Any:
     return looks | {"text.color": INK, "axes.labelcolor": INK}
 
 
-def returns(axis: Any, curves: list[Curve], *, xlabel: str) -> None:
+def plot_returns(axis: Any, curves: list[Curve], *, xlabel: str) -> None:
     """Held-out return, thick with its band, and training return, thin, against a measure of effort."""
     sign = return_axis(axis, [y for curve in curves for y in (curve.train, curve.test)])
     effort_axis(axis, [curve.x for curve in curves], xlabel)
@@ -111,24 +91,26 @@ def returns(axis: Any, curves: list[Curve], *, xlabel: str) -> None:
         shown = {"linestyle": "none", "marker": curve.style.marker, "markersize": 4.5, "markeredgecolor": colour}
         axis.plot(x[curve.stages], test[curve.stages], markerfacecolor=PAPER, **shown)
         axis.plot(x[-1:], test[-1:], markerfacecolor=colour, **shown)
-        ends.append(Line(curve.style, x, test))
+        ends.append(Series(curve.style, x, test))
     key(axis, [("held-out starts", {"linewidth": 2.0}), ("training starts", {"linewidth": 0.9})])
     name_ends(axis, ends)
 
 
-def profile(axis: Any, lines: list[Line], *, ylabel: str, limits: tuple[float, float] | None) -> None:
+def plot_profile(axis: Any, lines: list[Series], *, ylabel: str, limits: tuple[float, float] | None) -> None:
     """|dJ/da_t| against the time step t."""
     _lines(axis, lines, limits, xlabel="time step t", ylabel=ylabel)
 
 
-def spectrum(axis: Any, lines: list[Line], *, limits: tuple[float, float] | None) -> None:
+def spectrum(axis: Any, lines: list[Series], *, limits: tuple[float, float] | None) -> None:
     """Positive eigenvalues of the Gauss-Newton matrix, largest first; both axes logarithmic, since they fall that fast."""
     _lines(axis, lines, limits, xlabel="eigenvalue number", ylabel="eigenvalue of the Gauss-Newton matrix")
     longest = max((line.y.size for line in lines), default=1)
     log_axis(axis.xaxis, (1.0, float(max(longest, 2))))
 
 
-def model(axis: Any, thick: list[Line], thin: list[Line], *, ylabel: str, limits: tuple[float, float] | None) -> None:
+def model(
+    axis: Any, thick: list[Series], thin: list[Series], *, ylabel: str, limits: tuple[float, float] | None
+) -> None:
     """What second-order methods say of their models against the number of updates."""
     _lines(axis, thick, limits, xlabel="iterations", ylabel=ylabel)
     for line in thin:
@@ -137,7 +119,7 @@ def model(axis: Any, thick: list[Line], thin: list[Line], *, ylabel: str, limits
         key(axis, [("largest curvature", {"linewidth": 2.0}), ("damping", {"linewidth": 0.9})])
 
 
-def path(axis: Any, series: list[tuple[Line, Array]]) -> None:
+def path(axis: Any, series: list[tuple[Series, Array]]) -> None:
     """Predicted (dashed) and true improvement of each candidate against its damping."""
     drawn = [y[y > 0] for line, true in series for y in (line.y, true)]
     log_axis(axis.xaxis, (min(line.x.min() for line, _ in series), max(line.x.max() for line, _ in series)))
@@ -152,10 +134,10 @@ def path(axis: Any, series: list[tuple[Line, Array]]) -> None:
             axis.plot(x, np.where(predicted > 0, predicted, np.nan), linestyle="--", linewidth=0.9, **looks)
             axis.plot(x, np.where(improved > 0, improved, np.nan), linewidth=2.0, **looks)
     key(axis, [("true", {"linewidth": 2.0}), ("predicted", {"linewidth": 0.9, "linestyle": "--"})])
-    name_ends(axis, [Line(line.style, line.x, true) for line, true in series])
+    name_ends(axis, [Series(line.style, line.x, true) for line, true in series])
 
 
-def sweep(axis: Any, series: list[tuple[Style, list[Point]]]) -> None:
+def plot_rates(axis: Any, series: list[tuple[Style, list[RatePoint]]]) -> None:
     """Final return against the learning rate: held-out filled with its interval, training hollow, the chosen one ringed."""
     columns = [[p.train, p.test] for _, points in series for p in points]
     sign = return_axis(axis, [np.array(column) for column in columns])
@@ -173,7 +155,7 @@ def sweep(axis: Any, series: list[tuple[Style, list[Point]]]) -> None:
         axis.plot(
             x[ring], test[ring], "o", markersize=14, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.1
         )
-        ends.append(Line(style, x, test))
+        ends.append(Series(style, x, test))
     rates = sorted({p.x for _, points in series for p in points})
     if len(rates) == 1:
         axis.set_xlim(rates[0] / 3, rates[0] * 3)
@@ -255,7 +237,7 @@ def key(axis: Any, entries: list[tuple[str, dict[str, Any]]]) -> None:
     legend.get_frame().set(facecolor=PAPER, edgecolor="none")
 
 
-def name_ends(axis: Any, lines: list[Line]) -> None:
+def name_ends(axis: Any, lines: list[Series]) -> None:
     """Each curve's name in its colour right of the axis, moved apart where they would collide, with a thread to its end."""
     gap = 0.066
     ends = []
@@ -295,7 +277,7 @@ def name_ends(axis: Any, lines: list[Line]) -> None:
         )
 
 
-def _lines(axis: Any, lines: list[Line], limits: tuple[float, float] | None, *, xlabel: str, ylabel: str) -> None:
+def _lines(axis: Any, lines: list[Series], limits: tuple[float, float] | None, *, xlabel: str, ylabel: str) -> None:
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     if limits is not None:

@@ -4,8 +4,9 @@ import json
 import shlex
 from typing import Any
 
-from diffmbrl.report import gallery, page
-from diffmbrl.report.page import escape, prose
+from diffmbrl.render import page
+from diffmbrl.render.page import escape, prose
+from diffmbrl.report import gallery
 
 
 def header(task: str, job: str, config: dict[str, Any], provenance: dict[str, Any]) -> str:
@@ -62,7 +63,7 @@ def facts(config: dict[str, Any], provenance: dict[str, Any]) -> str:
     blocks = [("Configuration", config), ("Provenance", kept), ("Versions", provenance.get("versions") or {})]
     return (
         '<div class="pairs">\n'
-        + "\n".join(page.pairs(name, _flat(facts)) for name, facts in blocks if facts)
+        + "\n".join(page.facts_table(name, _flat(facts)) for name, facts in blocks if facts)
         + "\n</div>"
     )
 

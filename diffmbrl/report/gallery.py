@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffmbrl.render import palette
 from diffmbrl.report import figures, words
 from diffmbrl.report.arms import Arm
-from diffmbrl.report.figures import Curve, Line, Point, Style
+from diffmbrl.report.figures import Curve, RatePoint, Series, Style
 from diffmbrl.report.table import Summary
 from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.statistics import interquartile_mean, interval
@@ -29,7 +30,7 @@ class Picture(NamedTuple):
     svg: str
 
 
-def draw(summary: Summary, folder: Path) -> list[Picture]:
+def comparison_figures(summary: Summary, folder: Path) -> list[Picture]:
     """Draws what the data allow, saves it, and returns it for the report."""
     styles = styles_of(summary)
     arms = [row.arm for row in summary.rows if row.measured]
@@ -58,7 +59,7 @@ def _returns(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
         return []
     curves = {arm.method: _curve(arm, styles[arm.method]) for arm in arms}
     shared = [f"{arm.label} ({arm['lanes'][-1]:.0f} lanes)" for arm in arms if arm["lanes"][-1] > arm.seeds]
-    clock = f" One clock ran for all rates at once: {words.join(shared)}." if shared else ""
+    clock = f" One clock ran for all rates at once: {words.join_words(shared)}." if shared else ""
     stages = (
         " Hollow markers: the discount of the objective was raised." if any(arm.continuation for arm in arms) else ""
     )
@@ -94,7 +95,7 @@ def _returns(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
 
     def sketch(measure: str, xlabel: str) -> Callable[[Any], None]:
         along = [curves[arm.method]._replace(x=_effort(arm, measure)) for arm in arms]
-        return lambda axis: figures.returns(axis, along, xlabel=xlabel)
+        return lambda axis: figures.plot_returns(axis, along, xlabel=xlabel)
 
     return [(f"return-{m}", "Return", title, caption, sketch(m, xlabel)) for m, xlabel, title, caption in kinds]
 
@@ -124,8 +125,8 @@ def _profiles(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
     lines = {w: [(r.arm, r.arm.profiles[w]) for r in summary.rows if w in r.arm.profiles] for w in captions}
 
     def sketch(when: str, limits: tuple[float, float] | None) -> Callable[[Any], None]:
-        shown = [Line(styles[arm.method], np.arange(len(y)), y) for arm, y in lines[when]]
-        return lambda axis: figures.profile(axis, shown, ylabel="RMS of |dJ/da_t|", limits=limits)
+        shown = [Series(styles[arm.method], np.arange(len(y)), y) for arm, y in lines[when]]
+        return lambda axis: figures.plot_profile(axis, shown, ylabel="RMS of |dJ/da_t|", limits=limits)
 
     limits = _limits([y for w in captions for _, y in lines[w]])
     return [
@@ -154,7 +155,7 @@ def _spreads(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
     ]
     sketches: list[Sketch] = []
     for name, ylabel, title, caption in kinds:
-        lines = [Line(styles[arm.method], arm["update"], _middle(arm[f"spread_{name}"])) for arm in arms]
+        lines = [Series(styles[arm.method], arm["update"], _middle(arm[f"spread_{name}"])) for arm in arms]
         lines = [line for line in lines if np.any(line.y > FLOOR)]
         if lines:
             sketches.append((f"gradient-{name}", "Gradient", title, caption, _model_sketch(lines, [], ylabel)))
@@ -168,7 +169,7 @@ def _spectra(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
     }
 
     def condition(when: str) -> str:
-        parts = [f"{arm.label} {words.number(float(y[0]))}" for arm, y in lines[when] if y.size]
+        parts = [f"{arm.label} {words.format_number(float(y[0]))}" for arm, y in lines[when] if y.size]
         return f" Largest: {', '.join(parts)}." if parts else ""
 
     captions = {
@@ -180,7 +181,7 @@ def _spectra(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
     limits = (float(values.min()), float(values.max())) if values.size else None
 
     def sketch(when: str) -> Callable[[Any], None]:
-        shown = [Line(styles[arm.method], np.arange(1, len(y) + 1), y) for arm, y in lines[when]]
+        shown = [Series(styles[arm.method], np.arange(1, len(y) + 1), y) for arm, y in lines[when]]
         return lambda axis: figures.spectrum(axis, shown, limits=limits)
 
     return [(f"spectrum-{w}", "Curvature", f"Spectrum, {w}", captions[w], sketch(w)) for w in lines if lines[w]]
@@ -222,8 +223,8 @@ def _models(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
         lines = [line for line in lines if np.any(line[2] > FLOOR)]
         if not lines:
             continue
-        thick = [Line(style, x, y) for style, x, y, _ in lines]
-        thin = [Line(style, x, damping) for style, x, _, damping in lines] if name == "curvature" else []
+        thick = [Series(style, x, y) for style, x, y, _ in lines]
+        thin = [Series(style, x, damping) for style, x, _, damping in lines] if name == "curvature" else []
         sketches.append((f"model-{name}", "Model", title, caption, _model_sketch(thick, thin, ylabel)))
     paths = [arm for arm in arms if arm.path and np.sum(arm.path["predicted"] > 0) > 1]
     if paths:
@@ -232,7 +233,7 @@ def _models(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
             "true one. Where they part, the step has left the region that the model describes; the best true one is taken."
         )
         series = [
-            (Line(styles[arm.method], arm.path["dampings"], arm.path["predicted"]), arm.path["improved"])
+            (Series(styles[arm.method], arm.path["dampings"], arm.path["predicted"]), arm.path["improved"])
             for arm in paths
         ]
         sketches.append(
@@ -241,7 +242,7 @@ def _models(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
     return sketches
 
 
-def _model_sketch(thick: list[Line], thin: list[Line], ylabel: str) -> Callable[[Any], None]:
+def _model_sketch(thick: list[Series], thin: list[Series], ylabel: str) -> Callable[[Any], None]:
     limits = _limits([line.y for line in (*thick, *thin)])
     return lambda axis: figures.model(axis, thick, thin, ylabel=ylabel, limits=limits)
 
@@ -256,11 +257,11 @@ def _middle(values: np.ndarray) -> np.ndarray:
 
 def _sweep(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
     best = {id(row.arm) for row in summary.rows}
-    series: list[tuple[Style, list[Point]]] = []
+    series: list[tuple[Style, list[RatePoint]]] = []
     for method, style in styles.items():
         rows = [r for r in summary.arms if r.arm.method == method and r.arm.rate is not None and r.measured]
         points = [
-            Point(float(r.arm.rate or 0), r.train.value, *r.test, best=id(r.arm) in best)
+            RatePoint(float(r.arm.rate or 0), r.train.value, *r.test, best=id(r.arm) in best)
             for r in sorted(rows, key=lambda r: r.arm.rate or 0)
         ]
         if len(points) > 1:
@@ -271,7 +272,7 @@ def _sweep(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
         "Final return for each rate; bars are 95% intervals over seeds. The ringed rate has the best training return and is "
         "the one shown elsewhere. If it lies at an edge, the sweep was too narrow."
     )
-    return [("rates", "Learning rates", "Learning-rate sweep", caption, lambda axis: figures.sweep(axis, series))]
+    return [("rates", "Learning rates", "Learning-rate sweep", caption, lambda axis: figures.plot_rates(axis, series))]
 
 
 def _above_rounding(eigenvalues: np.ndarray) -> np.ndarray:
@@ -297,10 +298,10 @@ def plot(folder: Path, name: str, group: str, title: str, caption: str, paint: C
         paint(axis)
         return figure
 
-    return save(folder, name, group, title, caption, make)
+    return save_figure(folder, name, group, title, caption, make)
 
 
-def save(folder: Path, name: str, group: str, title: str, caption: str, make: Callable[[], Any]) -> Picture:
+def save_figure(folder: Path, name: str, group: str, title: str, caption: str, make: Callable[[], Any]) -> Picture:
     """The figure that `make` returns, as files in `folder` and for the page."""
     import matplotlib
 
@@ -322,7 +323,7 @@ def inline(svg: str, *, name: str, title: str) -> str:
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', svg, count=1)
-    themed = {figures.INK: "--ink", figures.MUTED: "--muted", figures.RULE: "--rule", figures.PAPER: "--paper"}
-    for colour, variable in (themed | {colour: f"--m{i}" for i, colour in enumerate(figures.PALETTE)}).items():
+    themed = {palette.INK: "--ink", palette.MUTED: "--muted", palette.RULE: "--rule", palette.PAPER: "--paper"}
+    for colour, variable in (themed | {colour: f"--m{i}" for i, colour in enumerate(palette.PALETTE)}).items():
         svg = svg.replace(colour, f"var({variable})")
     return re.sub(r"\n\s*", "\n", svg).strip()

@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from diffmbrl.render.palette import INK, MUTED, PALETTE
 from diffmbrl.report import figures, gallery
-from diffmbrl.report.figures import INK, MUTED, PALETTE, Line, Style
+from diffmbrl.report.figures import Series, Style
 
 Record = dict[str, Any]
 Array = np.ndarray
 LEAST = 1e-17  # relative errors below this are drawn there
 
 
-def draw(rows: list[Record], verdict: Record, folder: Path) -> list[gallery.Picture]:
+def health_pictures(rows: list[Record], verdict: Record, folder: Path) -> list[gallery.Picture]:
     """Draws what the data allow, saves it, and returns it for the report."""
     folder.mkdir(exist_ok=True)
     T = np.array([row["horizon"] for row in rows], float)
@@ -70,16 +71,16 @@ def _norms(axis: Any, T: Array, rows: list[Record]) -> None:
     norms = [np.asarray(row["norms"], float) for row in rows]
     low, middle, high = (np.array([_quantile(x, q) for x in norms]) for q in (0.1, 0.5, 0.9))
     one, mean = _style("one rollout", 0), _style("mean", 1)
-    drawn = [Line(one, T, middle), Line(mean, T, _column(rows, "plain_norm"))]
+    drawn = [Series(one, T, middle), Series(mean, T, _column(rows, "plain_norm"))]
     axis.fill_between(T, np.where(low > 0, low, np.nan), high, color=one.colour, alpha=0.16, linewidth=0)
     _against(axis, T, drawn, "norm of the gradient", also=[low, high])
 
 
 def _signal(axis: Any, T: Array, rows: list[Record], batch: int) -> None:
     drawn = [
-        Line(_style("BPTT", 0), T, _column(rows, "plain_snr")),
-        Line(_style("BPTT, smoothed", 1), T, _column(rows, "pathwise_snr")),
-        Line(_style("score function", 2), T, _column(rows, "score_snr")),
+        Series(_style("BPTT", 0), T, _column(rows, "plain_snr")),
+        Series(_style("BPTT, smoothed", 1), T, _column(rows, "pathwise_snr")),
+        Series(_style("score function", 2), T, _column(rows, "score_snr")),
     ]
     _against(axis, T, drawn, "signal-to-noise ratio of one rollout", also=[np.array([1 / batch])])
     _level(axis, 1 / batch)
@@ -87,7 +88,7 @@ def _signal(axis: Any, T: Array, rows: list[Record], batch: int) -> None:
 
 def _errors(axis: Any, T: Array, rows: list[Record], bound: float) -> None:
     names = [("float32", "float32"), ("differences", "difference"), ("dt / 2", "refinement")]
-    drawn = [Line(_style(label, i), T, _column(rows, key)) for i, (label, key) in enumerate(names)]
+    drawn = [Series(_style(label, i), T, _column(rows, key)) for i, (label, key) in enumerate(names)]
     drawn = [line._replace(y=np.maximum(line.y, LEAST)) for line in drawn if np.isfinite(line.y).any()]
     _against(axis, T, drawn, "relative error", also=[np.array([bound])])
     _level(axis, bound)
@@ -109,24 +110,28 @@ def _bias(axis: Any, T: Array, rows: list[Record]) -> None:
 
 def _curvature(axis: Any, T: Array, rows: list[Record]) -> None:
     drawn = [
-        Line(_style("perturbations", 0), T, _column(rows, "swell")),
-        Line(_style("curvature", 1), T, _column(rows, "curvature")),
+        Series(_style("perturbations", 0), T, _column(rows, "swell")),
+        Series(_style("curvature", 1), T, _column(rows, "curvature")),
     ]
     _against(axis, T, drawn, "growth, largest eigenvalue")
 
 
 def _contributions(axis: Any, rows: list[Record]) -> None:
     drawn = [
-        Line(_style(f"T = {row['horizon']}", i), np.arange(len(row["contributions"])), np.asarray(row["contributions"], float))
+        Series(
+            _style(f"T = {row['horizon']}", i),
+            np.arange(len(row["contributions"])),
+            np.asarray(row["contributions"], float),
+        )
         for i, row in enumerate(rows)
     ]  # fmt: skip
     finite = [y[np.isfinite(y) & (y > 0)] for y in (line.y for line in drawn)]
     top = max((float(y.max()) for y in finite if y.size), default=1.0)
     limits = _range([y[y > gallery.FLOOR * top] for y in finite])
-    figures.profile(axis, drawn, ylabel="norm of the step's part of dJ/dθ", limits=limits)
+    figures.plot_profile(axis, drawn, ylabel="norm of the step's part of dJ/dθ", limits=limits)
 
 
-def _against(axis: Any, T: Array, lines: list[Line], ylabel: str, *, also: list[Array] | None = None) -> None:
+def _against(axis: Any, T: Array, lines: list[Series], ylabel: str, *, also: list[Array] | None = None) -> None:
     """Lines against the horizon, both axes logarithmic, named at their ends."""
     _horizons(axis, T)
     figures.log_axis(axis.yaxis, _range([*(line.y for line in lines), *(also or [])]))

@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from diffmbrl.report import frame, health_figures, page, words
-from diffmbrl.report.page import cell, escape, prose
+from diffmbrl.render import page
+from diffmbrl.render.page import cell, escape, prose
+from diffmbrl.report import frame, health_figures, words
 from diffmbrl.report.plan_report import of_kind
 from diffmbrl.report.table import aligned
 
@@ -14,9 +15,9 @@ Record = dict[str, Any]
 # Name on the terminal, name and explanation in the report, key of the record, how it is written.
 COLUMNS = (
     ("state", "state", "the first thing that is wrong, or good", "state", str),
-    ("|g|", "|gradient|", "of the mean over the starts", "plain_norm", words.number),
+    ("|g|", "|gradient|", "of the mean over the starts", "plain_norm", words.format_number),
     ("SNR", "SNR", "signal-to-noise of one rollout's gradient: |mean|² over the trace of its covariance", "plain_snr", None),
-    ("top 1%", "top 1%", "share of that variance in the top 1% of samples", "plain_tail", words.share),
+    ("top 1%", "top 1%", "share of that variance in the top 1% of samples", "plain_tail", words.format_share),
     ("float32", "float32", "relative error of the float32 gradient", "float32", None),
     ("differences", "differences", "relative error against central differences in float64", "difference", None),
     ("dt / 2", "dt / 2", "relative change when the integrator's step is halved", "refinement", None),
@@ -24,7 +25,7 @@ COLUMNS = (
     ("SNR score", "SNR of the score function", "of the likelihood ratio, on the smoothed return", "score_snr", None),
     ("growth", "growth a step", "of perturbations in the closed loop", "growth", None),
     ("condition", "condition", "of the Gauss-Newton matrix, at least", "condition", None),
-    ("first 10%", "first 10%", "share of the gradient that comes from the first tenth of the steps", "early", words.share),
+    ("first 10%", "first 10%", "share of the gradient from the first tenth of the steps", "early", words.format_share),
 )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def compose(config: Record, provenance: Record, records: list[Record], remarks: 
         parts.append(f'<aside class="care">\n<h3>To bear in mind</h3>\n{page.items(remarks)}\n</aside>')
     if rows:
         parts += ["<h2>Each horizon</h2>", _table(rows)]
-        pictures = health_figures.draw(rows, verdicts[0] if verdicts else {}, folder)
+        pictures = health_figures.health_pictures(rows, verdicts[0] if verdicts else {}, folder)
         shown = "\n".join(frame.figure(picture) for picture in pictures)
         parts += ["<h2>Figures</h2>", f'<div class="figures">\n{shown}\n</div>']
     parts += ["<h2>To repeat it</h2>", frame.reproduce(config, provenance)]

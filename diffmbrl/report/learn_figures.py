@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffmbrl.render import palette
 from diffmbrl.report import figures, gallery
-from diffmbrl.report.courses import Course
-from diffmbrl.report.figures import Line, Style
+from diffmbrl.report.figures import Series, Style
+from diffmbrl.report.learning_curves import AgentCurve
 from diffmbrl.report.plans import panels
 from diffmbrl.runs.statistics import interquartile_mean, interval
 
@@ -41,7 +42,7 @@ class Band(NamedTuple):
     high: Array
 
 
-def draw(courses: list[Course], scene: dict[str, Any], folder: Path) -> list[Picture]:
+def learn_pictures(courses: list[AgentCurve], scene: dict[str, Any], folder: Path) -> list[Picture]:
     """Draws what the data allow, saves it, and returns it for the report."""
     folder.mkdir(exist_ok=True)
     looks = {course.method: figures.style_of(course.label, index=i) for i, course in enumerate(courses)}
@@ -52,7 +53,7 @@ def draw(courses: list[Course], scene: dict[str, Any], folder: Path) -> list[Pic
     return pictures + [picture for course in courses for picture in _rest(course, looks[course.method], folder)]
 
 
-def _returns(courses: list[Course], looks: dict[str, Style], folder: Path) -> list[Picture]:
+def _returns(courses: list[AgentCurve], looks: dict[str, Style], folder: Path) -> list[Picture]:
     if not courses:
         return []
     thin = any(course.evaluated.any() and course.trained[0].size > 1 for course in courses)
@@ -74,7 +75,7 @@ def _returns(courses: list[Course], looks: dict[str, Style], folder: Path) -> li
 
 
 def _return_bands(
-    axis: Any, courses: list[Course], looks: dict[str, Style], along: dict[str, Array], xlabel: str, also: bool
+    axis: Any, courses: list[AgentCurve], looks: dict[str, Style], along: dict[str, Array], xlabel: str, also: bool
 ) -> None:
     earned = {c.method: c.trained for c in courses if also and c.evaluated.any() and c.trained[0].size > 1}
     thin = {m: (x[_few(x)], interquartile_mean(y[_few(x)])) for m, (x, y) in earned.items()}
@@ -92,7 +93,7 @@ def _return_bands(
     figures.name_ends(axis, lines)
 
 
-def _said(name: str, courses: list[Course], looks: dict[str, Style], folder: Path) -> list[Picture]:
+def _said(name: str, courses: list[AgentCurve], looks: dict[str, Style], folder: Path) -> list[Picture]:
     """Something that agents say under a name of `NAMED`, of all that do."""
     title, ylabel, caption = NAMED[name]
     saying = [(course, course.said[name]) for course in courses if name in course.said]
@@ -118,7 +119,9 @@ def _said(name: str, courses: list[Course], looks: dict[str, Style], folder: Pat
     return [gallery.plot(folder, name.replace("_", "-"), "Model", title, caption, paint)]
 
 
-def _foresight(courses: list[Course], looks: dict[str, Style], scene: dict[str, Any], folder: Path) -> list[Picture]:
+def _foresight(
+    courses: list[AgentCurve], looks: dict[str, Style], scene: dict[str, Any], folder: Path
+) -> list[Picture]:
     """Errors of the models' rollouts, and one trajectory of each beside the true one."""
     seeing = [(course, course.foresight) for course in courses if course.foresight is not None]
     if not seeing:
@@ -164,7 +167,7 @@ def _foresight(courses: list[Course], looks: dict[str, Style], scene: dict[str, 
         )
         dt = float(scene.get("dt", 1.0))
         make = _trajectories(true, (low, middle, high), names, dt, looks[course.method])
-        pictures.append(gallery.save(folder, f"foresight-{course.method}", "Model", title, caption, make))
+        pictures.append(gallery.save_figure(folder, f"foresight-{course.method}", "Model", title, caption, make))
     return pictures
 
 
@@ -179,7 +182,7 @@ def _trajectories(
             axis.set_title(name, loc="left", fontsize=8.5, pad=4, parse_math=False)
             axis.fill_between(time, low, high, color=style.colour, alpha=0.2, linewidth=0)
             axis.plot(time, middle, color=style.colour, linewidth=1.5)
-            axis.plot(time, true[:, i], color=figures.INK, linewidth=1.2)
+            axis.plot(time, true[:, i], color=palette.INK, linewidth=1.2)
             seen = true[:, i]
             room = 0.5 * (seen.max() - seen.min()) or 0.1 * max(abs(float(seen[0])), 0.1)
             axis.set_ylim(seen.min() - room, seen.max() + room)
@@ -189,7 +192,7 @@ def _trajectories(
     return make
 
 
-def _rest(course: Course, style: Style, folder: Path) -> list[Picture]:
+def _rest(course: AgentCurve, style: Style, folder: Path) -> list[Picture]:
     """Whatever else an agent says, each in a panel."""
     said = {name: x for name, x in course.said.items() if name not in NAMED}
     if not said or len(course.steps) < 3:
@@ -207,16 +210,18 @@ def _rest(course: Course, style: Style, folder: Path) -> list[Picture]:
 
     caption = "As the agent gives it at each update, one line a seed."
     caption += f" {len(said) - SAID} more are in metrics.jsonl." if len(said) > SAID else ""
-    return [gallery.save(folder, f"said-{course.method}", "What the agents say", f"{course.label}", caption, make)]
+    return [
+        gallery.save_figure(folder, f"said-{course.method}", "What the agents say", f"{course.label}", caption, make)
+    ]
 
 
-def _band(axis: Any, band: Band) -> Line:
+def _band(axis: Any, band: Band) -> Series:
     """The curve with its interval; a marker where there is one point alone."""
     style, y = band.style, _shown(band.y)
     axis.fill_between(band.x, _shown(band.low), _shown(band.high), color=style.colour, alpha=0.16, linewidth=0)
     axis.plot(band.x, y, color=style.colour, linewidth=2.0)
     axis.plot(band.x[-1:], y[-1:], style.marker, color=style.colour, markersize=4.5)
-    return Line(style, band.x, y)
+    return Series(style, band.x, y)
 
 
 def _positive(axis: Any, values: list[Array]) -> None:
@@ -226,7 +231,7 @@ def _positive(axis: Any, values: list[Array]) -> None:
         figures.log_axis(axis.yaxis, (float(finite.min()), float(finite.max())))
 
 
-def _at(course: Course, steps: Array) -> Array:
+def _at(course: AgentCurve, steps: Array) -> Array:
     """Seconds of learning at so many real steps."""
     return course.seconds[np.searchsorted(course.steps, steps)]
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from diffmbrl.render import page, palette
 from diffmbrl.render.gif import gif
 from diffmbrl.render.html import animate
+from diffmbrl.render.page import cell, escape, prose
 from diffmbrl.render.shapes import Circle, Line, Polygon, Rod
-from diffmbrl.report import figures, frame, gallery, page, words
-from diffmbrl.report.page import cell, escape, prose
+from diffmbrl.report import figures, frame, gallery, words
 from diffmbrl.report.plans import plan_figure
 from diffmbrl.report.table import aligned
 
@@ -27,7 +28,7 @@ def compose(config: Record, provenance: Record, records: list[Record], remarks: 
     results = of_kind(records, "result")
     parts = [frame.header(task, job, config, provenance), f'<p class="lead">{prose(sentence(config, results))}</p>']
     bad = sum(r["nonfinite"] for r in results)
-    remarks = [*remarks, *([f"{words.count(bad)} non-finite values were met and rejected."] if bad else [])]
+    remarks = [*remarks, *([f"{words.format_count(bad)} non-finite values were met and rejected."] if bad else [])]
     if len(results) < int(config.get("starts", 0)):
         remarks.append(f"Only {len(results)} of {config['starts']} starts have ended.")
     if remarks:
@@ -57,14 +58,14 @@ def sentence(config: Record, results: list[Record]) -> str:
         return "No start has ended."
     earned = np.array([float(r["return"]) for r in results])
     who = f"{config['planner']} in the loop" if config.get("mpc") else f"{config['planner']}"
-    said = f"{who} ends with a return of {words.number(float(np.median(earned)))}"
+    said = f"{who} ends with a return of {words.format_number(float(np.median(earned)))}"
     said += f" (median of {len(earned)} starts)" if len(earned) > 1 else ""
     successes = [r["success"] for r in results if r["success"] is not None]
     if successes:
         said += f"; success on {sum(successes)} of {len(successes)}"
     model = [r["model_return"] for r in results if r["model_return"] is not None]
     if model and config.get("differs"):
-        said += f". In its model the plan was worth {words.number(float(np.median(model)))}"
+        said += f". In its model the plan was worth {words.format_number(float(np.median(model)))}"
     return said + "."
 
 
@@ -87,8 +88,15 @@ def text(config: Record, records: list[Record]) -> str:
 
 def _cells(r: Record) -> list[str]:
     success = {None: words.NONE, True: "yes", False: "no"}[r["success"]]
-    counts = [words.count(r["iterations"]), _norm(r["gradient_norm"]), words.count(r["nonfinite"])]
-    return [str(r["start"]), words.number(r["return"]), words.number(r["model_return"]), success, *counts, r["stop"]]
+    counts = [words.format_count(r["iterations"]), _norm(r["gradient_norm"]), words.format_count(r["nonfinite"])]
+    return [
+        str(r["start"]),
+        words.format_number(r["return"]),
+        words.format_number(r["model_return"]),
+        success,
+        *counts,
+        r["stop"],
+    ]
 
 
 def _norm(x: float | None) -> str:
@@ -132,7 +140,7 @@ def _pictures(config: Record, records: list[Record], folder: Path) -> list[galle
 
         caption = "States and actions on the plant, all starts over one another; dashed, the limits of the actions."
         caption += "" if K is None else " The gain is that of the plan's feedback, in the units of the plot."
-        pictures.append(gallery.save(folder, "trajectory", "Figures", "The trajectory", caption, draw))
+        pictures.append(gallery.save_figure(folder, "trajectory", "Figures", "The trajectory", caption, draw))
     updates = of_kind(records, "updates")[:SHOWN]
     if updates and max(len(u["J"]) for u in updates) > 1:
         axis_name = "time step" if config.get("mpc") else "updates"
@@ -149,10 +157,10 @@ def _pictures(config: Record, records: list[Record], folder: Path) -> list[galle
             axis.set_xlabel(axis_name)
             for curve in curves:
                 y = np.where(np.isfinite(curve), sign * curve, np.nan)
-                axis.plot(np.arange(len(y)), y, color=figures.PALETTE[0], linewidth=1.3, alpha=0.7)
+                axis.plot(np.arange(len(y)), y, color=palette.PALETTE[0], linewidth=1.3, alpha=0.7)
             return figure
 
-        pictures.append(gallery.save(folder, "returns", "Figures", "The return on the way", caption, paint))
+        pictures.append(gallery.save_figure(folder, "returns", "Figures", "The return on the way", caption, paint))
     return pictures
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from diffmbrl.report.figures import INK, MUTED, PALETTE, blank, dress, log_axis
+from diffmbrl.render.palette import INK, MUTED, PALETTE, blank, dress
+from diffmbrl.report.figures import log_axis
 
 Array = np.ndarray
 PANEL = (2.9, 1.55)  # inches

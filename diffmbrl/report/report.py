@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from diffmbrl.render import page
+from diffmbrl.render.page import cell, escape, prose
 from diffmbrl.report import (
     arms,
     frame,
     gallery,
     health_report,
     learn_report,
-    page,
     plan_report,
     sweep_report,
     table,
     verdict,
     words,
 )
-from diffmbrl.report.page import cell, escape, prose
-from diffmbrl.report.table import Row, Summary
+from diffmbrl.report.table import MethodSummary, Summary
 from diffmbrl.runs import metrics
 from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.statistics import Estimate
@@ -29,27 +29,27 @@ from diffmbrl.runs.statistics import Estimate
 
 def summarise(folder: Path) -> Summary:
     """The summary of a run, from its metrics: `table.text` prints it, `verdict.sentences` says what it means."""
-    return table.summarise(arms.collect(metrics.read(folder / "metrics.jsonl")[0]))
+    return table.summarise(arms.collect_arms(metrics.read_metrics(folder / "metrics.jsonl")[0]))
 
 
 def plan_text(folder: Path) -> str:
     """The table of a planning run, for the terminal."""
-    return plan_report.text(_json(folder / "config.json"), metrics.read(folder / "metrics.jsonl")[0])
+    return plan_report.text(_json(folder / "config.json"), metrics.read_metrics(folder / "metrics.jsonl")[0])
 
 
 def health_text(folder: Path) -> str:
     """The verdict of a diagnosis and its table, for the terminal."""
-    return health_report.text(_json(folder / "config.json"), metrics.read(folder / "metrics.jsonl")[0])
+    return health_report.text(_json(folder / "config.json"), metrics.read_metrics(folder / "metrics.jsonl")[0])
 
 
 def learn_text(folder: Path) -> str:
     """The table of agents that learned, and what it says, for the terminal."""
-    return learn_report.text(metrics.read(folder / "metrics.jsonl")[0])
+    return learn_report.text(metrics.read_metrics(folder / "metrics.jsonl")[0])
 
 
 def sweep_text(folder: Path) -> str:
     """The table of a sweep, for the terminal."""
-    return sweep_report.text(_json(folder / "config.json"), metrics.read(folder / "metrics.jsonl")[0])
+    return sweep_report.text(_json(folder / "config.json"), metrics.read_metrics(folder / "metrics.jsonl")[0])
 
 
 def rebuild(folder: Path) -> Path:
@@ -66,7 +66,7 @@ def rebuild(folder: Path) -> Path:
         if not (folder / needed).is_file():
             raise ValueError(f"{str(folder)!r} is not a run: it has no {needed}")
     config, provenance = _json(folder / "config.json"), {}
-    records, damage = metrics.read(folder / "metrics.jsonl")
+    records, damage = metrics.read_metrics(folder / "metrics.jsonl")
     remarks = [damage] if damage else []
     if (folder / "provenance.json").is_file():
         provenance = _json(folder / "provenance.json")
@@ -99,8 +99,8 @@ def _composed(
     composers["sweep"] = sweep_report.compose
     if compose_job := composers.get(str(config.get("job"))):
         return compose_job(config, provenance, records, remarks, figures)
-    summary = table.summarise(arms.collect(records))
-    return compose(config, provenance, summary, gallery.draw(summary, figures), remarks)
+    summary = table.summarise(arms.collect_arms(records))
+    return compose(config, provenance, summary, gallery.comparison_figures(summary, figures), remarks)
 
 
 def compose(
@@ -138,7 +138,7 @@ def _cautions(summary: Summary, provenance: dict[str, Any], remarks: list[str]) 
         ended = [reason for reason in row.arm.stops if "nonfinite" in reason or "non-finite" in reason]
         out += [f"{table.name(row.arm)} stopped: {reason}." for reason in ended]
         if row.measured and row.nonfinite > 0:
-            met = f"{words.count(row.nonfinite)} non-finite {'value' if row.nonfinite == 1 else 'values'}"
+            met = f"{words.format_count(row.nonfinite)} non-finite {'value' if row.nonfinite == 1 else 'values'}"
             out.append(f"{table.name(row.arm)} met {met} in returns or gradients; those updates were rejected.")
         broken = int(np.nansum(row.arm["spread_nonfinite"])) if row.measured else 0
         if broken:
@@ -178,7 +178,7 @@ HEAD = """<thead>
 
 
 def _summary(summary: Summary, config: dict[str, Any]) -> str:
-    target = "" if math.isnan(summary.target) else f" ({words.number(summary.target)})"
+    target = "" if math.isnan(summary.target) else f" ({words.format_number(summary.target)})"
     count = f"{config['held_out']} " if config.get("held_out") else ""
     head = HEAD.replace("@target@", prose(target)).replace("@count@", escape(count))
     body = "\n".join(_row(row, i, summary) for i, row in enumerate(summary.rows))
@@ -197,7 +197,7 @@ def _summary(summary: Summary, config: dict[str, Any]) -> str:
     return page.scroll("Summary of methods", f"<table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table>") + described
 
 
-def _row(row: Row, index: int, summary: Summary) -> str:
+def _row(row: MethodSummary, index: int, summary: Summary) -> str:
     best = row is verdict.leader(summary), row is verdict.fastest(summary)
     arm, reach = row.arm, row.reach
     below = [f"rate {arm.rate:g}"] if arm.rate is not None else []
@@ -208,15 +208,15 @@ def _row(row: Row, index: int, summary: Summary) -> str:
         f"<th>{_chip(index)}{escape(arm.label)}<small>{escape(', '.join(below))}</small></th>",
         _estimate(row.train, kind="start"),
         _estimate(row.test, kind="best" if best[0] else ""),
-        cell(words.share(row.success)),
+        cell(words.format_share(row.success)),
         _estimate(row.visited),
-        cell(words.count(row.iterations), kind="start"),
-        *(cell(words.count(x)) for x in (row.sequential, row.forward, row.jvp, row.vjp)),
+        cell(words.format_count(row.iterations), kind="start"),
+        *(cell(words.format_count(x)) for x in (row.sequential, row.forward, row.jvp, row.vjp)),
         cell(words.seconds(row.seconds), below=lanes, kind="start"),
         cell(words.seconds(arm.compile_seconds)),
         cell(words.seconds(reach.seconds if reach else None), kind="start best" if best[1] else "start"),
-        cell(words.count(reach.sequential if reach else None)),
-        cell(words.count(reach.dynamics if reach else None)),
+        cell(words.format_count(reach.sequential if reach else None)),
+        cell(words.format_count(reach.dynamics if reach else None)),
     ]
     return f"<tr>{''.join(cells)}</tr>"
 
@@ -236,11 +236,11 @@ def _every_arm(summary: Summary) -> str:
         cells = [
             f"<th>{label}</th>",
             cell("-" if arm.rate is None else f"{arm.rate:g}"),
-            *(cell(words.value(e), below=words.interval(e)) for e in (row.train, row.test)),
-            cell(words.share(row.success)),
-            cell(words.value(row.visited), below=words.interval(row.visited)),
-            cell(words.count(row.iterations)),
-            cell(words.count(row.nonfinite)),
+            *(cell(words.format_value(e), below=words.format_interval(e)) for e in (row.train, row.test)),
+            cell(words.format_share(row.success)),
+            cell(words.format_value(row.visited), below=words.format_interval(row.visited)),
+            cell(words.format_count(row.iterations)),
+            cell(words.format_count(row.nonfinite)),
             cell(words.seconds(arm.compile_seconds)),
             cell(stages or "none", kind="left wrap start"),
             cell("; ".join(arm.stops) or "-", kind="left wrap"),
@@ -260,7 +260,7 @@ def _stage(discount: float, updates: int, bound: float | None = None) -> str:
 
 
 def _estimate(e: Estimate, *, kind: str = "") -> str:
-    return cell(words.value(e), below=words.interval(e), kind=kind)
+    return cell(words.format_value(e), below=words.format_interval(e), kind=kind)
 
 
 def _chip(index: int) -> str:

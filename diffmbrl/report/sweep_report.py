@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffmbrl.report import figures, frame, gallery, page, words
-from diffmbrl.report.page import cell, escape, prose
+from diffmbrl.render import page, palette
+from diffmbrl.render.page import cell, escape, prose
+from diffmbrl.report import figures, frame, gallery, words
 from diffmbrl.report.plan_report import of_kind
 from diffmbrl.report.plans import panels
 from diffmbrl.report.table import UNKNOWN, aligned
@@ -24,7 +25,7 @@ NOTE = (
 )
 
 
-class Row(NamedTuple):
+class PointSummary(NamedTuple):
     """A point's summary."""
 
     name: str
@@ -72,18 +73,18 @@ def text(config: Record, records: list[Record]) -> str:
     return f"{aligned(lines)}{more}\n\n{NOTE}\n\n" + "\n".join(sentences(config, rows))
 
 
-def ranked(records: list[Record]) -> list[Row]:
+def ranked(records: list[Record]) -> list[PointSummary]:
     """The points, task by task, the highest return first and those without one last."""
     rows = [_row(record) for record in of_kind(records, "point")]
     order = {task: i for i, task in enumerate(dict.fromkeys(row.setting.get("task") for row in rows))}
 
-    def key(row: Row) -> tuple[int, bool, float]:
+    def key(row: PointSummary) -> tuple[int, bool, float]:
         return order[row.setting.get("task")], math.isnan(row.final.value), -row.final.value
 
     return sorted(rows, key=key)
 
 
-def sentences(config: Record, rows: list[Row]) -> list[str]:
+def sentences(config: Record, rows: list[PointSummary]) -> list[str]:
     """What came out, the headline first."""
     measured = [row for row in rows if not math.isnan(row.final.value)]
     if not measured:
@@ -92,23 +93,23 @@ def sentences(config: Record, rows: list[Row]) -> list[str]:
     for task in dict.fromkeys(row.setting.get("task") for row in measured):
         first, *others = [row for row in measured if row.setting.get("task") == task]
         where = f" on {task}" if task else ""
-        best = f"Of {len(others) + 1} points{where} the best is {_told(first)}: {words.estimate(first.final)}."
+        best = f"Of {len(others) + 1} points{where} the best is {_told(first)}: {words.format_estimate(first.final)}."
         level = sum(row.final.high >= first.final.low for row in others)
         if others and level:
             best += f" The intervals of {level} {'other overlaps' if level == 1 else 'others overlap'} its own."
         elif others:
-            best += f" Next is {_told(others[0])} with {words.estimate(others[0].final)}."
+            best += f" Next is {_told(others[0])} with {words.format_estimate(others[0].final)}."
         out.append(best)
         edges = _edges(first, [first, *others])
         out += [f"Its {name} is the {side} that was tried: a wider sweep may do better." for name, side in edges]
     return out + words.few(min(len(row.earned) for row in measured))
 
 
-def _told(row: Row) -> str:
+def _told(row: PointSummary) -> str:
     return ", ".join(f"{key} {_value(x)}" for key, x in row.setting.items() if key != "task") or "the only one"
 
 
-def _edges(best: Row, rows: list[Row]) -> list[tuple[str, str]]:
+def _edges(best: PointSummary, rows: list[PointSummary]) -> list[tuple[str, str]]:
     """The numbers of the best point that nothing lies beyond; of those with at least three values tried."""
     out = []
     for name, value in best.setting.items():
@@ -118,7 +119,7 @@ def _edges(best: Row, rows: list[Row]) -> list[tuple[str, str]]:
     return out
 
 
-def _cautions(rows: list[Row], provenance: Record) -> list[str]:
+def _cautions(rows: list[PointSummary], provenance: Record) -> list[str]:
     out = []
     for state in dict.fromkeys(row.state for row in rows if row.state != "finished"):
         count = sum(row.state == state for row in rows)
@@ -133,52 +134,56 @@ def _cautions(rows: list[Row], provenance: Record) -> list[str]:
         out.append(f"The points were run by {len(commits)} commits: {', '.join(sorted(c[:9] for c in commits))}.")
     problem = [name for name in rows[0].setting if name == "horizon" or name.startswith("param.")] if rows else []
     if problem:
-        out.append(f"Points differ in {words.join(problem)}: returns of different problems, ranked together.")
+        out.append(f"Points differ in {words.join_words(problem)}: returns of different problems, ranked together.")
     if (provenance.get("git") or {}).get("dirty"):
         out.append("The code had changes that are not in the commit.")
     return out
 
 
-def _row(record: Record) -> Row:
+def _row(record: Record) -> PointSummary:
     last, state = record.get("last") or {}, str(record.get("status", "missing"))
     if reason := record.get("reason"):
         state += f": {' '.join(str(reason).split())[:200]}"
     head, commit = (str(record.get("point")), record.get("setting") or {}), record.get("commit")
     if "train" not in last:
         nothing = np.zeros(0)
-        return Row(*head, nothing, UNKNOWN, UNKNOWN, math.nan, math.nan, math.nan, 0.0, state, commit)
+        return PointSummary(*head, nothing, UNKNOWN, UNKNOWN, math.nan, math.nan, math.nan, 0.0, state, commit)
     train = np.asarray(last["train"], float)
     earned = np.asarray(last.get("test", last["train"]), float)
     success = float(np.mean(last["success"])) if "success" in last else math.nan
     met = float(np.sum(last.get("nonfinite", 0)))
     trained = UNKNOWN if np.isnan(train).all() else estimate(train)
-    return Row(*head, earned, estimate(earned), trained, success, last["update"], last["seconds"], met, state, commit)
+    return PointSummary(
+        *head, earned, estimate(earned), trained, success, last["update"], last["seconds"], met, state, commit
+    )
 
 
-def _cells(row: Row, varied: list[str]) -> list[str]:
+def _cells(row: PointSummary, varied: list[str]) -> list[str]:
     own = [_value(row.setting.get(key)) for key in varied]
     state = row.state.partition(":")[0]
     clock = words.seconds(row.seconds)
     return [
         *own,
-        words.estimate(row.final),
-        words.value(row.train),
-        words.share(row.success),
-        words.count(row.steps),
+        words.format_estimate(row.final),
+        words.format_value(row.train),
+        words.format_share(row.success),
+        words.format_count(row.steps),
         clock,
         state,
     ]
 
 
-def _table(rows: list[Row], varied: list[str]) -> str:
+def _table(rows: list[PointSummary], varied: list[str]) -> str:
     names = ["", *varied, *COLUMNS[:4], "seconds of its group", "state"]
     head = "".join(f"<th{page.attribute('left' if name == 'state' else '')}>{escape(name)}</th>" for name in names)
     lines = []
     for i, row in enumerate(rows[:SHOWN]):
         own = "".join(cell(_value(row.setting.get(key))) for key in varied)
-        final = cell(words.value(row.final), below=words.interval(row.final), kind="best" if i == 0 else "")
-        train = cell(words.value(row.train), below=words.interval(row.train))
-        numbers = [words.share(row.success), words.count(row.steps), words.seconds(row.seconds)]
+        final = cell(
+            words.format_value(row.final), below=words.format_interval(row.final), kind="best" if i == 0 else ""
+        )
+        train = cell(words.format_value(row.train), below=words.format_interval(row.train))
+        numbers = [words.format_share(row.success), words.format_count(row.steps), words.seconds(row.seconds)]
         cells = own + final + train + "".join(map(cell, numbers)) + cell(row.state, kind="left wrap")
         lines.append(f"<tr><th>{i + 1}<small>{escape(row.name)}</small></th>{cells}</tr>")
     more = f" {len(rows) - SHOWN} more points are in metrics.jsonl." if len(rows) > SHOWN else ""
@@ -187,7 +192,7 @@ def _table(rows: list[Row], varied: list[str]) -> str:
     return page.scroll("Every point", shown) + f'<p class="note">{prose(NOTE + more)}</p>'
 
 
-def _effects(rows: list[Row], varied: list[str]) -> str:
+def _effects(rows: list[PointSummary], varied: list[str]) -> str:
     """For each value of each setting: the best point that has it, and the interquartile mean over all of them."""
     lines = []
     for name in varied:
@@ -199,9 +204,12 @@ def _effects(rows: list[Row], varied: list[str]) -> str:
             if not own:
                 continue
             best, pooled = own[0].final, estimate(np.concatenate([row.earned for row in own]))
-            cells = cell(value) + cell(str(len(own))) + cell(words.value(best), below=words.interval(best))
+            cells = (
+                cell(value) + cell(str(len(own))) + cell(words.format_value(best), below=words.format_interval(best))
+            )
             lines.append(
-                f"<tr><th>{escape(name)}</th>{cells}{cell(words.value(pooled), below=words.interval(pooled))}</tr>"
+                f"<tr><th>{escape(name)}</th>{cells}"
+                f"{cell(words.format_value(pooled), below=words.format_interval(pooled))}</tr>"
             )
     # Returns of different tasks are no numbers to average.
     if not lines or "task" in varied:
@@ -215,7 +223,7 @@ def _effects(rows: list[Row], varied: list[str]) -> str:
     return page.scroll("Setting by setting", shown) + f'<p class="note">{note}</p>'
 
 
-def _draw(rows: list[Row], varied: list[str], folder: Path) -> list[gallery.Picture]:
+def _draw(rows: list[PointSummary], varied: list[str], folder: Path) -> list[gallery.Picture]:
     """Return against each setting, coloured by the first that is text."""
     drawn = [row for row in rows if row.earned.size and math.isfinite(row.final.value)]
     names = [name for name in varied if len({_value(row.setting.get(name)) for row in drawn}) > 1 and name != "task"]
@@ -231,11 +239,11 @@ def _draw(rows: list[Row], varied: list[str], folder: Path) -> list[gallery.Pict
         caption = "Cost is minus the return. " if all(row.final.value < 0 for row in own) else ""
         caption += "Interquartile mean over seeds and 95% bootstrap interval of each point; a line joins the best ones."
         file = "returns" if task is None else f"returns-{task}"
-        out.append(gallery.save(folder, file, "Returns", title, caption, _panels(own, names, by)))
+        out.append(gallery.save_figure(folder, file, "Returns", title, caption, _panels(own, names, by)))
     return out
 
 
-def _panels(rows: list[Row], names: list[str], by: str | None) -> Callable[[], Any]:
+def _panels(rows: list[PointSummary], names: list[str], by: str | None) -> Callable[[], Any]:
     def make() -> Any:
         figure, axes = panels(len(names), xlabel="") if len(names) > 1 else _alone()
         kinds = list(dict.fromkeys(_value(row.setting.get(by)) if by else "" for row in rows))
@@ -252,7 +260,7 @@ def _panels(rows: list[Row], names: list[str], by: str | None) -> Callable[[], A
         if len(looks) > 1:
             handles = [_handle(style) for style in looks.values()]
             axes[0].legend(
-                handles=handles, loc="upper right", fontsize=7, labelcolor=figures.INK, frameon=True, framealpha=0.85
+                handles=handles, loc="upper right", fontsize=7, labelcolor=palette.INK, frameon=True, framealpha=0.85
             )
         return figure
 
@@ -264,7 +272,7 @@ def _alone() -> tuple[Any, list[Any]]:
     return figure, [axis]
 
 
-def _points(axis: Any, rows: list[Row], x: list[float], sign: float, style: figures.Style) -> None:
+def _points(axis: Any, rows: list[PointSummary], x: list[float], sign: float, style: figures.Style) -> None:
     for place, row in zip(x, rows, strict=True):
         ends = sorted(sign * end for end in (row.final.low, row.final.high))
         if all(map(math.isfinite, ends)):

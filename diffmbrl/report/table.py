@@ -13,7 +13,7 @@ from diffmbrl.runs.statistics import Estimate, estimate, interquartile_mean
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
-class Reach(NamedTuple):
+class TargetReached(NamedTuple):
     """What an arm had spent when its training return (interquartile mean) first was as good as the target."""
 
     update: float
@@ -23,7 +23,7 @@ class Reach(NamedTuple):
 
 
 @dataclass
-class Row:
+class MethodSummary:
     """A method's summary. Work is per seed (the mean over seeds); seconds are the arm's own clock, all lanes together."""
 
     arm: Arm
@@ -39,7 +39,7 @@ class Row:
     seconds: float
     lanes: float
     nonfinite: float  # over all seeds
-    reach: Reach | None
+    reach: TargetReached | None
 
     @property
     def measured(self) -> bool:
@@ -58,8 +58,8 @@ class Row:
 class Summary:
     """The table: rows, all arms behind them, and the best first-order arm, whose final return is the target."""
 
-    rows: list[Row]
-    arms: list[Row]
+    rows: list[MethodSummary]
+    arms: list[MethodSummary]
     reference: Arm | None
 
     @property
@@ -76,16 +76,16 @@ def summarise(arms: list[Arm]) -> Summary:
     return Summary([row for row in rows if id(row.arm) in best], rows, reference)
 
 
-def row_of(arm: Arm, target: float) -> Row:
+def row_of(arm: Arm, target: float) -> MethodSummary:
     """One arm's summary."""
     nan = math.nan
     if not arm.measured:
-        return Row(arm, UNKNOWN, UNKNOWN, UNKNOWN, nan, nan, nan, nan, nan, nan, nan, nan, nan, None)
+        return MethodSummary(arm, UNKNOWN, UNKNOWN, UNKNOWN, nan, nan, nan, nan, nan, nan, nan, nan, nan, None)
     train, test = arm["train"], arm["test"]
     peak = np.where(np.isfinite(train), train, -np.inf).argmax(axis=0)
     final = {name: float(np.mean(arm[name][-1])) for name in ("sequential", "forward", "jvp", "vjp")}
     success = arm["success"][-1]
-    return Row(
+    return MethodSummary(
         arm,
         train=estimate(train[-1]),
         test=UNKNOWN if np.isnan(test).all() else estimate(test[-1]),
@@ -100,14 +100,14 @@ def row_of(arm: Arm, target: float) -> Row:
     )
 
 
-def reach_of(arm: Arm, target: float) -> Reach | None:
+def reach_of(arm: Arm, target: float) -> TargetReached | None:
     """The first evaluation at which the training return is as good as the target."""
     there = np.flatnonzero(interquartile_mean(arm["train"]) >= target)
     if there.size == 0:
         return None
     i = there[0]
     work = float(np.mean(arm["sequential"][i])), float(np.mean(arm.dynamics[i]))
-    return Reach(float(arm["update"][i]), float(arm["seconds"][i]), *work)
+    return TargetReached(float(arm["update"][i]), float(arm["seconds"][i]), *work)
 
 
 def name(arm: Arm) -> str:
@@ -126,13 +126,13 @@ def text(summary: Summary) -> str:
     ]
     for row in summary.rows:
         mark = "*" if row.arm.plans else ""
-        estimates = [words.estimate(e) for e in (row.train, row.test, row.visited)]
-        quality.append([name(row.arm) + mark, *estimates[:2], words.share(row.success), estimates[2]])
-        work = [words.count(x) for x in (row.iterations, row.sequential, row.forward, row.jvp, row.vjp)]
+        estimates = [words.format_estimate(e) for e in (row.train, row.test, row.visited)]
+        quality.append([name(row.arm) + mark, *estimates[:2], words.format_share(row.success), estimates[2]])
+        work = [words.format_count(x) for x in (row.iterations, row.sequential, row.forward, row.jvp, row.vjp)]
         times = [words.seconds(row.seconds), words.seconds(row.arm.compile_seconds)]
         reach = row.reach
         last = (
-            [words.seconds(reach.seconds), words.count(reach.sequential), words.count(reach.dynamics)]
+            [words.seconds(reach.seconds), words.format_count(reach.sequential), words.format_count(reach.dynamics)]
             if reach
             else [words.NONE] * 3
         )
@@ -141,7 +141,7 @@ def text(summary: Summary) -> str:
         "Return: interquartile mean over seeds [95% bootstrap interval]. Work: rollouts and dynamics steps per seed."
     ]
     if summary.reference is not None:
-        target = f"{name(summary.reference)}, {words.number(summary.target)} on training starts"
+        target = f"{name(summary.reference)}, {words.format_number(summary.target)} on training starts"
         notes.append(f"Reached: the best first-order return ({target}).")
     if any(row.arm.plans for row in summary.rows):
         notes.append("* plans each start anew, instead of learning one policy for all.")

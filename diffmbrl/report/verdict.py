@@ -3,7 +3,7 @@
 import math
 
 from diffmbrl.report import words
-from diffmbrl.report.table import Row, Summary, name
+from diffmbrl.report.table import MethodSummary, Summary, name
 
 OVERFIT = 1.5  # held-out cost above this multiple of the training cost is said to overfit
 
@@ -17,46 +17,48 @@ def sentences(summary: Summary) -> list[str]:
     return parts + _overfitting(policies) + words.few(min(row.arm.seeds for row in policies))
 
 
-def leader(summary: Summary) -> Row | None:
+def leader(summary: Summary) -> MethodSummary | None:
     """The policy with the best held-out return."""
     rows = [row for row in summary.rows if row.measured and not row.arm.plans and not math.isnan(row.test.value)]
     return max(rows, key=lambda row: row.test.value, default=None)
 
 
-def fastest(summary: Summary) -> Row | None:
+def fastest(summary: Summary) -> MethodSummary | None:
     """The policy method that reached the best first-order return in the least time."""
     rows = [(row.reach.seconds, row) for row in summary.rows if row.reach is not None and not row.arm.plans]
     return min(rows, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
-def _best(policies: list[Row]) -> str:
+def _best(policies: list[MethodSummary]) -> str:
     ranked = sorted((row for row in policies if not math.isnan(row.test.value)), key=lambda row: -row.test.value)
     if not ranked:
         return "No held-out return was measured."
     first = ranked[0]
-    success = "" if math.isnan(first.success) else f", with {words.share(first.success)} of those starts a success"
-    lead = f"{name(first.arm)} has the best held-out return: {words.estimate(first.test)}{success}."
+    success = (
+        "" if math.isnan(first.success) else f", with {words.format_share(first.success)} of those starts a success"
+    )
+    lead = f"{name(first.arm)} has the best held-out return: {words.format_estimate(first.test)}{success}."
     if len(ranked) == 1:
         return lead
     level = [row.arm.label for row in ranked[1:] if row.test.high >= first.test.low]
     second = ranked[1]
     if level:
         overlap = "interval of {} overlaps" if len(level) == 1 else "intervals of {} overlap"
-        return f"{lead} The {overlap.format(words.join(level))} it, so these seeds do not separate them."
+        return f"{lead} The {overlap.format(words.join_words(level))} it, so these seeds do not separate them."
     if math.isnan(first.test.low):
-        return f"{lead} Next is {second.arm.label} with {words.estimate(second.test)}."
-    return f"{lead} No other interval reaches it; next is {second.arm.label} with {words.estimate(second.test)}."
+        return f"{lead} Next is {second.arm.label} with {words.format_estimate(second.test)}."
+    return f"{lead} No other interval reaches it; next is {second.arm.label} with {words.format_estimate(second.test)}."
 
 
-def _fastest(summary: Summary, policies: list[Row]) -> list[str]:
+def _fastest(summary: Summary, policies: list[MethodSummary]) -> list[str]:
     reference, quickest = summary.reference, fastest(summary)
     if reference is None or quickest is None or quickest.reach is None:
         return ["No first-order method was evaluated, so there is no return to race to."]
     others = {row.arm.method: row for row in policies}
     own = others[reference.method]
-    goal = f"the best first-order return ({words.number(summary.target)} on training starts, {name(reference)})"
+    goal = f"the best first-order return ({words.format_number(summary.target)} on training starts, {name(reference)})"
     if quickest.arm.method == reference.method:
-        goal = f"the best first-order return, its own {words.number(summary.target)} on training starts"
+        goal = f"the best first-order return, its own {words.format_number(summary.target)} on training starts"
     out = [f"{quickest.arm.label} is the first to reach {goal}: {_spent(quickest)}."]
     rivals = [row for row in policies if row.reach is not None and row is not quickest]
     if rivals:
@@ -66,18 +68,20 @@ def _fastest(summary: Summary, policies: list[Row]) -> list[str]:
         out[0] = out[0][:-1] + f", against {_spent(rival)} for {rival.arm.label}."
     failed = [row.arm.label for row in policies if row.reach is None]
     if failed:
-        out.append(f"{words.join(failed)} did not reach it.")
+        out.append(f"{words.join_words(failed)} did not reach it.")
     return out + _depth(policies)
 
 
-def _spent(row: Row) -> str:
+def _spent(row: MethodSummary) -> str:
     reach = row.reach
     return (
-        f"{words.seconds(reach.seconds)} and {words.count(reach.dynamics)} dynamics evaluations" if reach else "nothing"
+        f"{words.seconds(reach.seconds)} and {words.format_count(reach.dynamics)} dynamics evaluations"
+        if reach
+        else "nothing"
     )
 
 
-def _depth(policies: list[Row]) -> list[str]:
+def _depth(policies: list[MethodSummary]) -> list[str]:
     """Rollouts one after another: the time left on a machine wide enough to run everything else at once."""
     ranked = sorted(
         ((row.reach.sequential, row) for row in policies if row.reach is not None and row.reach.sequential > 0),
@@ -88,11 +92,12 @@ def _depth(policies: list[Row]) -> list[str]:
     (low, first), (high, last) = ranked[0], ranked[-1]
     return [
         f"In rollouts that must run one after another, which is what counts on an accelerator, {first.arm.label} needed the "
-        f"fewest to get there: {words.count(low)}, {words.times(high / low)} fewer than {last.arm.label} ({words.count(high)})."
+        f"fewest to get there: {words.format_count(low)}, {words.times(high / low)} fewer than "
+        f"{last.arm.label} ({words.format_count(high)})."
     ]
 
 
-def _planners(summary: Summary, policies: list[Row]) -> list[str]:
+def _planners(summary: Summary, policies: list[MethodSummary]) -> list[str]:
     out = []
     for row in summary.rows:
         if row.measured and row.arm.plans and not math.isnan(row.test.value):
@@ -101,18 +106,19 @@ def _planners(summary: Summary, policies: list[Row]) -> list[str]:
             tail = "" if best == -math.inf else f": {sense}"
             out.append(
                 f"For reference, {row.arm.label}, which plans each start anew and learns no policy, gets "
-                f"{words.estimate(row.test)} on the held-out starts{tail}."
+                f"{words.format_estimate(row.test)} on the held-out starts{tail}."
             )
     return out
 
 
-def _overfitting(policies: list[Row]) -> list[str]:
+def _overfitting(policies: list[MethodSummary]) -> list[str]:
     out = []
     for row in policies:
         train, test = row.train.value, row.test.value
         if test < OVERFIT * train < 0:
             out.append(
-                f"{row.arm.label} overfits its training starts: {words.number(train)} there, {words.number(test)} on the "
-                f"held-out ones ({words.number(row.visited.value)} where its training return was best)."
+                f"{row.arm.label} overfits its training starts: {words.format_number(train)} there, "
+                f"{words.format_number(test)} on the "
+                f"held-out ones ({words.format_number(row.visited.value)} where its training return was best)."
             )
     return out

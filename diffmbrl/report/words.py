@@ -7,10 +7,10 @@ from diffmbrl.runs.statistics import Estimate
 NONE = "-"
 
 
-def number(x: float | int | None, *, decimals: int | None = None) -> str:
+def format_number(x: float | int | None, *, decimals: int | None = None) -> str:
     """Three significant digits, at most four decimals; or as many decimals as asked for.
 
-    >>> number(-0.81234), number(-27000.0), number(1.2e9), number(math.nan)
+    >>> format_number(-0.81234), format_number(-27000.0), format_number(1.2e9), format_number(math.nan)
     ('-0.812', '-27,000', '1.2e+09', '-')
     """
     if x is None or math.isnan(x):
@@ -22,31 +22,31 @@ def number(x: float | int | None, *, decimals: int | None = None) -> str:
     return f"{x:,.{_decimals(x) if decimals is None else decimals}f}"
 
 
-def estimate(e: Estimate) -> str:
+def format_estimate(e: Estimate) -> str:
     """Value and interval; the value alone where there is no interval.
 
-    >>> estimate(Estimate(-0.812, -0.9041, -0.7)), estimate(Estimate(149.12, 148.9, 149.2))
+    >>> format_estimate(Estimate(-0.812, -0.9041, -0.7)), format_estimate(Estimate(149.12, 148.9, 149.2))
     ('-0.812 [-0.904, -0.700]', '149.1 [148.9, 149.2]')
     """
-    return value(e) + (f" {interval(e)}" if interval(e) else "")
+    return format_value(e) + (f" {format_interval(e)}" if format_interval(e) else "")
 
 
-def value(e: Estimate) -> str:
+def format_value(e: Estimate) -> str:
     """The value, with the decimals that its interval needs."""
-    return number(e.value, decimals=_shared(e))
+    return format_number(e.value, decimals=_shared(e))
 
 
-def interval(e: Estimate) -> str:
+def format_interval(e: Estimate) -> str:
     """The interval in brackets, empty where there is none."""
     if math.isnan(e.low) or math.isnan(e.high):
         return ""
-    return f"[{number(e.low, decimals=_shared(e))}, {number(e.high, decimals=_shared(e))}]"
+    return f"[{format_number(e.low, decimals=_shared(e))}, {format_number(e.high, decimals=_shared(e))}]"
 
 
-def count(x: float | int | None) -> str:
+def format_count(x: float | int | None) -> str:
     """A count, shortened from 10,000 on.
 
-    >>> count(400), count(12345), count(3.1e8)
+    >>> format_count(400), format_count(12345), format_count(3.1e8)
     ('400', '12.3k', '310M')
     """
     if x is None or not math.isfinite(x):
@@ -81,7 +81,7 @@ def few(seeds: int) -> list[str]:
     )
 
 
-def share(x: float | int | None) -> str:
+def format_share(x: float | int | None) -> str:
     """A share as a percentage."""
     return NONE if x is None or not math.isfinite(x) else f"{100 * x:.0f}%"
 
@@ -91,7 +91,7 @@ def times(x: float) -> str:
     return f"{x:.1f} times" if x < 10 else f"{x:.0f} times"
 
 
-def join(items: list[str]) -> str:
+def join_words(items: list[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 

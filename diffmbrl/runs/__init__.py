@@ -3,9 +3,9 @@
 `folder`, `provenance` and `metrics` write what happened, `session` and `checkpoint` what it goes on from.
 """
 
-from diffmbrl.runs.config import read_config, settled
+from diffmbrl.runs.config import config_from_json, read_config
 from diffmbrl.runs.folder import check_out, create, running, set_status
-from diffmbrl.runs.metrics import Writer, read
+from diffmbrl.runs.metrics import Writer, read_metrics
 from diffmbrl.runs.progress import Progress
 from diffmbrl.runs.session import EVERY, Session, underway
 from diffmbrl.runs.signals import exit_code
@@ -20,16 +20,16 @@ __all__ = [
     "Writer",
     "check_out",
     "check_sinks",
+    "config_from_json",
     "create",
     "estimate",
     "exit_code",
     "interquartile_mean",
     "interval",
-    "read",
     "read_config",
+    "read_metrics",
     "running",
     "set_status",
-    "settled",
     "tracked",
     "underway",
 ]

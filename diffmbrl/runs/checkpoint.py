@@ -40,7 +40,7 @@ class Kept(NamedTuple):
     metrics: Mark | None
 
 
-def save(
+def save_checkpoint(
     place: Path, step: int, tree: Any, host: dict[str, Any], *, metrics: Mark | None = None, keep: int = KEEP
 ) -> Path:
     """Write a tree of arrays and what the host knows as `place/<step>`, and drop all but the latest `keep`.
@@ -52,8 +52,8 @@ def save(
     >>> import tempfile
     >>> place = Path(tempfile.mkdtemp()) / "checkpoints"
     >>> tree = {"theta": jnp.ones(3), "key": jax.random.key(0)}
-    >>> kept, _ = newest_valid(save(place, 1, tree, {"done": 64}).parent)
-    >>> kept.host, restore(kept, tree)["theta"]
+    >>> kept, _ = newest_valid(save_checkpoint(place, 1, tree, {"done": 64}).parent)
+    >>> kept.host, restore_checkpoint(kept, tree)["theta"]
     ({'done': 64}, Array([1., 1., 1.], dtype=float32))
     """
     named = _named(tree)
@@ -151,7 +151,7 @@ def verify(folder: Path) -> Kept:
     return Kept(folder, manifest["step"], _read(folder, "host.json"), manifest["leaves"], mark)
 
 
-def restore(kept: Kept, like: Any) -> Any:
+def restore_checkpoint(kept: Kept, like: Any) -> Any:
     """The tree that was saved, in the form of `like`: arrays, or `jax.ShapeDtypeStruct`s, as `jax.eval_shape` makes them.
 
     A leaf that is numpy's in `like` is numpy's again, every other one JAX's; random keys are keys. Nothing is cast.

@@ -26,7 +26,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def settled(kind: type[T], config: dict[str, Any], *, besides: Collection[str] = ()) -> T:
+def config_from_json(kind: type[T], config: dict[str, Any], *, besides: Collection[str] = ()) -> T:
     """The setting, a NamedTuple, of a config; `besides` are names that the run wrote in it for its reader.
 
     A field that has a default and that an older version did not know has its default.
@@ -37,7 +37,7 @@ def settled(kind: type[T], config: dict[str, Any], *, besides: Collection[str] =
     >>> class Setting(NamedTuple):
     ...     task: str
     ...     rates: tuple[float, ...]
-    >>> settled(Setting, {"task": "lqr", "rates": [1, 0.5], "job": "compare"})
+    >>> config_from_json(Setting, {"task": "lqr", "rates": [1, 0.5], "job": "compare"})
     Setting(task='lqr', rates=(1.0, 0.5))
     """
     hints = get_type_hints(kind)

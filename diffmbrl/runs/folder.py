@@ -65,7 +65,7 @@ def create(out: Path | None, task: str, job: str, config: dict[str, Any]) -> Pat
     check_out(out)
     resolved = to_json({"task": task, "job": job, **config})
     started = now()
-    facts = provenance.collect(seeds=config.get("seeds"), time=started)
+    facts = provenance.collect_provenance(seeds=config.get("seeds"), time=started)
     path = _fresh(task, job, resolved) if out is None else Path(out)
     path.mkdir(parents=True, exist_ok=True)
     (path / "figures").mkdir(exist_ok=True)

@@ -38,7 +38,7 @@ class Writer:
     >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
     >>> with Writer(path) as metrics:
     ...     metrics.write({"kind": "eval", "J": np.array([1.0, np.nan])})
-    >>> read(path)
+    >>> read_metrics(path)
     ([{'kind': 'eval', 'J': [1.0, nan]}], None)
     """
 
@@ -105,7 +105,7 @@ class Writer:
         self.close()
 
 
-def read(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     """The records, and a note on the lines that could not be read (None if all could)."""
     records, broken = [], []
     lines = Path(path).read_bytes().split(b"\n")

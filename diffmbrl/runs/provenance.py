@@ -13,7 +13,7 @@ PACKAGES = ("diffmbrl", "jax", "jaxlib", "numpy", "optax", "equinox", "brax")
 ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS")
 
 
-def collect(*, seeds: Any = None, time: str | None = None) -> dict[str, Any]:
+def collect_provenance(*, seeds: Any = None, time: str | None = None) -> dict[str, Any]:
     """Commit, versions, devices, precision, seeds, command line and time, all fit for JSON."""
     import jax
 
@@ -34,7 +34,7 @@ def collect(*, seeds: Any = None, time: str | None = None) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In words, what of two `collect`s makes numbers differ in their last digits, or more."""
+    """In words, what of two `collect_provenance`s makes numbers differ in their last digits, or more."""
 
     def of(facts: dict[str, Any]) -> dict[str, Any]:
         found = {name: (facts.get("versions") or {}).get(name) for name in PACKAGES}

@@ -1,8 +1,8 @@
 """A run under way: its records, its progress, and checkpoints from which `diffmbrl resume` goes on.
 
 A run is a row of arms (methods, agents, starts), one after another, each of them a loop that shows its state when it is looked
-at (`solve/looks.py`). A checkpoint is the latest look: which arm, its state, and how far `metrics.jsonl` was. Arms that are
-over are in the records alone.
+at (`solve/checkpointer.py`). A checkpoint is the latest look: which arm, its state, and how far `metrics.jsonl` was.
+Arms that are over are in the records alone.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ class Session:
             self._kept = None
 
     @property
-    def kept(self) -> dict[str, Any] | None:
+    def restored(self) -> dict[str, Any] | None:
         """The numbers of the look that the present arm goes on from; None: it begins."""
         return None if self._kept is None else self._kept.host["numbers"]
 
@@ -90,15 +90,15 @@ class Session:
         """The arrays of that look, in the form of `like`."""
         if self._kept is None:
             raise ValueError("there is no checkpoint to restore")
-        state = checkpoint.restore(self._kept, like)
+        state = checkpoint.restore_checkpoint(self._kept, like)
         self._kept = None
         return state
 
-    def look(self, state: Any, **numbers: Any) -> None:
+    def save(self, state: Any, **numbers: Any) -> None:
         """All that the present arm needs to go on; kept as a checkpoint if it is time."""
         self._seen(state, numbers)
 
-    def save(self) -> None:
+    def write_latest(self) -> None:
         """Keep the latest look as a checkpoint, if it is not yet."""
         look, self._latest = self._latest, None
         if look is None:
@@ -109,7 +109,7 @@ class Session:
             self._writer.sync()
             place = self.folder / "checkpoints"
             try:
-                checkpoint.save(place, self._step + 1, look.state, host, metrics=look.metrics)
+                checkpoint.save_checkpoint(place, self._step + 1, look.state, host, metrics=look.metrics)
             except OSError as error:
                 left = f"; checkpoint {self._step} is valid" if self._step else ""
                 raise OSError(f"{error}{left}; when that is mended: diffmbrl resume {self.folder}") from error
@@ -123,7 +123,7 @@ class Session:
     def _seen(self, state: Any, numbers: dict[str, Any] | None) -> None:
         self._latest = _Look(self._arm, state, numbers, self._writer.mark(), self.seconds)
         if time.monotonic() - self._saved >= (max(self._every, self._took / SHARE) if self._every else 0):
-            self.save()
+            self.write_latest()
 
 
 @contextlib.contextmanager
@@ -162,7 +162,7 @@ def underway(
                 except BaseException as error:
                     _last(run, error)
                     raise
-                run.save()
+                run.write_latest()
                 checkpoint.prune(folder / "checkpoints", keep=1)
         except BaseException:
             with contextlib.suppress(Exception):  # the one that is on its way says more
@@ -174,7 +174,7 @@ def underway(
 def _last(run: Session, error: BaseException) -> None:
     """The latest look, before an exception goes on; what prevents that is added to it."""
     try:
-        run.save()
+        run.write_latest()
     except OSError as other:
         error.add_note(str(other))
         return
@@ -193,7 +193,7 @@ def _kept(folder: Path, writer: Writer) -> tuple[checkpoint.Kept | None, list[st
         checkpoint.set_aside(place, kept.step)
     path = folder / "provenance.json"
     facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    here = provenance.collect(time=now())
+    here = provenance.collect_provenance(time=now())
     remarks += provenance.differences(facts, here)
     entry = {name: here[name] for name in ("time", "command", "git", "versions", "device")}
     entry |= {"checkpoint": step, "remarks": remarks}

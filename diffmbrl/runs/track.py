@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from diffmbrl.choices import known
+from diffmbrl.choices import validate_choice
 from diffmbrl.runs.metrics import to_json
 from diffmbrl.runs.statistics import interquartile_mean
 
@@ -28,7 +28,7 @@ STEPS = {
 RETURNS = ("train", "test", "evaluation", "episodes")  # shown for each seed too
 
 
-class Point(NamedTuple):
+class TrackedPoint(NamedTuple):
     """Numbers of one group (a method, an agent, a start) at one step."""
 
     group: str
@@ -39,7 +39,7 @@ class Point(NamedTuple):
 class Sink(Protocol):
     """A place that points go to."""
 
-    def write(self, point: Point) -> None: ...
+    def write(self, point: TrackedPoint) -> None: ...
 
     def close(self) -> None: ...
 
@@ -50,7 +50,7 @@ class TensorBoard:
     def __init__(self, folder: Path, config: dict[str, Any]):
         self.writer = importlib.import_module("tensorboardX").SummaryWriter(str(folder / "tensorboard"))
 
-    def write(self, point: Point) -> None:
+    def write(self, point: TrackedPoint) -> None:
         for name, value in point.values.items():
             self.writer.add_scalar(f"{point.group}/{name}".replace(" ", "-"), value, point.step)
         self.writer.flush()
@@ -75,7 +75,7 @@ class WeightsAndBiases:
         )
         self.groups: set[str] = set()
 
-    def write(self, point: Point) -> None:
+    def write(self, point: TrackedPoint) -> None:
         group = point.group.replace(".", ",")  # a dot would be a level of its own
         if group not in self.groups:
             self.groups.add(group)
@@ -93,7 +93,7 @@ SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"tensorboard": Tenso
 def check_sinks(names: Sequence[str]) -> None:
     """Raises: `ValueError` for an unknown sink, or one that is named twice; `ModuleNotFoundError` if its package is missing."""
     for name in names:
-        known("sink of --track", name, SINKS)
+        validate_choice("sink of --track", name, SINKS)
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ModuleNotFoundError(f"--track {name} needs {PACKAGES[name]}: pip install 'diffmbrl[track]'")
     if len(set(names)) != len(names):
@@ -135,20 +135,21 @@ def tracked(
             tried(name, sink.close)
 
 
-def points(record: dict[str, Any]) -> list[Point]:
+def points(record: dict[str, Any]) -> list[TrackedPoint]:
     """What of a record of metrics is plotted: nothing of most kinds.
 
     Of several seeds the interquartile mean, and for returns each seed's own; of several starts or episodes their mean.
 
     >>> points({"kind": "eval", "method": "adam", "rate": 0.1, "update": 5, "lanes": 2, "test": [1.0, 3.0]})
-    [Point(group='adam 0.1', step=5, values={'lanes': 2.0, 'test': 2.0, 'test/seed 0': 1.0, 'test/seed 1': 3.0})]
+    [TrackedPoint(group='adam 0.1', step=5, values={'lanes': 2.0, 'test': 2.0, 'test/seed 0': 1.0, 'test/seed 1': 3.0})]
     """
     kind = record["kind"]
     if kind == "updates":
         columns = {name: x for name in ("J", "gradient_norm") if (x := record.get(name)) is not None}
         rows = zip(*(np.asarray(x, float).tolist() for x in columns.values()), strict=True)
         return [
-            Point(f"start {record['start']}", k, dict(zip(columns, row, strict=True))) for k, row in enumerate(rows)
+            TrackedPoint(f"start {record['start']}", k, dict(zip(columns, row, strict=True)))
+            for k, row in enumerate(rows)
         ]
     if kind not in STEPS:
         return []
@@ -158,7 +159,7 @@ def points(record: dict[str, Any]) -> list[Point]:
     values: dict[str, float] = {}
     for name, x in (fields | record.get("said", {})).items():
         values |= _numbers(name, x, each=name in RETURNS)
-    return [Point(group, int(record[STEPS[kind]]), values)]
+    return [TrackedPoint(group, int(record[STEPS[kind]]), values)]
 
 
 def _numbers(name: str, value: Any, *, each: bool) -> dict[str, float]:

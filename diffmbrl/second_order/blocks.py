@@ -28,11 +28,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task
 from diffmbrl.policies import Neural, squash
-from diffmbrl.second_order.curvature import Model, Vector, push_all
+from diffmbrl.second_order.curvature import CurvatureModel, Vector, push_all
 from diffmbrl.second_order.linearize import Linearization, adjoint, closed_loop, matmul
 
 
-def diagonal(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Vector:
+def diagonal(model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Vector:
     """The diagonal of N, by pushing all columns of G through the closed loop at once: `curvature.dense` without P^2."""
 
     def add(total, X, H):
@@ -41,7 +41,7 @@ def diagonal(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = N
     return push_all(add, jnp.zeros_like(model.gradient), model, model.linearization, policy, key) / model.g.shape[-1]
 
 
-def signed_diagonal(model: Model, key: PRNGKeyArray, samples: int) -> Vector:
+def signed_diagonal(model: CurvatureModel, key: PRNGKeyArray, samples: int) -> Vector:
     """An unbiased estimate of the diagonal of N, the mean of so many squares: never negative.
 
     Raises: `ValueError` if there are no samples.
@@ -61,7 +61,7 @@ def signed_diagonal(model: Model, key: PRNGKeyArray, samples: int) -> Vector:
 
 
 def leaf_blocks(
-    model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None, *, largest: int = 512
+    model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None = None, *, largest: int = 512
 ) -> tuple[Array, ...]:
     """The block [k, k] of N for each leaf of the policy in their order, the diagonal [k] of one with more than `largest`."""
     sizes = [leaf.size for leaf in jax.tree.leaves(policy)]
@@ -95,7 +95,9 @@ def action_curvature(lin: Linearization, K: Float[Array, "T m n B"]) -> Float[Ar
     return jax.lax.scan(step, loop.H_T, (loop.A, loop.B, loop.H), reverse=True)[1]
 
 
-def kronecker_factors(model: Model, policy: Any, task: Task) -> list[tuple[Float[Array, "i i"], Float[Array, "o o"]]]:
+def kronecker_factors(
+    model: CurvatureModel, policy: Any, task: Task
+) -> list[tuple[Float[Array, "i i"], Float[Array, "o o"]]]:
     """Omega and Gamma of each layer: of its inputs with a 1 behind them, and of its outputs.
 
     Raises: `TypeError` for a policy that is not `Neural`.

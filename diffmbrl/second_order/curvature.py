@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
 from diffmbrl.policies import Gaussian
-from diffmbrl.rollout import expected, returns, rollout, split, weights_axis
+from diffmbrl.rollout import mean_return, returns, rollout, split_keys, weights_axis
 from diffmbrl.second_order.linearize import (
     Linearization,
     adjoint,
@@ -45,7 +45,7 @@ class Curved(NamedTuple):
     product: Callable[[Vector], Vector]
 
 
-class Model(NamedTuple):
+class CurvatureModel(NamedTuple):
     """-J near theta, for a batch of B starts. The batch is the last axis of matrices and vectors along the trajectories, so
     that the recursions over time, tiny in n and m, run over contiguous numbers."""
 
@@ -67,7 +67,7 @@ TIME_FIRST = Trajectory(*AXES)  # where the batch axis of a stack of trajectorie
 
 def gauss_newton(
     policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, chunk: int | None = None
-) -> Model:
+) -> CurvatureModel:
     """The local model of -J, with products by G and its transpose linearised once.
 
     `chunk` is the number of time steps whose B states go through the network at a time. By default on a CPU as many as make
@@ -80,11 +80,11 @@ def gauss_newton(
     >>> model.product(model.gradient).shape
     (3,)
     """
-    J, trajectory, lin, K = along(policy, task, s0, key)
+    J, trajectory, lin, K = linearize_rollouts(policy, task, s0, key)
     g = adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
     batch = g.shape[-1]
     theta, unravel = ravel_pytree(policy)
-    _, push = jax.linearize(lambda x: actions(unravel(x), trajectory.s, split(key, s0), chunk), theta)
+    _, push = jax.linearize(lambda x: actions(unravel(x), trajectory.s, split_keys(key, s0), chunk), theta)
     transpose = jax.linear_transpose(push, theta)
 
     def pull(w: Array) -> Vector:
@@ -93,10 +93,10 @@ def gauss_newton(
     def product(v: Vector) -> Vector:
         return pull(curve(lin, K, push(v)))
 
-    return Model(jnp.mean(J), pull(g), product, push, pull, trajectory, lin, K, g)
+    return CurvatureModel(jnp.mean(J), pull(g), product, push, pull, trajectory, lin, K, g)
 
 
-def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Float[Array, "P P"]:
+def dense(model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Float[Array, "P P"]:
     r"""The matrix N, by pushing all P columns of G through the closed loop at once.
 
     $S_{t+1} = A_t S_t + B_t (K_t S_t + G_t)$ and $N = \tfrac1B\sum_{i,t} X_t^\top H_t X_t$ with $X_t = (S_t, K_t S_t + G_t)$.
@@ -112,7 +112,7 @@ def dense(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None
     return (N + N.T) / (2 * model.g.shape[-1])
 
 
-def square_root(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Float[Array, "P P"]:
+def square_root(model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Float[Array, "P P"]:
     r"""An upper triangular R with $R^\top R = N$, from the rows $H_t^{1/2} X_t / \sqrt B$ of `dense`, without forming N.
 
     Cost: a QR factorisation of P + B (n + m) rows for each time step.
@@ -133,12 +133,14 @@ def square_root(model: Model, policy: Any, task: Task, key: PRNGKeyArray | None 
     return R / jnp.sqrt(jnp.asarray(model.g.shape[-1], R.dtype))
 
 
-def push_all(add: Callable, total: Any, model: Model, lin: Linearization, policy: Any, key: PRNGKeyArray | None) -> Any:
+def push_all(
+    add: Callable, total: Any, model: CurvatureModel, lin: Linearization, policy: Any, key: PRNGKeyArray | None
+) -> Any:
     """`add(total, X_t, H_t)` over time, with all columns of X [B, n + m, P] pushed through the closed loop at once."""
     theta, unravel = ravel_pytree(policy)
     s = model.trajectory.s
     T, n, batch = lin.c_s.shape
-    keys = None if key is None else split(key, jax.tree.map(lambda x: x[0], s))
+    keys = None if key is None else split_keys(key, jax.tree.map(lambda x: x[0], s))
 
     def step(carry, x):
         S, total = carry
@@ -178,7 +180,7 @@ def hessian(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None)
     theta, unravel = ravel_pytree(policy)
 
     def cost(x):
-        return -expected(unravel(x), task, s0, key)
+        return -mean_return(unravel(x), task, s0, key)
 
     (J, gradient), push = jax.linearize(jax.value_and_grad(cost), theta)
     return Curved(-J, gradient, lambda v: push(v)[1])
@@ -208,8 +210,8 @@ def fisher(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) 
             f"the Fisher matrix needs a Gaussian policy, as Gaussian.around(policy, ...); got {type(policy).__name__}"
         )
     theta, unravel = ravel_pytree(policy)
-    J, gradient = jax.value_and_grad(lambda x: expected(unravel(x), task, s0, key))(theta)
-    trajectory = jax.vmap(lambda s, k: rollout(policy, task, s, k), out_axes=TIME_FIRST)(s0, split(key, s0))
+    J, gradient = jax.value_and_grad(lambda x: mean_return(unravel(x), task, s0, key))(theta)
+    trajectory = jax.vmap(lambda s, k: rollout(policy, task, s, k), out_axes=TIME_FIRST)(s0, split_keys(key, s0))
     w = task.weights if task.weights.ndim == 2 else task.weights[None]
     weights = w[:, :-1].T * trajectory.alive[:-1].astype(w.dtype) / trajectory.alive.shape[1]
 
@@ -228,8 +230,8 @@ def fisher(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) 
     return Curved(J, -gradient, product)
 
 
-def along(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
-    """Returns [B], rollouts, their linearisation and the policy's gains along them, with the axes of `Model`."""
+def linearize_rollouts(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
+    """Returns [B], rollouts, their linearisation and the policy's gains along them, with the axes of `CurvatureModel`."""
 
     def one(s, k, w):
         weighted = reweighted(task, w)
@@ -238,7 +240,7 @@ def along(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
         return returns(trajectory, weighted), trajectory, lin, feedback(policy, trajectory, k)
 
     batched = jax.vmap(one, in_axes=(0, 0, weights_axis(task, s0)), out_axes=(0, TIME_FIRST, -1, -1))
-    return batched(s0, split(key, s0), task.weights)
+    return batched(s0, split_keys(key, s0), task.weights)
 
 
 def planner_step(

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffmbrl.second_order.linearize import Linearization, Sweep, eliminate, matvec
+from diffmbrl.second_order.linearize import Linearization, RiccatiSolution, eliminate, matvec
 from diffmbrl.second_order.parallel_riccati import SCAN, Sweeps
 
 
-class Step(NamedTuple):
+class KKTStep(NamedTuple):
     """The minimiser, also as a feedback law: da = K ds + k."""
 
     s: Float[Array, "T n"]
@@ -30,12 +30,12 @@ class Step(NamedTuple):
 
 def solve_with_gaps(
     lin: Linearization,
-    sweep: Sweep,
+    sweep: RiccatiSolution,
     gaps: Float[Array, "T1 n"],
     *,
     damping: Float[Array, ""] | float = 0.0,
     sweeps: Sweeps = SCAN,
-) -> Step:
+) -> KKTStep:
     """The step for the linear terms of `lin` and gaps d_0 .. d_T, with the gains and pivots of `sweep` (made at `damping`).
 
     Linear in c and d, and differentiable by JAX as such. Cost: three linear passes over the horizon.
@@ -61,7 +61,7 @@ def solve_with_gaps(
     eye = jnp.eye(B.shape[2], dtype=A.dtype)
     k = -jax.vmap(lambda Q, q: matvec(eliminate(Q, eye)[0], q))(sweep.Q_aa, q_a)
     s, a, s_T = sweeps.respond(A, B, sweep.K, k)
-    return Step(moved + s, moved_a + a, moved_T + s_T, k)
+    return KKTStep(moved + s, moved_a + a, moved_T + s_T, k)
 
 
 def _drift(A: Array, B: Array, K: Array, gaps: Array) -> tuple[Array, Array, Array]:

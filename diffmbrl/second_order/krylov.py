@@ -81,7 +81,7 @@ def eigen(N: Float[Array, "P P"], g: Float[Array, " P"]) -> Spectral:
     return Spectral(vectors.T, values, values, coefficients, jnp.asarray(g.shape[0], jnp.int32))
 
 
-class Truncated(NamedTuple):
+class TruncatedCG(NamedTuple):
     """Where conjugate gradients ended, and why."""
 
     step: Float[Array, " P"]
@@ -101,7 +101,7 @@ def conjugate_gradients(
     tolerance: Float[Array, ""] | float = 1e-5,
     iterations: int = 100,
     preconditioner: Callable[[Float[Array, " P"]], Float[Array, " P"]] | None = None,
-) -> Truncated:
+) -> TruncatedCG:
     r"""Minimise $g^\top d + \tfrac12 d^\top N d$ over $|d|_P \le$ `radius`, by Steihaug's truncated conjugate gradients.
 
     `preconditioner` is $v \mapsto P^{-1} v$ of a positive definite P, whose norm $|d|_P = \sqrt{d^\top P d}$ is then the trust
@@ -157,7 +157,7 @@ def conjugate_gradients(
     start = (jnp.zeros((), jnp.int32), zero, zero, zero, -z, -g, g, g @ z, no, no, solved(g))
     i, d, Nd, Pd, _, _, r, _, negative, boundary, _ = jax.lax.while_loop(going, step, start)
     residual = jnp.linalg.norm(r) / jnp.where(norm > 0, norm, 1.0)
-    return Truncated(d, -(g @ d + 0.5 * d @ Nd), i, residual, negative, boundary, _norm(d, Pd))
+    return TruncatedCG(d, -(g @ d + 0.5 * d @ Nd), i, residual, negative, boundary, _norm(d, Pd))
 
 
 def _norm(d: Float[Array, " P"], Pd: Float[Array, " P"]) -> Float[Array, ""]:

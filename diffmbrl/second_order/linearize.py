@@ -23,7 +23,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Trajectory, is_plan, only_if
+from diffmbrl.core import State, Task, Trajectory, cond_once, is_plan
 
 SUMMED = 6  # products of stacked matrices with at most so many terms an entry are sums of outer products
 INLINE = 16  # dimensions up to which tiny matrix products and eliminations are written out as arithmetic
@@ -41,7 +41,7 @@ class Linearization(NamedTuple):
     H_T: Float[Array, "n n *batch"]
 
 
-class Sweep(NamedTuple):
+class RiccatiSolution(NamedTuple):
     r"""The minimiser of the LQR problem along a trajectory: $da_t = K_t\,ds_t + k_t$."""
 
     K: Float[Array, "T m n *batch"]
@@ -165,7 +165,7 @@ def project(H: Float[Array, "N d d"]) -> Float[Array, "N d d"]:
         full = jnp.einsum("...ij,...j,...kj->...ik", vectors, jnp.maximum(values, 0), vectors, precision="highest")
         return jnp.where(easy[..., None, None], result, full)
 
-    return only_if(~jnp.all(easy), eigen, result)
+    return cond_once(~jnp.all(easy), eigen, result)
 
 
 def adjoint(
@@ -233,7 +233,7 @@ def closed_loop(lin: Linearization, K: Float[Array, "T m n *batch"]) -> Lineariz
     return lin._replace(A=A, c_s=c_s, H=H)
 
 
-def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
+def riccati(linearization: Linearization, damping: Float[Array, ""]) -> RiccatiSolution:
     r"""Solve the LQR problem along a trajectory by dynamic programming, backwards in time, in O(T (n + m)^3).
 
     $$Q = H_t + [A\;B]^\top V [A\;B],\quad q = c_t + [A\;B]^\top v,\quad K_t = -(Q_{aa} + \mu I)^{-1} Q_{as},\;
@@ -270,7 +270,7 @@ def riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
     start = (H_T, c_T, jnp.zeros(batch, A.dtype), jnp.ones(batch, bool))
     F = jnp.concatenate([A, B], axis=2)
     (_, _, slope, definite), (K, k, Q_aa) = jax.lax.scan(step, start, (F, c_s, c_a, H), reverse=True)
-    return Sweep(K, k, slope, definite, Q_aa)
+    return RiccatiSolution(K, k, slope, definite, Q_aa)
 
 
 def matmul(X: Float[Array, "i j *batch"], Y: Float[Array, "j k *batch"]) -> Float[Array, "i k *batch"]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from diffmbrl.second_order.linearize import Linearization, Sweep, adjoint, eliminate, respond, riccati
+from diffmbrl.second_order.linearize import Linearization, RiccatiSolution, adjoint, eliminate, respond, riccati
 
 # From this horizon on, not on a CPU. Unmeasured: by count of sequential steps, 2 log2 T joins of ten small operations each
 # against T steps of ten.
@@ -66,12 +66,12 @@ def choose(horizon: int, *, platform: str | None = None) -> Sweeps:
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 
 
-def parallel_riccati(linearization: Linearization, damping: Float[Array, ""]) -> Sweep:
+def parallel_riccati(linearization: Linearization, damping: Float[Array, ""]) -> RiccatiSolution:
     """`linearize.riccati` by an associative scan: the same arguments and results, equal to rounding; one trajectory.
 
-    One condition is stricter: `Sweep.definite` also asks that each step's own damped H_aa is positive definite, since an
-    action is minimised away before anything is known of what follows. The scan asks it of H_aa + B' V B alone, so that a
-    reward without a price on the actions needs no damping there and some here.
+    One condition is stricter: `RiccatiSolution.definite` also asks that each step's own damped H_aa is positive
+    definite, since an action is minimised away before anything is known of what follows. The scan asks it of H_aa + B'
+    V B alone, so that a reward without a price on the actions needs no damping there and some here.
 
     Cost: O(T n^3) arithmetic in O(log T) sequential steps. Raises: `ValueError` for trajectories stacked along a last axis:
     `vmap` it instead.
@@ -93,12 +93,12 @@ def parallel_riccati(linearization: Linearization, damping: Float[Array, ""]) ->
         stages, positive = jax.vmap(_stage)(A, B, c_s, c_a, H)
         end = Stretch(jnp.zeros_like(H_T), jnp.zeros_like(c_T), jnp.zeros_like(H_T), c_T, H_T)
         stretches = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), stages, end)
-        joined = jax.lax.associative_scan(lambda later, earlier: join(earlier, later), stretches, reverse=True)
+        joined = jax.lax.associative_scan(lambda later, earlier: compose(earlier, later), stretches, reverse=True)
         K, k, q_a, Q_aa, definite = jax.vmap(_gains)(A, B, c_a, H, joined.V[1:], joined.v[1:])
-    return Sweep(K, k, jnp.vdot(k, q_a, precision="highest"), jnp.all(positive) & jnp.all(definite), Q_aa)
+    return RiccatiSolution(K, k, jnp.vdot(k, q_a, precision="highest"), jnp.all(positive) & jnp.all(definite), Q_aa)
 
 
-def join(first: Stretch, second: Stretch) -> Stretch:
+def compose(first: Stretch, second: Stretch) -> Stretch:
     r"""Two stretches, one after the other, as one; with leading axes.
 
     $W = (I + C_1 V_2)^{-1}$: $A = A_2 W A_1$, $b = A_2 W (b_1 - C_1 v_2) + b_2$, $C = A_2 W C_1 A_2^\top + C_2$,
@@ -106,14 +106,14 @@ def join(first: Stretch, second: Stretch) -> Stretch:
     """
     n = first.A.shape[-1]
     eye = jnp.eye(n, dtype=first.A.dtype)
-    right = jnp.concatenate([first.A, (first.b - along(first.C, second.v))[..., None], first.C], axis=-1)
+    right = jnp.concatenate([first.A, (first.b - batched_matvec(first.C, second.v))[..., None], first.C], axis=-1)
     solved = jnp.linalg.solve(eye + first.C @ second.V, right)
     WA, Wb, WC = solved[..., :n], solved[..., n], solved[..., n + 1 :]
     # W' V_2 = V_2 W is symmetric, and v needs no second solve: W' (v_2 + V_2 b_1) = v_2 + V_2 W (b_1 - C_1 v_2).
-    v = along(_transpose(first.A), second.v + along(second.V, Wb)) + first.v
+    v = batched_matvec(_transpose(first.A), second.v + batched_matvec(second.V, Wb)) + first.v
     V = _transpose(first.A) @ second.V @ WA + first.V
     C = second.A @ WC @ _transpose(second.A) + second.C
-    return Stretch(second.A @ WA, along(second.A, Wb) + second.b, _symmetric(C), v, _symmetric(V))
+    return Stretch(second.A @ WA, batched_matvec(second.A, Wb) + second.b, _symmetric(C), v, _symmetric(V))
 
 
 def parallel_adjoint(
@@ -126,9 +126,9 @@ def parallel_adjoint(
 ) -> Float[Array, "T m"]:
     r"""`linearize.adjoint` by an associative scan of $\lambda_t = (A + BK)^\top\lambda_{t+1} + c_s + K^\top c_a$."""
     with jax.default_matmul_precision("highest"):
-        maps = _transpose(A + B @ K), c_s + along(_transpose(K), c_a)
+        maps = _transpose(A + B @ K), c_s + batched_matvec(_transpose(K), c_a)
         _, costates = _affine(maps, c_T, reverse=True)
-        return c_a + along(_transpose(B), costates[1:])
+        return c_a + batched_matvec(_transpose(B), costates[1:])
 
 
 def parallel_respond(
@@ -136,8 +136,8 @@ def parallel_respond(
 ) -> tuple[Float[Array, "T n"], Float[Array, "T m"], Float[Array, " n"]]:
     r"""`linearize.respond` by an associative scan of $s_{t+1} = (A + BK) s_t + B w_t$."""
     with jax.default_matmul_precision("highest"):
-        _, s = _affine((A + B @ K, along(B, w)), jnp.zeros_like(A[0, 0]), reverse=False)
-        return s[:-1], along(K, s[:-1]) + w, s[-1]
+        _, s = _affine((A + B @ K, batched_matvec(B, w)), jnp.zeros_like(A[0, 0]), reverse=False)
+        return s[:-1], batched_matvec(K, s[:-1]) + w, s[-1]
 
 
 SCAN = Sweeps(riccati, adjoint, respond)
@@ -149,7 +149,9 @@ def _affine(maps: tuple[Array, Array], start: Array, *, reverse: bool) -> tuple[
     constant = jnp.zeros_like(maps[0][:1]), start[None]
     ends = (maps, constant) if reverse else (constant, maps)
     maps = jax.tree.map(lambda *x: jnp.concatenate(x), *ends)
-    return jax.lax.associative_scan(lambda x, y: (y[0] @ x[0], along(y[0], x[1]) + y[1]), maps, reverse=reverse)
+    return jax.lax.associative_scan(
+        lambda x, y: (y[0] @ x[0], batched_matvec(y[0], x[1]) + y[1]), maps, reverse=reverse
+    )
 
 
 def _stage(A: Array, B: Array, c_s: Array, c_a: Array, H: Array) -> tuple[Stretch, Bool[Array, ""]]:
@@ -171,7 +173,7 @@ def _gains(A: Array, B: Array, c_a: Array, H: Array, V: Array, v: Array) -> tupl
     return gains[:, :n], gains[:, n], q_a, Q_aa, positive
 
 
-def along(X: Float[Array, "*T i j"], y: Float[Array, "*T j"]) -> Float[Array, "*T i"]:
+def batched_matvec(X: Float[Array, "*T i j"], y: Float[Array, "*T j"]) -> Float[Array, "*T i"]:
     """X_t y_t for all leading axes at once."""
     return jnp.einsum("...ij,...j->...i", X, y, precision="highest")
 

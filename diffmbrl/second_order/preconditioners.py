@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task, as_float
 from diffmbrl.second_order.blocks import diagonal, kronecker_factors, leaf_blocks, signed_diagonal
-from diffmbrl.second_order.curvature import Model, Vector
+from diffmbrl.second_order.curvature import CurvatureModel, Vector
 
 
 class Metric(Protocol):
@@ -139,7 +139,7 @@ class Jacobi(eqx.Module):
     ridge: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-3), converter=as_float)
     power: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1.0), converter=as_float)
 
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Diagonal:
+    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Diagonal:
         return Diagonal(
             _ridged(diagonal(model, policy, task, key), self.ridge) ** self.power.astype(model.gradient.dtype)
         )
@@ -156,7 +156,7 @@ class SignedJacobi(eqx.Module):
     samples: int = eqx.field(static=True, default=4)
     seed: int = eqx.field(static=True, default=0)
 
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Diagonal:
+    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Diagonal:
         estimate = signed_diagonal(model, jax.random.key(self.seed), self.samples)
         return Diagonal(_ridged(estimate, self.ridge) ** self.power.astype(model.gradient.dtype))
 
@@ -170,7 +170,7 @@ class LeafBlocks(eqx.Module):
     ridge: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-3), converter=as_float)
     largest: int = eqx.field(static=True, default=512)
 
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Blocks:
+    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Blocks:
         blocks = leaf_blocks(model, policy, task, key, largest=self.largest)
         eigen = iter(_eigen([N for N in blocks if N.ndim == 2]))
         parts = []
@@ -188,7 +188,7 @@ class Kronecker(eqx.Module):
 
     ridge: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-3), converter=as_float)
 
-    def __call__(self, model: Model, policy: Any, task: Task, key: PRNGKeyArray | None) -> Factored:
+    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Factored:
         eigen = _eigen([factor for pair in kronecker_factors(model, policy, task) for factor in pair])
         layers = []
         for (a, A), (b, B) in zip(eigen[::2], eigen[1::2], strict=True):

@@ -11,10 +11,10 @@ G d is the projection of w* onto what the policy can express, in the metric M, a
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffmbrl.second_order.curvature import Model, Vector, curve, planner_step
+from diffmbrl.second_order.curvature import CurvatureModel, Vector, curve, planner_step
 
 
-def projection_gap(model: Model, d: Vector, *, damping: float = 1e-6) -> Float[Array, ""]:
+def projection_gap(model: CurvatureModel, d: Vector, *, damping: float = 1e-6) -> Float[Array, ""]:
     r"""$|G d - w^*|_M / |w^*|_M$ for a step d of the parameters, over all starts.
 
     0 when the policy follows the planner's step, 1 for no step at all; beyond 1, the step is worse than none by the model.

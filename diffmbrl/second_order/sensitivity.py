@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task
 from diffmbrl.policies import centre_and_half
-from diffmbrl.second_order.curvature import along
+from diffmbrl.second_order.curvature import linearize_rollouts
 from diffmbrl.second_order.linearize import Linearization, closed_loop, matmul
 
 
@@ -33,11 +33,11 @@ def sensitivity(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = N
     >>> sensitivity(Linear.zeros(task), task, task.starts(jax.random.key(0), 4)).shape
     (10, 4)
     """
-    _, _, lin, K = along(policy, task, s0, key)
-    return spread(lin, K, task)
+    _, _, lin, K = linearize_rollouts(policy, task, s0, key)
+    return sensitivity_along(lin, K, task)
 
 
-def spread(lin: Linearization, K: Float[Array, "T m n B"], task: Task) -> Float[Array, "T B"]:
+def sensitivity_along(lin: Linearization, K: Float[Array, "T m n B"], task: Task) -> Float[Array, "T B"]:
     """`sensitivity` along rollouts that were linearised already."""
     _, h = centre_and_half(task.a_low, task.a_high)
     n = task.n
@@ -69,7 +69,7 @@ def growth(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) 
     >>> growth(Linear.zeros(task), task, task.starts(jax.random.key(0), 2)).round(2)
     Array([1.03, 1.03], dtype=float32)
     """
-    _, _, lin, K = along(policy, task, s0, key)
+    _, _, lin, K = linearize_rollouts(policy, task, s0, key)
     A = closed_loop(lin, K).A
     tiny = jnp.finfo(A.dtype).tiny
 

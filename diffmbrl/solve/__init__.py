@@ -1,6 +1,6 @@
 """The loop that runs a solver, its checks, and what it reports of values that are not finite."""
 
-from diffmbrl.solve.looks import Looks, Unwatched
-from diffmbrl.solve.loop import CHUNK, History, check, iterate, solve
+from diffmbrl.solve.checkpointer import Checkpointer, NoCheckpoints
+from diffmbrl.solve.loop import CHUNK, History, check_problem, iterate, solve
 
-__all__ = ["CHUNK", "History", "Looks", "Unwatched", "check", "iterate", "solve"]
+__all__ = ["CHUNK", "Checkpointer", "History", "NoCheckpoints", "check_problem", "iterate", "solve"]

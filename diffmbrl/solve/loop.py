@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import Solver, State, Task, is_plan
-from diffmbrl.devices import agreed, beside, local
-from diffmbrl.info import Info, goes_on, is_final
-from diffmbrl.solve.looks import Looks, Unwatched
+from diffmbrl.devices import broadcast, replicate_like, to_local
+from diffmbrl.info import Info, in_last_stage, is_finite
+from diffmbrl.solve.checkpointer import Checkpointer, NoCheckpoints
+from diffmbrl.solve.gradient_reach import refuse_without_gradient
 from diffmbrl.solve.nonfinite import locate, nonfinite_leaf
-from diffmbrl.solve.reach import refuse_without_gradient
 
 CHUNK = 64  # updates made between two looks from the host, at most
 
@@ -40,7 +40,7 @@ def solve(
     tolerance: float = 0.0,
     relative: float = 0.0,
     seconds: float = float("inf"),
-    looks: Looks | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> tuple[Any, History]:
     """Run `solver` from `policy` on `task`: up to `steps` updates, or `seconds` of them, or until it has converged.
 
@@ -58,34 +58,34 @@ def solve(
 
     >>> import jax, optax
     >>> from diffmbrl import Neural, tasks
-    >>> from diffmbrl.optimizers import Descend
+    >>> from diffmbrl.optimizers import OptaxSolver
     >>> task = tasks.pendulum_swingup(horizon=20)
     >>> key = jax.random.key(0)
     >>> policy = Neural.init(task, key=key)
-    >>> policy, history = solve(Descend(optax.lbfgs), policy, task, task.starts(key, 4), key, steps=3)
+    >>> policy, history = solve(OptaxSolver(optax.lbfgs), policy, task, task.starts(key, 4), key, steps=3)
     >>> history.updates, history.stop
     (3, '3 updates')
     """
-    check(solver, policy, task, s0, steps)
-    policy, carry = beside(s0, (policy, solver.init(policy, task)))
+    check_problem(solver, policy, task, s0, steps)
+    policy, carry = replicate_like(s0, (policy, solver.init(policy, task)))
     bounds = {
         name: jnp.asarray(x, task.weights.dtype) for name, x in [("tolerance", tolerance), ("relative", relative)]
     }
     run = partial(iterate, solver, task=task, s0=s0, key=key, **bounds)
-    looks = Unwatched() if looks is None else looks
+    checkpointer = NoCheckpoints() if checkpointer is None else checkpointer
     begun = time.perf_counter()
     before = jnp.full((), jnp.nan, task.weights.dtype)  # J before the last accepted update: there is none yet
     jax.block_until_ready(run(policy, carry, first=jnp.int32(0), count=jnp.int32(0), before=before))
     compiled = time.perf_counter()
     chunks, starts, done, count, spent = [], [], 0, 1, 0.0
-    if (kept := looks.kept) is not None:
+    if (kept := checkpointer.restored) is not None:
         done, spent = kept["done"], kept["spent"]
         one = jax.eval_shape(partial(run, first=jnp.int32(0), count=jnp.int32(1), before=before), policy, carry)
         infos = [jax.tree.map(lambda x, n=n: np.zeros((n, *x.shape[1:]), x.dtype), one[2]) for n in kept["rows"]]
-        state = looks.restore({"now": one[:2], "last": one[:2], "before": before, "infos": infos})
-        policy, carry = beside(s0, state["now"])
+        state = checkpointer.restore({"now": one[:2], "last": one[:2], "before": before, "infos": infos})
+        policy, carry = replicate_like(s0, state["now"])
         before, chunks = state["before"], state["infos"]
-        starts = [(*beside(s0, state["last"]), kept["last"])]
+        starts = [(*replicate_like(s0, state["last"]), kept["last"])]
     stop = f"{steps} updates"
     while done < steps:
         started = time.perf_counter()
@@ -94,8 +94,8 @@ def solve(
         policy, carry, info, made = jax.block_until_ready(
             run(policy, carry, first=jnp.int32(done), count=jnp.int32(count), before=before)
         )
-        (policy, carry), (info, made) = beside(s0, (policy, carry)), local((info, made))
-        took = agreed(time.perf_counter() - started, s0)
+        (policy, carry), (info, made) = replicate_like(s0, (policy, carry)), to_local((info, made))
+        took = broadcast(time.perf_counter() - started, s0)
         spent += took
         made = int(made)
         chunks.append(jax.tree.map(lambda x, made=made: np.asarray(x)[:made], info))
@@ -122,7 +122,9 @@ def solve(
             break
         chunks = _merged(chunks)
         state = {"now": (policy, carry), "last": starts[-1][:2], "before": before, "infos": chunks}
-        looks.look(local(state), done=done, spent=spent, last=starts[-1][2], rows=[len(chunk.J) for chunk in chunks])
+        checkpointer.save(
+            to_local(state), done=done, spent=spent, last=starts[-1][2], rows=[len(chunk.J) for chunk in chunks]
+        )
         # About five looks a second, whatever the problem's size.
         count = count * 2 if took < 0.1 else max(1, count // 2) if took > 0.4 else count
     info = jax.tree.map(lambda *xs: np.concatenate(xs), *chunks)
@@ -165,7 +167,7 @@ def iterate(
         if before is not None and relative is not None:
             small = jnp.abs(row.J - before) <= relative.astype(row.J.dtype) * jnp.abs(row.J)
             converged = converged | (small & (relative > 0))
-        return ~goes_on(row) | (converged & is_final(row))
+        return ~is_finite(row) | (converged & in_last_stage(row))
 
     def going(state):
         *_, i, over = state
@@ -178,7 +180,7 @@ def iterate(
         info = jax.tree.map(lambda rows, x: jax.lax.dynamic_update_index_in_dim(rows, x, i, 0), info, row)
         over = ended(row, before)
         if before is not None:
-            before = jnp.where(row.accepted & is_final(row), row.J, jnp.nan).astype(before.dtype)
+            before = jnp.where(row.accepted & in_last_stage(row), row.J, jnp.nan).astype(before.dtype)
         return policy, carry, info, before, i + 1, over
 
     start = (policy, carry, empty, before, jnp.zeros((), jnp.int32), jnp.array(False))
@@ -186,7 +188,7 @@ def iterate(
     return policy, carry, info, made
 
 
-def check(solver: Any, policy: Any, task: Task, s0: State, steps: int) -> None:
+def check_problem(solver: Any, policy: Any, task: Task, s0: State, steps: int) -> None:
     """Everything that can be wrong with the arguments and seen before compiling."""
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from diffmbrl.core import State, Task, Trajectory, is_plan
-from diffmbrl.rollout import expected, rollouts
+from diffmbrl.rollout import mean_return, rollouts
 
 
 def locate(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> str:
@@ -26,7 +26,7 @@ def locate(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) 
         s0 = jax.tree.map(lambda x: x[None], s0)
     if (found := named(jax.jit(rollouts)(policy, task, s0, key))) is not None:
         return "{}[{}] of start {}".format(*found)
-    gradient = jax.jit(jax.grad(expected))(policy, task, s0, key)
+    gradient = jax.jit(jax.grad(mean_return))(policy, task, s0, key)
     name = nonfinite_leaf(gradient)
     if name is not None:
         what = "plan" if is_plan(policy) else "policy"

@@ -83,7 +83,7 @@ def replanned(finite: Finite, s: int, steps: int) -> Fraction:
     return finite.r[s][a] + sum(ahead, Fraction(0))
 
 
-def closed_loop(finite: Finite, steps: int) -> list[list[list[Fraction]]]:
+def optimal_q(finite: Finite, steps: int) -> list[list[list[Fraction]]]:
     """Q_t(s, a) of the best policy, [steps][S][A]; 0 where the episode is over."""
     best = [Fraction(0)] * len(finite.s)
     backwards = []

@@ -30,7 +30,7 @@ class NoReward(eqx.Module):
         return jnp.zeros((), s.dtype)
 
 
-class Step(eqx.Module):
+class StepReward(eqx.Module):
     """`low` below 0, `high` from 0 on: the derivative is 0 wherever it exists."""
 
     low: Float[Array, ""] = parameter(-1.0)
@@ -83,7 +83,7 @@ def heaviside(*, horizon: int = 1, low: ScalarLike = -1.0, high: ScalarLike = 0.
     Gradients, section 3.
     """
     low, high = accept_real("heaviside", low=low, high=high)
-    return _landscape("heaviside", Step(low, high), 1.5, 2.0, Beyond(), horizon)
+    return _landscape("heaviside", StepReward(low, high), 1.5, 2.0, Beyond(), horizon)
 
 
 def soft_heaviside(

@@ -5,7 +5,7 @@ import inspect
 from diffmbrl.tasks.registry import TASKS
 
 
-def listing() -> str:
+def tasks_listing() -> str:
     """Name, dimensions, horizon, step and gradient contract of every task, and what it is."""
     head = ("task", "n", "m", "T", "dt [s]", "smooth", "dr/da", "safe horizon", "")
     rows: list[tuple[str, ...]] = [head]

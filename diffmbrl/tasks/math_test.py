@@ -117,7 +117,7 @@ def math_test(*, horizon: int = 2, prize: ScalarLike = 2000.0, penalty: ScalarLi
     )
 
 
-def tables(task: Task) -> Finite:
+def finite_model(task: Task) -> Finite:
     """All that can happen, with its probability: the functions of the task itself at every state, choice and pair of digits.
 
     States: the door, the two ends, and a hundred tests; choices -1 to 18. Raises: `ValueError` for another task.

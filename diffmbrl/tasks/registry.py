@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from diffmbrl.choices import known
+from diffmbrl.choices import validate_choice
 from diffmbrl.core import Task
 from diffmbrl.tasks.acrobot import acrobot
 from diffmbrl.tasks.adapters.brax_tasks import (
@@ -36,7 +36,7 @@ from diffmbrl.tasks.tennis import tennis
 from diffmbrl.tasks.throwing import ball_and_wall
 
 
-class Row(NamedTuple):
+class TaskRow(NamedTuple):
     """A task's constructor and its gradient contract."""
 
     make: Callable[..., Task]
@@ -96,30 +96,30 @@ FREE_AND_EIGHT = (
     "forward speed [m/s]",
 )
 
-TASKS: dict[str, Row] = {
-    "lqr": Row(lqr, True, True, 800, (16, 16), ("p [m]", "v [m/s]"), ("force [N]",)),
-    "pendulum": Row(pendulum, False, True, 50, (32, 32), PENDULUM, ("torque [N m]",)),
-    "pendulum-swingup": Row(pendulum_swingup, True, True, 400, (32, 32), PENDULUM, ("logit",)),
-    "cartpole-balance": Row(cartpole_balance, True, True, 50, (16, 16), CART, ("force [N]",)),
-    "cartpole-swingup": Row(cartpole_swingup, True, True, 800, (32, 32), CART, ("force [N]",)),
-    "cartpole-continuous": Row(cartpole_continuous, True, False, 0, (16, 16), CART, ("force [N]",)),
-    "inverted-pendulum": Row(inverted_pendulum, False, False, 0, (16, 16), CART, ("force [N]",)),
-    "pets-cartpole": Row(pets_cartpole, False, True, 800, (32, 32), CART, ("force [N]",)),
-    "quadrotor2d": Row(quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]")),
-    "acrobot": Row(acrobot, True, True, 800, (32, 32), ANGLES, ("elbow torque [N m]",)),
-    "double-pendulum": Row(double_pendulum, True, True, 800, (32, 32), ANGLES, TWO_TORQUES),
-    "reacher": Row(reacher, True, True, 800, (32, 32), (*ANGLES, "target x [m]", "target y [m]"), TWO_TORQUES),
-    "car": Row(car, True, True, 800, (32, 32), ROAD, ("steering [rad]", "acceleration [m/s^2]")),
-    "quadrotor": Row(quadrotor, True, True, 200, (32, 32), FLIGHT, THRUST),
-    "quadrotor-waypoint": Row(quadrotor_waypoint, True, True, 100, (32, 32), FLIGHT, THRUST),
-    "heaviside": Row(heaviside, False, False, 0, (8,), ("x [m]",), ("step [m]",)),
-    "ball-and-wall": Row(ball_and_wall, False, True, 800, (8,), ("wall [m]", "ball [m]"), ("angle [rad]",)),
-    "pushing": Row(pushing, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",)),
-    "friction": Row(friction, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",)),
-    "bouncing": Row(bouncing, False, True, 800, (16, 16), BALL, ("force [N]",)),
-    "bouncing-on-the-grid": Row(bouncing_on_the_grid, False, True, 800, (16, 16), BALL, ("force [N]",)),
-    "tennis": Row(tennis, False, True, 800, (16, 16), COURT, ("racket speed [m/s]", "turn [rad/s]")),
-    "math-test": Row(
+TASKS: dict[str, TaskRow] = {
+    "lqr": TaskRow(lqr, True, True, 800, (16, 16), ("p [m]", "v [m/s]"), ("force [N]",)),
+    "pendulum": TaskRow(pendulum, False, True, 50, (32, 32), PENDULUM, ("torque [N m]",)),
+    "pendulum-swingup": TaskRow(pendulum_swingup, True, True, 400, (32, 32), PENDULUM, ("logit",)),
+    "cartpole-balance": TaskRow(cartpole_balance, True, True, 50, (16, 16), CART, ("force [N]",)),
+    "cartpole-swingup": TaskRow(cartpole_swingup, True, True, 800, (32, 32), CART, ("force [N]",)),
+    "cartpole-continuous": TaskRow(cartpole_continuous, True, False, 0, (16, 16), CART, ("force [N]",)),
+    "inverted-pendulum": TaskRow(inverted_pendulum, False, False, 0, (16, 16), CART, ("force [N]",)),
+    "pets-cartpole": TaskRow(pets_cartpole, False, True, 800, (32, 32), CART, ("force [N]",)),
+    "quadrotor2d": TaskRow(quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]")),
+    "acrobot": TaskRow(acrobot, True, True, 800, (32, 32), ANGLES, ("elbow torque [N m]",)),
+    "double-pendulum": TaskRow(double_pendulum, True, True, 800, (32, 32), ANGLES, TWO_TORQUES),
+    "reacher": TaskRow(reacher, True, True, 800, (32, 32), (*ANGLES, "target x [m]", "target y [m]"), TWO_TORQUES),
+    "car": TaskRow(car, True, True, 800, (32, 32), ROAD, ("steering [rad]", "acceleration [m/s^2]")),
+    "quadrotor": TaskRow(quadrotor, True, True, 200, (32, 32), FLIGHT, THRUST),
+    "quadrotor-waypoint": TaskRow(quadrotor_waypoint, True, True, 100, (32, 32), FLIGHT, THRUST),
+    "heaviside": TaskRow(heaviside, False, False, 0, (8,), ("x [m]",), ("step [m]",)),
+    "ball-and-wall": TaskRow(ball_and_wall, False, True, 800, (8,), ("wall [m]", "ball [m]"), ("angle [rad]",)),
+    "pushing": TaskRow(pushing, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",)),
+    "friction": TaskRow(friction, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",)),
+    "bouncing": TaskRow(bouncing, False, True, 800, (16, 16), BALL, ("force [N]",)),
+    "bouncing-on-the-grid": TaskRow(bouncing_on_the_grid, False, True, 800, (16, 16), BALL, ("force [N]",)),
+    "tennis": TaskRow(tennis, False, True, 800, (16, 16), COURT, ("racket speed [m/s]", "turn [rad/s]")),
+    "math-test": TaskRow(
         math_test,
         False,
         False,
@@ -129,19 +129,21 @@ TASKS: dict[str, Row] = {
         ("choice [1]",),
     ),
     # Brax's, on its generalized backend.
-    "brax-inverted-pendulum": Row(brax_inverted_pendulum, False, False, 0, (32, 32), CART, ("force [300 N]",), 0.04),
-    "brax-inverted-pendulum-shaped": Row(
+    "brax-inverted-pendulum": TaskRow(
+        brax_inverted_pendulum, False, False, 0, (32, 32), CART, ("force [300 N]",), 0.04
+    ),
+    "brax-inverted-pendulum-shaped": TaskRow(
         brax_inverted_pendulum_shaped, False, True, 100, (32, 32), CART, ("force [300 N]",), 0.04
     ),
-    "brax-inverted-double-pendulum": Row(
+    "brax-inverted-double-pendulum": TaskRow(
         brax_inverted_double_pendulum, False, True, 100, (32, 32), CART_AND_TWO, ("motor [1]",), 0.02
     ),
-    "brax-reacher": Row(brax_reacher, False, True, 100, (32, 32), ARM, motors(("shoulder", "elbow")), 0.02),
-    "brax-swimmer": Row(brax_swimmer, False, True, 100, (64, 64), planar(TWO, SWIMS), motors(TWO), 0.04),
-    "brax-halfcheetah": Row(brax_halfcheetah, False, True, 100, (64, 64), planar(LEGS), motors(LEGS), 0.05),
-    "brax-hopper": Row(brax_hopper, False, True, 10, (64, 64), planar(LEG), motors(LEG), 0.008),
-    "brax-walker2d": Row(brax_walker2d, False, True, 10, (64, 64), planar(LEGS), motors(LEGS), 0.008),
-    "brax-ant": Row(brax_ant, False, True, 0, (64, 64), FREE_AND_EIGHT, motors(EIGHT), 0.05),
+    "brax-reacher": TaskRow(brax_reacher, False, True, 100, (32, 32), ARM, motors(("shoulder", "elbow")), 0.02),
+    "brax-swimmer": TaskRow(brax_swimmer, False, True, 100, (64, 64), planar(TWO, SWIMS), motors(TWO), 0.04),
+    "brax-halfcheetah": TaskRow(brax_halfcheetah, False, True, 100, (64, 64), planar(LEGS), motors(LEGS), 0.05),
+    "brax-hopper": TaskRow(brax_hopper, False, True, 10, (64, 64), planar(LEG), motors(LEG), 0.008),
+    "brax-walker2d": TaskRow(brax_walker2d, False, True, 10, (64, 64), planar(LEGS), motors(LEGS), 0.008),
+    "brax-ant": TaskRow(brax_ant, False, True, 0, (64, 64), FREE_AND_EIGHT, motors(EIGHT), 0.05),
 }
 
 
@@ -153,10 +155,10 @@ def make(name: str, *, horizon: int | None = None, **parameters: Any) -> Task:
     >>> make("cartpole-balance", horizon=50, m_p=0.2).horizon
     50
     """
-    row = TASKS[known("task", name, TASKS)]
+    row = TASKS[validate_choice("task", name, TASKS)]
     options = [p for p in inspect.signature(row.make).parameters if p != "horizon"]
     for parameter in parameters:
-        known(f"parameter of task '{name}'", parameter, options)
+        validate_choice(f"parameter of task '{name}'", parameter, options)
     if horizon is not None:
         parameters["horizon"] = horizon
     return row.make(**parameters)

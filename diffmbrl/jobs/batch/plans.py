@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffmbrl.core import Solver, State, Task, keeps_limits
-from diffmbrl.devices import along, local
+from diffmbrl.devices import shard_like, to_local
 from diffmbrl.diagnostics.spectrum import eigenvalues
-from diffmbrl.jobs.batch.programs import chunks, lane_updates, profile, take, timed
-from diffmbrl.jobs.batch.tally import Tally
+from diffmbrl.jobs.batch.metric_accumulator import MetricAccumulator
+from diffmbrl.jobs.batch.programs import action_gradients, chunks, replica, replica_updates, timed
 from diffmbrl.policies import Affine, OpenLoop, first_plan
 from diffmbrl.rollout import returns, rollout
-from diffmbrl.solve.looks import Looks
+from diffmbrl.solve.checkpointer import Checkpointer
 from diffmbrl.solve.nonfinite import locate
 from diffmbrl.tasks.transforms.squash import squashed
 
 
-class PlanLanes:
+class BatchedPlanRuns:
     """A planner from every training start of every seed, each planned on its own; held-out starts likewise, untimed.
 
     Action limits are moved into the plant, unless the planner keeps them itself. The returns are of the same task. Each start
@@ -39,9 +39,9 @@ class PlanLanes:
         seed_keys = jnp.repeat(keys, self.starts)
         train_keys = jax.vmap(jax.random.fold_in)(seed_keys, jnp.tile(jnp.arange(self.starts), self.seeds))
         test_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys[0], self.starts + jnp.arange(held_out))
-        self.train = along(train, self._lanes(zero, flat, train_keys))
-        self.test = along(train, self._lanes(zero, test, test_keys))
-        self.tally = Tally(1, self.seeds, self.starts)
+        self.train = shard_like(train, self._lanes(zero, flat, train_keys))
+        self.test = shard_like(train, self._lanes(zero, test, test_keys))
+        self.tally = MetricAccumulator(1, self.seeds, self.starts)
         self.done = self.behind = 0  # updates made on the training and on the held-out starts
 
     def compile(self) -> float:
@@ -52,8 +52,8 @@ class PlanLanes:
         """Make so many updates, number `done` and on, on the training starts."""
         for first, count in chunks(done, updates):
             *lanes, info, made = self._run(self.train, first, count)
-            self.train = (*along(self.train, tuple(lanes)), *self.train[2:])
-            self.tally.add(*local((info, made)))
+            self.train = (*shard_like(self.train, tuple(lanes)), *self.train[2:])
+            self.tally.add(*to_local((info, made)))
         self.done = done + updates
 
     @property
@@ -62,15 +62,15 @@ class PlanLanes:
         done = {"done": np.int64(self.done), "behind": np.int64(self.behind)}
         return {"train": self.train[:2], "test": self.test[:2], "tally": self.tally.state, **done}
 
-    def restore(self, looks: Looks) -> None:
+    def restore(self, checkpointer: Checkpointer) -> None:
         """Go on from a look after at least one update."""
         *train, info, _ = jax.eval_shape(lambda: self._update(self.train, jnp.int32(0), jnp.int32(1)))
         *test, _, _ = jax.eval_shape(lambda: self._update(self.test, jnp.int32(0), jnp.int32(1)))
         count = {"done": np.int64(0), "behind": np.int64(0)}
         like = {"train": tuple(train), "test": tuple(test), "tally": self.tally.after(info), **count}
-        state = looks.restore(like)
-        self.train = (*along(self.train[2], state["train"]), *self.train[2:])
-        self.test = (*along(self.test[2], state["test"]), *self.test[2:])
+        state = checkpointer.restore(like)
+        self.train = (*shard_like(self.train[2], state["train"]), *self.train[2:])
+        self.test = (*shard_like(self.test[2], state["test"]), *self.test[2:])
         self.tally.restore(state["tally"], info)
         self.done, self.behind = int(state["done"]), int(state["behind"])
 
@@ -78,10 +78,10 @@ class PlanLanes:
         """As `PolicyLanes.evaluate`; the held-out starts are planned as far as the others first."""
         for first, count in chunks(self.behind, self.done - self.behind):
             *lanes, _, _ = self._run(self.test, first, count)
-            self.test = (*along(self.test, tuple(lanes)), *self.test[2:])
+            self.test = (*shard_like(self.test, tuple(lanes)), *self.test[2:])
         self.behind = self.done
-        train, _ = local(_evaluate_plans(self.train[0], self.task, self.train[2]))
-        test, success = local(_evaluate_plans(self.test[0], self.task, self.test[2]))
+        train, _ = to_local(_evaluate_plans(self.train[0], self.task, self.train[2]))
+        test, success = to_local(_evaluate_plans(self.test[0], self.task, self.test[2]))
         out = {
             "train": np.asarray(train).reshape(self.seeds, self.starts).mean(1),
             "test": np.full(self.seeds, np.mean(np.asarray(test))),
@@ -92,7 +92,7 @@ class PlanLanes:
 
     def profile(self, rate: int) -> np.ndarray:
         """[T]: root mean square over seeds, starts and action dimensions of dJ/da_t along the plans."""
-        g = local(profile(self.train[0], self.task, jax.tree.map(lambda x: x[:, None], self.train[2])))
+        g = to_local(action_gradients(self.train[0], self.task, jax.tree.map(lambda x: x[:, None], self.train[2])))
         return np.sqrt(np.mean(np.square(np.asarray(g, np.float64)), axis=(0, 2, 3)))
 
     def spectrum(self, rate: int) -> np.ndarray:
@@ -113,7 +113,7 @@ class PlanLanes:
         return f"{where}, start {lane % self.starts}, seed {lane // self.starts}"
 
     def _one(self, lane: int) -> tuple[Affine | OpenLoop, State]:
-        return local((take(self.train[0], lane), take(self.train[2], slice(lane, lane + 1))))
+        return to_local((replica(self.train[0], lane), replica(self.train[2], slice(lane, lane + 1))))
 
     def _lanes(self, plan: Affine | OpenLoop, s0: State, keys: Any):
         count = jax.tree.leaves(s0)[0].shape[0]
@@ -129,7 +129,7 @@ class PlanLanes:
 
 @jax.jit
 def _plan(solver, plans, carries, s0, keys, task, done, updates):
-    return jax.vmap(lambda *lane: lane_updates((solver, *lane), task, done, updates))(plans, carries, s0, keys)
+    return jax.vmap(lambda *lane: replica_updates((solver, *lane), task, done, updates))(plans, carries, s0, keys)
 
 
 @jax.jit

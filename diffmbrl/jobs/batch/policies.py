@@ -9,20 +9,20 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl.core import Solver, State, Task
-from diffmbrl.devices import beside, local
+from diffmbrl.devices import replicate_like, to_local
+from diffmbrl.diagnostics.sample_statistics import SampleStatistics, in_chunks, sample_statistics
 from diffmbrl.diagnostics.spectrum import eigenvalues
-from diffmbrl.diagnostics.spread import Spread, in_chunks, spread
 from diffmbrl.gradients import BPTT
-from diffmbrl.jobs.batch.draws import NOISE
-from diffmbrl.jobs.batch.programs import chunks, lane_updates, profile, take, timed
-from diffmbrl.jobs.batch.tally import Tally
+from diffmbrl.jobs.batch.metric_accumulator import MetricAccumulator
+from diffmbrl.jobs.batch.programs import action_gradients, chunks, replica, replica_updates, timed
+from diffmbrl.jobs.batch.starts import NOISE
 from diffmbrl.policies import Neural
-from diffmbrl.rollout import returns, rollouts, values
-from diffmbrl.solve.looks import Looks
+from diffmbrl.rollout import episode_returns, returns, rollouts
+from diffmbrl.solve.checkpointer import Checkpointer
 from diffmbrl.solve.nonfinite import locate
 
 
-class PolicyLanes:
+class BatchedPolicyRuns:
     """A policy solver at several learning rates, from several seeds; lane r * seeds + k has rate r and seed k.
 
     A solver that `draws` has a key for each seed, and update i uses `fold_in(key, i)`; the others see no noise. Evaluation is
@@ -51,8 +51,8 @@ class PolicyLanes:
         noise = jax.vmap(lambda k: jax.random.fold_in(k, NOISE))(keys) if draws_noise else None
         self.keys = None if noise is None else jnp.tile(noise, self.rates)
         kept = (self.solvers, self.policies, self.carries, self.keys)
-        self.solvers, self.policies, self.carries, self.keys = beside(train, kept)
-        self.tally = Tally(self.rates, self.seeds)
+        self.solvers, self.policies, self.carries, self.keys = replicate_like(train, kept)
+        self.tally = MetricAccumulator(self.rates, self.seeds)
         self.map = _one_by_one if sequential else _together
 
     def compile(self) -> float:
@@ -63,35 +63,35 @@ class PolicyLanes:
         """Make so many updates, number `done` and on."""
         for first, count in chunks(done, updates):
             policies, carries, info, made = self._run(first, count)
-            self.policies, self.carries = beside(self.train, (policies, carries))
-            self.tally.add(*local((info, made)))
+            self.policies, self.carries = replicate_like(self.train, (policies, carries))
+            self.tally.add(*to_local((info, made)))
 
     @property
     def state(self) -> Any:
         """All that changes from update to update."""
         return {"policies": self.policies, "carries": self.carries, "tally": self.tally.state}
 
-    def restore(self, looks: Looks) -> None:
+    def restore(self, checkpointer: Checkpointer) -> None:
         """Go on from a look after at least one update."""
         policies, carries, info, _ = jax.eval_shape(self._update, jnp.int32(0), jnp.int32(1))
-        state = looks.restore({"policies": policies, "carries": carries, "tally": self.tally.after(info)})
-        self.policies, self.carries = beside(self.train, (state["policies"], state["carries"]))
+        state = checkpointer.restore({"policies": policies, "carries": carries, "tally": self.tally.after(info)})
+        self.policies, self.carries = replicate_like(self.train, (state["policies"], state["carries"]))
         self.tally.restore(state["tally"], info)
 
     def evaluate(self) -> dict[str, np.ndarray]:
         """Mean returns on training and held-out starts, success, what the last updates reported, and the gradient's health:
         the spread of each training start's BPTT gradient of the full objective."""
-        train, test, success = local(_evaluate(self.policies, self.task, self.train, self.test))
+        train, test, success = to_local(_evaluate(self.policies, self.task, self.train, self.test))
         shape = (self.rates, self.seeds)
         out = {"train": train, "test": test} | ({} if success is None else {"success": success})
-        health = local(_spreads(self.policies, self.task, self.train))
+        health = to_local(_spreads(self.policies, self.task, self.train))
         out |= {f"spread_{name}": x for name, x in health._asdict().items()}
         return {name: np.asarray(x).reshape(shape) for name, x in out.items()} | self.tally.fields()
 
     def profile(self, rate: int) -> np.ndarray:
         """[T]: root mean square over seeds, starts and action dimensions of dJ/da_t through the closed loop."""
         lanes = self._of(rate)
-        g = local(profile(take(self.policies, lanes), self.task, take(self.train, lanes)))
+        g = to_local(action_gradients(replica(self.policies, lanes), self.task, replica(self.train, lanes)))
         return np.sqrt(np.mean(np.square(np.asarray(g, np.float64)), axis=(0, 2, 3)))
 
     def spectrum(self, rate: int) -> np.ndarray:
@@ -116,7 +116,7 @@ class PolicyLanes:
         return f"{locate(*self._one(lane))}, seed {seed}"
 
     def _one(self, lane: int) -> tuple[Neural, Task, State]:
-        policy, train = local((take(self.policies, lane), take(self.train, lane)))
+        policy, train = to_local((replica(self.policies, lane), replica(self.train, lane)))
         return policy, self.task, train
 
     def _of(self, rate: int) -> slice:
@@ -132,12 +132,12 @@ class PolicyLanes:
 
 @jax.jit
 def _together(lanes, task, done, updates):
-    return jax.vmap(lane_updates, in_axes=(0, None, None, None))(lanes, task, done, updates)
+    return jax.vmap(replica_updates, in_axes=(0, None, None, None))(lanes, task, done, updates)
 
 
 @jax.jit
 def _one_by_one(lanes, task, done, updates):
-    return jax.lax.map(lambda lane: lane_updates(lane, task, done, updates), lanes)
+    return jax.lax.map(lambda lane: replica_updates(lane, task, done, updates), lanes)
 
 
 @jax.jit
@@ -146,15 +146,17 @@ def _evaluate(policies, task, train, test):
         trajectories = rollouts(policy, task, test)
         success = None if task.success is None else jnp.mean(jax.vmap(task.success)(trajectories.s_T))
         held_out = jax.vmap(lambda tau: returns(tau, task))(trajectories)
-        return jnp.mean(values(policy, task, train)), jnp.mean(held_out), success
+        return jnp.mean(episode_returns(policy, task, train)), jnp.mean(held_out), success
 
     return jax.vmap(one)(policies, train)
 
 
 @jax.jit
-def _spreads(policies, task, train) -> Spread:
+def _spreads(policies, task, train) -> SampleStatistics:
     # One lane after another: the gradients of all starts of all lanes at once might not fit.
-    return jax.lax.map(lambda lane: spread(in_chunks(BPTT(), lane[0], task, lane[1], None)[1]), (policies, train))
+    return jax.lax.map(
+        lambda lane: sample_statistics(in_chunks(BPTT(), lane[0], task, lane[1], None)[1]), (policies, train)
+    )
 
 
 def _tile(tree: Any, times: int) -> Any:

@@ -17,14 +17,14 @@ def chunks(done: int, updates: int) -> Iterator[tuple[int, int]]:
         yield first, min(CHUNK, done + updates - first)
 
 
-def lane_updates(lane, task, done, updates):
+def replica_updates(lane, task, done, updates):
     solver, policy, carry, s0, key = lane
     zero = jnp.zeros((), task.weights.dtype)
     return iterate(solver, policy, carry, task=task, s0=s0, key=key, first=done, count=updates, tolerance=zero)
 
 
 @jax.jit
-def profile(policies, task, s0):
+def action_gradients(policies, task, s0):
     """dJ/da_t through the closed loop, [lanes, T, m, B]."""
     return jax.vmap(lambda policy, s: gauss_newton(policy, task, s).g)(policies, s0)
 
@@ -35,5 +35,5 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def take(tree: Any, lane: Any) -> Any:
+def replica(tree: Any, lane: Any) -> Any:
     return jax.tree.map(lambda x: x[lane], tree)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffmbrl.core import State, Task
-from diffmbrl.jobs.plan.setting import Prepared, Setting
+from diffmbrl.jobs.plan.setting import PlanConfig, ResolvedPlan
 from diffmbrl.policies import squash
 from diffmbrl.render.registry import frames
 from diffmbrl.report.plan_report import shape_record
@@ -19,7 +19,7 @@ from diffmbrl.tasks.registry import state_names
 from diffmbrl.tasks.transforms.plant import Delayed
 
 
-def write_scene(setting: Setting, prepared: Prepared, write: Callable[[dict], None]) -> None:
+def write_scene(setting: PlanConfig, prepared: ResolvedPlan, write: Callable[[dict], None]) -> None:
     """What the figures need to know of the task."""
     row, model = TASKS[setting.task], prepared.model
     write(

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffmbrl.core import State, Task, keeps_limits
-from diffmbrl.devices import agreed, along, beside, copied, local, share
+from diffmbrl.devices import broadcast, copied, replicate_like, shard, shard_like, to_local
 from diffmbrl.jobs.plan.records import ended, write_result, write_scene, write_trajectory
-from diffmbrl.jobs.plan.setting import FIRST, Prepared, Setting, keys_of, planner_name, prepare, start_states
+from diffmbrl.jobs.plan.setting import FIRST, PlanConfig, ResolvedPlan, keys_of, planner_name, prepare, start_states
 from diffmbrl.methods import METHODS
 from diffmbrl.planners import MPC, Predicted, Sampling
-from diffmbrl.planners.episode import Episode, finish, proceed, start
+from diffmbrl.planners.episode import ControlledEpisode, finish, proceed, start
 from diffmbrl.policies import Affine, first_plan, resting_action
 from diffmbrl.report import rebuild
 from diffmbrl.rollout import returns, rollout
-from diffmbrl.runs import EVERY, Session, check_out, check_sinks, create, settled, underway
+from diffmbrl.runs import EVERY, Session, check_out, check_sinks, config_from_json, create, underway
 from diffmbrl.solve.loop import solve
 from diffmbrl.tasks import squashed
 from diffmbrl.tasks.transforms.plant import Delayed
@@ -28,7 +28,7 @@ LOOK = 0.5  # seconds between two looks at an MPC's episodes, at least
 
 
 def plan(
-    setting: Setting, *, out: Path | None = None, stream: Any = None, every: float = EVERY, track: Sequence[str] = ()
+    setting: PlanConfig, *, out: Path | None = None, stream: Any = None, every: float = EVERY, track: Sequence[str] = ()
 ) -> Path:
     """Plan from each start, or control with the planner in the loop; returns the run folder, with figures and report.
 
@@ -57,12 +57,12 @@ def resume(
 
     Raises: `ValueError` if its config or its checkpoints do not fit.
     """
-    setting = settled(Setting, config, besides={"differs"})
+    setting = config_from_json(PlanConfig, config, besides={"differs"})
     setting = setting if setting.mpc else setting._replace(steps=None)  # written for the reader
     return _run(setting, prepare(setting), folder, stream=stream, every=every, track=track, resumed=True)
 
 
-def _run(setting: Setting, prepared: Prepared, folder: Path, **options: Any) -> Path:
+def _run(setting: PlanConfig, prepared: ResolvedPlan, folder: Path, **options: Any) -> Path:
     with underway(folder, 1 if setting.mpc else setting.starts, report=rebuild, **options) as run:
         if run.begins:
             write_scene(setting, prepared, run.write)
@@ -70,7 +70,7 @@ def _run(setting: Setting, prepared: Prepared, folder: Path, **options: Any) -> 
     return folder
 
 
-def _plans(setting: Setting, prepared: Prepared, run: Session) -> None:
+def _plans(setting: PlanConfig, prepared: ResolvedPlan, run: Session) -> None:
     """Each start planned on its own, and the plan with its feedback followed on the plant."""
     write, progress = run.write, run.progress
     model, plant, made, _, iterations, mesh = prepared
@@ -83,8 +83,8 @@ def _plans(setting: Setting, prepared: Prepared, run: Session) -> None:
         key = jax.random.fold_in(draws, index) if METHODS[planner_name(setting)].order == 0 else None
         if mesh.size > 1:
             s0, key = copied((s0, key), mesh)
-        found, history = solve(made, first_plan(made, inside), inside, s0, key, iterations, looks=run)
-        found, s0 = local((found, s0))
+        found, history = solve(made, first_plan(made, inside), inside, s0, key, iterations, checkpointer=run)
+        found, s0 = to_local((found, s0))
         inner = _follow(found, inside, s0, None)
         trajectory = _follow(found, outside, s0, noise[index])
         info = history.info
@@ -100,7 +100,7 @@ def _plans(setting: Setting, prepared: Prepared, run: Session) -> None:
         write_trajectory(write, index, model, trajectory, keeps, gains)
 
 
-def _control(setting: Setting, prepared: Prepared, run: Session) -> None:
+def _control(setting: PlanConfig, prepared: ResolvedPlan, run: Session) -> None:
     """All starts at once, the planner in the loop on the plant."""
     write, progress = run.write, run.progress
     model, plant, made, horizon, iterations, mesh = prepared
@@ -117,17 +117,17 @@ def _control(setting: Setting, prepared: Prepared, run: Session) -> None:
         seen=Predicted(model.dynamics) if setting.delay else None,
         key=draws if METHODS[planner_name(setting)].order == 0 else None,
     )
-    lay = beside if isinstance(made, Sampling) else along
+    lay = replicate_like if isinstance(made, Sampling) else shard_like
     given = (mpc, plant)
     if mesh.size > 1:
         given = copied(given, mesh)
         batch = (starts, noise)
-        starts, noise = copied(batch, mesh) if lay is beside else share(batch, mesh, what="starts")
+        starts, noise = copied(batch, mesh) if lay is replicate_like else shard(batch, mesh, what="starts")
     progress.arm(f"mpc of {planner_name(setting)}", plant.horizon)
     progress.update(0, "compiling")
     begun = time.perf_counter()
     t, seconds, count = 0, 0.0, 1
-    if (kept := run.kept) is None:
+    if (kept := run.restored) is None:
         episodes = lay(starts, _begin(*given, starts))
     else:
         episodes = lay(starts, run.restore(jax.eval_shape(_begin, *given, starts)))
@@ -138,12 +138,12 @@ def _control(setting: Setting, prepared: Prepared, run: Session) -> None:
         started = time.perf_counter()
         count = min(count, plant.horizon - t)
         episodes = jax.block_until_ready(compiled(*given, starts, episodes, noise, jnp.int32(t), jnp.int32(count)))
-        episodes, took = lay(starts, episodes), agreed(time.perf_counter() - started)
+        episodes, took = lay(starts, episodes), broadcast(time.perf_counter() - started)
         t, seconds = t + count, seconds + took
-        run.look(local(episodes), t=t, seconds=seconds)
+        run.save(to_local(episodes), t=t, seconds=seconds)
         progress.update(t, f"{seconds:.2f} s")
         count = count * 2 if took < LOOK else count
-    trajectories, infos = jax.vmap(finish)(local(episodes))
+    trajectories, infos = jax.vmap(finish)(to_local(episodes))
     for index in range(setting.starts):
         trajectory, info = (jax.tree.map(lambda x: x[index], tree) for tree in (trajectories, infos))  # noqa: B023
         norms = info.gradient_norm
@@ -160,12 +160,14 @@ def _control(setting: Setting, prepared: Prepared, run: Session) -> None:
 
 
 @jax.jit
-def _begin(mpc: MPC, plant: Task, starts: State) -> Episode:
+def _begin(mpc: MPC, plant: Task, starts: State) -> ControlledEpisode:
     return jax.vmap(lambda s: start(mpc, plant, s))(starts)
 
 
 @jax.jit
-def _proceed(mpc: MPC, plant: Task, starts: State, episodes: Episode, keys: Any, first: Any, count: Any) -> Episode:
+def _proceed(
+    mpc: MPC, plant: Task, starts: State, episodes: ControlledEpisode, keys: Any, first: Any, count: Any
+) -> ControlledEpisode:
     """All starts, some steps on."""
     return jax.vmap(lambda s, e, k: proceed(mpc, plant, s, e, k, first=first, count=count))(starts, episodes, keys)
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffmbrl.choices import known
+from diffmbrl.choices import validate_choice
 from diffmbrl.core import State, Task
-from diffmbrl.devices import check, mesh_of
+from diffmbrl.devices import check_divisible, mesh_of
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.planners import Sampling
 from diffmbrl.tasks import TASKS, delayed, make, noisy
@@ -20,7 +20,7 @@ WINDOW = 50  # steps that an MPC plans ahead by default
 FIRST = 50  # updates in the first step of its episodes
 
 
-class Setting(NamedTuple):
+class PlanConfig(NamedTuple):
     """Everything that a run depends on: its config."""
 
     task: str
@@ -39,7 +39,7 @@ class Setting(NamedTuple):
     devices: int = 1  # that a population's samples are shared out among, or else a controller's starts
 
 
-class Prepared(NamedTuple):
+class ResolvedPlan(NamedTuple):
     """What a setting means."""
 
     model: Task
@@ -50,13 +50,13 @@ class Prepared(NamedTuple):
     mesh: Mesh
 
 
-def prepare(setting: Setting) -> Prepared:
+def prepare(setting: PlanConfig) -> ResolvedPlan:
     """Model, plant and planner, everything checked.
 
     Raises: `ValueError` naming the value that is wrong.
     """
     planners = {name: row for name, row in METHODS.items() if row.kind == "plan"}
-    row = planners[known("planner", setting.planner.replace("_", "-"), planners)]
+    row = planners[validate_choice("planner", setting.planner.replace("_", "-"), planners)]
     for name, number in [("starts", setting.starts), ("iterations", setting.iterations), ("steps", setting.steps)]:
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
@@ -76,16 +76,16 @@ def prepare(setting: Setting) -> Prepared:
     if not setting.mpc:
         iterations = row.steps if setting.iterations is None else setting.iterations
         made = solver(row, model, rate=None, steps=iterations, continuation="default")
-        return Prepared(model, plant, _divided(made, setting, mesh), model.horizon, iterations, mesh)
+        return ResolvedPlan(model, plant, _divided(made, setting, mesh), model.horizon, iterations, mesh)
     # Of the window's horizon: a continuation grows to that, within the first step, and then stays.
     H = min(WINDOW, model.horizon) if setting.horizon is None else setting.horizon
     window = make(setting.task, horizon=H, **setting.parameters)
     made = solver(row, window, rate=None, steps=FIRST, continuation="default")
     iterations = 1 if setting.iterations is None else setting.iterations
-    return Prepared(model, plant, _divided(made, setting, mesh), H, iterations, mesh)
+    return ResolvedPlan(model, plant, _divided(made, setting, mesh), H, iterations, mesh)
 
 
-def _divided(made: Any, setting: Setting, mesh: Mesh) -> Any:
+def _divided(made: Any, setting: PlanConfig, mesh: Mesh) -> Any:
     """The planner, whose samples the devices share if it draws any; of another they share a controller's starts."""
     if mesh.size == 1:
         return made
@@ -98,11 +98,11 @@ def _divided(made: Any, setting: Setting, mesh: Mesh) -> Any:
             f"samples of {drawing}, the starts of a controller (--mpc), or those of `diffmbrl compare {setting.task} --methods "
             f"{planner_name(setting)}`"
         )
-    check(setting.starts, mesh.size, "starts")
+    check_divisible(setting.starts, mesh.size, "starts")
     return made
 
 
-def _plant(setting: Setting, model: Task) -> Task:
+def _plant(setting: PlanConfig, model: Task) -> Task:
     """The same task with dynamics whose parameters are so many times the model's."""
     defaults = {
         name: parameter.default
@@ -113,7 +113,7 @@ def _plant(setting: Setting, model: Task) -> Task:
     if setting.mismatch and not defaults:
         raise ValueError(f"task '{setting.task}' has no physical parameters to mismatch")
     for name, factor in setting.mismatch.items():
-        known(f"parameter of task '{setting.task}'", name, defaults)
+        validate_choice(f"parameter of task '{setting.task}'", name, defaults)
         if not (np.isfinite(factor) and factor > 0):
             raise ValueError(f"the mismatch of {name} must be a finite positive factor, got {factor:g}")
         values[name] *= factor
@@ -121,15 +121,15 @@ def _plant(setting: Setting, model: Task) -> Task:
     return eqx.tree_at(lambda t: t.dynamics, model, other.dynamics)
 
 
-def start_states(setting: Setting, model: Task) -> State:
+def start_states(setting: PlanConfig, model: Task) -> State:
     return model.starts(jax.random.fold_in(jax.random.key(setting.key), 0), setting.starts)
 
 
-def keys_of(setting: Setting) -> Any:
+def keys_of(setting: PlanConfig) -> Any:
     """One for the planner's draws, one for the plant's noise of each start."""
     root = jax.random.key(setting.key)
     return jax.random.fold_in(root, 1), jax.random.split(jax.random.fold_in(root, 2), setting.starts)
 
 
-def planner_name(setting: Setting) -> str:
+def planner_name(setting: PlanConfig) -> str:
     return setting.planner.replace("_", "-")

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from diffmbrl.jobs.configure import configure
-from diffmbrl.jobs.sweep.runner import work
+from diffmbrl.jobs.sweep.runner import run_points
 
 if __name__ == "__main__":
     configure(False)  # the sweep's own precision is in its folder
-    work(Path(sys.argv[1]), sys.argv[2:])
+    run_points(Path(sys.argv[1]), sys.argv[2:])

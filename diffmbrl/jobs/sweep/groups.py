@@ -12,34 +12,34 @@ import numpy as np
 
 from diffmbrl.agents.collect import System
 from diffmbrl.agents.learn import Agent
-from diffmbrl.choices import known
+from diffmbrl.choices import validate_choice
 from diffmbrl.core import Solver, Task, keeps_limits
 from diffmbrl.jobs import compare
 from diffmbrl.jobs import learn as race
-from diffmbrl.jobs.sweep.points import Point, Sweep
+from diffmbrl.jobs.sweep.points import SweepFile, SweepPoint
 from diffmbrl.methods import Method, solver
 from diffmbrl.policies import Neural
 from diffmbrl.tasks import TASKS, make
 from diffmbrl.tasks.transforms.squash import squashed
 
 
-class Policies(NamedTuple):
+class MethodPoint(NamedTuple):
     """A point of a sweep of methods, ready to run."""
 
     method: Method
     solver: Solver
     task: Task
     plant: Task  # what a planner plans on: action limits moved into it, unless the planner keeps them
-    setting: compare.Setting
+    setting: compare.CompareConfig
     steps: int
 
 
-class Agents(NamedTuple):
+class AgentPoint(NamedTuple):
     """A point of a sweep of agents, ready to run."""
 
     agent: Agent
     system: System
-    setting: race.Setting
+    setting: race.LearnConfig
     real_steps: int
     evaluations: int
 
@@ -47,7 +47,7 @@ class Agents(NamedTuple):
 class Group(NamedTuple):
     """Points that are lanes of one program, and what they are."""
 
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
     members: tuple[Any, ...]
 
     @property
@@ -55,7 +55,7 @@ class Group(NamedTuple):
         return self.members[0].setting.seeds
 
 
-def prepare(sweep: Sweep, point: Point) -> Policies | Agents:
+def prepare(sweep: SweepFile, point: SweepPoint) -> MethodPoint | AgentPoint:
     """What a point means. Raises: `ValueError` naming the value that is wrong, as `compare` and `learn` do."""
     try:
         return (_policies if sweep.job == "compare" else _agents)(sweep, dict(point.setting))
@@ -64,9 +64,9 @@ def prepare(sweep: Sweep, point: Point) -> Policies | Agents:
         raise ValueError(f"{error}{f' (at {shown})' if shown else ''}") from None
 
 
-def groups(sweep: Sweep, points: list[Point]) -> list[Group]:
+def groups(sweep: SweepFile, points: list[SweepPoint]) -> list[Group]:
     """The points, by what compiles together, each group of at most `sweep.lanes` lanes (points times seeds)."""
-    found: list[tuple[Any, list[tuple[Point, Any]]]] = []
+    found: list[tuple[Any, list[tuple[SweepPoint, Any]]]] = []
     for point in points:
         member = prepare(sweep, point)
         structure = _structure(member)
@@ -85,12 +85,12 @@ def groups(sweep: Sweep, points: list[Point]) -> list[Group]:
     return out
 
 
-def _policies(sweep: Sweep, given: dict[str, Any]) -> Policies:
+def _policies(sweep: SweepFile, given: dict[str, Any]) -> MethodPoint:
     named, parameters = _named(given, "param")
-    known("task", named["task"], TASKS)
+    validate_choice("task", named["task"], TASKS)
     task = make(named["task"], horizon=named.pop("horizon", None), **parameters)
     name, rate, estimator = named.pop("method"), named.pop("lr", None), named.pop("estimator", None)
-    setting = compare.Setting(
+    setting = compare.CompareConfig(
         methods=(name,),
         horizon=task.horizon,
         parameters=parameters,
@@ -107,12 +107,12 @@ def _policies(sweep: Sweep, given: dict[str, Any]) -> Policies:
         raise ValueError(f"method {name} {wants}")
     steps = setting.steps or row.steps
     made = solver(row, task, rate=rate, steps=steps, continuation=setting.continuation)
-    return Policies(
+    return MethodPoint(
         row, made, task, task if keeps_limits(made) or row.kind == "policy" else squashed(task), setting, steps
     )
 
 
-def _agents(sweep: Sweep, given: dict[str, Any]) -> Agents:
+def _agents(sweep: SweepFile, given: dict[str, Any]) -> AgentPoint:
     named, parameters = _named(given, "param")
     named, options = _named(named, "option")
     agent = named.pop("agent")
@@ -124,7 +124,7 @@ def _agents(sweep: Sweep, given: dict[str, Any]) -> Agents:
         "horizon": None,
         "noise": 0.0,
     }
-    setting = race.Setting(
+    setting = race.LearnConfig(
         agents=(agent,),
         options=options,
         parameters=parameters,
@@ -137,7 +137,7 @@ def _agents(sweep: Sweep, given: dict[str, Any]) -> Agents:
         raise ValueError("evaluations must be at least 1: they are what a sweep compares")
     if not isinstance(prepared.system, System):
         raise ValueError(f"a sweep's points are lanes of one program; '{setting.task}' is stepped on the host")
-    return Agents(made, prepared.system, setting, prepared.real_steps, prepared.evaluations[name])
+    return AgentPoint(made, prepared.system, setting, prepared.real_steps, prepared.evaluations[name])
 
 
 def _named(given: dict[str, Any], table: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,9 +146,9 @@ def _named(given: dict[str, Any], table: str) -> tuple[dict[str, Any], dict[str,
     return {key: value for key, value in given.items() if not key.startswith(f"{table}.")}, own
 
 
-def _structure(member: Policies | Agents) -> Any:
+def _structure(member: MethodPoint | AgentPoint) -> Any:
     """Equal for points that are one program."""
-    if isinstance(member, Agents):
+    if isinstance(member, AgentPoint):
         sizes = member.setting.seeds, member.real_steps, member.evaluations, member.setting.budget
         return _shape((member.agent, member.system)), sizes
     # A policy holds the limits of its actions as constants.

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffmbrl.choices import known
+from diffmbrl.choices import validate_choice
 
 COMMON = {"task": str, "horizon": int, "seeds": int, "budget": float, "key": int}
 METHODS = {
@@ -55,14 +55,14 @@ MOST = 10_000  # points of a sweep
 LANES = 128  # of one program by default: points times seeds
 
 
-class Point(NamedTuple):
+class SweepPoint(NamedTuple):
     """One setting of the job: everything that it depends on."""
 
     name: str  # a hash of the rest
     setting: dict[str, Any]  # by flat names, such as `lr` and `param.mass`
 
 
-class Sweep(NamedTuple):
+class SweepFile(NamedTuple):
     """What a file asks for."""
 
     name: str
@@ -70,10 +70,10 @@ class Sweep(NamedTuple):
     x64: bool
     lanes: int
     varied: tuple[str, ...]  # the settings that points differ in
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
 
 
-def read(path: Path) -> Sweep:
+def read_sweep(path: Path) -> SweepFile:
     """The sweep of a file.
 
     Raises: `ValueError`, one line, for a file that is no TOML, a key that is none of a sweep's or of the job's, naming the
@@ -94,7 +94,7 @@ def read(path: Path) -> Sweep:
     return parse(given, name=path.stem)
 
 
-def parse(given: dict[str, Any], *, name: str = "sweep") -> Sweep:
+def parse(given: dict[str, Any], *, name: str = "sweep") -> SweepFile:
     """The sweep of what a file holds.
 
     >>> found = parse({"job": "compare", "setting": {"task": "lqr", "method": "adam"}, "grid": {"lr": [0.1, 0.2]}})
@@ -102,8 +102,8 @@ def parse(given: dict[str, Any], *, name: str = "sweep") -> Sweep:
     [0.1, 0.2]
     """
     for key in given:
-        known("key of a sweep", key, TOP)
-    job = known("job", _of("job", given.get("job", "compare"), str), JOBS)
+        validate_choice("key of a sweep", key, TOP)
+    job = validate_choice("job", _of("job", given.get("job", "compare"), str), JOBS)
     name = _of("name", given.get("name", name), str)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError(
@@ -138,7 +138,7 @@ def parse(given: dict[str, Any], *, name: str = "sweep") -> Sweep:
             values = {key: _draw(key, given, seed, i) for key, given in ranges.items()}
             point = make_point(job, x64, setting | dict(zip(grid, combination, strict=True)) | values)
             found[point.name] = point
-    return Sweep(name, job, x64, lanes, (*grid, *ranges), tuple(found.values()))
+    return SweepFile(name, job, x64, lanes, (*grid, *ranges), tuple(found.values()))
 
 
 def _flat(given: dict[str, Any], job: str, part: str) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _flat(given: dict[str, Any], job: str, part: str) -> dict[str, Any]:
         elif head in TABLES[job]:
             out[key] = value
         else:
-            out[known(f"key of [{part}] of a sweep of {job}", key, (*JOBS[job], *TABLES[job], *also))] = value
+            out[validate_choice(f"key of [{part}] of a sweep of {job}", key, (*JOBS[job], *TABLES[job], *also))] = value
     return out
 
 
@@ -195,9 +195,9 @@ def _range(key: str, value: Any, kind: type) -> tuple[Any, Any, str]:
     if kind not in (int, float) or not isinstance(value, dict) or not {"low", "high"} <= value.keys():
         raise ValueError(f'[random] draws numbers: {key} = {{ low = 1e-3, high = 1e-1, scale = "log" }}; got {value!r}')
     for name in value:
-        known(f"key of the range of {key}", name, RANGE)
+        validate_choice(f"key of the range of {key}", name, RANGE)
     low, high = (_of(f"{key}.{end}" if kind is int else key, value[end], kind) for end in ("low", "high"))
-    scale = known(f"scale of {key}", _of(f"scale of {key}", value.get("scale", "linear"), str), SCALES)
+    scale = validate_choice(f"scale of {key}", _of(f"scale of {key}", value.get("scale", "linear"), str), SCALES)
     if not low < high or (scale == "log" and low <= 0):
         raise ValueError(
             f"{key} is drawn from low to high, low below high (and above 0 if log); got {low:g} to {high:g}"
@@ -221,7 +221,7 @@ def _draw(key: str, given: tuple[Any, Any, str], seed: int, i: int) -> Any:
     return float(f"{math.exp(x) if scale == 'log' else x:.6g}")
 
 
-def make_point(job: str, x64: bool, setting: dict[str, Any]) -> Point:
+def make_point(job: str, x64: bool, setting: dict[str, Any]) -> SweepPoint:
     """A setting under its name."""
     text = json.dumps({"job": job, "x64": x64} | dict(sorted(setting.items())), sort_keys=True)
-    return Point(hashlib.sha256(text.encode()).hexdigest()[:12], setting)
+    return SweepPoint(hashlib.sha256(text.encode()).hexdigest()[:12], setting)

@@ -17,12 +17,12 @@ from typing import Any
 
 import jax
 
-from diffmbrl.choices import known
+from diffmbrl.choices import validate_choice
 from diffmbrl.jobs.sweep.groups import Group, groups
-from diffmbrl.jobs.sweep.points import Point, Sweep, make_point
+from diffmbrl.jobs.sweep.points import SweepFile, SweepPoint, make_point
 from diffmbrl.jobs.sweep.work import run
 from diffmbrl.report import rebuild
-from diffmbrl.runs import check_out, create, provenance, read, read_config, set_status
+from diffmbrl.runs import check_out, create, provenance, read_config, read_metrics, set_status
 from diffmbrl.runs.folder import ROOT, write_atomic, write_json
 from diffmbrl.runs.metrics import to_json
 
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 def sweep(
-    asked: Sweep,
+    asked: SweepFile,
     *,
     out: Path | None = None,
     processes: int = 1,
@@ -59,12 +59,12 @@ def sweep(
         _here(asked, folder, todo, say)
     elif processes > 1:
         _apart(folder, todo, processes, say)
-    complete = collect(asked, folder)
+    complete = collect_points(asked, folder)
     rebuild(folder)
     return folder, complete
 
 
-def finished(folder: Path, point: Point) -> bool:
+def finished(folder: Path, point: SweepPoint) -> bool:
     """Whether its status.json says so, and what it found is there."""
     try:
         status = json.loads((folder / "points" / point.name / "status.json").read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def finished(folder: Path, point: Point) -> bool:
         return False
 
 
-def collect(asked: Sweep, folder: Path) -> bool:
+def collect_points(asked: SweepFile, folder: Path) -> bool:
     """Write the sweep's metrics.jsonl, a line for each point, and its status; whether every point is finished."""
     lines = [_collected(asked, folder, point) for point in asked.points]
     text = "".join(json.dumps(to_json(line), ensure_ascii=False) + "\n" for line in lines)
@@ -84,7 +84,7 @@ def collect(asked: Sweep, folder: Path) -> bool:
     return reason is None
 
 
-def work(folder: Path, names: list[str]) -> None:
+def run_points(folder: Path, names: list[str]) -> None:
     """Run these points of a sweep's folder, which compile together: what a process or a job of a cluster does.
 
     Raises: `ValueError` if `folder` holds no sweep, or one without one of the points.
@@ -92,27 +92,27 @@ def work(folder: Path, names: list[str]) -> None:
     asked = _reread(folder, names)
     jax.config.update("jax_enable_x64", asked.x64)
     for group in groups(asked, list(asked.points)):
-        run(asked, group, folder / "points", provenance.collect())
+        run(asked, group, folder / "points", provenance.collect_provenance())
 
 
-def _reread(folder: Path, names: list[str]) -> Sweep:
+def _reread(folder: Path, names: list[str]) -> SweepFile:
     """The sweep of a folder's config, with these of its points alone: each must have the name that its setting hashes to."""
     config = read_config(folder)
     if config.get("job") != "sweep":
         raise ValueError(f"{str(folder)!r} is a run, but not of a sweep")
     try:
         found = tuple(make_point(config["of"], config["x64"], point["setting"]) for point in config["points"])
-        asked = Sweep(config["name"], config["of"], config["x64"], config["lanes"], tuple(config["varied"]), found)
+        asked = SweepFile(config["name"], config["of"], config["x64"], config["lanes"], tuple(config["varied"]), found)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{str(folder)!r} does not hold what a sweep writes ({type(error).__name__}: {error})"
         ) from None
     for name in names:
-        known("point of the sweep", name, [point.name for point in found])
+        validate_choice("point of the sweep", name, [point.name for point in found])
     return asked._replace(points=tuple(point for point in found if point.name in names))
 
 
-def _open(asked: Sweep, folder: Path) -> None:
+def _open(asked: SweepFile, folder: Path) -> None:
     """A new folder, or one of a sweep."""
     common = {key: value for key, value in asked.points[0].setting.items() if key not in asked.varied}
     listed = [{"name": point.name, "setting": point.setting} for point in asked.points]
@@ -125,12 +125,12 @@ def _open(asked: Sweep, folder: Path) -> None:
         raise ValueError(f"{str(folder)!r} is a run, but not of a sweep: choose another folder")
     else:
         write_json(folder / "config.json", {"task": asked.name, "job": "sweep", **config})
-        write_json(folder / "provenance.json", provenance.collect())
+        write_json(folder / "provenance.json", provenance.collect_provenance())
         set_status(folder, "running")
 
 
-def _here(asked: Sweep, folder: Path, todo: list[Group], say: Say) -> None:
-    facts = provenance.collect()
+def _here(asked: SweepFile, folder: Path, todo: list[Group], say: Say) -> None:
+    facts = provenance.collect_provenance()
     for i, group in enumerate(todo, start=1):
         say(f"[{i}/{len(todo)}] {_words(group)}")
         try:
@@ -138,7 +138,7 @@ def _here(asked: Sweep, folder: Path, todo: list[Group], say: Say) -> None:
         except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
             say(f"[{i}/{len(todo)}] failed: {' '.join(str(error).split())[:300]}")
         except KeyboardInterrupt:
-            collect(asked, folder)
+            collect_points(asked, folder)
             rebuild(folder)
             raise
 
@@ -188,7 +188,7 @@ def _words(group: Group) -> str:
     return f"{who} on {first['task']}: {many} x {group.seeds} seeds"
 
 
-def _collected(asked: Sweep, folder: Path, point: Point) -> dict[str, Any]:
+def _collected(asked: SweepFile, folder: Path, point: SweepPoint) -> dict[str, Any]:
     """The line of a point: what it differs in, how it stands, and its last evaluation."""
     path = folder / "points" / point.name
     line: dict[str, Any] = {"kind": "point", "point": point.name}
@@ -197,7 +197,7 @@ def _collected(asked: Sweep, folder: Path, point: Point) -> dict[str, Any]:
         line |= json.loads((path / "status.json").read_text(encoding="utf-8"))
         facts = json.loads((path / "provenance.json").read_text(encoding="utf-8"))
         line["commit"] = (facts.get("git") or {}).get("commit")
-        evaluations = [record for record in read(path / "metrics.jsonl")[0] if record["kind"] == "eval"]
+        evaluations = [record for record in read_metrics(path / "metrics.jsonl")[0] if record["kind"] == "eval"]
     except (OSError, ValueError):
         return line | {"status": line.get("status", "missing")}
     return line | ({"last": evaluations[-1]} if evaluations else {})

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffmbrl.agents.learn import learn
-from diffmbrl.jobs.batch import NOISE, draw
-from diffmbrl.jobs.sweep.groups import Agents, Group, Policies
-from diffmbrl.jobs.sweep.points import Point, Sweep
+from diffmbrl.jobs.batch import NOISE, draw_starts
+from diffmbrl.jobs.sweep.groups import AgentPoint, Group, MethodPoint
+from diffmbrl.jobs.sweep.points import SweepFile, SweepPoint
 from diffmbrl.policies import Neural, first_plan
-from diffmbrl.rollout import returns, rollout, rollouts, values
+from diffmbrl.rollout import episode_returns, returns, rollout, rollouts
 from diffmbrl.runs import Writer, running
 from diffmbrl.runs.folder import set_status, write_json
 from diffmbrl.solve.loop import CHUNK, iterate
@@ -31,7 +31,7 @@ HELD_OUT = 256
 LOOKS = 20  # evaluations along a run
 
 
-def run(sweep: Sweep, group: Group, folder: Path, facts: dict[str, Any]) -> None:
+def run(sweep: SweepFile, group: Group, folder: Path, facts: dict[str, Any]) -> None:
     """Run the points of a group side by side, each into its folder under `folder`; `facts` are of their provenance."""
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(_recorded(sweep, point, folder, facts)) for point in group.points]
@@ -43,7 +43,7 @@ def run(sweep: Sweep, group: Group, folder: Path, facts: dict[str, Any]) -> None
 
 
 @contextlib.contextmanager
-def _recorded(sweep: Sweep, point: Point, folder: Path, facts: dict[str, Any]) -> Iterator[Writer]:
+def _recorded(sweep: SweepFile, point: SweepPoint, folder: Path, facts: dict[str, Any]) -> Iterator[Writer]:
     """The point's folder, made anew: what a run that did not finish has left there is no part of this one."""
     path = folder / point.name
     shutil.rmtree(path, ignore_errors=True)
@@ -59,7 +59,7 @@ def _recorded(sweep: Sweep, point: Point, folder: Path, facts: dict[str, Any]) -
 
 
 def _run_agents(group: Group, write: Any) -> None:
-    first: Agents = group.members[0]
+    first: AgentPoint = group.members[0]
     setting, seeds = first.setting, group.seeds
     agent, system = (_lanes([getattr(member, what) for member in group.members], seeds) for what in ("agent", "system"))
     keys = jnp.concatenate([jax.random.split(jax.random.key(m.setting.key), seeds) for m in group.members])
@@ -107,7 +107,7 @@ class _Lane(NamedTuple):
 
 
 def _run_policies(group: Group, write: Any) -> None:
-    first: Policies = group.members[0]
+    first: MethodPoint = group.members[0]
     lanes, tasks, test = _begun(group)
     shape, plans = (len(group.members), group.seeds), first.method.kind == "plan"
     advance = partial(_advance, one_by_one=first.method.sequential, plans=plans)
@@ -131,11 +131,11 @@ def _run_policies(group: Group, write: Any) -> None:
 
 def _begun(group: Group) -> tuple[_Lane, Any, Any]:
     """The lanes before the first update, their tasks, and held-out starts; as `compare` has them."""
-    first: Policies = group.members[0]
+    first: MethodPoint = group.members[0]
     hidden, starts, seeds = first.setting.hidden, first.setting.starts, group.seeds
     policies, carries, drawn, keys = [], [], [], []
     for member in group.members:
-        train, test, own = draw(member.task, seeds, starts, HELD_OUT, member.setting.key)
+        train, test, own = draw_starts(member.task, seeds, starts, HELD_OUT, member.setting.key)
         if first.method.kind == "plan":
             plan = first_plan(member.solver, member.plant)
             policy = jax.tree.map(lambda x: jnp.broadcast_to(x, (seeds, starts, *x.shape)), plan)
@@ -192,7 +192,7 @@ def _evaluate(lanes: _Lane, tasks: Any, test: Any) -> dict[str, jax.Array]:
     def one(policy, task, train, test):
         trajectories = rollouts(policy, task, test)
         held_out = jax.vmap(lambda tau: returns(tau, task))(trajectories)
-        found = {"train": jnp.mean(values(policy, task, train)), "test": jnp.mean(held_out)}
+        found = {"train": jnp.mean(episode_returns(policy, task, train)), "test": jnp.mean(held_out)}
         return found | _success(task, trajectories.s_T)
 
     return jax.vmap(one)(lanes.policy, tasks, lanes.s0, test)

@@ -106,7 +106,7 @@ def td_lambda(
     return jax.lax.scan(step, value_next[-1], (r, value_next, ended), reverse=True)[1]
 
 
-def moments(critic: Critic, G: Float[Array, "..."], rate: Float[Array, ""]) -> tuple[Array, Array]:
+def running_moments(critic: Critic, G: Float[Array, "..."], rate: Float[Array, ""]) -> tuple[Array, Array]:
     """Running mean and deviation of symlog G, moved by `rate` towards those given; the deviation is kept above 0."""
     G = symlog(G)
     mean = critic.mean + rate * (jnp.mean(G) - critic.mean)

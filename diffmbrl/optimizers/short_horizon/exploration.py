@@ -21,7 +21,7 @@ LOW, HIGH = -6.0, 0.5  # of log sigma, in half widths of the action limits
 UNIT = 0.5 * math.log(2 * math.pi * math.e)  # entropy of a standard normal variable
 
 
-class Spread(eqx.Module):
+class StateNoise(eqx.Module):
     r"""$\sigma(s) = h\,e^{\mathrm{net}(\mathrm{features}(s))}$, h the half width of the action limits (1 without).
 
     The exponent is squashed into [-6, .5]: noise neither dies nor grows beyond the limits while its price is learned.
@@ -30,7 +30,7 @@ class Spread(eqx.Module):
     net: MLP
 
     @classmethod
-    def init(cls, task: Task, *, std: Any, key: PRNGKeyArray) -> "Spread":
+    def init(cls, task: Task, *, std: Any, key: PRNGKeyArray) -> "StateNoise":
         """Near `std` half widths in all states."""
         size = jax.eval_shape(lambda s: ravel_pytree(task.features(s))[0], task.state_shape).shape[0]
         net = MLP.init(size, (16,), task.m, key=key, output_scale=0.01)
@@ -94,7 +94,7 @@ class Entropy(eqx.Module):
 
 def acted(
     policy: Any,
-    spread: Spread | None,
+    spread: StateNoise | None,
     task: Task,
     s: State,
     epsilon: Float[Array, " m"] | None,

@@ -10,12 +10,12 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task, all_finite, as_float, is_plan, is_stateful, where
-from diffmbrl.info import Info, Work, count_work
-from diffmbrl.optimizers.short_horizon.critic import Critic, fit, moments, td_lambda
+from diffmbrl.info import EvaluationCounts, Info, count_evaluations
+from diffmbrl.optimizers.short_horizon.critic import Critic, fit, running_moments, td_lambda
 from diffmbrl.optimizers.short_horizon.cuts import AdaptiveHorizon, StiffCut
-from diffmbrl.optimizers.short_horizon.exploration import Noise, Spread
-from diffmbrl.optimizers.short_horizon.windows import Environments, begin, first_starts, window
-from diffmbrl.rollout import expected
+from diffmbrl.optimizers.short_horizon.exploration import Noise, StateNoise
+from diffmbrl.optimizers.short_horizon.windows import Environments, first_starts, start_environments, window
+from diffmbrl.rollout import mean_return
 
 
 class ShortHorizonCarry(NamedTuple):
@@ -26,7 +26,7 @@ class ShortHorizonCarry(NamedTuple):
     target: Critic
     critic_rule: Any  # optax's state
     descend: Any  # the rule's, for the policy and its noise
-    spread: Spread | None
+    spread: StateNoise | None
     log_temperature: Float[Array, ""] | None
     reach: Any
     loss: Float[Array, ""]  # of the critic in its last epoch, as a share of the variance of symlog G
@@ -71,10 +71,10 @@ class ShortHorizon(eqx.Module):
     Reference: Xu et al. 2022 (SHAC); Georgiev et al. 2024 (AHAC); Xing et al. 2025 (SAPO).
 
     >>> import jax, optax
-    >>> from diffmbrl import Descend, Neural, ShortHorizon, solve, tasks
+    >>> from diffmbrl import OptaxSolver, Neural, ShortHorizon, solve, tasks
     >>> task = tasks.pendulum_swingup(horizon=40)
     >>> key = jax.random.key(0)
-    >>> solver = ShortHorizon(Descend(optax.adam, learning_rate=1e-2), window=8, environments=16)
+    >>> solver = ShortHorizon(OptaxSolver(optax.adam, learning_rate=1e-2), window=8, environments=16)
     >>> policy, history = solve(solver, Neural.init(task, key=key), task, task.starts(key, 32), None, steps=10)
     >>> bool(history.info.J[-1] > history.info.J[0])
     True
@@ -146,7 +146,7 @@ class ShortHorizon(eqx.Module):
         key_critic, key_spread = jax.random.split(self.key)
         dtype, N = task.weights.dtype, self.environments
         critic = Critic.init(task, hidden=self.hidden, key=key_critic)
-        spread = None if self.noise is None else Spread.init(task, std=self.noise.std, key=key_spread)
+        spread = None if self.noise is None else StateNoise.init(task, std=self.noise.std, key=key_spread)
         entropy = None if self.noise is None else self.noise.entropy
         # The first update, which is given the starts, begins the episodes.
         nowhere = jax.tree.map(lambda x: jnp.zeros((N, *x.shape), x.dtype), task.state_shape)
@@ -168,13 +168,13 @@ class ShortHorizon(eqx.Module):
     def update(
         self, policy: Any, carry: ShortHorizonCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, ShortHorizonCarry, Info]:
-        fresh = begin(s0, self.environments, task)
+        fresh = start_environments(s0, self.environments, task)
         environments = where(jnp.isnan(carry.norm), fresh, carry.environments)
         key_noise, key_fit = jax.random.split(jax.random.fold_in(self.key, carry.updates + 1))
         (_, (environments, steps)), gradient = jax.value_and_grad(self._objective, has_aux=True)(
             (policy, carry.spread), carry, task, s0, environments, key, key_noise
         )
-        J = expected(policy, *first_starts(task, s0, self.environments), key)
+        J = mean_return(policy, *first_starts(task, s0, self.environments), key)
         descend = eqx.tree_at(lambda d: d.gradient, self.descend, _Given(J, gradient))
         (moved, spread), inner, info = descend.update((policy, carry.spread), carry.descend, task, s0, key=key)
 
@@ -219,7 +219,7 @@ class ShortHorizon(eqx.Module):
         G = jax.vmap(lambda r, v, e: td_lambda(r, v, e, discount=self.discount, trace=self.trace))(
             steps.r, steps.value_next, steps.ended
         )
-        scale = moments(carry.critic, G, jnp.where(jnp.isinf(carry.loss), 1.0, 0.1).astype(G.dtype))
+        scale = running_moments(carry.critic, G, jnp.where(jnp.isinf(carry.loss), 1.0, 0.1).astype(G.dtype))
         critic, target = carry.critic.rescaled(*scale), carry.target.rescaled(*scale)
         x = steps.x.reshape(-1, steps.x.shape[-1])
         sizes = {"epochs": self.epochs, "batches": self.batches}
@@ -244,13 +244,13 @@ class ShortHorizon(eqx.Module):
     def _critic_rule(self) -> optax.GradientTransformation:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.critic_rate, b1=0.7, b2=0.95))
 
-    def _work(self, task: Task, s0: State) -> Work:
+    def _work(self, task: Task, s0: State) -> EvaluationCounts:
         """The window forward, recomputed and back; the rollout of J beside it."""
         steps = self.environments * self.window
         judged = min(self.environments, jax.tree.leaves(s0)[0].shape[0]) * task.horizon
         passes = max(1, -(-3 * self.window // task.horizon))
         jacobians = 0 if self.reach is None else 2 * task.n * steps
-        return count_work(forward=2 * steps + judged, jvp=jacobians, vjp=steps, sequential=passes)
+        return count_evaluations(forward=2 * steps + judged, jvp=jacobians, vjp=steps, sequential=passes)
 
 
 class _Given(eqx.Module):
@@ -263,6 +263,6 @@ class _Given(eqx.Module):
     def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Array, Any]:
         return self.J, self.gradient
 
-    def work(self, task: Task, batch: int) -> Work:
+    def work(self, task: Task, batch: int) -> EvaluationCounts:
         """None of its own."""
-        return count_work()
+        return count_evaluations()

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from diffmbrl.core import State, Task, reweighted, where
 from diffmbrl.optimizers.short_horizon.critic import inputs
 from diffmbrl.optimizers.short_horizon.cuts import stiffness
-from diffmbrl.optimizers.short_horizon.exploration import Entropy, Spread, acted
+from diffmbrl.optimizers.short_horizon.exploration import Entropy, StateNoise, acted
 from diffmbrl.rollout import weights_axis
 
 
@@ -40,7 +40,7 @@ class Steps(NamedTuple):
     stiffness: Float[Array, "*N h"] | None
 
 
-def begin(s0: State, count: int, task: Task, *, staggered: bool = True) -> Environments:
+def start_environments(s0: State, count: int, task: Task, *, staggered: bool = True) -> Environments:
     """`count` environments from the starts `s0` [B, ...] in turn, the i-th at step i T / count of its first episode.
 
     So every window sees all parts of an episode, the critic's as well as the policy's: in step they would see one after another
@@ -62,7 +62,7 @@ def window(
     length: int,
     discount: Float[Array, ""],
     key: PRNGKeyArray | None = None,
-    spread: Spread | None = None,
+    spread: StateNoise | None = None,
     epsilon: Float[Array, "N h m"] | None = None,
     entropy: Entropy | None = None,
     log_temperature: Float[Array, ""] | None = None,

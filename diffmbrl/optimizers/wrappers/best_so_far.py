@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from diffmbrl.core import Solver, State, Task, where
-from diffmbrl.info import Info, count_work
-from diffmbrl.rollout import expected
+from diffmbrl.info import Info, count_evaluations
+from diffmbrl.rollout import mean_return
 
 
 class Walk(NamedTuple):
@@ -19,7 +19,7 @@ class Walk(NamedTuple):
     inner: Any
 
 
-class KeepBest(eqx.Module):
+class BestSoFar(eqx.Module):
     r"""Any policy solver, of whose policies the one with the largest return of the task itself is returned.
 
     $$\theta_{i+1} = \begin{cases} \vartheta_{i+1} & J(\vartheta_{i+1}) > J(\theta_i) \\ \theta_i & \text{else} \end{cases},
@@ -36,10 +36,10 @@ class KeepBest(eqx.Module):
     Reference: Chamberlain et al. 1982, the watchdog technique (steps need not improve; the best point is what one returns to).
 
     >>> import jax, optax
-    >>> from diffmbrl import Descend, Neural, solve, tasks
+    >>> from diffmbrl import OptaxSolver, Neural, solve, tasks
     >>> task = tasks.pendulum_swingup(horizon=20)
     >>> key = jax.random.key(0)
-    >>> wild = KeepBest(Descend(optax.sgd, learning_rate=1.0))
+    >>> wild = BestSoFar(OptaxSolver(optax.sgd, learning_rate=1.0))
     >>> policy, history = solve(wild, Neural.init(task, key=key), task, task.starts(key, 8), None, steps=5)
     >>> bool((history.info.J[1:] >= history.info.J[:-1]).all())
     True
@@ -65,9 +65,9 @@ class KeepBest(eqx.Module):
     ) -> tuple[Any, Walk, Info]:
         reached, inner, info = self.solver.update(carry.policy, carry.inner, task, s0, key=key)
         # The same noise for both, and no J kept from other noise or other starts.
-        J, J_reached = expected(policy, task, s0, key), expected(reached, task, s0, key)
+        J, J_reached = mean_return(policy, task, s0, key), mean_return(reached, task, s0, key)
         better = jnp.isfinite(J_reached) & ~(J_reached <= J)  # than what is not finite, anything finite
         best = where(better, reached, policy)
         steps = 2 * jax.tree.leaves(s0)[0].shape[0] * task.horizon
-        work = jax.tree.map(jnp.add, info.work, count_work(forward=steps, sequential=1))
+        work = jax.tree.map(jnp.add, info.work, count_evaluations(forward=steps, sequential=1))
         return best, Walk(reached, inner), info._replace(J=J, accepted=better, work=work)

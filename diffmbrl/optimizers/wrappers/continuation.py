@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, keeps_limits, renewed, reweighted
-from diffmbrl.info import Info, Work, count_work, is_final
+from diffmbrl.core import Solver, State, Task, keeps_limits, on_objective_change, reweighted
+from diffmbrl.info import EvaluationCounts, Info, count_evaluations, in_last_stage
 from diffmbrl.policies import first_plan
 from diffmbrl.second_order.sensitivity import growth, sensitivity, trust
 
@@ -64,8 +64,8 @@ class Continuation(eqx.Module):
     Reference: Allgower and Georg 1990 (continuation); Kakade 2001 (optimising with a lower discount).
 
     >>> import optax
-    >>> from diffmbrl.optimizers import Descend
-    >>> Continuation.discounted(Descend(optax.adam, learning_rate=1e-2), steps=50).lengths.tolist()
+    >>> from diffmbrl.optimizers import OptaxSolver
+    >>> Continuation.discounted(OptaxSolver(optax.adam, learning_rate=1e-2), steps=50).lengths.tolist()
     [5, 8, 8, 8, 21]
     """
 
@@ -211,13 +211,15 @@ class Continuation(eqx.Module):
         self, policy: Any, carry: ContinuationCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, ContinuationCarry, Info]:
         _, updates, stage, made, mark = carry
-        fresh = renewed(self.solver, policy, carry.inner, task)
+        fresh = on_objective_change(self.solver, policy, carry.inner, task)
         inner = jax.tree.map(lambda new, old: jnp.where(made == 0, new, old), fresh, carry.inner)
         eased = self.in_force(policy, task, s0, stage, key=key)
         allowed = self._allowed(policy, task, s0, stage, key)
         policy, inner, info = self.solver.update(policy, inner, eased, s0, key=key)
         last = stage >= self.lengths.size - 1
-        info = info._replace(work=jax.tree.map(jnp.add, info.work, self._work(task, s0)), final=last & is_final(info))
+        info = info._replace(
+            work=jax.tree.map(jnp.add, info.work, self._work(task, s0)), final=last & in_last_stage(info)
+        )
         # Info.J is measured before the update, so at a look it is the fruit of the `patience` updates since the last one.
         looking = made % self.patience == 0
         rise = self.tolerance.astype(mark.dtype) * jnp.abs(mark)
@@ -257,12 +259,12 @@ class Continuation(eqx.Module):
         held = following.astype(rho.dtype) * rho**2 <= self.kappa.astype(rho.dtype)
         return jnp.mean(held.astype(rho.dtype)) >= HELD
 
-    def _work(self, task: Task, s0: State) -> Work:
+    def _work(self, task: Task, s0: State) -> EvaluationCounts:
         """What trust and kappa add: a rollout, its linearisation and a recursion of n x n matrices."""
         if self.trusts is None and self.kappa is None:
-            return count_work()
+            return count_evaluations()
         steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
-        return count_work(forward=2 * steps, jvp=steps * (task.n + task.m), sequential=2)
+        return count_evaluations(forward=2 * steps, jvp=steps * (task.n + task.m), sequential=2)
 
 
 def _trusted(horizon: int) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:

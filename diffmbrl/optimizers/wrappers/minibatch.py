@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, renewed, reweighted
+from diffmbrl.core import Solver, State, Task, on_objective_change, reweighted
 from diffmbrl.info import Info
 
 
@@ -18,7 +18,7 @@ class SampledCarry(NamedTuple):
     updates: Int[Array, ""]
 
 
-class Sampled(eqx.Module):
+class MiniBatch(eqx.Module):
     r"""Any policy solver on a mini-batch of `size` starts out of the pool it is given, changed every `every` updates.
 
     Block $b = \lfloor i / \text{every} \rfloor$ of updates sees starts $b\,\text{size}, \dots$ of the pool, in turn and round
@@ -37,7 +37,7 @@ class Sampled(eqx.Module):
     >>> from diffmbrl import GaussNewton, Neural, solve, tasks
     >>> task = tasks.cartpole_balance(horizon=20)
     >>> key = jax.random.key(0)
-    >>> solver = Sampled(GaussNewton(), size=8, every=2)
+    >>> solver = MiniBatch(GaussNewton(), size=8, every=2)
     >>> policy, history = solve(solver, Neural.init(task, key=key), task, task.starts(key, 32), None, steps=4)
     >>> history.updates
     4
@@ -65,9 +65,9 @@ class Sampled(eqx.Module):
     def init(self, policy: Any, task: Task) -> SampledCarry:
         return SampledCarry(self.solver.init(policy, task), jnp.zeros((), jnp.int32))
 
-    def renew(self, policy: Any, carry: SampledCarry, task: Task) -> SampledCarry:
+    def on_objective_change(self, policy: Any, carry: SampledCarry, task: Task) -> SampledCarry:
         """Afresh for another objective, but for what the inner solver keeps."""
-        return SampledCarry(renewed(self.solver, policy, carry.inner, task), jnp.zeros((), jnp.int32))
+        return SampledCarry(on_objective_change(self.solver, policy, carry.inner, task), jnp.zeros((), jnp.int32))
 
     def update(
         self, policy: Any, carry: SampledCarry, task: Task, s0: State, *, key: PRNGKeyArray | None

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, only_if
-from diffmbrl.info import Info, count_work, goes_on
+from diffmbrl.core import Solver, State, Task, cond_once
+from diffmbrl.info import Info, count_evaluations, is_finite
 from diffmbrl.optimizers.wrappers.minibatch import in_turn
-from diffmbrl.rollout import expected
+from diffmbrl.rollout import mean_return
 
 
 class RacedCarry(NamedTuple):
@@ -21,7 +21,7 @@ class RacedCarry(NamedTuple):
     updates: Int[Array, ""]
 
 
-class Raced(eqx.Module):
+class MultiStart(eqx.Module):
     r"""Any policy solver from several first policies: after `updates` updates side by side, the best goes on.
 
     $$\theta^{(1)} = \theta,\quad \theta^{(k)} = \text{the entries of each leaf of } \theta \text{, shuffled};\qquad
@@ -44,7 +44,7 @@ class Raced(eqx.Module):
     >>> from diffmbrl import GaussNewton, Neural, solve, tasks
     >>> task = tasks.pendulum_swingup(horizon=20)
     >>> key = jax.random.key(0)
-    >>> solver = Raced(GaussNewton(), entrants=3, updates=2, starts=4)
+    >>> solver = MultiStart(GaussNewton(), entrants=3, updates=2, starts=4)
     >>> policy, history = solve(solver, Neural.init(task, key=key), task, task.starts(key, 8), None, steps=4)
     >>> bool(history.info.J[-1] > history.info.J[0])
     True
@@ -93,8 +93,8 @@ class Raced(eqx.Module):
         info = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
 
         racing = carry.updates < self.updates
-        state = only_if(racing, lambda state: self._race(state[0], state[1], task, s0, key), (policy, carry, info))
-        return only_if(~racing, lambda state: self._alone(state[0], state[1], task, s0, key), state)
+        state = cond_once(racing, lambda state: self._race(state[0], state[1], task, s0, key), (policy, carry, info))
+        return cond_once(~racing, lambda state: self._alone(state[0], state[1], task, s0, key), state)
 
     def _alone(self, policy: Any, carry: RacedCarry, task: Task, s0: State, key: PRNGKeyArray | None):
         inner = jax.tree.map(lambda x: x[0], carry.carries)
@@ -111,16 +111,16 @@ class Raced(eqx.Module):
             return self.solver.update(policy, inner, *some, key=key)
 
         policies, carries, infos = jax.vmap(update)(carry.policies, carry.carries)
-        before = expected(policy, task, s0, key)
-        J = jax.vmap(lambda pi: expected(pi, task, s0, key))(policies)
-        finite = jnp.isfinite(J) & goes_on(infos)
+        before = mean_return(policy, task, s0, key)
+        J = jax.vmap(lambda pi: mean_return(pi, task, s0, key))(policies)
+        finite = jnp.isfinite(J) & is_finite(infos)
         best = jnp.argmax(jnp.where(finite, J, -jnp.inf))
         # Where nothing is finite there is nothing to learn, and the race is where it was.
         going = jnp.isfinite(before) & jnp.any(finite)
         better = going & (J[best] > before)
         info = jax.tree.map(lambda x: x[best], infos)
         work = jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.int32), infos.work)
-        extra = count_work(forward=batch * task.horizon * (self.entrants + 1), sequential=1)
+        extra = count_evaluations(forward=batch * task.horizon * (self.entrants + 1), sequential=1)
         work = jax.tree.map(jnp.add, work._replace(sequential=jnp.max(infos.work.sequential)), extra)
         nonfinite = jnp.sum(infos.nonfinite, dtype=jnp.int32) + (~jnp.isfinite(before)).astype(jnp.int32)
         info = info._replace(J=before, accepted=better, nonfinite=nonfinite, work=work)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, only_if, where
-from diffmbrl.info import Info, goes_on, is_final
+from diffmbrl.core import Solver, State, Task, cond_once, where
+from diffmbrl.info import Info, in_last_stage, is_finite
 
 
 class RelayCarry(NamedTuple):
@@ -19,7 +19,7 @@ class RelayCarry(NamedTuple):
     updates: Int[Array, ""]
 
 
-class Relay(eqx.Module):
+class Sequential(eqx.Module):
     r"""`updates` updates of one policy solver, and from the policy that it leaves, all further ones of another.
 
     $$\theta_{i+1} = \mathrm{first}(\theta_i)\ \ (i < \text{updates}),\qquad
@@ -39,10 +39,10 @@ class Relay(eqx.Module):
     Reference: Levine and Koltun 2013 (a search that guides, then an optimisation of the policy itself).
 
     >>> import jax, optax
-    >>> from diffmbrl import Descend, GaussNewton, Neural, solve, tasks
+    >>> from diffmbrl import OptaxSolver, GaussNewton, Neural, solve, tasks
     >>> task = tasks.pendulum_swingup(horizon=20)
     >>> key = jax.random.key(0)
-    >>> solver = Relay(Descend(optax.adam, learning_rate=1e-2), GaussNewton(), updates=3)
+    >>> solver = Sequential(OptaxSolver(optax.adam, learning_rate=1e-2), GaussNewton(), updates=3)
     >>> policy, history = solve(solver, Neural.init(task, key=key), task, task.starts(key, 8), None, steps=5)
     >>> bool(history.info.J[-1] > history.info.J[0])
     True
@@ -74,7 +74,7 @@ class Relay(eqx.Module):
         def lead(policy, carry):
             moved, first, info = self.first.update(policy, carry.first, task, s0, key=key)
             info = info._replace(final=jnp.zeros((), bool))  # what comes has not begun
-            lost = ~goes_on(info)
+            lost = ~is_finite(info)
             updates = jnp.where(lost, self.updates, carry.updates)
             return where(lost, policy, moved), carry._replace(first=first, updates=updates), info
 
@@ -82,7 +82,7 @@ class Relay(eqx.Module):
             afresh = self.then.init(policy, task)
             then = jax.tree.map(lambda x, y: jnp.where(carry.updates == self.updates, x, y), afresh, carry.then)
             policy, then, info = self.then.update(policy, then, task, s0, key=key)
-            return policy, carry._replace(then=then), info._replace(final=is_final(info))
+            return policy, carry._replace(then=then), info._replace(final=in_last_stage(info))
 
         forms = [jax.eval_shape(turn, policy, carry)[2] for turn in (lead, follow)]
         shared = [name for name in Info._fields if all(getattr(form, name) is not None for form in forms)]
@@ -100,8 +100,8 @@ class Relay(eqx.Module):
             return one
 
         leading = carry.updates < self.updates
-        policy, carry, info = only_if(leading, reported(lead), (policy, carry, blank))
+        policy, carry, info = cond_once(leading, reported(lead), (policy, carry, blank))
         lost = jnp.where(carry.updates >= self.updates, info.nonfinite, 0)
-        policy, carry, info = only_if(carry.updates >= self.updates, reported(follow), (policy, carry, info))
+        policy, carry, info = cond_once(carry.updates >= self.updates, reported(follow), (policy, carry, info))
         info = info._replace(nonfinite=info.nonfinite + lost)
         return policy, carry._replace(updates=carry.updates + 1), info

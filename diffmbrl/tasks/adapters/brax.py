@@ -119,7 +119,7 @@ def touches(body: Body) -> bool:
     return body.env in ("hopper", "walker2d", "halfcheetah", "ant")
 
 
-class Dynamics(eqx.Module):
+class BraxDynamics(eqx.Module):
     """Brax's `step`, from state to state."""
 
     physics: Physics

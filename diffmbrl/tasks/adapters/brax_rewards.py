@@ -106,7 +106,7 @@ class Miss(eqx.Module):
         return _point(self.body, s, 1, (0.11, 0.0, 0.0)) - seen(self.body, s).x.pos[2]
 
 
-class Reach(eqx.Module):
+class ReachReward(eqx.Module):
     """-|miss| - |a|^2, and -|miss| at the end. Its slope at a miss of exactly 0 is 0."""
 
     miss: Miss

@@ -13,7 +13,7 @@ from jaxtyping import ArrayLike
 
 from diffmbrl.core import Task
 from diffmbrl.tasks.adapters import brax_rewards as rewards
-from diffmbrl.tasks.adapters.brax import Body, Dynamics, Observation, Reset, environment, physics, timestep
+from diffmbrl.tasks.adapters.brax import Body, BraxDynamics, Observation, Reset, environment, physics, timestep
 
 
 def brax_inverted_pendulum(
@@ -109,7 +109,7 @@ def brax_reacher(
     """Brax's reacher: -|fingertip - target| - |a|^2, a target anywhere within .2 m. Success: within 2 cm at the end."""
     body = _body("reacher", backend, iterations)
     miss = rewards.Miss(body)
-    reach = rewards.Reach(miss)
+    reach = rewards.ReachReward(miss)
     factors = {"mass": mass, "gear": gear, "damping": damping}
     return _task("brax-reacher", body, horizon, factors, reward=reach, terminal=reach, success=rewards.Reached(miss))
 
@@ -238,7 +238,7 @@ def _task(name: str, body: Body, horizon: int, factors: dict[str, Any], **pieces
     m = environment(body).action_size
     return Task(
         name=name,
-        dynamics=Dynamics(physics(body, name, **factors), body),
+        dynamics=BraxDynamics(physics(body, name, **factors), body),
         initial=Reset(body),
         features=Observation(body),
         a_low=[-1.0] * m,

@@ -1,7 +1,8 @@
 """Any Gymnasium environment with Box spaces, as the real system of a model-based loop: stepped on the host, not seen into.
 
-What is not known of it is not made up: its reward and its end are `NotGiven`, to be learned (`agents/judged.py`), but for those
-environments whose formulas stand here, of which they may be taken. Needs the extra `gym`.
+What is not known of it is not made up: its reward and its end are `NotGiven`, to be learned
+(`agents/learned_reward.py`), but for those environments whose formulas stand here, of which they may be taken. Needs
+the extra `gym`.
 """
 
 import importlib
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.choices import known
+from diffmbrl.choices import validate_choice
 from diffmbrl.core import State, Task, as_float
 
 PREFIX = "gym:"
@@ -167,7 +168,7 @@ def _gymnasium() -> Any:
 def _given(name: str, given: Sequence[str]) -> dict[str, Callable | None]:
     """The formulas that are asked for."""
     for part in given:
-        known("part that can be given", part, PARTS)
+        validate_choice("part that can be given", part, PARTS)
     if given and name not in KNOWN:
         raise ValueError(
             f"the {' and '.join(given)} of '{name}' cannot be given by name, only of: {', '.join(KNOWN)}; leave it to be "

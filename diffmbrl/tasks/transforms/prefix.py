@@ -27,15 +27,15 @@ class Counted(NamedTuple):
 
 
 def prefix(task: Task, length: Int[Array, ""]) -> Task:
-    r"""The first `length` of T steps, as a task of T + 1 steps on `Counted` states, whose starts come from `begin`.
+    r"""The first `length` of T steps, as a task of T + 1 steps on `Counted` states, whose starts come from `prefix_start`.
 
     The terminal reward, with its own weight, is that of $s_L$: it is earned in one step more, without an action that matters.
     `length` may be traced, from 1 to T. Each evaluation costs T + 1 steps whatever the length.
 
-    >>> from diffmbrl import Linear, tasks, value
+    >>> from diffmbrl import Linear, tasks, episode_return
     >>> task, s0 = tasks.lqr(horizon=20), jnp.array([1.0, 0.0])
-    >>> short = value(Seeing(Linear.zeros(task)), prefix(task, jnp.int32(5)), begin(s0, jnp.int32(5)))
-    >>> bool(jnp.isclose(short, value(Linear.zeros(task), tasks.lqr(horizon=5), s0)))
+    >>> short = episode_return(Seeing(Linear.zeros(task)), prefix(task, jnp.int32(5)), prefix_start(s0, jnp.int32(5)))
+    >>> bool(jnp.isclose(short, episode_return(Linear.zeros(task), tasks.lqr(horizon=5), s0)))
     True
     """
     elsewhere = task.initial(jax.random.key(0))
@@ -59,7 +59,7 @@ def prefix(task: Task, length: Int[Array, ""]) -> Task:
     )
 
 
-def begin(s0: State, length: Int[Array, ""]) -> Counted:
+def prefix_start(s0: State, length: Int[Array, ""]) -> Counted:
     """The start of a prefix; `s0` with any batch axes in front, which `left` gets as `jax.vmap` would see them."""
     leaf = jax.tree.leaves(s0)[0]
     return Counted(s0, length.astype(leaf.dtype))
@@ -127,7 +127,7 @@ class _Begun(eqx.Module):
     length: Int[Array, ""]
 
     def __call__(self, key: PRNGKeyArray) -> Counted:
-        return begin(self.inner(key), self.length)
+        return prefix_start(self.inner(key), self.length)
 
 
 class _Nothing(eqx.Module):

@@ -13,13 +13,13 @@ from diffmbrl.models import Ensemble, GaussianDynamics, Training, disagreement, 
 from diffmbrl.models.buffer import Buffer
 
 
-class World(eqx.Module):
+class EnsembleTrainer(eqx.Module):
     """An ensemble that is fitted to a buffer: how it is made and trained, and how many of its members are used.
 
     `model` is a constructor, `model(task, hidden=, key=)`. Every fit goes on from the weights of the last. The `elites` best
     members on the rows held out are those that are used. Raises: `ValueError` for sizes below 1, or more elites than members.
 
-    >>> World(members=7, elites=5).hidden
+    >>> EnsembleTrainer(members=7, elites=5).hidden
     (200, 200, 200)
     """
 

@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffmbrl.info import Info, Quadratic, Work
+from diffmbrl.info import EvaluationCounts, Info, Quadratic
 
 
-class Tally:
+class MetricAccumulator:
     """What the updates reported so far, [rates, seeds]: `lanes` lanes of each seed are summed (work) or averaged."""
 
     def __init__(self, rates: int, seeds: int, lanes: int = 1):
         self.shape = (rates, seeds, lanes)
-        self.totals = {name: np.zeros(self.shape) for name in (*Work._fields, "nonfinite")}
+        self.totals = {name: np.zeros(self.shape) for name in (*EvaluationCounts._fields, "nonfinite")}
         self.latest = {name: np.full(self.shape, np.nan) for name in ("J", "gradient_norm", "damping", "accepted")}
         self.takes_gradients = True
         self.first: Quadratic | None = None  # what each lane's first update said of its model
@@ -23,7 +23,7 @@ class Tally:
         """The rows of one call; those beyond `made` are zero."""
         made = np.asarray(made)
         lane = np.arange(made.size)
-        counts = {name: np.asarray(getattr(info.work, name), np.float64) for name in Work._fields}
+        counts = {name: np.asarray(getattr(info.work, name), np.float64) for name in EvaluationCounts._fields}
         counts["nonfinite"] = np.asarray(info.nonfinite)
         # New arrays: those of before may be on their way to a checkpoint.
         self.totals = {name: x + counts[name].sum(1).reshape(self.shape) for name, x in self.totals.items()}
@@ -52,7 +52,7 @@ class Tally:
 
     def after(self, info: Info) -> dict[str, Any]:
         """A state in the form that it has once updates have reported such `info` (shapes suffice)."""
-        blank = Tally(*self.shape)
+        blank = MetricAccumulator(*self.shape)
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), info)
         blank.add(zeros, np.ones(self.shape, int).ravel())
         return blank.state

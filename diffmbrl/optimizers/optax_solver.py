@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Gradient, State, Task, all_finite, as_float, only_if
+from diffmbrl.core import GradientEstimator, State, Task, all_finite, as_float, cond_once
 from diffmbrl.gradients.bptt import BPTT
 from diffmbrl.info import Info
-from diffmbrl.rollout import expected
+from diffmbrl.rollout import mean_return
 
 
-class DescendCarry(NamedTuple):
+class OptaxCarry(NamedTuple):
     """Optax's state, and what its line search last knew: the fingerprint says of which objective."""
 
     state: Any
@@ -23,7 +23,7 @@ class DescendCarry(NamedTuple):
     updates: Int[Array, ""]  # made so far, which annealing goes by
 
 
-class Descend(eqx.Module):
+class OptaxSolver(eqx.Module):
     r"""$\theta \leftarrow \theta + \mathrm{rule}(\nabla_\theta(-J))$ with an optax rule.
 
     `rule` is a constructor of optax or your own (`optax.adam`, `optax.lbfgs`, a function that returns an `optax.chain`); the
@@ -47,7 +47,7 @@ class Descend(eqx.Module):
     >>> from diffmbrl import Neural, solve, tasks
     >>> task = tasks.cartpole_balance(horizon=20)
     >>> key = jax.random.key(0)
-    >>> solver = Descend(optax.adam, learning_rate=1e-2)
+    >>> solver = OptaxSolver(optax.adam, learning_rate=1e-2)
     >>> policy, history = solve(solver, Neural.init(task, key=key), task, task.starts(key, 8), key, steps=5)
     >>> bool(history.info.J[-1] > history.info.J[0])
     True
@@ -60,7 +60,12 @@ class Descend(eqx.Module):
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
 
     def __init__(
-        self, rule: Any, *, gradient: Gradient | None = None, anneal: float | None = None, **hyperparameters: Any
+        self,
+        rule: Any,
+        *,
+        gradient: GradientEstimator | None = None,
+        anneal: float | None = None,
+        **hyperparameters: Any,
     ):
         if not callable(rule):  # an optax rule itself is a tuple of functions
             raise TypeError(
@@ -81,12 +86,12 @@ class Descend(eqx.Module):
         """It takes a batch of starts."""
         return "policy"
 
-    def init(self, policy: Any, task: Task) -> DescendCarry:
+    def init(self, policy: Any, task: Task) -> OptaxCarry:
         state = _strong(self._rule().init(policy))
         if self.anneal is not None and self.searches(policy):
             raise ValueError("a line search chooses the length of its steps: anneal must be None")
         # nan is equal to nothing: the first update evaluates its own gradient.
-        return DescendCarry(state, jnp.full((), jnp.nan, task.weights.dtype), jnp.zeros((), jnp.int32))
+        return OptaxCarry(state, jnp.full((), jnp.nan, task.weights.dtype), jnp.zeros((), jnp.int32))
 
     def searches(self, policy: Any) -> bool:
         """Whether the rule has a line search."""
@@ -100,20 +105,20 @@ class Descend(eqx.Module):
         done = jnp.minimum(updates.astype(self.anneal.dtype) / self.anneal, 1)
         return (1 + jnp.cos(jnp.pi * done)) / 2
 
-    def renew(self, policy: Any, carry: DescendCarry, task: Task) -> DescendCarry:
+    def on_objective_change(self, policy: Any, carry: OptaxCarry, task: Task) -> OptaxCarry:
         """Afresh for another objective, but for the count that annealing goes by."""
         return self.init(policy, task)._replace(updates=carry.updates)
 
     def update(
-        self, policy: Any, carry: DescendCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
-    ) -> tuple[Any, DescendCarry, Info]:
+        self, policy: Any, carry: OptaxCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Any, OptaxCarry, Info]:
         batch = jax.tree.leaves(s0)[0].shape[0]
         rule = self._rule()
         fingerprint = _fingerprint(task, s0, key)
         cost, gradient, evaluations = self._at(policy, carry, task, s0, key, fingerprint)
 
         def objective(pi):
-            return -expected(pi, task, s0, key, remat=self.gradient.remat)
+            return -mean_return(pi, task, s0, key, remat=self.gradient.remat)
 
         # Optax raises floats to powers of whole numbers: let it, also where a user has forbidden that to JAX.
         with jax.numpy_dtype_promotion("standard"):
@@ -142,7 +147,7 @@ class Descend(eqx.Module):
             work=jax.tree.map(lambda x: x * (evaluations + trials), once),
         )
         # A rejected update leaves the carry of the last good one whole: value, gradient, and of which objective they are.
-        kept = keep(DescendCarry(state, fingerprint, carry.updates + 1), carry)
+        kept = keep(OptaxCarry(state, fingerprint, carry.updates + 1), carry)
         return keep(moved, policy), kept, info
 
     def _rule(self) -> optax.GradientTransformation:
@@ -159,7 +164,7 @@ class Descend(eqx.Module):
         if stored is None:
             return *evaluate(), jnp.ones((), jnp.int32)
         stale = ~(jnp.isfinite(value) & (fingerprint == carry.fingerprint))
-        value, gradient = only_if(stale, lambda _: evaluate(), (value, stored))
+        value, gradient = cond_once(stale, lambda _: evaluate(), (value, stored))
         return value, gradient, stale.astype(jnp.int32)
 
 

@@ -26,11 +26,12 @@ class JudgedCarry(NamedTuple):
     models: dict[str, Any]  # of `KINDS`, those that are not given; a leading axis of one member
 
 
-class Judged(eqx.Module):
+class WithLearnedReward(eqx.Module):
     r"""Fits $\hat r$ and $\hat p$ wherever a `RewardModel` or an `EndModel` stands in the task, or in an agent that plans.
 
     Every fit goes on from the weights of the last. Evaluations and records are of the true reward all the same.
-    Cost of an update: the agent's, and a fit of each model. Use `judged`, which leaves alone an agent that needs none of it.
+    Cost of an update: the agent's, and a fit of each model. Use `with_learned_reward`, which leaves alone an agent
+    that needs none of it.
     """
 
     inner: Any
@@ -98,8 +99,8 @@ def learnable(task: Task, *, hidden: tuple[int, ...] = (64, 64)) -> Task:
     return task
 
 
-def judged(agent: Agent, task: Task) -> Agent:
-    """The agent, or where the reward or the end of `task` is to be learned, the agent `Judged`."""
+def with_learned_reward(agent: Agent, task: Task) -> Agent:
+    """The agent, or where the reward or the end of `task` is to be learned, the agent `WithLearnedReward`."""
     if not isinstance(task.reward, RewardModel) and not isinstance(task.done, EndModel):
         return agent
-    return Judged(agent, Training(epochs=100, patience=10, batch=64))
+    return WithLearnedReward(agent, Training(epochs=100, patience=10, batch=64))

@@ -25,7 +25,7 @@ CHUNK = 64  # samples differentiated at a time: their gradients stay in the cach
 TOP = 100  # the heavy tail is the share of one sample in so many
 
 
-class Spread(NamedTuple):
+class SampleStatistics(NamedTuple):
     """Of the finite samples; NaN where fewer than two are finite."""
 
     norm: Float[Array, "*batch"]  # |mean|
@@ -35,12 +35,12 @@ class Spread(NamedTuple):
     nonfinite: Int[Array, "*batch"]  # samples with a number that is not finite
 
 
-def spread(samples: Float[Array, "N P"]) -> Spread:
+def sample_statistics(samples: Float[Array, "N P"]) -> SampleStatistics:
     """Norm, variance, signal-to-noise and tail of N per-sample gradients.
 
     Samples that are not finite are counted and left out. Nothing overflows that the samples themselves do not.
 
-    >>> found = spread(jnp.array([[1.0, 0.0], [3.0, 0.0], [2.0, 1.0], [2.0, -1.0]]))
+    >>> found = sample_statistics(jnp.array([[1.0, 0.0], [3.0, 0.0], [2.0, 1.0], [2.0, -1.0]]))
     >>> round(float(found.norm), 3), round(float(found.variance), 3), round(float(found.snr), 3)
     (2.0, 1.333, 2.75)
     """
@@ -64,7 +64,7 @@ def spread(samples: Float[Array, "N P"]) -> Spread:
     top = jax.lax.top_k(squares, -(-samples.shape[0] // TOP))[0]
     tail = jnp.where(total > 0, jnp.sum(top) / total, jnp.nan)
     nonfinite = jnp.sum(~fine, dtype=jnp.int32)
-    return Spread(jnp.sqrt(size) * safe, variance * safe**2, snr, tail, nonfinite)
+    return SampleStatistics(jnp.sqrt(size) * safe, variance * safe**2, snr, tail, nonfinite)
 
 
 def in_chunks(

@@ -2,11 +2,11 @@
 
 A loop that can be continued keeps everything it needs between two looks in a tree of arrays and a few plain numbers:
 
-    kept = looks.kept                              # the numbers of the look to go on from; None: from the beginning
-    state = begin() if kept is None else looks.restore(like)
+    kept = checkpointer.restored                              # the numbers of the look to go on from; None: from the beginning
+    state = begin() if kept is None else checkpointer.restore(like)
     while ...:
         state = ...
-        looks.look(state, done=done, spent=spent)
+        checkpointer.save(state, done=done, spent=spent)
 
 What it derives from its setting it sets up anew. `runs.session` keeps the looks as checkpoints.
 """
@@ -15,11 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
-class Looks(Protocol):
+class Checkpointer(Protocol):
     """Who looks."""
 
     @property
-    def kept(self) -> dict[str, Any] | None:
+    def restored(self) -> dict[str, Any] | None:
         """The numbers of the look that the loop goes on from, until it has restored it; None: it begins."""
         ...
 
@@ -27,18 +27,18 @@ class Looks(Protocol):
         """The arrays of that look, in the form of `like`, which may be shapes."""
         ...
 
-    def look(self, state: Any, **numbers: Any) -> None:
+    def save(self, state: Any, **numbers: Any) -> None:
         """This is all that the loop needs to go on. Arrays must not be changed in place afterwards."""
         ...
 
 
-class Unwatched:
+class NoCheckpoints:
     """Nobody looks: a loop that runs in one piece."""
 
-    kept: dict[str, Any] | None = None
+    restored: dict[str, Any] | None = None
 
     def restore(self, like: Any) -> Any:
         raise ValueError("there is nothing to restore")
 
-    def look(self, state: Any, **numbers: Any) -> None:
+    def save(self, state: Any, **numbers: Any) -> None:
         pass

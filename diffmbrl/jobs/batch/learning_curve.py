@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffmbrl.jobs.batch.protocol import Lanes
+from diffmbrl.jobs.batch.protocol import BatchedRuns
 
 
-class Course(NamedTuple):
+class LearningCurve(NamedTuple):
     """What was seen of lanes before the first update, on the way and at the end, and what the updates so far had taken."""
 
     updates: list[int]
@@ -19,17 +19,17 @@ class Course(NamedTuple):
     compile: float  # seconds to trace and compile an update
 
 
-def course(lanes: Lanes, steps: int, *, looks: int) -> Course:
+def learning_curve(lanes: BatchedRuns, steps: int, *, looks: int) -> LearningCurve:
     """Compile lanes and make `steps` updates of them, evaluated before, after each of `looks` equal shares, and so at the end.
 
     Raises: `ValueError` for fewer than one look; of more looks than updates there is one for each update.
 
-    >>> from diffmbrl.jobs.batch import PolicyLanes, draw
+    >>> from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
     >>> from diffmbrl.optimizers import GaussNewton
     >>> from diffmbrl.tasks import make
     >>> task = make("pendulum", horizon=4)
-    >>> lanes = PolicyLanes([GaussNewton()], task, (4,), draw(task, 1, 2, 2, 0), sequential=False)
-    >>> course(lanes, 3, looks=2).updates
+    >>> lanes = BatchedPolicyRuns([GaussNewton()], task, (4,), draw_starts(task, 1, 2, 2, 0), sequential=False)
+    >>> learning_curve(lanes, 3, looks=2).updates
     [0, 1, 3]
     """
     if looks < 1:
@@ -43,4 +43,4 @@ def course(lanes: Lanes, steps: int, *, looks: int) -> Course:
         cpu.append(cpu[-1] + time.process_time() - begun[0])
         wall.append(wall[-1] + time.perf_counter() - begun[1])
         seen.append(lanes.evaluate())
-    return Course(updates, seen, cpu, wall, compiling)
+    return LearningCurve(updates, seen, cpu, wall, compiling)

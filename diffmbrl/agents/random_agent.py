@@ -11,10 +11,10 @@ from diffmbrl.core import Task
 from diffmbrl.models.buffer import Buffer, Transition
 
 
-class Idle(eqx.Module):
+class RandomAgent(eqx.Module):
     """Random actions within the limits, `every` real steps at a time.
 
-    >>> Idle(every=20).warmup
+    >>> RandomAgent(every=20).warmup
     100
     """
 

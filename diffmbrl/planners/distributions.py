@@ -14,7 +14,7 @@ from diffmbrl.core import as_float
 FAR = 5.0  # standard deviations
 
 
-class Even(eqx.Module):
+class Uniform(eqx.Module):
     """Evenly within the limits, whatever the mean; within `mean +- 2 std` where an action has none."""
 
     def __call__(

@@ -11,7 +11,7 @@ COLOURS = (
     "#b97a00",
     "#2f8fc7",
     "#8c6d31",
-)  # figures.PALETTE, as text on white
+)  # palette.PALETTE, as text on white
 DARK = ("#5fb0e8", "#ff8f4d", "#35c79c", "#e9a1ca", "#f0b33c", "#86cff7", "#cfae6b")  # and on black
 
 STYLE = """
@@ -124,7 +124,7 @@ def scroll(label: str, table: str) -> str:
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">\n{table}\n</div>'
 
 
-def pairs(title: str, facts: dict[str, object]) -> str:
+def facts_table(title: str, facts: dict[str, object]) -> str:
     """Names and values, one under the other."""
     rows = "\n".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts.items())
     return f"<div>\n<h3>{escape(title)}</h3>\n<table>\n{rows}\n</table>\n</div>"

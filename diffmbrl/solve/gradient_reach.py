@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from diffmbrl.core import Task
 from diffmbrl.policies import OpenLoop
-from diffmbrl.rollout import expected
+from diffmbrl.rollout import mean_return
 
 STARTS = 4
 
@@ -39,4 +39,4 @@ def refuse_without_gradient(task: Task) -> None:
 
 @jax.jit
 def _gradient(plan: OpenLoop, task: Task, s0: Array) -> OpenLoop:
-    return jax.grad(expected)(plan, task, s0)
+    return jax.grad(mean_return)(plan, task, s0)

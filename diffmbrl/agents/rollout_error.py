@@ -17,7 +17,7 @@ EPISODES = 4  # of each seed
 PARTICLES = 20
 
 
-def foresight(agent: Agent, system: Real, learned: Learned, keys: Key[Array, " S"]) -> dict[str, Any] | None:
+def model_rollout_error(agent: Agent, system: Real, learned: Learned, keys: Key[Array, " S"]) -> dict[str, Any] | None:
     r"""How far the model's rollouts are from the true ones of `agent.best`; None for an agent that shows no model.
 
     `error` [S, H] is that of the particles' mean, $\sqrt{\tfrac1n \sum_i ((\hat s_i - s_i) / \sigma_i)^2}$, the median over

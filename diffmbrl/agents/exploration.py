@@ -12,7 +12,7 @@ from diffmbrl.planners.mpc import MPC
 from diffmbrl.policies import centre_and_half
 
 
-class Explored(eqx.Module):
+class GaussianExploration(eqx.Module):
     """A policy with normal noise of `std` half widths of the limits (or of 1 where there are none), clipped to them."""
 
     inner: Policy

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float, is_concrete
-from diffmbrl.second_order.curvature import Curved, Model
-from diffmbrl.second_order.sensitivity import sensitivity, spread
+from diffmbrl.second_order.curvature import CurvatureModel, Curved
+from diffmbrl.second_order.sensitivity import sensitivity, sensitivity_along
 
 
-class Gate(eqx.Module):
+class SensitivityGate(eqx.Module):
     r"""Accept a step only if the sensitivity of the closed loop grows at most `bound` times.
 
     $$\sigma(\theta) = \exp \frac1B \sum_i \log \max_t m_{i,t}(\theta),\qquad \sigma(\theta + d) \le \kappa\,\sigma(\theta)$$
@@ -25,7 +25,7 @@ class Gate(eqx.Module):
 
     Raises: `ValueError` if the bound is below 1.
 
-    >>> float(Gate().bound)
+    >>> float(SensitivityGate().bound)
     10.0
     """
 
@@ -37,11 +37,13 @@ class Gate(eqx.Module):
             raise ValueError(f"bound must be at least 1, got {bound}")
 
     def around(
-        self, policy: Any, model: Curved | Model, task: Task, s0: State, key: PRNGKeyArray | None
+        self, policy: Any, model: Curved | CurvatureModel, task: Task, s0: State, key: PRNGKeyArray | None
     ) -> Callable[[Any], Bool[Array, ""]]:
         """Whether a policy may follow this one, of which `model` is. Cost: one rollout and its linearisation each."""
-        known = isinstance(model, Model)
-        before = _size(spread(model.linearization, model.K, task) if known else sensitivity(policy, task, s0, key))
+        known = isinstance(model, CurvatureModel)
+        before = _size(
+            sensitivity_along(model.linearization, model.K, task) if known else sensitivity(policy, task, s0, key)
+        )
 
         def allows(policy: Any) -> Bool[Array, ""]:
             return _size(sensitivity(policy, task, s0, key)) <= before + jnp.log(self.bound.astype(before.dtype))

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from diffmbrl.core import State, Task
-from diffmbrl.devices import mesh_of, share
+from diffmbrl.devices import mesh_of, shard
 
 NOISE = 2**31 - 1  # folded into a seed's key for the noise of its updates
 
 
-def draw(task: Task, seeds: int, starts: int, held_out: int, key: int) -> tuple[State, State, Any]:
+def draw_starts(task: Task, seeds: int, starts: int, held_out: int, key: int) -> tuple[State, State, Any]:
     """Start states [seeds, starts, ...], held-out starts [held_out, ...] and a key for each seed's policy.
 
     Seed k's draws depend on k and `key` alone, so the first seeds of a longer comparison are those of a shorter one.
@@ -34,4 +34,4 @@ def shared(draws: tuple[State, State, Any], devices: int) -> tuple[State, State,
         return draws
     train, test, keys = draws
     mesh = mesh_of(devices)
-    return share(train, mesh, what="starts", axis=1), share(test, mesh, what="held-out starts"), keys
+    return shard(train, mesh, what="starts", axis=1), shard(test, mesh, what="held-out starts"), keys

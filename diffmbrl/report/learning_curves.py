@@ -18,7 +18,7 @@ ELSE = ("model error", "disagreement", "rejected", "refused", "learning", "in al
 
 
 @dataclass
-class Course:
+class AgentCurve:
     """One agent. Arrays run over iterations (I) and seeds (S); seconds are cumulative, of all seeds together."""
 
     method: str
@@ -71,10 +71,10 @@ class Course:
         return self.curve[0].size > 0
 
 
-class Row(NamedTuple):
+class AgentSummary(NamedTuple):
     """An agent's summary."""
 
-    course: Course
+    course: AgentCurve
     final: Estimate
     best: float  # interquartile mean at the best point of the curve
     steps: float  # real steps of each seed
@@ -85,15 +85,15 @@ class Row(NamedTuple):
     refused: int
 
 
-def collect(records: list[dict[str, Any]]) -> list[Course]:
+def collect_curves(records: list[dict[str, Any]]) -> list[AgentCurve]:
     """The courses in the order in which they began."""
-    courses: dict[str, Course] = {}
+    courses: dict[str, AgentCurve] = {}
     lines: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if "method" not in record:
             continue
         name = str(record["method"])
-        course = courses.setdefault(name, Course(name, name))
+        course = courses.setdefault(name, AgentCurve(name, name))
         if record["kind"] == "agent":
             course.label, course.text = str(record.get("label", name)), str(record.get("text", ""))
         elif record["kind"] == "iteration":
@@ -107,18 +107,18 @@ def collect(records: list[dict[str, Any]]) -> list[Course]:
     return list(courses.values())
 
 
-def summarise(courses: list[Course]) -> list[Row]:
+def summarise(courses: list[AgentCurve]) -> list[AgentSummary]:
     """A row for each course."""
     goal = target(courses)
     return [_row(course, goal) for course in courses]
 
 
-def leader(courses: list[Course]) -> Course | None:
+def leader(courses: list[AgentCurve]) -> AgentCurve | None:
     """The one with the highest final return."""
     return max((c for c in courses if c.measured), key=lambda c: c.means[-1], default=None)
 
 
-def target(courses: list[Course]) -> float:
+def target(courses: list[AgentCurve]) -> float:
     """`WAY` of the way from the best agent's first return to its last; NaN where it did not improve."""
     best = leader(courses)
     if best is None or not best.means[-1] > best.means[0] > -math.inf:
@@ -126,7 +126,7 @@ def target(courses: list[Course]) -> float:
     return float(best.means[0] + WAY * (best.means[-1] - best.means[0]))
 
 
-def text(rows: list[Row]) -> str:
+def text(rows: list[AgentSummary]) -> str:
     """Two tables for the terminal, what was earned and what else there is to know, with the notes that they need."""
     if not any(row.course.measured for row in rows):
         return "No return was measured."
@@ -136,46 +136,55 @@ def text(rows: list[Row]) -> str:
     return "\n\n".join([*tables, note(rows)])
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: AgentSummary) -> list[str]:
     """What the table says of an agent, beside its name."""
     course, said = row.course, row.said
-    there = [words.NONE] * 2 if row.there is None else [words.count(row.there[0]), words.seconds(row.there[1])]
-    numbers = [words.number(said.get(name, math.nan)) for name in ("model_error", "disagreement")]
+    there = [words.NONE] * 2 if row.there is None else [words.format_count(row.there[0]), words.seconds(row.there[1])]
+    numbers = [words.format_number(said.get(name, math.nan)) for name in ("model_error", "disagreement")]
     times = [words.seconds(float(x[-1]) if x.size else None) for x in (course.seconds, course.wall)]
-    head = [words.estimate(row.final), words.number(row.best), words.count(row.steps), words.count(row.episodes)]
-    return [*head, *there, *numbers, words.count(row.rejected), words.count(row.refused), *times]
+    head = [
+        words.format_estimate(row.final),
+        words.format_number(row.best),
+        words.format_count(row.steps),
+        words.format_count(row.episodes),
+    ]
+    return [*head, *there, *numbers, words.format_count(row.rejected), words.format_count(row.refused), *times]
 
 
-def note(rows: list[Row]) -> str:
+def note(rows: list[AgentSummary]) -> str:
     """What the numbers of the table are."""
     plain = [row.course.label for row in rows if not row.course.evaluated.any()]
     what = "of evaluations without exploration" if len(plain) < len(rows) else "of the latest episodes"
-    what += f" ({words.join(plain)}: of its latest episodes)" if plain and len(plain) < len(rows) else ""
+    what += f" ({words.join_words(plain)}: of its latest episodes)" if plain and len(plain) < len(rows) else ""
     goal = target([row.course for row in rows])
-    there = "" if math.isnan(goal) else f" Got there: {words.number(goal)}, {WAY:.0%} of the best agent's improvement."
+    there = (
+        ""
+        if math.isnan(goal)
+        else f" Got there: {words.format_number(goal)}, {WAY:.0%} of the best agent's improvement."
+    )
     return (
         f"Return: {what}, interquartile mean over seeds [95% bootstrap interval]. Real steps and episodes: of each seed."
         f"{there} Learning: updates and steps of all seeds; in all: compiling and evaluating too."
     )
 
 
-def _row(course: Course, goal: float) -> Row:
+def _row(course: AgentCurve, goal: float) -> AgentSummary:
     if not course.steps.size:
-        return Row(course, UNKNOWN, math.nan, math.nan, math.nan, None, {}, 0, 0)
+        return AgentSummary(course, UNKNOWN, math.nan, math.nan, math.nan, None, {}, 0, 0)
     counts = int(course.rejected.sum()), int(course.refused.sum())
     said = {name: float(interquartile_mean(x[~np.isnan(x).all(axis=1)][-1])) for name, x in course.said.items()}
     steps, episodes = float(course.steps[-1]), float(course.episodes.sum() / course.seeds)
     if not course.measured:
-        return Row(course, UNKNOWN, math.nan, steps, episodes, None, said, *counts)
+        return AgentSummary(course, UNKNOWN, math.nan, steps, episodes, None, said, *counts)
     (x, y), means = course.curve, course.means
     reached = np.flatnonzero(means >= goal)
     there = None
     if reached.size:
         there = float(x[reached[0]]), float(course.seconds[np.searchsorted(course.steps, x[reached[0]])])
-    return Row(course, estimate(y[-1]), float(means.max()), steps, episodes, there, said, *counts)
+    return AgentSummary(course, estimate(y[-1]), float(means.max()), steps, episodes, there, said, *counts)
 
 
-def _fill(course: Course, rows: list[dict[str, Any]]) -> None:
+def _fill(course: AgentCurve, rows: list[dict[str, Any]]) -> None:
     """The arrays of a course from the records of its iterations."""
     seeds = max(len(row["episodes"]) for row in rows)
     for name, key in (("steps", "real_steps"), ("seconds", "seconds"), ("wall", "wall")):
