@@ -11,6 +11,7 @@ import diffmbrl as d
 from benchmarks.record import alone, path, save
 from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts, learning_curve
 from diffmbrl.methods import METHODS, solver
+from diffmbrl.optimizers import Krylov
 
 HELD_OUT, TOGETHER = 256, 5  # held-out starts; seeds that run side by side
 WELL = 0.95  # share of the held-out starts that must end well in the task's own words for a seed to succeed
@@ -166,7 +167,7 @@ def _gradients(made: Any, work: dict[str, float], steps: int, parameters: int, c
     batch_steps = case.starts * case.horizon
     if isinstance(inner, d.OptaxSolver):
         return work["vjp"] / batch_steps
-    if isinstance(inner, d.GaussNewton) and isinstance(inner.system, d.Krylov):
+    if isinstance(inner, d.GaussNewton) and isinstance(inner.system, Krylov):
         return steps * (1 + min(inner.system.rank, parameters) * PRODUCT + 12 * FORWARD)
     if isinstance(inner, d.KrylovNewton) and inner.rank is not None:
         # In a race the Hessian is of all the starts that an entrant sees, and all starts judge.

@@ -22,6 +22,7 @@ from benchmarks.brax_shim import trainers
 from benchmarks.record import path, save, table
 from diffmbrl.agents import learn
 from diffmbrl.agents.registry import make_agent as make_agent
+from diffmbrl.optimizers import Entropy, Noise
 from diffmbrl.optimizers.clipped import clipped_adam
 from diffmbrl.tasks.adapters import brax
 from diffmbrl.tasks.adapters.brax_rewards import brax_rewards
@@ -126,7 +127,7 @@ def by_windows(case: Case, seed: int, *, quick: bool) -> Any:
     """Windows of 10 steps of 16 environments with a critic, noise at a learned price of entropy, from one first policy."""
     task, updates = d.tasks.make(case.learned, horizon=case.horizon), 2 if quick else UPDATES
     rule = d.OptaxSolver(clipped_adam, learning_rate=1e-2, anneal=float(updates))
-    noise = d.Noise(entropy=d.Entropy())
+    noise = Noise(entropy=Entropy())
     made = d.ShortHorizon(rule, window=10, environments=16, noise=noise)
     key_policy, key_starts, key = jax.random.split(jax.random.key(seed), 3)
     policy = d.Neural.init(task, hidden=(32, 32), key=key_policy)

@@ -17,6 +17,7 @@ import optax
 
 import diffmbrl as d
 from benchmarks.record import save, table
+from diffmbrl.optimizers import Entropy, Noise
 from diffmbrl.tasks.adapters.brax_rewards import brax_rewards
 
 RUNNERS = ("brax-hopper", "brax-ant")
@@ -38,7 +39,7 @@ def learn(name: str, *, quick: bool) -> dict[str, list[float]]:
     # The spring backend compiles soonest.
     task = d.tasks.make(name, horizon=horizon, backend="spring" if quick else "generalized")
     rule = d.OptaxSolver(optax.adam, learning_rate=2e-3, anneal=float(updates))
-    noise = d.Noise(entropy=d.Entropy())
+    noise = Noise(entropy=Entropy())
     window = 2 if quick else 32
     made = d.ShortHorizon(rule, window=window, environments=environments, noise=noise, discount=0.99)
     policy = d.Neural.init(task, hidden=d.tasks.TASKS[name].hidden, key=jax.random.key(0))

@@ -22,6 +22,7 @@ from benchmarks.record import save, table
 from benchmarks.timing import medians
 from benchmarks.trajectory_problems import PROBLEMS, problem
 from diffmbrl.core import Task
+from diffmbrl.planners import Plans
 
 HORIZON, MOST, INNER, SOLVES, FEW = 100, 500, 200, 10, 20
 TOLERANCES, NEAR, SHARE = (1e-3, 1e-4, 1e-5, 1e-6), 1e-3, 0.99
@@ -163,7 +164,7 @@ def _near(task: Task, starts: jax.Array) -> list[Any]:
     return tried[-1]
 
 
-def _rate(task: Task, starts: jax.Array, *, steps: int, relative: float) -> tuple[float, d.Plans]:
+def _rate(task: Task, starts: jax.Array, *, steps: int, relative: float) -> tuple[float, Plans]:
     """Solves per CPU second, and what they found."""
     solve = partial(d.plans, d.ILQR(), task, starts, relative=relative)
     solve(steps=1)  # compiles
@@ -172,5 +173,5 @@ def _rate(task: Task, starts: jax.Array, *, steps: int, relative: float) -> tupl
     return len(starts) / (time.process_time() - begun), found
 
 
-def _ends(found: d.Plans) -> str:
+def _ends(found: Plans) -> str:
     return ", ".join(f"{count} {name}" for name, count in found.ends().items())

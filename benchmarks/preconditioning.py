@@ -20,6 +20,7 @@ import diffmbrl as d
 from benchmarks.record import save, table
 from diffmbrl.core import State, Task
 from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
+from diffmbrl.optimizers import DampingGrid, Krylov, Preconditioned
 from diffmbrl.optimizers.damping import scale
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.krylov import lanczos
@@ -40,7 +41,7 @@ def systems(rank: int) -> dict[str, Any]:
         "leaf blocks": LeafBlocks(),
         "Kronecker": Kronecker(),
     }
-    return {"none": d.Krylov(rank)} | {name: d.Preconditioned(maker, rank) for name, maker in makers.items()}
+    return {"none": Krylov(rank)} | {name: Preconditioned(maker, rank) for name, maker in makers.items()}
 
 
 def run(*, quick: bool) -> None:
@@ -52,7 +53,7 @@ def run(*, quick: bool) -> None:
     for name in NAMES[:1] if quick else NAMES:
         task = d.tasks.make(name, horizon=50 if quick else 100)
         draws = draw_starts(task, SEEDS, STARTS, 256, 0)
-        outcome, policies = _run(name, task, draws, d.Krylov(10), "none", updates, points)
+        outcome, policies = _run(name, task, draws, Krylov(10), "none", updates, points)
         runs.append(outcome)
         spaces += _spaces(name, task, draws[0], policies, points, updates)
         save("preconditioning", {"spaces": spaces, "runs": runs}, quick=quick)
@@ -150,7 +151,7 @@ def _look(system: Any, policies: Any, tasks: Task, train: State) -> tuple[Array,
             kept = inner.values > 1e-13 * jnp.max(space.values)
             decrease = 0.5 * jnp.sum(jnp.where(kept, inner.coefficients**2 / jnp.where(kept, inner.values, 1.0), 0.0))
             part = inner._replace(vectors=inner.vectors @ space.vectors, values=jnp.maximum(inner.values, 0))
-            steps, _ = jax.vmap(part.step)(d.DampingGrid().dampings.astype(theta.dtype) * scale(part))
+            steps, _ = jax.vmap(part.step)(DampingGrid().dampings.astype(theta.dtype) * scale(part))
             out.append((decrease, jnp.max(jax.lax.map(truth, steps)) - model.J))
         decrease, improved = (jnp.stack(x) for x in zip(*out, strict=True))
         return decrease, improved, model.J

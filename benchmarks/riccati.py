@@ -25,6 +25,7 @@ from benchmarks.record import save, table
 from benchmarks.timing import compile_seconds, medians
 from benchmarks.trajectory_problems import PROBLEMS, problem
 from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.planners import implicit
 from diffmbrl.second_order.linearize import Linearization, linearize, riccati
 from diffmbrl.second_order.parallel_riccati import parallel_riccati
 
@@ -133,7 +134,7 @@ def _repeated(function: Any, plan: Any, task: d.Task, s0: jax.Array) -> jax.Arra
 
 def smooth_loss(plan: d.Affine, task: d.Task, s0: jax.Array) -> jax.Array:
     """A function of actions and states in which every time step counts differently."""
-    out = d.implicit(plan, task, s0)
+    out = implicit(plan, task, s0)
     t = jnp.linspace(0.0, 1.0, task.horizon)
     return jnp.sum(jnp.cos(3 * t)[:, None] * out.plan.a) + jnp.sum(jnp.sin(5 * t)[:, None] * out.plan.s) + out.J
 

@@ -22,6 +22,7 @@ import diffmbrl as d
 from benchmarks.record import save, table
 from diffmbrl.core import State, Task, reweighted
 from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts, learning_curve
+from diffmbrl.rollout import returns
 
 TASKS, HORIZON, STARTS, SEEDS, STEPS, MEMORY = ("cartpole-balance", "pendulum-swingup"), 100, 128, 3, 600, 20
 HEAD = ["task, L-BFGS of", "train", "test", "train worst", "test worst", "success", "gradients", "sequential", "CPU s"]
@@ -150,6 +151,6 @@ def _value_and_gradient(policy: Any, task: Task, s0: State, weights: Any) -> tup
 @jax.jit
 def _evaluate(policy: d.Neural, task: Task, train: State, test: State) -> dict[str, Any]:
     trajectories = d.rollouts(policy, task, test)
-    held_out = jax.vmap(lambda tau: d.returns(tau, task))(trajectories)
+    held_out = jax.vmap(lambda tau: returns(tau, task))(trajectories)
     success = jax.vmap(task.success)(trajectories.s_T) if task.success is not None else jax.numpy.zeros(1)
     return {"train": -d.mean_return(policy, task, train), "test": -held_out.mean(), "success": success.mean()}

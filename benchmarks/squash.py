@@ -28,7 +28,9 @@ import diffmbrl as d
 from benchmarks.record import save, table
 from diffmbrl.core import Reward, State, Task
 from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts, learning_curve
+from diffmbrl.optimizers import Krylov
 from diffmbrl.policies import centre_and_half
+from diffmbrl.rollout import returns
 from diffmbrl.tasks.transforms.squash import squashed
 
 NAMES, HORIZON, STARTS, SEEDS = ("cartpole-balance", "quadrotor2d", "cartpole-swingup"), 100, 128, 3
@@ -62,7 +64,7 @@ PLACES = {
 }
 ARMS = {
     "gauss-newton": (
-        lambda steps, T: d.Continuation.trusted(d.GaussNewton(system=d.Krylov(10)), steps, horizon=T),
+        lambda steps, T: d.Continuation.trusted(d.GaussNewton(system=Krylov(10)), steps, horizon=T),
         150,
         False,
     ),
@@ -167,7 +169,7 @@ def _look(policies: Any, task: Task, s0: State) -> dict[str, Array]:
 
         H = jax.vmap(jax.vmap(jax.hessian(cost)))(jnp.concatenate([trajectory.s, trajectory.a], axis=-1))
         return {
-            "cost": -jnp.mean(jax.vmap(lambda tau: d.returns(tau, task))(trajectory)),
+            "cost": -jnp.mean(jax.vmap(lambda tau: returns(tau, task))(trajectory)),
             "success": jnp.mean(jax.vmap(success)(trajectory.s_T)),
             "saturated": jnp.mean(jnp.abs(jnp.tanh(z)) > SATURATED),
             "clipped_aa": negative(H[..., task.n :, task.n :]),

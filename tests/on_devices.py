@@ -13,7 +13,7 @@ import chex
 import jax
 import numpy as np
 
-from diffmbrl import GaussNewton, Krylov, Neural, OpenLoop, Sampling, solve, tasks
+from diffmbrl import GaussNewton, Neural, OpenLoop, Sampling, solve, tasks
 from diffmbrl import devices as on
 from diffmbrl.agents import RandomAgent
 from diffmbrl.agents.learn import learn
@@ -21,6 +21,7 @@ from diffmbrl.core import Task
 from diffmbrl.jobs.batch import BatchedPlanRuns, BatchedPolicyRuns, draw_starts, shared
 from diffmbrl.jobs.plan import PlanConfig, plan
 from diffmbrl.methods import METHODS
+from diffmbrl.optimizers import Krylov
 from diffmbrl.runs import metrics
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.solve.loop import iterate

@@ -10,8 +10,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from diffmbrl import OpenLoop, returns, rollout, tasks
+from diffmbrl import OpenLoop, rollout, tasks
 from diffmbrl.render import shapes as drawing
+from diffmbrl.rollout import returns
 from diffmbrl.tasks.balancing import RodOnCart
 from tests.problems import lagrangian_acceleration
 

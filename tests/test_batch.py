@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks.trajectory_problems import problem
-from diffmbrl import ILQR, Affine, GaussNewton, Status, episode_return, plans, rollout, solve, tasks
+from diffmbrl import ILQR, Affine, GaussNewton, episode_return, plans, rollout, solve, tasks
 from diffmbrl.diagnostics.spectrum import in_double
-from diffmbrl.planners import BoxConstrained, OneByOne, Together
+from diffmbrl.planners import BoxConstrained, OneByOne, Status, Together
 from tests.problems import bent, changed, same
 
 KEY = jax.random.key(0)

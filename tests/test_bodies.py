@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import OpenLoop, rollout, tasks, violation
+from diffmbrl import OpenLoop, rollout, tasks
+from diffmbrl.constraints import violation
 from diffmbrl.tasks.acrobot import Acrobot
 from diffmbrl.tasks.car import Bicycle
 from diffmbrl.tasks.double_pendulum import DoublePendulum

@@ -15,7 +15,6 @@ from diffmbrl import (
     BPTT,
     MPC,
     GaussNewton,
-    Krylov,
     Neural,
     OpenLoop,
     OptaxSolver,
@@ -28,6 +27,7 @@ from diffmbrl import (
 from diffmbrl.agents import learn
 from diffmbrl.agents.registry import make_agent as make_agent
 from diffmbrl.methods import METHODS, solver
+from diffmbrl.optimizers import Krylov
 from diffmbrl.render.registry import frames
 from diffmbrl.render.shapes import Circle, Line
 from diffmbrl.tasks.adapters import brax

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import Consensus, DampingGrid, Linear, Neural, solve, tasks
+from diffmbrl import Consensus, Linear, Neural, solve, tasks
 from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.optimizers import DampingGrid
 from diffmbrl.optimizers.consensus import _Plans, _Rounds
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.linearize import closed_loop

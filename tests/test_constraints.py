@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl import Constraints, OpenLoop, rollout, tasks, violation
+from diffmbrl import Constraints, OpenLoop, rollout, tasks
+from diffmbrl.constraints import violation
 
 
 class Speed(eqx.Module):

@@ -9,9 +9,7 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl import (
     BPTT,
     Gaussian,
-    KLGrid,
     KrylovNewton,
-    NaturalGradient,
     Neural,
     episode_return,
     episode_returns,
@@ -21,6 +19,7 @@ from diffmbrl import (
     tasks,
 )
 from diffmbrl.core import reweighted
+from diffmbrl.optimizers import KLGrid, NaturalGradient
 from diffmbrl.second_order.curvature import dense, fisher, gauss_newton, hessian
 from tests.problems import bent, same, same_tree
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import DampingGrid, GaussNewton, Krylov, LevenbergMarquardt, Neural, TrustRegion
+from diffmbrl import GaussNewton, Neural
+from diffmbrl.optimizers import DampingGrid, Krylov, LevenbergMarquardt, TrustRegion
 from diffmbrl.second_order.krylov import Spectral, TruncatedCG
 from tests.problems import bent, changed
 

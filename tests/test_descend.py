@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import BPTT, Continuation, Linear, MiniBatch, OptaxSolver, solve
+from diffmbrl import BPTT, Continuation, Linear, OptaxSolver, solve
+from diffmbrl.optimizers import MiniBatch
 from tests.problems import bent, same_tree
 
 TASK = bent(horizon=6)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import DampingGrid, GaussNewton, Krylov, KrylovNewton, Neural, NewtonCG, SensitivityGate
+from diffmbrl import GaussNewton, KrylovNewton, Neural, NewtonCG
+from diffmbrl.optimizers import DampingGrid, Krylov, SensitivityGate
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.sensitivity import sensitivity
 from tests.problems import bent, same, same_tree

@@ -7,10 +7,20 @@ import pytest
 import scipy.optimize
 
 from benchmarks.trajectory_problems import problem
-from diffmbrl import DDP, ILQR, Affine, OpenLoop, Task, episode_return, expansion, rollout, solve, tasks
+from diffmbrl import DDP, ILQR, Affine, OpenLoop, Task, episode_return, rollout, solve, tasks
 from diffmbrl.core import Box
 from diffmbrl.diagnostics.spectrum import in_double
-from diffmbrl.planners import MPC, ActionDamped, Backtracking, BoxConstrained, Parallel, Receding, StateDamped, act
+from diffmbrl.planners import (
+    MPC,
+    ActionDamped,
+    Backtracking,
+    BoxConstrained,
+    Parallel,
+    Receding,
+    StateDamped,
+    act,
+    expansion,
+)
 from diffmbrl.planners.quadratic_models import costates, hamiltonian
 from diffmbrl.second_order.linearize import linearize, riccati
 from diffmbrl.second_order.parallel_riccati import PARALLEL, SCAN, choose

@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, BestSoFar, Continuation, GaussNewton, Krylov, OptaxSolver, Sequential, mean_return, solve
+from diffmbrl import ILQR, BestSoFar, Continuation, GaussNewton, OptaxSolver, Sequential, mean_return, solve
+from diffmbrl.optimizers import Krylov
 from tests.problems import same, same_tree, small, update
 
 KEY = jax.random.key(3)

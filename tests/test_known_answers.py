@@ -13,11 +13,8 @@ from diffmbrl import (
     BPTT,
     ILQR,
     Affine,
-    DampingGrid,
-    Dense,
     Gaussian,
     GaussNewton,
-    Krylov,
     Linear,
     Neural,
     OpenLoop,
@@ -29,6 +26,7 @@ from diffmbrl import (
     tasks,
 )
 from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.optimizers import DampingGrid, Dense, Krylov
 from diffmbrl.second_order import linearize
 from diffmbrl.second_order.curvature import dense, gauss_newton
 from diffmbrl.tasks import TASKS

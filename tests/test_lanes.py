@@ -13,7 +13,6 @@ from diffmbrl import (
     ILQR,
     Affine,
     GaussNewton,
-    Krylov,
     Neural,
     OptaxSolver,
     episode_returns,
@@ -23,6 +22,7 @@ from diffmbrl import (
     tasks,
 )
 from diffmbrl.jobs.batch import BatchedPlanRuns, BatchedPolicyRuns, draw_starts, learning_curve
+from diffmbrl.optimizers import Krylov
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.solve.loop import CHUNK
 from diffmbrl.tasks import squashed

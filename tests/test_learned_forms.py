@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import GRU, LSTM, MLP, Neural, OpenLoop, rollout, tasks
+from diffmbrl import Neural, OpenLoop, rollout, tasks
 from diffmbrl.models import (
     EndModel,
     Ensemble,
@@ -25,6 +25,7 @@ from diffmbrl.models import (
     train,
 )
 from diffmbrl.models.buffer import Transition
+from diffmbrl.nets import GRU, LSTM, MLP
 from diffmbrl.second_order.linearize import linearize
 from tests.problems import same
 

@@ -14,13 +14,8 @@ from diffmbrl import (
     MPC,
     Affine,
     Continuation,
-    Ending,
     OpenLoop,
     OptaxSolver,
-    Predicted,
-    Receding,
-    Unaware,
-    act,
     control,
     episode_return,
     episode_returns,
@@ -32,7 +27,7 @@ from diffmbrl import (
 )
 from diffmbrl.core import is_stateful
 from diffmbrl.jobs.batch.policies import _evaluate
-from diffmbrl.planners import Damping
+from diffmbrl.planners import Damping, Ending, Predicted, Receding, Unaware, act
 from diffmbrl.planners.mpc import planning_task, shifted
 from diffmbrl.tasks.transforms.plant import Delayed, delayed, noisy
 from tests.problems import bent, changed, optimal_actions, riccati, same, same_tree

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import GRU, LSTM, MLP
+from diffmbrl.nets import GRU, LSTM, MLP
 
 KEY = jax.random.key(0)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import DampingGrid, KrylovNewton, Neural, mean_return
+from diffmbrl import KrylovNewton, Neural, mean_return
 from diffmbrl.core import reweighted
+from diffmbrl.optimizers import DampingGrid
 from diffmbrl.second_order.curvature import dense, gauss_newton, hessian
 from tests.problems import bent, same
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from diffmbrl import LikelihoodRatio, ValueBaseline, tasks
+from diffmbrl import LikelihoodRatio, tasks
 from diffmbrl.agents import PPO, SquashedGaussian
 from diffmbrl.agents.actor import limited, log_density, logit, squashed_moments
 from diffmbrl.agents.ppo import Rows, normalised
 from diffmbrl.core import reweighted
+from diffmbrl.gradients import ValueBaseline
 from diffmbrl.models.buffer import Transition
 from diffmbrl.rollout import rollouts, split_keys
 from tests.problems import same, same_tree

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 
-from diffmbrl import GaussNewton, Linear, Neural, NewtonCG, Preconditioned
+from diffmbrl import GaussNewton, Linear, Neural, NewtonCG
+from diffmbrl.optimizers import Preconditioned
 from diffmbrl.second_order.blocks import (
     _root,
     action_curvature,

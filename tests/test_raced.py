@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import ILQR, Continuation, GaussNewton, Krylov, MultiStart, mean_return, solve
+from diffmbrl import ILQR, Continuation, GaussNewton, MultiStart, mean_return, solve
+from diffmbrl.optimizers import Krylov
 from tests.problems import same, same_tree, small, update
 
 KEY = jax.random.key(8)

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, GaussNewton, Krylov, OptaxSolver, Sequential, solve
+from diffmbrl import ILQR, GaussNewton, OptaxSolver, Sequential, solve
+from diffmbrl.optimizers import Krylov
 from tests.problems import same, same_tree, small
 
 KEY = jax.random.key(9)

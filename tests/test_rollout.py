@@ -19,12 +19,12 @@ from diffmbrl import (
     episode_return,
     episode_returns,
     mean_return,
-    returns,
     rollout,
     rollouts,
     tasks,
 )
 from diffmbrl.core import Box, Task
+from diffmbrl.rollout import returns
 
 
 class Noisy(eqx.Module):

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from diffmbrl import ILQR, Continuation, GaussNewton, Krylov, MiniBatch, Neural, OptaxSolver, solve
+from diffmbrl import ILQR, Continuation, GaussNewton, Neural, OptaxSolver, solve
 from diffmbrl.core import reweighted
+from diffmbrl.optimizers import Krylov, MiniBatch
 from tests.problems import bent, changed, same_tree
 
 KEY = jax.random.key(3)

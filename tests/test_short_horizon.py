@@ -10,15 +10,11 @@ from jax.test_util import check_grads
 
 from diffmbrl import (
     BPTT,
-    AdaptiveHorizon,
     Affine,
-    Entropy,
     Linear,
     Neural,
-    Noise,
     OptaxSolver,
     ShortHorizon,
-    StiffCut,
     mean_return,
     rollout,
     rollouts,
@@ -27,6 +23,7 @@ from diffmbrl import (
 )
 from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
 from diffmbrl.methods import METHODS, solver
+from diffmbrl.optimizers import AdaptiveHorizon, Entropy, Noise, StiffCut
 from diffmbrl.optimizers.clipped import clipped_adam
 from diffmbrl.optimizers.short_horizon.critic import Critic, fit, inputs, running_moments, td_lambda
 from diffmbrl.optimizers.short_horizon.cuts import stiffness

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffmbrl import Dense, GaussNewton, KrylovNewton, Linear, Neural, NewtonCG, OpenLoop, Sigma, SquareRoot, tasks
+from diffmbrl import GaussNewton, KrylovNewton, Linear, Neural, NewtonCG, OpenLoop, tasks
+from diffmbrl.optimizers import Dense, Sigma, SquareRoot
 from diffmbrl.second_order.curvature import curve, dense, gauss_newton, planner_step, square_root
 from diffmbrl.second_order.linearize import closed_loop, riccati
 from diffmbrl.second_order.projection import projection_gap

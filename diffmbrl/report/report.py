@@ -100,10 +100,10 @@ def _composed(
     if compose_job := composers.get(str(config.get("job"))):
         return compose_job(config, provenance, records, remarks, figures)
     summary = table.summarise(arms.collect_arms(records))
-    return compose(config, provenance, summary, gallery.comparison_figures(summary, figures), remarks)
+    return compose_report(config, provenance, summary, gallery.comparison_figures(summary, figures), remarks)
 
 
-def compose(
+def compose_report(
     config: dict[str, Any],
     provenance: dict[str, Any],
     summary: Summary,
