@@ -1,4 +1,4 @@
-"""What a health record costs: `diffmbrl diagnose cartpole-swingup`, five horizons to 400, in a process of its own.
+"""CPU time and memory of a health record: `diffmbrl diagnose cartpole-swingup`, five horizons to 400, in a process of its own.
 
 CPU seconds of the whole command, from importing to the report: cold with an empty compilation cache, then warm with the one
 that it left.

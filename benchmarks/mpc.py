@@ -1,4 +1,4 @@
-"""Time of a step of receding-horizon control on one core, and what the loop earns beside the open-loop plan.
+"""Time of a step of receding-horizon control on one core, and the return of the loop against that of the open-loop plan.
 
 iLQR with H = 50, warm started, 1, 2 and 3 updates a step, set up as by `diffmbrl plan --mpc`; float32, one start at a time.
 * from Python: the state goes in, the action comes out, step by step, as a real controller would call it. Wall-clock and CPU

@@ -1,4 +1,4 @@
-"""What diagonal and block approximations of the Gauss-Newton matrix bring to its Krylov space.
+"""Diagonal and block approximations of the Gauss-Newton matrix as metrics of its Krylov space.
 
 `cartpole-balance` and `pendulum-swingup` at T = 100, 64 training and 256 test starts, two seeds, float64. Along one run of
 `Continuation.trusted(GaussNewton(system=Krylov(10)), 150)`, at its start, in the stage of discount .9 and at its end: after k

@@ -1,4 +1,4 @@
-"""What the pieces cost, each as a multiple of the rollout that it differentiates.
+"""Cost of the pieces, each as a multiple of the rollout that it differentiates.
 
 Three tables: every primitive on cart-pole for B in 1, 64, 1024 and T in 100, 1000; the gradient and the Gauss-Newton product
 at the settings of the targets; an iLQR iteration on three systems. Medians of interleaved rounds, compile time apart.

@@ -1,4 +1,4 @@
-"""The matrix products of an ensemble's layers and nothing else: what no forward pass can do without."""
+"""The matrix products of an ensemble's layers alone: the lower bound of any forward pass."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""The Riccati sweep by scan and by associative scan, and what an implicit gradient costs beside the solve.
+"""The Riccati sweep by scan and by associative scan, and the cost of an implicit gradient relative to the solve.
 
 Two tables. The sweeps on random LQR problems of n states and max(1, n / 3) actions, float32, with compile time. Then iLQR to
 its optimum, where J changes no more (1e-12), and to 0.1% of it, on the systems of trajectory_problems.py, float64, T = 100,

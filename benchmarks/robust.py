@@ -1,4 +1,4 @@
-"""The second-order method to take with nothing tuned on every task, twenty seeds, and what stands beside it.
+"""The untuned second-order method on every task, twenty seeds, and its rivals in the same run.
 
 `explored-newton` on twenty seeds; `krylov-newton`, L-BFGS and Adam on the first five of them: as the command line makes them,
 on 256 training and 256 held-out starts, float32. Of Adam's four rates that of the lowest median training cost is shown. A

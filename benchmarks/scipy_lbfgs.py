@@ -1,4 +1,4 @@
-"""L-BFGS of scipy against optax's: the same objective, discount stages and iterations, with a driver in Fortran's tradition.
+"""scipy's L-BFGS-B against optax's L-BFGS: the same objective, discount stages and iterations.
 
 `cartpole-balance` and `pendulum-swingup` at T = 100, 128 training and 256 test starts, three seeds, float64, 600 iterations in
 the default discount stages, 20 pairs of memory. scipy's L-BFGS-B, without bounds, drives a compiled gradient from Python;

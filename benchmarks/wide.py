@@ -1,4 +1,4 @@
-"""Wall-clock of first and second order where there are cores to spare: 1024 starts, on whatever device JAX has.
+"""Wall-clock time of first and second order on many cores: 1024 starts, on the device that JAX has.
 
 `cartpole-balance` and `pendulum-swingup`, T = 100, float32, one seed at a time, three seeds; every method with its default
 schedule. A method's time is that of its updates until its cost on held-out starts first comes within 2% of what L-BFGS ends

@@ -1,4 +1,4 @@
-"""Training runs of an experiment: one method at its learning rates, all seeds at once, looked at on the way."""
+"""Training runs of an experiment: one method at its learning rates, all seeds at once, evaluated on the way."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Models of one set of transitions in several forms, their Jacobians tamed by construction and not, and how they are fitted."""
+"""Models of one set of transitions in several forms, with and without bounded Jacobians, and how they are fitted."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Figures of several panels, in the looks of the run reports; a plot takes arrays and an axis."""
+"""Figures of several panels in the style of the run reports; a plot takes arrays and an axis."""
 
 from collections.abc import Sequence
 from typing import Any
