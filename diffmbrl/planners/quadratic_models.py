@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -24,7 +25,6 @@ from diffmbrl.second_order.linearize import (
     linearize,
     matmul,
 )
-from diffmbrl.second_order.sparsity import compression
 
 
 class QuadraticModel(NamedTuple):
@@ -47,7 +47,7 @@ class FirstOrder(eqx.Module):
 class SecondOrder(eqx.Module):
     """Newton's model: the Hessians of the Hamiltonian as well, in parallel over time.
 
-    Costs n + m more tangents of f' lambda, or as few as tell the entries of the Hessians apart (`sparsity.py`).
+    Costs n + m more tangents of the gradient of f' lambda.
 
     They are used as they are or not at all. Damped until the sweep is positive definite, they took 46 to 168 iterations to
     0.1% of the optimum on pendulum, acrobot and quadrotor, and projected to be positive semidefinite 20 to 67, where iLQR takes
@@ -86,16 +86,14 @@ def hamiltonian(
     def tangents(z, *given):
         # As the Jacobians in linearize.py; on the last axis the tangents are contiguous.
         _, push = jax.linearize(lambda z: jax.grad(value)(z, *given), z)
-        return jax.vmap(push, out_axes=1)(seeds)
+        return jax.vmap(push, out_axes=1)(np.eye(z.size, dtype=z.dtype))
 
     # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
     z = jnp.concatenate([x, trajectory.a], axis=1)
     z = z if task.done is None else jnp.where(alive[:, None], z, z[0])
     given = costates, task.weights[:-1], jnp.arange(task.horizon)
-    one = [jnp.zeros(x.shape[1:], x.dtype) for x in given]
-    seeds, expand = compression(lambda z: jax.grad(value)(z, *one), jnp.zeros(z.shape[1:], z.dtype))
     with jax.default_matmul_precision("highest"):
-        H = expand(each_step(tangents, task)(z, *given))
+        H = each_step(tangents, task)(z, *given)
     return H if task.done is None else jnp.where(alive[:, None, None], H, jnp.zeros_like(H))
 
 
