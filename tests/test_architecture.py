@@ -7,7 +7,19 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1] / "diffmbrl"
 LIBRARY = {
-    *("core", "rollout", "policies", "nets", "info", "constraints", "devices", "xla", "choices", "second_order"),
+    *(
+        "core",
+        "rollout",
+        "policies",
+        "nets",
+        "info",
+        "constraints",
+        "devices",
+        "xla",
+        "choices",
+        "batching",
+        "second_order",
+    ),
     *(
         "parallel_time",
         "tasks",

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from diffmbrl.batching import map_chunks
 from diffmbrl.core import State, Task, as_float, is_concrete, reweighted
 from diffmbrl.gradients.smoothed import require_key
 from diffmbrl.info import EvaluationCounts, count_evaluations
 from diffmbrl.rollout import episode_return, split_keys, weights_axis
-from diffmbrl.second_order.curvature import map_chunks
 
 DIRECTION = 2**31 - 1  # folded into a start's key: beyond the numbers of the time steps
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from diffmbrl.batching import map_chunks
 from diffmbrl.core import State, Task, Trajectory, is_plan, parameter, reweighted
 from diffmbrl.gradients.smoothed import require_key
 from diffmbrl.info import EvaluationCounts, count_evaluations
 from diffmbrl.rollout import returns, rollouts, weights_axis
-from diffmbrl.second_order.curvature import map_chunks
 
 
 class TotalReturn(eqx.Module):

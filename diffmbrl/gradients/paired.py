@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
+from diffmbrl.batching import map_chunks
 from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
 from diffmbrl.gradients.likelihood_ratio import LeaveOneOut, RewardToGo, each_return, where_alive
 from diffmbrl.gradients.smoothed import require_key
 from diffmbrl.info import EvaluationCounts, count_evaluations
 from diffmbrl.policies import Gaussian, OpenLoop
 from diffmbrl.rollout import returns, rollout, split_keys, weights_axis
-from diffmbrl.second_order.curvature import map_chunks
 
 
 class Pair(NamedTuple):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
+from diffmbrl.batching import map_chunks
 from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
 from diffmbrl.policies import Gaussian
 from diffmbrl.rollout import mean_return, returns, rollout, split_keys, weights_axis
@@ -60,7 +61,6 @@ class CurvatureModel(NamedTuple):
     g: Float[Array, "T m B"]  # d(-J_i)/dw
 
 
-ROWS = 256  # states in one batch through the network on a CPU: see benchmarks/primitives.py
 AXES: Any = (1, 1, 1, 1, 0)
 TIME_FIRST = Trajectory(*AXES)  # where the batch axis of a stack of trajectories stands
 
@@ -71,7 +71,7 @@ def gauss_newton(
     """The local model of -J, with products by G and its transpose linearised once.
 
     `chunk` is the number of time steps whose B states go through the network at a time. By default on a CPU as many as make
-    `ROWS` states, whose activations stay in the caches, and elsewhere all T at once. The numbers are the same.
+    `batching.ROWS` states, whose activations stay in the caches, and elsewhere all T at once. The numbers are the same.
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
@@ -273,17 +273,6 @@ def actions(policy: Any, s: State, keys: Key[Array, " B"] | None, chunk: int | N
 
     xs = (jnp.arange(T), s, plan)
     return map_chunks(at, xs, jax.tree.leaves(s)[0].shape[1], chunk)
-
-
-def map_chunks(at: Any, xs: Any, states: int, chunk: int | None = None) -> Any:
-    """`at` of each slice of xs, a time step or a start of so many `states` (or numbers); `chunk` slices at a time.
-
-    By default they have ROWS together on a CPU, and elsewhere all slices are one batch.
-    """
-    count = jax.tree.leaves(xs)[0].shape[0]
-    if chunk is None:
-        chunk = -(-ROWS // states) if jax.default_backend() == "cpu" else count
-    return jax.vmap(at)(xs) if chunk >= count else jax.lax.map(at, xs, batch_size=chunk)
 
 
 def _act(policy: Any, s: State, key: PRNGKeyArray | None, t: Array) -> Array:
