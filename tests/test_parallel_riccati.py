@@ -15,7 +15,7 @@ from diffmbrl.second_order.parallel_riccati import (
     PARALLEL_FROM,
     SCAN,
     choose,
-    compose,
+    join,
     parallel_adjoint,
     parallel_respond,
     parallel_riccati,
@@ -62,7 +62,7 @@ def test_in_single_precision_it_loses_little():
 def test_joining_is_associative(x64):
     lin = random_linearization(3, 3, 4, 2)
     a, b, c = (stage(lin.A[t], lin.B[t], lin.c_s[t], lin.c_a[t], lin.H[t])[0] for t in range(3))
-    jax.tree.map(partial(close, rtol=1e-10), compose(compose(a, b), c), compose(a, compose(b, c)))
+    jax.tree.map(partial(close, rtol=1e-10), join(join(a, b), c), join(a, join(b, c)))
 
 
 def test_it_reports_what_is_not_positive_definite(x64):

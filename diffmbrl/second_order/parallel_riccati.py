@@ -93,12 +93,12 @@ def parallel_riccati(linearization: Linearization, damping: Float[Array, ""]) ->
         stages, positive = jax.vmap(_stage)(A, B, c_s, c_a, H)
         end = Stretch(jnp.zeros_like(H_T), jnp.zeros_like(c_T), jnp.zeros_like(H_T), c_T, H_T)
         stretches = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), stages, end)
-        joined = jax.lax.associative_scan(lambda later, earlier: compose(earlier, later), stretches, reverse=True)
+        joined = jax.lax.associative_scan(lambda later, earlier: join(earlier, later), stretches, reverse=True)
         K, k, q_a, Q_aa, definite = jax.vmap(_gains)(A, B, c_a, H, joined.V[1:], joined.v[1:])
     return RiccatiSolution(K, k, jnp.vdot(k, q_a, precision="highest"), jnp.all(positive) & jnp.all(definite), Q_aa)
 
 
-def compose(first: Stretch, second: Stretch) -> Stretch:
+def join(first: Stretch, second: Stretch) -> Stretch:
     r"""Two stretches, one after the other, as one; with leading axes.
 
     $W = (I + C_1 V_2)^{-1}$: $A = A_2 W A_1$, $b = A_2 W (b_1 - C_1 v_2) + b_2$, $C = A_2 W C_1 A_2^\top + C_2$,
