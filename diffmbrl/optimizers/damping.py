@@ -7,15 +7,15 @@ largest eigenvalue seen, so that neither the units of the reward nor the number 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import as_float
+from diffmbrl.core import Policy, State, Task, as_float
 from diffmbrl.info import EvaluationCounts, Info, Quadratic
 from diffmbrl.second_order.curvature import CurvatureModel, Curved
 from diffmbrl.second_order.krylov import Spectral, TruncatedCG
@@ -43,6 +43,17 @@ class Proposals(NamedTuple):
     shares: Float[Array, " c"]
     products: Int[Array, ""]
     negative: Float[Array, ""]
+
+
+@runtime_checkable
+class StepGate(Protocol):
+    """A condition on steps beside the return: `around` a policy, whether another may follow it."""
+
+    def around(
+        self, policy: Policy, model: Curved | CurvatureModel, task: Task, s0: State, key: PRNGKeyArray | None
+    ) -> Callable[[Policy], Bool[Array, ""]]:
+        """The condition on the policies that may follow `policy`, of which `model` is the model."""
+        ...
 
 
 class DampingGrid(eqx.Module):

@@ -8,9 +8,8 @@ from jaxtyping import PRNGKeyArray
 
 from diffmbrl.core import State, Task
 from diffmbrl.info import Info, count_evaluations
-from diffmbrl.optimizers.damping import DampingGrid, LevenbergMarquardt, damped_update
-from diffmbrl.optimizers.sensitivity_gate import SensitivityGate
-from diffmbrl.optimizers.systems import Krylov, System
+from diffmbrl.optimizers.damping import DampingGrid, LevenbergMarquardt, StepGate, damped_update
+from diffmbrl.optimizers.systems import Krylov, LinearSystem
 from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import gauss_newton
 
@@ -45,9 +44,9 @@ class GaussNewton(eqx.Module):
     True
     """
 
-    system: System = eqx.field(default_factory=Krylov)
+    system: LinearSystem = eqx.field(default_factory=Krylov)
     damping: DampingGrid | LevenbergMarquardt = eqx.field(default_factory=DampingGrid)
-    gate: SensitivityGate | None = None
+    gate: StepGate | None = None
     chunk: int | None = eqx.field(static=True, default=None)
 
     @property

@@ -11,8 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float
 from diffmbrl.info import Info, count_evaluations
-from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, best_of, damped_update
-from diffmbrl.optimizers.sensitivity_gate import SensitivityGate
+from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, StepGate, best_of, damped_update
 from diffmbrl.optimizers.systems import Dense, Krylov
 from diffmbrl.optimizers.wrappers.minibatch import in_turn
 from diffmbrl.rollout import mean_return
@@ -93,7 +92,7 @@ class KrylovNewton(eqx.Module):
 
     damping: DampingGrid = eqx.field(default_factory=DampingGrid)
     margin: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(4.0), converter=as_float)
-    gate: SensitivityGate | None = None
+    gate: StepGate | None = None
     rank: int | None = eqx.field(static=True, default=15)
     structured: int = eqx.field(static=True, default=10)
     starts: int = eqx.field(static=True, default=64)

@@ -10,12 +10,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float
 from diffmbrl.info import Info, count_evaluations
-from diffmbrl.optimizers.damping import TrustRegion, damped_update
-from diffmbrl.optimizers.sensitivity_gate import SensitivityGate
+from diffmbrl.optimizers.damping import StepGate, TrustRegion, damped_update
+from diffmbrl.optimizers.systems import Preconditioner
 from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import CurvatureModel, Curved, Vector, hessian
 from diffmbrl.second_order.krylov import conjugate_gradients
-from diffmbrl.second_order.preconditioners import Preconditioner
 
 
 class NewtonCG(eqx.Module):
@@ -49,7 +48,7 @@ class NewtonCG(eqx.Module):
     iterations: int = eqx.field(static=True, default=30)
     curvature: Callable[..., Curved | CurvatureModel] = eqx.field(static=True, default=hessian)
     preconditioner: Preconditioner | None = None
-    gate: SensitivityGate | None = None
+    gate: StepGate | None = None
 
     @property
     def kind(self) -> str:

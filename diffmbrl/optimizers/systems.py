@@ -4,17 +4,52 @@ square root, or in the sigma-metric.
 A system is called with the quadratic model and returns the eigenvectors or Ritz vectors in which every damping is cheap.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Task, as_float
-from diffmbrl.second_order.curvature import CurvatureModel, curve, dense, planner_step, square_root
+from diffmbrl.core import Policy, Task, as_float
+from diffmbrl.second_order.curvature import CurvatureModel, Vector, curve, dense, planner_step, square_root
 from diffmbrl.second_order.krylov import Spectral, eigen, lanczos
-from diffmbrl.second_order.preconditioners import Jacobi, Preconditioner
+from diffmbrl.second_order.preconditioners import Jacobi
+
+
+@runtime_checkable
+class LinearSystem(Protocol):
+    """How the damped Gauss-Newton system of a model is solved, for every damping at once."""
+
+    def __call__(self, model: CurvatureModel, policy: Policy, task: Task, key: PRNGKeyArray | None) -> Spectral:
+        """The eigenvectors or Ritz vectors of the system."""
+        ...
+
+    def passes(self, parameters: int) -> int:
+        """Passes over the horizon, one after another, for a policy of so many parameters."""
+        ...
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """A symmetric positive definite matrix P that approximates N, by its two products."""
+
+    def inverse(self, v: Vector) -> Vector:
+        """P^-1 v."""
+        ...
+
+    def root(self, v: Vector) -> Vector:
+        """P^-1/2 v, symmetric."""
+        ...
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """An approximation of the Gauss-Newton matrix, from its model."""
+
+    def __call__(self, model: CurvatureModel, policy: Policy, task: Task, key: PRNGKeyArray | None) -> Metric:
+        """The approximation P."""
+        ...
 
 
 class Krylov(eqx.Module):
@@ -122,6 +157,3 @@ class Preconditioned(eqx.Module):
     def passes(self, parameters: int) -> int:
         """Passes over the horizon: forward and back for each product, and one for P."""
         return 2 * min(self.rank, parameters) + 1
-
-
-System = Krylov | Dense | SquareRoot | Sigma | Preconditioned

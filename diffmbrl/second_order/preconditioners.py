@@ -3,8 +3,8 @@ r"""Approximations P of the Gauss-Newton matrix N, by its diagonal or blocks, fo
 In the coordinates $y = P^{1/2} d$ the operator is $P^{-1/2} N P^{-1/2}$ and the gradient $P^{-1/2} g$: its Krylov space of
 dimension k gives the steps $-(N + \lambda P)^{-1} g$, for every damping as before. If P has the scales of N, fewer products do.
 
-A maker (`Jacobi`, `SignedJacobi`, `LeafBlocks`, `Kronecker`) is called with the quadratic model and returns a `Metric`. `ridge`
-times the mean eigenvalue is added to every P, without which directions of no curvature would be all that counts.
+A maker (`Jacobi`, `SignedJacobi`, `LeafBlocks`, `Kronecker`) is called with the quadratic model and returns a `systems.Metric`.
+`ridge` times the mean eigenvalue is added to every P, without which directions of no curvature would be all that counts.
 
 Measured (benchmarks/results/preconditioning.json: `cartpole-balance`, 385 parameters, 64 starts, 10 products). The undamped
 model falls much faster in the metric of the leaves' blocks (.97 of what can be had against .63 without at the start of a
@@ -17,7 +17,7 @@ Reference: Chapelle and Erhan 2011; Martens 2010, section 4.7 (the power of the 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -28,18 +28,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diffmbrl.core import Task, as_float
 from diffmbrl.second_order.blocks import diagonal, kronecker_factors, leaf_blocks, signed_diagonal
 from diffmbrl.second_order.curvature import CurvatureModel, Vector
-
-
-class Metric(Protocol):
-    """A symmetric positive definite P, by what Krylov methods need of it."""
-
-    def inverse(self, v: Vector) -> Vector:
-        """P^-1 v."""
-        ...
-
-    def root(self, v: Vector) -> Vector:
-        """P^-1/2 v, symmetric."""
-        ...
 
 
 class Diagonal(NamedTuple):
@@ -194,9 +182,6 @@ class Kronecker(eqx.Module):
         for (a, A), (b, B) in zip(eigen[::2], eigen[1::2], strict=True):
             layers.append(Layer(B, A, _ridged(b[:, None] * a, self.ridge)))
         return Factored(tuple(layers), ravel_pytree(policy)[1])
-
-
-Preconditioner = Jacobi | SignedJacobi | LeafBlocks | Kronecker
 
 
 def _eigen(matrices: list[Float[Array, "_ _"]]) -> list[tuple[Array, Array]]:
