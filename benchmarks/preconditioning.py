@@ -18,13 +18,13 @@ from jaxtyping import Array
 
 import diffmbrl as d
 from benchmarks.record import save, table
+from diffmbrl.contrib import Jacobi, Kronecker, LeafBlocks, Preconditioned, SignedJacobi
 from diffmbrl.core import State, Task
 from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
-from diffmbrl.optimizers import DampingGrid, Krylov, Preconditioned
+from diffmbrl.optimizers import DampingGrid, Krylov
 from diffmbrl.optimizers.damping import scale
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.krylov import lanczos
-from diffmbrl.second_order.preconditioners import Jacobi, Kronecker, LeafBlocks, SignedJacobi
 
 NAMES, STARTS, SEEDS, UPDATES, RANK = ("cartpole-balance", "pendulum-swingup"), 64, 2, 150, 30
 RUNS = ("leaf blocks", "Kronecker", "diagonal")  # and none

@@ -20,6 +20,7 @@ from diffmbrl import (
     Sequential,
     ShortHorizon,
 )
+from diffmbrl.contrib import LeafBlocks, Preconditioned, SignedJacobi
 from diffmbrl.optimizers import (
     AdaptiveHorizon,
     Dense,
@@ -27,7 +28,6 @@ from diffmbrl.optimizers import (
     Krylov,
     LevenbergMarquardt,
     Noise,
-    Preconditioned,
     Sigma,
     SquareRoot,
 )
@@ -35,7 +35,6 @@ from diffmbrl.optimizers.clipped import clipped_adam, clipped_muon
 from diffmbrl.optimizers.soap import soap
 from diffmbrl.planners import CEM, MPPI, ArgMax, Coloured, Normal, Sampling, Shooting, Uniform
 from diffmbrl.second_order.curvature import gauss_newton
-from diffmbrl.second_order.preconditioners import LeafBlocks, SignedJacobi
 
 
 class Row(NamedTuple):

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from diffmbrl import Neural, OpenLoop, rollout, tasks
+from diffmbrl.contrib import SimplexMemory
 from diffmbrl.models import (
     EndModel,
     Ensemble,
@@ -15,7 +16,6 @@ from diffmbrl.models import (
     RecurrentDynamics,
     Remembered,
     RewardModel,
-    SimplexMemory,
     SimplexMLP,
     Training,
     bounded_spectrum,

@@ -9,8 +9,8 @@ import pytest
 import scipy.sparse.linalg
 
 from diffmbrl import GaussNewton, Linear, Neural, NewtonCG
-from diffmbrl.optimizers import Preconditioned
-from diffmbrl.second_order.blocks import (
+from diffmbrl.contrib import Jacobi, Kronecker, LeafBlocks, Preconditioned, SignedJacobi
+from diffmbrl.contrib.blocks import (
     _root,
     action_curvature,
     diagonal,
@@ -18,9 +18,9 @@ from diffmbrl.second_order.blocks import (
     leaf_blocks,
     signed_diagonal,
 )
+from diffmbrl.contrib.preconditioners import Diagonal
 from diffmbrl.second_order.curvature import curve, dense, gauss_newton
 from diffmbrl.second_order.krylov import conjugate_gradients
-from diffmbrl.second_order.preconditioners import Diagonal, Jacobi, Kronecker, LeafBlocks, SignedJacobi
 from tests.problems import bent, same
 
 KEY = jax.random.key(3)

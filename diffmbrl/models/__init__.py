@@ -8,7 +8,7 @@ from diffmbrl.models.normalizer import Normalizer
 from diffmbrl.models.particles import particles, replicate_start
 from diffmbrl.models.recurrent import RecurrentDynamics, Remembered, remembering
 from diffmbrl.models.reward import EndModel, RewardModel
-from diffmbrl.models.simplex import SimplexMemory, SimplexMLP
+from diffmbrl.models.simplex import SimplexMLP
 from diffmbrl.models.spectral import bounded_spectrum
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Remembered",
     "RewardModel",
     "SimplexMLP",
-    "SimplexMemory",
     "TSInfinity",
     "Training",
     "bounded_spectrum",

@@ -1,20 +1,18 @@
 r"""Latents on a product of simplices: each group of so many units is a softmax, nonnegative with a sum of 1.
 
 What lies between a network's input and its read-out is then bounded, and so are the read-out and the Jacobian, whatever the
-input is. A network whose last hidden layer it is takes the place of an `MLP` (`draw=SimplexMLP.init`), one whose memory it is
-that of a GRU or LSTM (`draw=SimplexMemory.init`).
+input is. A network whose last hidden layer it is takes the place of an `MLP` (`draw=SimplexMLP.init`).
 Reference: Hansen et al. 2024 (TD-MPC2), section 3.1, SimNorm; Lavoie et al. 2022.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.nets import GRU, MLP
+from diffmbrl.nets import MLP
 
 
 def simplex(x: Float[Array, " units"], group: int) -> Float[Array, " units"]:
@@ -26,7 +24,7 @@ def simplex(x: Float[Array, " units"], group: int) -> Float[Array, " units"]:
     return jax.nn.softmax(x.reshape(-1, group), axis=1).ravel()
 
 
-def _check(hidden: int, group: int) -> None:
+def check_groups(hidden: int, group: int) -> None:
     if group < 2 or hidden % group:
         raise ValueError(f"units are divided into groups of at least 2: {hidden} units, groups of {group}")
 
@@ -60,53 +58,10 @@ class SimplexMLP(eqx.Module):
         """Draw the weights, as `MLP.init`."""
         if not hidden:
             raise ValueError("the simplices are of the last hidden layer: give at least one")
-        _check(hidden[-1], group)
+        check_groups(hidden[-1], group)
         key_encoder, key_readout = jax.random.split(key)
         encoder = MLP.init(inputs, hidden[:-1], hidden[-1], key=key_encoder, activation=activation)
         return cls(encoder, MLP.init(hidden[-1], [], outputs, key=key_readout, output_scale=output_scale), group)
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
         return self.readout(simplex(self.encoder(x), self.group))
-
-
-class SimplexMemory(eqx.Module):
-    """A GRU or LSTM whose hidden state is brought onto the simplices after each step; an LSTM's cell state is left as it is.
-
-    Raises: `ValueError` if the units are no multiple of `group`.
-
-    >>> net = SimplexMemory.init(3, 16, 2, key=jax.random.key(0))
-    >>> h, y = net(net.start(), jnp.ones(3))
-    >>> round(float(h.sum()), 4), y.shape
-    (2.0, (2,))
-    """
-
-    net: Any
-    group: int = eqx.field(static=True)
-
-    @classmethod
-    def init(
-        cls,
-        inputs: int,
-        hidden: int,
-        outputs: int,
-        *,
-        key: PRNGKeyArray,
-        draw: Callable = GRU.init,
-        group: int = 8,
-    ) -> "SimplexMemory":
-        """Draw the weights; `draw` is `GRU.init` or `LSTM.init`."""
-        _check(hidden, group)
-        return cls(draw(inputs, hidden, outputs, key=key), group)
-
-    def start(self) -> Any:
-        """The memory before the first input."""
-        return self._normalised(self.net.start())
-
-    def __call__(self, memory: Any, x: Float[Array, " in"]) -> tuple[Any, Float[Array, " out"]]:
-        memory = self._normalised(self.net.cell(x, memory))
-        return memory, self.net.readout(memory[0] if isinstance(memory, tuple) else memory)
-
-    def _normalised(self, memory: Any) -> Any:
-        if isinstance(memory, tuple):
-            return simplex(memory[0], self.group), memory[1]
-        return simplex(memory, self.group)

@@ -3,13 +3,11 @@
 from diffmbrl.optimizers.consensus import Consensus
 from diffmbrl.optimizers.damping import DampingGrid, LevenbergMarquardt, TrustRegion
 from diffmbrl.optimizers.gauss_newton import GaussNewton
-from diffmbrl.optimizers.natural import KLGrid, NaturalGradient
 from diffmbrl.optimizers.newton import KrylovNewton
 from diffmbrl.optimizers.newton_cg import NewtonCG
 from diffmbrl.optimizers.optax_solver import OptaxSolver
-from diffmbrl.optimizers.sensitivity_gate import SensitivityGate
 from diffmbrl.optimizers.short_horizon import AdaptiveHorizon, Entropy, Noise, ShortHorizon, StiffCut
-from diffmbrl.optimizers.systems import Dense, Krylov, Preconditioned, Sigma, SquareRoot
+from diffmbrl.optimizers.systems import Dense, Krylov, Sigma, SquareRoot
 from diffmbrl.optimizers.wrappers.best_so_far import BestSoFar
 from diffmbrl.optimizers.wrappers.continuation import Continuation
 from diffmbrl.optimizers.wrappers.minibatch import MiniBatch
@@ -25,18 +23,14 @@ __all__ = [
     "Dense",
     "Entropy",
     "GaussNewton",
-    "KLGrid",
     "Krylov",
     "KrylovNewton",
     "LevenbergMarquardt",
     "MiniBatch",
     "MultiStart",
-    "NaturalGradient",
     "NewtonCG",
     "Noise",
     "OptaxSolver",
-    "Preconditioned",
-    "SensitivityGate",
     "Sequential",
     "ShortHorizon",
     "Sigma",

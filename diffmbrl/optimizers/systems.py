@@ -7,14 +7,12 @@ A system is called with the quadratic model and returns the eigenvectors or Ritz
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Policy, Task, as_float
 from diffmbrl.second_order.curvature import CurvatureModel, Vector, curve, dense, planner_step, square_root
 from diffmbrl.second_order.krylov import Spectral, eigen, lanczos
-from diffmbrl.second_order.preconditioners import Jacobi
 
 
 @runtime_checkable
@@ -135,25 +133,3 @@ class Sigma(eqx.Module):
     def passes(self, parameters: int) -> int:
         """Passes over the horizon: four for each product, and as many for sigma and the planner's step."""
         return 4 * (min(self.rank, parameters) + 1)
-
-
-class Preconditioned(eqx.Module):
-    r"""`Krylov` in the metric of an approximation P of N: the path of dampings is $d(\lambda) = -(N + \lambda P)^{-1} g$.
-
-    Lanczos on $P^{-1/2} N P^{-1/2}$ from $P^{-1/2} g$; dampings are relative to the largest eigenvalue of that operator. P is
-    one of `preconditioners.py`, made anew at every update.
-
-    Reference: Chapelle and Erhan 2011; Martens 2010, section 4.7.
-    """
-
-    preconditioner: Preconditioner = eqx.field(default_factory=Jacobi)
-    rank: int = eqx.field(static=True, default=10)
-
-    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
-        P = self.preconditioner(model, policy, task, key)
-        space = lanczos(lambda y: P.root(model.product(P.root(y))), P.root(model.gradient), self.rank)
-        return space._replace(vectors=jax.vmap(P.root)(space.vectors), values=jnp.maximum(space.values, 0))
-
-    def passes(self, parameters: int) -> int:
-        """Passes over the horizon: forward and back for each product, and one for P."""
-        return 2 * min(self.rank, parameters) + 1

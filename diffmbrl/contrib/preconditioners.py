@@ -25,9 +25,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from diffmbrl.contrib.blocks import diagonal, kronecker_factors, leaf_blocks, signed_diagonal
 from diffmbrl.core import Task, as_float
-from diffmbrl.second_order.blocks import diagonal, kronecker_factors, leaf_blocks, signed_diagonal
+from diffmbrl.optimizers.systems import Preconditioner
 from diffmbrl.second_order.curvature import CurvatureModel, Vector
+from diffmbrl.second_order.krylov import Spectral, lanczos
 
 
 class Diagonal(NamedTuple):
@@ -182,6 +184,28 @@ class Kronecker(eqx.Module):
         for (a, A), (b, B) in zip(eigen[::2], eigen[1::2], strict=True):
             layers.append(Layer(B, A, _ridged(b[:, None] * a, self.ridge)))
         return Factored(tuple(layers), ravel_pytree(policy)[1])
+
+
+class Preconditioned(eqx.Module):
+    r"""`Krylov` in the metric of an approximation P of N: the path of dampings is $d(\lambda) = -(N + \lambda P)^{-1} g$.
+
+    Lanczos on $P^{-1/2} N P^{-1/2}$ from $P^{-1/2} g$; dampings are relative to the largest eigenvalue of that operator. P is
+    one of this module, made anew at every update.
+
+    Reference: Chapelle and Erhan 2011; Martens 2010, section 4.7.
+    """
+
+    preconditioner: Preconditioner = eqx.field(default_factory=Jacobi)
+    rank: int = eqx.field(static=True, default=10)
+
+    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+        P = self.preconditioner(model, policy, task, key)
+        space = lanczos(lambda y: P.root(model.product(P.root(y))), P.root(model.gradient), self.rank)
+        return space._replace(vectors=jax.vmap(P.root)(space.vectors), values=jnp.maximum(space.values, 0))
+
+    def passes(self, parameters: int) -> int:
+        """Passes over the horizon: forward and back for each product, and one for P."""
+        return 2 * min(self.rank, parameters) + 1
 
 
 def _eigen(matrices: list[Float[Array, "_ _"]]) -> list[tuple[Array, Array]]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from diffmbrl import GaussNewton, KrylovNewton, Neural, NewtonCG
-from diffmbrl.optimizers import DampingGrid, Krylov, SensitivityGate
+from diffmbrl.contrib import SensitivityGate
+from diffmbrl.optimizers import DampingGrid, Krylov
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.sensitivity import sensitivity
 from tests.problems import bent, same, same_tree
