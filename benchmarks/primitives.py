@@ -18,7 +18,8 @@ from benchmarks.timing import compile_seconds, medians
 from benchmarks.trajectory_problems import PROBLEMS, problem
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.second_order.curvature import gauss_newton
-from diffmbrl.second_order.linearize import linearize, riccati
+from diffmbrl.second_order.linearize import linearize
+from diffmbrl.second_order.riccati import riccati
 
 INNER = 10  # products or iterations on the device between two looks from Python
 LARGE = 500_000  # states B T from which an update of Gauss-Newton takes a minute: it is left out, its products are not

@@ -25,8 +25,9 @@ from benchmarks.timing import compile_seconds, medians
 from benchmarks.trajectory_problems import PROBLEMS, problem
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.planners import implicit
-from diffmbrl.second_order.linearize import Linearization, linearize, riccati
+from diffmbrl.second_order.linearize import Linearization, linearize
 from diffmbrl.second_order.parallel_riccati import parallel_riccati
+from diffmbrl.second_order.riccati import riccati
 
 MOST = {"pendulum": 100, "cart-pole": 800, "acrobot": 300, "quadrotor": 60}  # updates in which iLQR converges
 REPEATS = 10  # of a solve or a gradient in one program: the call from Python is no part of either

@@ -18,7 +18,7 @@ from diffmbrl.diagnostics.jacobians import contributions
 from diffmbrl.policies import Neural
 from diffmbrl.report.figures import Series, key, name_ends, style_of
 from diffmbrl.second_order.curvature import linearize_rollouts
-from diffmbrl.second_order.linearize import adjoint
+from diffmbrl.second_order.riccati import adjoint
 from diffmbrl.tasks import make
 from experiments.record import array
 from experiments.sheet import heading, log_limits, sheet, title

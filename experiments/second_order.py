@@ -23,7 +23,9 @@ from diffmbrl.render.palette import MUTED
 from diffmbrl.report.figures import Series, name_ends, style_of
 from diffmbrl.second_order.curvature import curve, gauss_newton, planner_step
 from diffmbrl.second_order.krylov import lanczos
-from diffmbrl.second_order.linearize import Linearization, closed_loop, matmul
+from diffmbrl.second_order.linearize import Linearization
+from diffmbrl.second_order.riccati import closed_loop
+from diffmbrl.second_order.small_matrices import matmul
 from diffmbrl.tasks import make
 from experiments.arms import Arm, train
 from experiments.record import array

@@ -11,8 +11,8 @@ from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.optimizers import DampingGrid
 from diffmbrl.optimizers.consensus import _Plans, _Rounds
 from diffmbrl.second_order.curvature import gauss_newton
-from diffmbrl.second_order.linearize import closed_loop
-from diffmbrl.second_order.linearize import riccati as sweep_of
+from diffmbrl.second_order.riccati import closed_loop
+from diffmbrl.second_order.riccati import riccati as sweep_of
 from tests.problems import matrices, riccati, same, stationary_gain
 
 KEY = jax.random.key(0)

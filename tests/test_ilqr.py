@@ -22,8 +22,9 @@ from diffmbrl.planners import (
     expansion,
 )
 from diffmbrl.planners.quadratic_models import costates, hamiltonian
-from diffmbrl.second_order.linearize import linearize, riccati
+from diffmbrl.second_order.linearize import linearize
 from diffmbrl.second_order.parallel_riccati import PARALLEL, SCAN, choose
+from diffmbrl.second_order.riccati import riccati
 from tests.problems import bent, matrices, same, same_tree
 from tests.problems import riccati as textbook
 

@@ -19,7 +19,7 @@ from diffmbrl.core import Box, Task
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.planners.implicit import implicit, optimal
 from diffmbrl.second_order.linearize import linearize
-from diffmbrl.second_order.linearize import riccati as riccati_sweep
+from diffmbrl.second_order.riccati import riccati as riccati_sweep
 from tests.problems import LINEAR, Bent, BentReward, BentTerminal, bent, changed, optimal_actions, riccati
 
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)

@@ -27,8 +27,9 @@ from diffmbrl import (
 )
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.optimizers import DampingGrid, Dense, Krylov
-from diffmbrl.second_order import linearize
 from diffmbrl.second_order.curvature import dense, gauss_newton
+from diffmbrl.second_order.linearize import linearize
+from diffmbrl.second_order.riccati import riccati as riccati_sweep
 from diffmbrl.tasks import TASKS
 from tests.problems import LINEAR, bent, changed, optimal_actions, riccati, same, stationary_gain
 from tests.solvers import SOLVERS
@@ -107,7 +108,7 @@ def test_gauss_newton_on_a_plan_is_ilqrs_step_off_the_optimum_of_a_nonlinear_tas
     def first_order(alpha):
         """Where iLQR's closed loop goes for a small step length: alpha times the open-loop Newton step."""
         nominal = rollout(flat, task, s0)
-        sweep = linearize.riccati(linearize.linearize(task, nominal), jnp.zeros(()))
+        sweep = riccati_sweep(linearize(task, nominal), jnp.zeros(()))
         return rollout(Affine(sweep.K, nominal.a + alpha * sweep.k, nominal.s), task, s0).a
 
     step = jax.jit(jax.jacfwd(first_order))(jnp.zeros(()))

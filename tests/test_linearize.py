@@ -15,21 +15,9 @@ from jax.flatten_util import ravel_pytree
 
 from diffmbrl import Affine, Gaussian, Linear, Neural, OpenLoop, episode_return, rollout, rollouts, tasks
 from diffmbrl.core import Box, Task
-from diffmbrl.second_order.linearize import (
-    INLINE,
-    SUMMED,
-    Linearization,
-    adjoint,
-    closed_loop,
-    feedback,
-    flat_states,
-    linearize,
-    matmul,
-    matvec,
-    project,
-    respond,
-    riccati,
-)
+from diffmbrl.second_order.linearize import Linearization, feedback, flat_states, linearize, project
+from diffmbrl.second_order.riccati import adjoint, closed_loop, respond, riccati
+from diffmbrl.second_order.small_matrices import INLINE, SUMMED, matmul, matvec
 
 close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 

@@ -9,7 +9,7 @@ import pytest
 
 from diffmbrl import OpenLoop, rollout
 from diffmbrl.second_order.kkt import solve_with_gaps
-from diffmbrl.second_order.linearize import INLINE, adjoint, linearize, respond, riccati
+from diffmbrl.second_order.linearize import linearize
 from diffmbrl.second_order.parallel_riccati import (
     PARALLEL,
     PARALLEL_FROM,
@@ -21,6 +21,8 @@ from diffmbrl.second_order.parallel_riccati import (
     parallel_riccati,
 )
 from diffmbrl.second_order.parallel_riccati import _stage as stage
+from diffmbrl.second_order.riccati import adjoint, respond, riccati
+from diffmbrl.second_order.small_matrices import INLINE
 from tests.problems import LINEAR
 from tests.problems import riccati as textbook
 from tests.test_linearize import random_linearization

@@ -12,7 +12,8 @@ import scipy.linalg
 from jax.test_util import check_grads
 
 from diffmbrl import Neural, OpenLoop, episode_return, rollout, rollouts, tasks
-from diffmbrl.second_order.linearize import adjoint, feedback, linearize
+from diffmbrl.second_order.linearize import feedback, linearize
+from diffmbrl.second_order.riccati import adjoint
 from diffmbrl.tasks import TASKS, squashed
 from diffmbrl.tasks.cartpole import CartPole
 from diffmbrl.tasks.integrate import rk4

@@ -29,7 +29,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diffmbrl.core import Task
 from diffmbrl.policies import Neural, squash
 from diffmbrl.second_order.curvature import CurvatureModel, Vector, push_all
-from diffmbrl.second_order.linearize import Linearization, adjoint, closed_loop, matmul
+from diffmbrl.second_order.linearize import Linearization
+from diffmbrl.second_order.riccati import adjoint, closed_loop
+from diffmbrl.second_order.small_matrices import matmul
 
 
 def diagonal(model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Vector:

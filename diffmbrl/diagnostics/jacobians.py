@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from diffmbrl.core import State, Task, is_plan, is_stateful
 from diffmbrl.rollout import split_keys
 from diffmbrl.second_order.curvature import linearize_rollouts
-from diffmbrl.second_order.linearize import adjoint
+from diffmbrl.second_order.riccati import adjoint
 
 CHUNK = 64  # time steps whose contributions are computed at once
 

@@ -14,16 +14,9 @@ from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, Proposals
 from diffmbrl.rollout import mean_return, returns, rollout, split_keys, weights_axis
 from diffmbrl.second_order.curvature import TIME_FIRST, CurvatureModel, Vector, actions, gauss_newton
 from diffmbrl.second_order.krylov import lanczos
-from diffmbrl.second_order.linearize import (
-    Linearization,
-    closed_loop,
-    feedback,
-    flat_states,
-    linearize,
-    matmul,
-    matvec,
-    riccati,
-)
+from diffmbrl.second_order.linearize import Linearization, feedback, flat_states, linearize
+from diffmbrl.second_order.riccati import closed_loop, riccati
+from diffmbrl.second_order.small_matrices import matmul, matvec
 
 FLOOR = 1e-6  # of the one-step curvature in the actions, for time steps whose weight leaves them none
 

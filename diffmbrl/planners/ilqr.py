@@ -15,8 +15,9 @@ from diffmbrl.planners.riccati_sweeps import ActionDamped, BoxConstrained, Room
 from diffmbrl.planners.search import Backtracking, Trial
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout
-from diffmbrl.second_order.linearize import RiccatiSolution, flat_states
+from diffmbrl.second_order.linearize import flat_states
 from diffmbrl.second_order.parallel_riccati import choose
+from diffmbrl.second_order.riccati import RiccatiSolution
 
 ROUNDING = 8  # of J, in units of its last place
 

@@ -17,8 +17,9 @@ from diffmbrl.planners.search import Backtracking
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout
 from diffmbrl.second_order.kkt import KKTStep, solve_with_gaps
-from diffmbrl.second_order.linearize import Linearization, RiccatiSolution, linearize
+from diffmbrl.second_order.linearize import Linearization, linearize
 from diffmbrl.second_order.parallel_riccati import choose
+from diffmbrl.second_order.riccati import RiccatiSolution
 
 
 class ShootingCarry(NamedTuple):

@@ -16,15 +16,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task, Trajectory
 from diffmbrl.rollout import returns, rollout
-from diffmbrl.second_order.linearize import (
-    Linearization,
-    closed_loop,
-    each_step,
-    feedback,
-    flat_states,
-    linearize,
-    matmul,
-)
+from diffmbrl.second_order.linearize import Linearization, each_step, feedback, flat_states, linearize
+from diffmbrl.second_order.riccati import closed_loop
+from diffmbrl.second_order.small_matrices import matmul
 
 
 class QuadraticModel(NamedTuple):

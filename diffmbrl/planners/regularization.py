@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from diffmbrl.core import parameter
-from diffmbrl.second_order.linearize import RiccatiSolution
+from diffmbrl.second_order.riccati import RiccatiSolution
 
 
 class Damping(eqx.Module):

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from diffmbrl.second_order.linearize import Linearization, RiccatiSolution, eliminate, matmul, matvec, transpose
+from diffmbrl.second_order.linearize import Linearization
 from diffmbrl.second_order.parallel_riccati import Sweeps, choose
+from diffmbrl.second_order.riccati import RiccatiSolution
+from diffmbrl.second_order.small_matrices import eliminate, matmul, matvec, transpose
 
 Room = tuple[Float[Array, "T m"], Float[Array, "T m"]]  # low - a and high - a of a plan's limits
 

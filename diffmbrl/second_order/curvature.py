@@ -24,16 +24,9 @@ from diffmbrl.batching import map_chunks
 from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
 from diffmbrl.policies import Gaussian
 from diffmbrl.rollout import mean_return, returns, rollout, split_keys, weights_axis
-from diffmbrl.second_order.linearize import (
-    Linearization,
-    adjoint,
-    closed_loop,
-    feedback,
-    linearize,
-    matvec,
-    respond,
-    riccati,
-)
+from diffmbrl.second_order.linearize import Linearization, feedback, linearize
+from diffmbrl.second_order.riccati import adjoint, closed_loop, respond, riccati
+from diffmbrl.second_order.small_matrices import matvec
 
 Vector = Float[Array, " P"]
 

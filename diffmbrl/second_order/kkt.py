@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffmbrl.second_order.linearize import Linearization, RiccatiSolution, eliminate, matvec
+from diffmbrl.second_order.linearize import Linearization
 from diffmbrl.second_order.parallel_riccati import SCAN, Sweeps
+from diffmbrl.second_order.riccati import RiccatiSolution
+from diffmbrl.second_order.small_matrices import eliminate, matvec
 
 
 class KKTStep(NamedTuple):
@@ -41,7 +43,8 @@ def solve_with_gaps(
     Linear in c and d, and differentiable by JAX as such. Cost: three linear passes over the horizon.
 
     >>> from diffmbrl import OpenLoop, rollout, tasks
-    >>> from diffmbrl.second_order.linearize import linearize, riccati
+    >>> from diffmbrl.second_order.linearize import linearize
+    >>> from diffmbrl.second_order.riccati import riccati
     >>> task = tasks.lqr(horizon=5)
     >>> lin = linearize(task, rollout(OpenLoop.zeros(task), task, task.initial(jax.random.key(0))))
     >>> solve_with_gaps(lin, riccati(lin, jnp.zeros(())), jnp.zeros((6, 2))).a.shape

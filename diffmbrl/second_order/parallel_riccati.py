@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from diffmbrl.second_order.linearize import Linearization, RiccatiSolution, adjoint, eliminate, respond, riccati
+from diffmbrl.second_order.linearize import Linearization
+from diffmbrl.second_order.riccati import RiccatiSolution, adjoint, respond, riccati
+from diffmbrl.second_order.small_matrices import eliminate
 
 # From this horizon on, not on a CPU. Unmeasured: by count of sequential steps, 2 log2 T joins of ten small operations each
 # against T steps of ten.
@@ -67,7 +69,7 @@ PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 
 
 def parallel_riccati(linearization: Linearization, damping: Float[Array, ""]) -> RiccatiSolution:
-    """`linearize.riccati` by an associative scan: the same arguments and results, equal to rounding; one trajectory.
+    """`riccati.riccati` by an associative scan: the same arguments and results, equal to rounding; one trajectory.
 
     One condition is stricter: `RiccatiSolution.definite` also asks that each step's own damped H_aa is positive
     definite, since an action is minimised away before anything is known of what follows. The scan asks it of H_aa + B'
@@ -124,7 +126,7 @@ def parallel_adjoint(
     c_a: Float[Array, "T m"],
     c_T: Float[Array, " n"],
 ) -> Float[Array, "T m"]:
-    r"""`linearize.adjoint` by an associative scan of $\lambda_t = (A + BK)^\top\lambda_{t+1} + c_s + K^\top c_a$."""
+    r"""`riccati.adjoint` by an associative scan of $\lambda_t = (A + BK)^\top\lambda_{t+1} + c_s + K^\top c_a$."""
     with jax.default_matmul_precision("highest"):
         maps = _transpose(A + B @ K), c_s + batched_matvec(_transpose(K), c_a)
         _, costates = _affine(maps, c_T, reverse=True)
@@ -134,7 +136,7 @@ def parallel_adjoint(
 def parallel_respond(
     A: Float[Array, "T n n"], B: Float[Array, "T n m"], K: Float[Array, "T m n"], w: Float[Array, "T m"]
 ) -> tuple[Float[Array, "T n"], Float[Array, "T m"], Float[Array, " n"]]:
-    r"""`linearize.respond` by an associative scan of $s_{t+1} = (A + BK) s_t + B w_t$."""
+    r"""`riccati.respond` by an associative scan of $s_{t+1} = (A + BK) s_t + B w_t$."""
     with jax.default_matmul_precision("highest"):
         _, s = _affine((A + B @ K, batched_matvec(B, w)), jnp.zeros_like(A[0, 0]), reverse=False)
         return s[:-1], batched_matvec(K, s[:-1]) + w, s[-1]

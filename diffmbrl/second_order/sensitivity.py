@@ -20,7 +20,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diffmbrl.core import State, Task
 from diffmbrl.policies import centre_and_half
 from diffmbrl.second_order.curvature import linearize_rollouts
-from diffmbrl.second_order.linearize import Linearization, closed_loop, matmul
+from diffmbrl.second_order.linearize import Linearization
+from diffmbrl.second_order.riccati import closed_loop
+from diffmbrl.second_order.small_matrices import matmul
 
 
 def sensitivity(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Float[Array, "T B"]:
