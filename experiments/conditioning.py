@@ -26,7 +26,8 @@ from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.policies import Neural, OpenLoop
 from diffmbrl.report.figures import Series, key, log_axis, name_ends, style_of
-from diffmbrl.second_order.curvature import curve, dense, gauss_newton, hessian, planner_step
+from diffmbrl.second_order.curvature import curve, gauss_newton, hessian, planner_step
+from diffmbrl.second_order.dense import dense
 from diffmbrl.second_order.krylov import lanczos
 from diffmbrl.tasks import make
 from experiments.record import array

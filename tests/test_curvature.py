@@ -18,7 +18,8 @@ from diffmbrl import (
     solve,
 )
 from diffmbrl.core import reweighted
-from diffmbrl.second_order.curvature import dense, fisher, gauss_newton, hessian
+from diffmbrl.second_order.curvature import fisher, gauss_newton, hessian
+from diffmbrl.second_order.dense import dense
 from tests.problems import bent, same
 
 KEY = jax.random.key(3)

@@ -27,7 +27,8 @@ from diffmbrl import (
 )
 from diffmbrl.diagnostics.spectrum import in_double
 from diffmbrl.optimizers import DampingGrid, Dense, Krylov
-from diffmbrl.second_order.curvature import dense, gauss_newton
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.second_order.dense import dense
 from diffmbrl.second_order.linearize import linearize
 from diffmbrl.second_order.riccati import riccati as riccati_sweep
 from diffmbrl.tasks import TASKS

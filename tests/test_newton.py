@@ -9,7 +9,8 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl import KrylovNewton, Neural, mean_return
 from diffmbrl.core import reweighted
 from diffmbrl.optimizers import DampingGrid
-from diffmbrl.second_order.curvature import dense, gauss_newton, hessian
+from diffmbrl.second_order.curvature import gauss_newton, hessian
+from diffmbrl.second_order.dense import dense
 from tests.problems import bent, same
 
 KEY = jax.random.key(11)

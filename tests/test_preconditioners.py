@@ -19,7 +19,8 @@ from diffmbrl.contrib.blocks import (
     signed_diagonal,
 )
 from diffmbrl.contrib.preconditioners import Diagonal
-from diffmbrl.second_order.curvature import curve, dense, gauss_newton
+from diffmbrl.second_order.curvature import curve, gauss_newton
+from diffmbrl.second_order.dense import dense
 from diffmbrl.second_order.krylov import conjugate_gradients
 from tests.problems import bent, same
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffmbrl import ILQR, Continuation, GaussNewton, Linear, Neural, OpenLoop, mean_return, tasks
-from diffmbrl.second_order.curvature import dense, gauss_newton
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.second_order.dense import dense
 from diffmbrl.second_order.sensitivity import growth, sensitivity, trust
 from tests.problems import LINEAR, bent, changed, matrices, same
 

@@ -13,7 +13,8 @@ from diffmbrl import Gaussian, Neural, OpenLoop, tasks
 from diffmbrl.diagnostics import spectrum
 from diffmbrl.diagnostics.spectrum import density, eigenvalues, extremes, in_double, smoothed
 from diffmbrl.rollout import mean_return
-from diffmbrl.second_order.curvature import dense, fisher, gauss_newton, hessian
+from diffmbrl.second_order.curvature import fisher, gauss_newton, hessian
+from diffmbrl.second_order.dense import dense
 from tests.problems import bent, changed
 
 KEY = jax.random.key(0)

@@ -7,7 +7,8 @@ import pytest
 
 from diffmbrl import GaussNewton, KrylovNewton, Linear, Neural, NewtonCG, OpenLoop, tasks
 from diffmbrl.optimizers import Dense, Sigma, SquareRoot
-from diffmbrl.second_order.curvature import curve, dense, gauss_newton, planner_step, square_root
+from diffmbrl.second_order.curvature import curve, gauss_newton, planner_step
+from diffmbrl.second_order.dense import dense, square_root
 from diffmbrl.second_order.projection import projection_gap
 from diffmbrl.second_order.riccati import closed_loop, riccati
 from tests.problems import bent, same

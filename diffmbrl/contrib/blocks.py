@@ -28,14 +28,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task
 from diffmbrl.policies import Neural, squash
-from diffmbrl.second_order.curvature import CurvatureModel, Vector, push_all
+from diffmbrl.second_order.curvature import CurvatureModel, Vector
+from diffmbrl.second_order.dense import push_all
 from diffmbrl.second_order.linearize import Linearization
 from diffmbrl.second_order.riccati import adjoint, closed_loop
 from diffmbrl.second_order.small_matrices import matmul
 
 
 def diagonal(model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Vector:
-    """The diagonal of N, by pushing all columns of G through the closed loop at once: `curvature.dense` without P^2."""
+    """The diagonal of N, by pushing all columns of G through the closed loop at once: `dense` without P^2."""
 
     def add(total, X, H):
         return total + jnp.sum(X * _matmul(H, X), axis=(0, 1))

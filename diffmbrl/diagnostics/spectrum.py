@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task
-from diffmbrl.second_order.curvature import dense, gauss_newton
+from diffmbrl.second_order.curvature import gauss_newton
+from diffmbrl.second_order.dense import dense
 from diffmbrl.second_order.krylov import lanczos
 
 DENSE = 1500  # parameters up to which the whole matrix is formed

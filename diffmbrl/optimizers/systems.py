@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Policy, Task, as_float
-from diffmbrl.second_order.curvature import CurvatureModel, Vector, curve, dense, planner_step, square_root
+from diffmbrl.second_order.curvature import CurvatureModel, Vector, curve, planner_step
+from diffmbrl.second_order.dense import dense, square_root
 from diffmbrl.second_order.krylov import Spectral, eigen, lanczos
 
 
