@@ -220,7 +220,7 @@ def test_negative_curvature_is_followed_to_the_boundary_or_not_at_all(x64):
 
 
 def test_a_member_that_fails_does_not_touch_the_others(x64):
-    """Not finite, indefinite, nothing to do, and an ordinary one: each as if it were alone."""
+    """Not finite, indefinite, already solved, and an ordinary one: each as if it were alone."""
     N, g = definite(8, 5)
     problems = [(N, g), (N.at[0, 0].set(jnp.nan), g), (-N, g), (N, jnp.zeros(5))]
     together = jax.jit(jax.vmap(lambda N, g: truncated(N, g, jnp.asarray(2.0), iterations=3)))(

@@ -430,7 +430,7 @@ def test_derivatives_after_the_end_are_zero_and_the_state_is_held(x64):
     np.testing.assert_array_equal(lin.A[steps:], np.broadcast_to(np.eye(2), (8 - steps, 2, 2)))
     assert not np.any(lin.c_T)
     assert not np.any(lin.H_T)
-    # The same task, cut where it ends and without a terminal reward, has nothing to mask.
+    # The same task, cut at its end and without a terminal reward, needs no mask.
     cut = eqx.tree_at(lambda t: (t.weights, t.done), ending(steps), (jnp.ones(steps + 1).at[-1].set(0), None))
     for x, y in zip(lin[:5], along(cut)[1][:5], strict=True):
         close(x[:steps], y)

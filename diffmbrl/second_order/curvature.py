@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from diffmbrl.batching import map_chunks
-from diffmbrl.core import State, Task, Trajectory, is_plan, reweighted
+from diffmbrl.core import Policy, State, Task, Trajectory, is_plan, reweighted
 from diffmbrl.policies import Gaussian
 from diffmbrl.rollout import mean_return, returns, rollout, split_keys, weights_axis
 from diffmbrl.second_order.linearize import Linearization, feedback, linearize
@@ -31,39 +31,71 @@ Vector = Float[Array, " P"]
 
 
 class Curved(NamedTuple):
-    """-J near theta by its value, gradient and the products of one symmetric matrix."""
+    """-J near theta by its value, its gradient and the products of one symmetric matrix.
+
+    Args:
+        J: Mean return at theta.
+        gradient: Gradient of -J.
+        product: Product of the matrix with a vector.
+    """
 
     J: Float[Array, ""]
-    gradient: Vector  # of -J
+    gradient: Vector
     product: Callable[[Vector], Vector]
 
 
 class CurvatureModel(NamedTuple):
-    """-J near theta, for a batch of B starts. The batch is the last axis of matrices and vectors along the trajectories, so
-    that the recursions over time, tiny in n and m, run over contiguous numbers."""
+    """The Gauss-Newton model of -J near theta, for a batch of B starts.
+
+    The batch is the last axis along the trajectories: the recursions over time, tiny in n and m, run over contiguous numbers.
+
+    Args:
+        J: Mean return at theta.
+        gradient: Gradient of -J.
+        product: v -> N v.
+        push: v -> G v, the change of all actions along the trajectories.
+        pull: w -> G' w / B.
+        trajectory: Rollouts, leaves of shape [T, B, ...].
+        linearization: Their derivatives, leaves of shape [T, ..., B].
+        K: Gains of the policy along them.
+        g: Gradients d(-J_i)/dw in perturbations of the actions.
+    """
 
     J: Float[Array, ""]
-    gradient: Vector  # of -J
-    product: Callable[[Vector], Vector]  # v -> N v
-    push: Callable[[Vector], Float[Array, "T m B"]]  # v -> G v
-    pull: Callable[[Float[Array, "T m B"]], Vector]  # w -> G' w / B
-    trajectory: Trajectory  # leaves [T, B, ...]
-    linearization: Linearization  # leaves [T, ..., B]
+    gradient: Vector
+    product: Callable[[Vector], Vector]
+    push: Callable[[Vector], Float[Array, "T m B"]]
+    pull: Callable[[Float[Array, "T m B"]], Vector]
+    trajectory: Trajectory
+    linearization: Linearization
     K: Float[Array, "T m n B"]
-    g: Float[Array, "T m B"]  # d(-J_i)/dw
+    g: Float[Array, "T m B"]
 
 
 AXES: Any = (1, 1, 1, 1, 0)
-TIME_FIRST = Trajectory(*AXES)  # where the batch axis of a stack of trajectories stands
+TIME_FIRST = Trajectory(*AXES)  # the batch axis of each leaf of stacked trajectories, time first
 
 
 def gauss_newton(
-    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, chunk: int | None = None
+    policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None = None, *, chunk: int | None = None
 ) -> CurvatureModel:
-    """The local model of -J, with products by G and its transpose linearised once.
+    """Build the Gauss-Newton model of -J, with products by G and its transpose linearised once.
 
-    `chunk` is the number of time steps whose B states go through the network at a time. By default on a CPU as many as make
-    `batching.ROWS` states, whose activations stay in the caches, and elsewhere all T at once. The numbers are the same.
+    Args:
+        policy: Policy or plan, linearised at its parameters.
+        task: Task.
+        s0: Start states, leaves of shape [B, ...].
+        key: Key of the noise in policy and dynamics; None without noise.
+        chunk: Number of time steps whose B states go through the network at a time. None: on a CPU as many as make
+            `batching.ROWS` states, whose activations fit in the caches, elsewhere all T. The numbers are the same.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If a state has leaves that are not float.
+
+    Cost: One rollout and its linearisation; each product about .7 of a BPTT gradient.
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
@@ -88,12 +120,20 @@ def gauss_newton(
     return CurvatureModel(jnp.mean(J), pull(g), product, push, pull, trajectory, lin, K, g)
 
 
-def hessian(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Curved:
-    r"""The true Hessian of -J, indefinite as it is: $v \mapsto \nabla^2_\theta(-J)\,v$, forward over reverse.
+def hessian(policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Curved:
+    r"""Build the model of -J with its true, indefinite Hessian, $v \mapsto \nabla^2_\theta(-J)\,v$ by forward over reverse.
 
-    The rollout and its reverse pass are linearised once; a product costs a tangent of both, about 2.4 BPTT gradients, and the
-    linearisation keeps what they need: memory grows with B T.
+    Args:
+        policy: Policy or plan, at whose parameters the Hessian is taken.
+        task: Task.
+        s0: Start states, leaves of shape [B, ...].
+        key: Key of the noise in policy and dynamics; None without noise.
 
+    Returns:
+        Value, gradient and products.
+
+    Cost: The rollout and its reverse pass are linearised once, in memory that grows with B T; a product takes a tangent of
+    both, about 2.4 BPTT gradients.
     Reference: Pearlmutter 1994.
 
     >>> import jax
@@ -112,15 +152,26 @@ def hessian(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None)
     return Curved(-J, gradient, lambda v: push(v)[1])
 
 
-def fisher(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Curved:
-    r"""The Fisher matrix of a Gaussian policy along its own rollouts, with the gradient of -J beside it.
+def fisher(policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Curved:
+    r"""Build the model of -J with the Fisher matrix of a Gaussian policy along its own rollouts.
 
     $$F = \tfrac1B\sum_{i,t} w_t\,(G_t^\top \Sigma^{-1} G_t \oplus 2 I_{\log\sigma}),\qquad
     \mathrm{KL}(\pi_\theta, \pi_{\theta+d}) = \tfrac12 d^\top F d + O(d^3)$$
 
-    summed over the steps of an episode, with G the derivative of the mean. No derivative of the dynamics is in it.
+    summed over the steps of an episode, with G the derivative of the mean. It contains no derivative of the dynamics.
 
-    Raises: `TypeError` for a policy that is not `Gaussian`: a deterministic one has no Fisher matrix.
+    Args:
+        policy: Gaussian policy.
+        task: Task.
+        s0: Start states, leaves of shape [B, ...].
+        key: Key of the noise in policy and dynamics; None without noise.
+
+    Returns:
+        Value and gradient of -J, and products with the Fisher matrix.
+
+    Raises:
+        TypeError: If the policy is not `Gaussian`: a deterministic one has no Fisher matrix.
+
     Reference: Amari 1998; Kakade 2001, section 2.
 
     >>> import jax
@@ -156,8 +207,20 @@ def fisher(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) 
     return Curved(J, -gradient, product)
 
 
-def linearize_rollouts(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None):
-    """Returns [B], rollouts, their linearisation and the policy's gains along them, with the axes of `CurvatureModel`."""
+def linearize_rollouts(
+    policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None
+) -> tuple[Float[Array, " B"], Trajectory, Linearization, Float[Array, "T m n B"]]:
+    """Roll a policy out from a batch of starts and linearise every rollout, with the axes of `CurvatureModel`.
+
+    Args:
+        policy: Policy or plan.
+        task: Task.
+        s0: Start states, leaves of shape [B, ...].
+        key: Key of the noise in policy and dynamics; None without noise.
+
+    Returns:
+        Returns, rollouts, their linearisation, and the policy's gains along them.
+    """
 
     def one(s, k, w):
         weighted = reweighted(task, w)
@@ -172,14 +235,33 @@ def linearize_rollouts(policy: Any, task: Task, s0: State, key: PRNGKeyArray | N
 def planner_step(
     lin: Linearization, K: Float[Array, "T m n B"], sigma: Float[Array, ""], c: Float[Array, "T m B"]
 ) -> Float[Array, "T m B"]:
-    r"""$-(M + \sigma I)^{-1} c$ for each rollout, by one Riccati sweep over its closed loop: with c = g, the planner's step."""
+    r"""Compute $-(M + \sigma I)^{-1} c$ for each rollout by one Riccati sweep over its closed loop.
+
+    Args:
+        lin: Derivatives along the rollouts.
+        K: Gains of the policy.
+        sigma: Damping of the actions.
+        c: Gradients in the actions; with c = g the result is the planner's step.
+
+    Returns:
+        Changes of the actions.
+    """
     loop = closed_loop(lin, K)._replace(c_s=jnp.zeros_like(lin.c_s), c_a=c, c_T=jnp.zeros_like(lin.c_T))
     sweep = riccati(loop, sigma)
     return respond(loop.A, loop.B, sweep.K, sweep.k)[1]
 
 
 def curve(lin: Linearization, K: Float[Array, "T m n B"], w: Float[Array, "T m B"]) -> Float[Array, "T m B"]:
-    """M w for each rollout: forward through L, times H, back through its transpose."""
+    """Compute M w for each rollout: forward through L, times H, back through its transpose.
+
+    Args:
+        lin: Derivatives along the rollouts.
+        K: Gains of the policy.
+        w: Perturbations of the actions.
+
+    Returns:
+        The products.
+    """
     n = lin.c_s.shape[1]
     s, a, s_T = respond(lin.A, lin.B, K, w)
     y = jax.vmap(matvec)(lin.H, jnp.concatenate([s, a], axis=1))
@@ -187,8 +269,18 @@ def curve(lin: Linearization, K: Float[Array, "T m n B"], w: Float[Array, "T m B
     return adjoint(lin.A, lin.B, K, y[:, :n], y[:, n:], y_T)
 
 
-def actions(policy: Any, s: State, keys: Key[Array, " B"] | None, chunk: int | None) -> Float[Array, "T m B"]:
-    """pi at every state of the trajectories: no recursion, so one batch of B T states, or chunks of them."""
+def actions(policy: Policy, s: State, keys: Key[Array, " B"] | None, chunk: int | None) -> Float[Array, "T m B"]:
+    """Evaluate a policy at every state of stacked trajectories, with no recursion over time.
+
+    Args:
+        policy: Policy or plan.
+        s: States, leaves of shape [T, B, ...].
+        keys: Keys of the rollouts; None without noise.
+        chunk: Number of time steps in one batch, as for `gauss_newton`.
+
+    Returns:
+        The actions.
+    """
     T = jax.tree.leaves(s)[0].shape[0]
     plan = policy if is_plan(policy) else None
 
@@ -201,5 +293,16 @@ def actions(policy: Any, s: State, keys: Key[Array, " B"] | None, chunk: int | N
     return map_chunks(at, xs, jax.tree.leaves(s)[0].shape[1], chunk)
 
 
-def action_at(policy: Any, s: State, key: PRNGKeyArray | None, t: Array) -> Array:
+def action_at(policy: Policy, s: State, key: PRNGKeyArray | None, t: Int[Array, ""]) -> Float[Array, " m"]:
+    """Evaluate a policy at time step t of the rollout whose key is given.
+
+    Args:
+        policy: Policy, or a plan's slice t.
+        s: State s_t.
+        key: The rollout's key; None without noise.
+        t: Time step.
+
+    Returns:
+        The action.
+    """
     return policy(s, key=None if key is None else jax.random.split(jax.random.fold_in(key, t))[0])

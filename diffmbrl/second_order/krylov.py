@@ -2,7 +2,7 @@ r"""Krylov spaces of a symmetric operator given by its products.
 
 One basis serves every damping: for $V N V^\top = U \mathrm{diag}(\rho) U^\top$ (tridiagonal), the minimiser over the space of
 $g^\top d + \tfrac12 d^\top (N + \lambda I) d$ is $d = -V^\top U (\rho + \lambda)^{-1} U^\top e_1 |g|$. In exact arithmetic
-that is what k iterations of conjugate gradients give for that damping.
+this is the result of k iterations of conjugate gradients for that damping.
 """
 
 from collections.abc import Callable
@@ -14,25 +14,49 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Spectral(NamedTuple):
-    r"""A symmetric operator and a vector g in (a subspace of) its eigenvectors: steps for any damping are then cheap."""
+    r"""A symmetric operator and a vector g in a basis of eigenvectors or Ritz vectors, in which every damping is cheap.
 
-    vectors: Float[Array, "k P"]  # rows, orthonormal; in the metric of a preconditioner, if there is one
-    ritz: Float[Array, " k"]  # eigenvalues or Ritz values, as they are
-    values: Float[Array, " k"]  # the same as steps use them: none negative for a safe one
-    coefficients: Float[Array, " k"]  # g in the basis
-    products: Int[Array, ""]  # operator products spent
+    Args:
+        vectors: Orthonormal rows; in the metric of a preconditioner, if there is one.
+        ritz: Eigenvalues or Ritz values.
+        values: The same as steps use them, none negative for a step downhill.
+        coefficients: g in the basis.
+        products: Number of operator products spent.
+    """
+
+    vectors: Float[Array, "k P"]
+    ritz: Float[Array, " k"]
+    values: Float[Array, " k"]
+    coefficients: Float[Array, " k"]
+    products: Int[Array, ""]
 
     def step(self, damping: Float[Array, ""]) -> tuple[Float[Array, " P"], Float[Array, ""]]:
-        r"""$d = -(N + \lambda I)^{-1} g$ in the subspace, and the decrease $-(g^\top d + \tfrac12 d^\top N d)$ it predicts."""
+        r"""Step $d = -(N + \lambda I)^{-1} g$ in the subspace.
+
+        Args:
+            damping: lambda.
+
+        Returns:
+            The step, and the decrease $-(g^\top d + \tfrac12 d^\top N d)$ that it predicts.
+        """
         y = -self.coefficients / (self.values + damping)
         predicted = -(self.coefficients @ y + 0.5 * y @ (self.values * y))
         return y @ self.vectors, predicted
 
 
 def lanczos(product: Callable[[Float[Array, " P"]], Float[Array, " P"]], g: Float[Array, " P"], rank: int) -> Spectral:
-    r"""The Krylov space of dimension `rank` from g, by Lanczos with full re-orthogonalisation, twice.
+    r"""Build the Krylov space of an operator from g, by Lanczos with two full re-orthogonalisations.
 
-    When the space closes early (or g = 0), the remaining basis vectors are zero and carry no weight; nothing is raised.
+    If the space closes early, or g = 0, the remaining basis vectors are zero and carry no weight.
+
+    Args:
+        product: Product of the symmetric operator with a vector.
+        g: First vector, not normalised.
+        rank: Dimension of the space, at most P.
+
+    Returns:
+        Ritz vectors and Ritz values.
+
     Cost: `rank` products and 4 P rank^2 flops.
 
     Reference: Golub and Van Loan, Matrix Computations, section 10.3.
@@ -56,7 +80,7 @@ def lanczos(product: Callable[[Float[Array, " P"]], Float[Array, " P"]], g: Floa
             w = w - dot(V.T, dot(V, w))
         length = jnp.linalg.norm(w)
         top = jnp.maximum(top, jnp.abs(alpha[i]) + length)
-        # Below rounding of the operator's own size, w is noise: the space is invariant.
+        # Below the rounding of the operator's own size w is noise: the space is invariant.
         closed = length <= 10 * jnp.finfo(g.dtype).eps * top
         v = jnp.where(closed, 0.0, w / jnp.where(closed, 1.0, length))
         return V, alpha, beta.at[i].set(jnp.where(closed, 0.0, length)), v, top
@@ -69,7 +93,16 @@ def lanczos(product: Callable[[Float[Array, " P"]], Float[Array, " P"]], g: Floa
 
 
 def eigen(N: Float[Array, "P P"], g: Float[Array, " P"]) -> Spectral:
-    r"""All eigenvectors of a symmetric matrix, and g in them. Cost: 9 P^3 flops.
+    r"""Decompose a symmetric matrix into all its eigenvectors.
+
+    Args:
+        N: Matrix; its symmetric part is decomposed.
+        g: Vector to express in the eigenvectors.
+
+    Returns:
+        Eigenvectors, eigenvalues, and g in them.
+
+    Cost: 9 P^3 flops.
 
     >>> import jax.numpy as jnp
     >>> space = eigen(jnp.array([[2.0, 1.0], [1.0, 2.0]]), jnp.ones(2))
@@ -82,15 +115,25 @@ def eigen(N: Float[Array, "P P"], g: Float[Array, " P"]) -> Spectral:
 
 
 class TruncatedCG(NamedTuple):
-    """Where conjugate gradients ended, and why."""
+    """Result of truncated conjugate gradients.
+
+    Args:
+        step: Step d.
+        predicted: Decrease of the model, -(g'd + d'Nd / 2).
+        products: Number of operator products spent, one for each iteration.
+        residual: |N d + g| / |g|.
+        negative: Whether a direction had no positive curvature.
+        boundary: Whether the step ends on the boundary of the trust region.
+        length: Length of the step in the norm of the trust region.
+    """
 
     step: Float[Array, " P"]
-    predicted: Float[Array, ""]  # decrease of the model, -(g'd + d'Nd / 2)
-    products: Int[Array, ""]  # operator products spent, one an iteration
-    residual: Float[Array, ""]  # |N d + g| / |g|
-    negative: Bool[Array, ""]  # it met a direction without positive curvature
-    boundary: Bool[Array, ""]  # it ended on the boundary of the trust region
-    length: Float[Array, ""]  # of the step, in the norm of the trust region
+    predicted: Float[Array, ""]
+    products: Int[Array, ""]
+    residual: Float[Array, ""]
+    negative: Bool[Array, ""]
+    boundary: Bool[Array, ""]
+    length: Float[Array, ""]
 
 
 def conjugate_gradients(
@@ -104,12 +147,23 @@ def conjugate_gradients(
 ) -> TruncatedCG:
     r"""Minimise $g^\top d + \tfrac12 d^\top N d$ over $|d|_P \le$ `radius`, by Steihaug's truncated conjugate gradients.
 
-    `preconditioner` is $v \mapsto P^{-1} v$ of a positive definite P, whose norm $|d|_P = \sqrt{d^\top P d}$ is then the trust
-    region's; it is followed by the recursion of the directions, so P itself is not needed. The identity without one.
+    A direction without positive curvature is followed to the boundary, or not at all if the radius is infinite. Under `vmap`
+    members that have ended wait unchanged for the others.
 
-    From d = 0 until the residual is `tolerance` of |g|, or the boundary is crossed, or a direction has no positive curvature:
-    that is followed to the boundary, or not at all where the radius is infinite. Under `vmap` members that have ended wait,
-    untouched, for the others. A product that is not finite ends it at the last finite step, with a residual of NaN.
+    Args:
+        product: Product of the symmetric operator with a vector. One that is not finite ends the iterations at the last finite
+            step, with a residual of NaN.
+        g: Gradient at d = 0.
+        radius: Radius of the trust region.
+        tolerance: Residual, relative to |g|, at which the iterations end.
+        iterations: Largest number of iterations.
+        preconditioner: $v \mapsto P^{-1} v$ of a positive definite P, in whose norm $|d|_P = \sqrt{d^\top P d}$ the radius
+            then is; P itself is not needed. None is the identity.
+
+    Returns:
+        The step, and why the iterations ended.
+
+    Cost: One product for each iteration.
 
     Reference: Steihaug 1983; Nocedal and Wright, Numerical Optimization, algorithms 7.2 and 5.3 (preconditioned).
 
@@ -127,8 +181,8 @@ def conjugate_gradients(
         i, *_, ended = state
         return (i < iterations) & ~ended
 
-    # Worked out once, and not in `going`: there it might round to the other side, and under `vmap` a member that waits would
-    # keep the loop turning for ever.
+    # Computed once, not in `going`: there it might round to the other side, and under `vmap` a waiting member would then keep
+    # the loop running forever.
     def solved(r):
         return ~(jnp.linalg.norm(r) > tolerance * norm)
 
@@ -144,7 +198,7 @@ def conjugate_gradients(
         length = jnp.where(crossing, reach, jnp.where(finite, alpha, 0.0)).astype(g.dtype)
         along = jnp.where(finite, Np, jnp.zeros_like(Np))
         d, Nd, Pd = d + length * p, Nd + length * along, Pd + length * Pp
-        # The residual of an operator that is not finite is not either: it is reported, not hidden.
+        # The residual of an operator that is not finite is NaN: reported, not hidden.
         new = r + length * along + jnp.where(finite, 0.0, jnp.nan).astype(g.dtype)
         z = inverse(new)
         shorter = new @ z

@@ -1,21 +1,14 @@
-r"""A task along a trajectory: derivatives in parallel over time, then linear recursions.
+r"""Derivatives of a task along a trajectory, in parallel over time.
 
-This is where the sign changes: rewards r are maximised, here stand costs $c_t = -w_t r(s_t, a_t)$, $c_T = -w_T \phi(s_T)$.
-
-$$ds_{t+1} = A_t\,ds_t + B_t\,da_t,\qquad da_t = K_t\,ds_t + dw_t$$
-
-with `w` an additive perturbation of the actions and K the policy's gain (zero for a plan without feedback). L is the
-response of (s, a) to w, and H the Hessian of the costs, one block a time step, projected to be positive semidefinite:
-* `adjoint`:  $L^\top c$, the gradient of the cost with respect to w;
-* `respond`:  $L w$;
-* `riccati`:  $-(L^\top H L + \mu I)^{-1} L^\top c$ with K = 0, as a feedback law: the LQR problem along the trajectory;
-  of `closed_loop`, the same with the policy's K.
+The sign changes here: rewards r are maximised, while costs $c_t = -w_t r(s_t, a_t)$, $c_T = -w_T \phi(s_T)$ are minimised
+along the linearised dynamics $ds_{t+1} = A_t\,ds_t + B_t\,da_t$. No time step waits for another; the recursions over time are
+in `riccati.py`.
 
 States that are not one flat array are flattened (float leaves only). Steps after the end of an episode have zero derivatives.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,25 +16,42 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Trajectory, cond_once, is_plan
+from diffmbrl.core import Policy, State, Task, Trajectory, cond_once, is_plan
 
 
 class Linearization(NamedTuple):
-    """Derivatives along one trajectory, or several stacked on a last axis; costs are weighted, negative rewards."""
+    """Derivatives along one trajectory, or several stacked on a last axis; costs are weighted, negative rewards.
+
+    Args:
+        A: Derivatives of the next state in the state.
+        B: Derivatives of the next state in the action.
+        c_s: Gradients of the costs in the state.
+        c_a: Gradients of the costs in the action.
+        H: Hessians of the costs in (s, a), projected to be positive semidefinite.
+        c_T: Gradient of the terminal cost.
+        H_T: Hessian of the terminal cost, projected likewise.
+    """
 
     A: Float[Array, "T n n *batch"]
     B: Float[Array, "T n m *batch"]
     c_s: Float[Array, "T n *batch"]
     c_a: Float[Array, "T m *batch"]
-    H: Float[Array, "T n+m n+m *batch"]  # Hessian of the cost in (s, a), positive semidefinite
+    H: Float[Array, "T n+m n+m *batch"]
     c_T: Float[Array, "n *batch"]
     H_T: Float[Array, "n n *batch"]
 
 
 def flat_states(states: State) -> tuple[Array, Callable[[Array], State]]:
-    """States with a leading axis as an array [T, n], and the inverse for one state.
+    """Flatten states with a leading axis.
 
-    Raises: `TypeError` if a leaf is not floating point.
+    Args:
+        states: States, each leaf of shape [T, ...].
+
+    Returns:
+        The states as an array [T, n], and the function that restores one state from an array [n].
+
+    Raises:
+        TypeError: If a leaf is not floating point.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(states):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -54,10 +64,20 @@ def flat_states(states: State) -> tuple[Array, Callable[[Array], State]]:
 
 
 def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Linearization:
-    r"""A, B, the gradients and Hessians of the costs along one trajectory; no time step waits for another (`each_step`).
+    r"""Differentiate dynamics and costs along one trajectory.
 
-    `key` must be the rollout's, so that noisy dynamics are linearised at the noise that was drawn.
-    Cost per step: n + m tangents of f, one gradient and n + m Hessian columns of r.
+    Args:
+        task: Task whose dynamics, reward and terminal reward are differentiated.
+        trajectory: One rollout of it.
+        key: The rollout's key, so that noisy dynamics are linearised at the noise that was drawn; None without noise.
+
+    Returns:
+        Jacobians of the dynamics, gradients and projected Hessians of the costs.
+
+    Raises:
+        TypeError: If a leaf of the state is not floating point.
+
+    Cost: n + m tangents of f, one gradient and n + m Hessian columns of r for each time step.
 
     >>> import jax
     >>> from diffmbrl import OpenLoop, rollout, tasks
@@ -74,7 +94,7 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
         return ravel_pytree(task.dynamics(unravel(z[:n]), z[n:], key=key_s))[0]
 
     def jacobian(z, t):
-        # What the tangents share is evaluated once, before them; of numpy's eye XLA knows the zeros.
+        # The part that all tangents share is evaluated once. XLA knows the zeros of numpy's eye.
         _, push = jax.linearize(lambda z: step(z, t), z)
         return jax.vmap(push, out_axes=1)(np.eye(z.size, dtype=z.dtype))
 
@@ -101,16 +121,23 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
         H = jnp.where(alive[:-1, None, None], H, jnp.zeros_like(H))
         c = jnp.where(alive[:-1, None], c, jnp.zeros_like(c))
         c_T, H_T = jax.tree.map(lambda y: jnp.where(alive[-1], y, jnp.zeros_like(y)), (c_T, H_T))
-    # One projection for all: jaxlib's batched eigh waits on XLA's thread pool, and two of them at a time can lock it for good.
+    # One projection for all: jaxlib's batched eigh waits on XLA's thread pool, and two at a time can deadlock.
     H = project(jnp.concatenate([H, jnp.pad(H_T, (0, H.shape[-1] - n))[None]]))
     return Linearization(F[:, :, :n], F[:, :, n:], c[:, :n], c[:, n:], H[:-1], c_T, H[-1, :n, :n])
 
 
 def each_step(f: Callable[..., Array], task: Task) -> Callable[..., Array]:
-    """f at every time step: all at once, or on a CPU one after another where the dynamics are arithmetic alone.
+    """Map a function over time steps: all at once, or on a CPU one after another if the dynamics are arithmetic alone.
 
-    XLA makes one function of such a loop there, where all steps at once are a kernel for each quantity: up to a third faster,
-    and half as long to compile (12-state quadrotor). Matrices, as networks have, are multiplied by all steps at once.
+    On a CPU XLA makes one function of such a loop, and a kernel for each quantity of all steps at once: the loop is up to a
+    third faster and compiles in half the time (12-state quadrotor). Networks multiply matrices by all steps at once.
+
+    Args:
+        f: Function of one time step's slices.
+        task: Task whose dynamics `f` evaluates.
+
+    Returns:
+        The function of slices stacked on a leading time axis.
     """
     matrices = any(jnp.ndim(x) > 1 for x in jax.tree.leaves(task.dynamics))
     if matrices or jax.default_backend() != "cpu":
@@ -118,8 +145,24 @@ def each_step(f: Callable[..., Array], task: Task) -> Callable[..., Array]:
     return lambda *given: jax.lax.map(lambda x: f(*x), given)
 
 
-def feedback(policy: Any, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Float[Array, "T m n"]:
-    """K_t = dpi/ds along one trajectory, all time steps at once; zero after the end of the episode."""
+def feedback(policy: Policy, trajectory: Trajectory, key: PRNGKeyArray | None = None) -> Float[Array, "T m n"]:
+    """Gains K_t = dpi/ds of a policy along one trajectory, all time steps at once; zero after the end of the episode.
+
+    Args:
+        policy: Policy or plan.
+        trajectory: One rollout of it.
+        key: The rollout's key; None without noise.
+
+    Returns:
+        The gains.
+
+    >>> import jax
+    >>> from diffmbrl import Linear, rollout, tasks
+    >>> task = tasks.lqr(horizon=5)
+    >>> policy = Linear.zeros(task)
+    >>> feedback(policy, rollout(policy, task, task.initial(jax.random.key(0)))).shape
+    (5, 1, 2)
+    """
     x, unravel = flat_states(trajectory.s)
 
     def gain(pi, s, t, alive):
@@ -132,10 +175,16 @@ def feedback(policy: Any, trajectory: Trajectory, key: PRNGKeyArray | None = Non
 
 
 def project(H: Float[Array, "N d d"]) -> Float[Array, "N d d"]:
-    """The nearest positive semidefinite matrices, in the Frobenius norm.
+    """Nearest positive semidefinite matrices in the Frobenius norm.
 
-    Costs are mostly diagonal or convex in (s, a), and an eigendecomposition of thousands of tiny matrices is dear: it is run
-    only if some matrix is neither diagonal nor positive semidefinite by Gershgorin's discs.
+    Args:
+        H: Matrices; their symmetric parts are projected.
+
+    Returns:
+        The projections.
+
+    Cost: Most costs are diagonal or convex in (s, a). The eigendecomposition of thousands of tiny matrices, which is expensive,
+    runs only if some matrix is neither diagonal nor positive semidefinite by Gershgorin's discs.
     """
     H = (H + jnp.swapaxes(H, -1, -2)) / 2
     diagonal = jnp.diagonal(H, axis1=-2, axis2=-1)
@@ -147,7 +196,7 @@ def project(H: Float[Array, "N d d"]) -> Float[Array, "N d d"]:
     result = jnp.where(is_diagonal[..., None, None], clipped, H)
 
     def eigen(result):
-        # Of `result`, which is H where it matters: of H itself XLA would hoist it out of the loop and run it always.
+        # `result` equals H where it matters. XLA would hoist an eigh of H itself out of the loop and run it always.
         values, vectors = jnp.linalg.eigh(result)
         full = jnp.einsum("...ij,...j,...kj->...ik", vectors, jnp.maximum(values, 0), vectors, precision="highest")
         return jnp.where(easy[..., None, None], result, full)

@@ -1,4 +1,4 @@
-r"""The sweeps of `linearize.py` parallel in time: O(log T) steps one after another in place of T.
+r"""The sweeps of `riccati.py` parallel in time: O(log T) sequential steps in place of T.
 
 The value of a stretch of time $i \to j$, minimised over its actions, is a function of its two ends,
 
@@ -6,8 +6,8 @@ $$V_{ij}(s_i, s_j) = \max_\lambda\; \tfrac12 s_i^\top V s_i + v^\top s_i - \tfra
 - \lambda^\top(s_j - A s_i - b),$$
 
 and two stretches join to one of the same form. Joining is associative, so `jax.lax.associative_scan` makes the value
-functions of all time steps at once, and the gains follow from them in parallel. It does some 10 times the arithmetic of the
-scan: it is for devices with cores to spare. `choose` says where.
+functions of all time steps at once, and the gains follow from them in parallel. It does about 10 times the arithmetic of the
+scan, for devices with cores to spare; `choose` selects one of the two.
 
 Reference: Sarkka and Garcia-Fernandez 2023, "Temporal parallelization of dynamic programming and linear quadratic control",
 section IV, here with cross terms of state and action and with damping.
@@ -24,21 +24,35 @@ from diffmbrl.second_order.linearize import Linearization
 from diffmbrl.second_order.riccati import RiccatiSolution, adjoint, respond, riccati
 from diffmbrl.second_order.small_matrices import eliminate
 
-# From this horizon on, not on a CPU. Unmeasured: by count of sequential steps, 2 log2 T joins of ten small operations each
-# against T steps of ten.
+# The horizon from which `choose` takes the parallel sweeps, except on a CPU. Not measured: by count of sequential steps,
+# 2 log2 T joins of ten small operations each against T steps of ten.
 PARALLEL_FROM = 128
 
 
 class Sweeps(NamedTuple):
-    """The three recursions along a trajectory, as functions of the same arguments and results whichever way they run."""
+    """The three recursions along a trajectory, with the same arguments and results by a scan or in parallel.
 
-    riccati: Callable
-    adjoint: Callable
-    respond: Callable
+    Args:
+        riccati: As `riccati.riccati`.
+        adjoint: As `riccati.adjoint`.
+        respond: As `riccati.respond`.
+    """
+
+    riccati: Callable[[Linearization, Array], RiccatiSolution]
+    adjoint: Callable[[Array, Array, Array, Array, Array, Array], Array]
+    respond: Callable[[Array, Array, Array, Array], tuple[Array, Array, Array]]
 
 
 class Stretch(NamedTuple):
-    """A stretch of time, its actions minimised away; leaves have a leading time axis."""
+    """The value of a stretch of time as a function of its two ends, its actions minimised away.
+
+    Args:
+        A: Transition from the first state to the last.
+        b: Offset of the last state.
+        C: Reachability of the last state by the actions.
+        v: Gradient of the value in the first state.
+        V: Hessian of the value in the first state.
+    """
 
     A: Float[Array, "*T n n"]
     b: Float[Array, "*T n"]
@@ -48,11 +62,20 @@ class Stretch(NamedTuple):
 
 
 def choose(horizon: int, *, platform: str | None = None) -> Sweeps:
-    """The sweeps for a horizon and a platform ("cpu", "gpu", "tpu"; None is JAX's default backend): SCAN or PARALLEL.
+    """Choose the sweeps for a horizon and a platform.
 
-    On a CPU always the scan, which is several times faster there at any horizon (`python -m benchmarks riccati`); elsewhere
-    in parallel from a horizon of `PARALLEL_FROM`.
-    Raises: `ValueError` if the horizon is below 1 or the platform is not one of JAX's.
+    On a CPU the scan is several times faster at any horizon (`python -m benchmarks riccati`). Elsewhere the sweeps are parallel
+    from a horizon of `PARALLEL_FROM`.
+
+    Args:
+        horizon: Number of time steps.
+        platform: "cpu", "gpu", "cuda", "rocm" or "tpu"; None is JAX's default backend.
+
+    Returns:
+        `SCAN` or `PARALLEL`.
+
+    Raises:
+        ValueError: If the horizon is below 1 or JAX has no such platform.
 
     >>> choose(1000, platform="cpu") is SCAN, choose(1000, platform="gpu") is PARALLEL
     (True, True)
@@ -69,17 +92,26 @@ PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 
 
 def parallel_riccati(linearization: Linearization, damping: Float[Array, ""]) -> RiccatiSolution:
-    """`riccati.riccati` by an associative scan: the same arguments and results, equal to rounding; one trajectory.
+    """Solve the LQR problem along one trajectory by an associative scan, equal to `riccati` to rounding.
 
-    One condition is stricter: `RiccatiSolution.definite` also asks that each step's own damped H_aa is positive
-    definite, since an action is minimised away before anything is known of what follows. The scan asks it of H_aa + B'
-    V B alone, so that a reward without a price on the actions needs no damping there and some here.
+    One condition is stricter: `definite` also requires that each step's own damped H_aa is positive definite, because an action
+    is minimised away before the later steps are known. The scan requires it of H_aa + B' V B alone, so a reward without a price
+    on the actions needs damping only here.
 
-    Cost: O(T n^3) arithmetic in O(log T) sequential steps. Raises: `ValueError` for trajectories stacked along a last axis:
-    `vmap` it instead.
+    Args:
+        linearization: Derivatives along one trajectory, with positive semidefinite Hessians.
+        damping: Damping of the actions.
+
+    Returns:
+        The feedback law, and whether the damped problem is convex.
+
+    Raises:
+        ValueError: If trajectories are stacked along a last axis; `vmap` over them instead.
+
+    Cost: O(T n^3) arithmetic in O(log T) sequential steps.
 
     >>> from diffmbrl import OpenLoop, rollout, tasks
-    >>> from diffmbrl.second_order.linearize import linearize
+    >>> from diffmbrl.second_order import linearize, riccati
     >>> task = tasks.lqr(horizon=2)
     >>> lin = linearize(task, rollout(OpenLoop.zeros(task), task, task.initial(jax.random.key(0))))
     >>> bool(jnp.allclose(parallel_riccati(lin, jnp.zeros(())).K, riccati(lin, jnp.zeros(())).K, rtol=1e-3))
@@ -101,10 +133,17 @@ def parallel_riccati(linearization: Linearization, damping: Float[Array, ""]) ->
 
 
 def join(first: Stretch, second: Stretch) -> Stretch:
-    r"""Two stretches, one after the other, as one; with leading axes.
+    r"""Join two consecutive stretches into one, for all leading axes.
 
     $W = (I + C_1 V_2)^{-1}$: $A = A_2 W A_1$, $b = A_2 W (b_1 - C_1 v_2) + b_2$, $C = A_2 W C_1 A_2^\top + C_2$,
     $v = A_1^\top W^\top (v_2 + V_2 b_1) + v_1$, $V = A_1^\top W^\top V_2 A_1 + V_1$.
+
+    Args:
+        first: The earlier stretches.
+        second: The later stretches.
+
+    Returns:
+        The joined stretches.
     """
     n = first.A.shape[-1]
     eye = jnp.eye(n, dtype=first.A.dtype)
@@ -126,7 +165,19 @@ def parallel_adjoint(
     c_a: Float[Array, "T m"],
     c_T: Float[Array, " n"],
 ) -> Float[Array, "T m"]:
-    r"""`riccati.adjoint` by an associative scan of $\lambda_t = (A + BK)^\top\lambda_{t+1} + c_s + K^\top c_a$."""
+    r"""`adjoint` by an associative scan of $\lambda_t = (A + BK)^\top\lambda_{t+1} + c_s + K^\top c_a$.
+
+    Args:
+        A: Derivatives of the next state in the state.
+        B: Derivatives of the next state in the action.
+        K: Gains of the policy.
+        c_s: Gradients of the costs in the state.
+        c_a: Gradients of the costs in the action.
+        c_T: Gradient of the terminal cost.
+
+    Returns:
+        d(cost)/dw_t for every time step.
+    """
     with jax.default_matmul_precision("highest"):
         maps = _transpose(A + B @ K), c_s + batched_matvec(_transpose(K), c_a)
         _, costates = _affine(maps, c_T, reverse=True)
@@ -136,7 +187,17 @@ def parallel_adjoint(
 def parallel_respond(
     A: Float[Array, "T n n"], B: Float[Array, "T n m"], K: Float[Array, "T m n"], w: Float[Array, "T m"]
 ) -> tuple[Float[Array, "T n"], Float[Array, "T m"], Float[Array, " n"]]:
-    r"""`riccati.respond` by an associative scan of $s_{t+1} = (A + BK) s_t + B w_t$."""
+    r"""`respond` by an associative scan of $s_{t+1} = (A + BK) s_t + B w_t$.
+
+    Args:
+        A: Derivatives of the next state in the state.
+        B: Derivatives of the next state in the action.
+        K: Gains of the policy.
+        w: Perturbations of the actions.
+
+    Returns:
+        The changes of the states s_0 .. s_{T-1}, of the actions, and of the last state s_T.
+    """
     with jax.default_matmul_precision("highest"):
         _, s = _affine((A + B @ K, batched_matvec(B, w)), jnp.zeros_like(A[0, 0]), reverse=False)
         return s[:-1], batched_matvec(K, s[:-1]) + w, s[-1]
@@ -147,7 +208,7 @@ PARALLEL = Sweeps(parallel_riccati, parallel_adjoint, parallel_respond)
 
 
 def _affine(maps: tuple[Array, Array], start: Array, *, reverse: bool) -> tuple[Array, Array]:
-    """x -> F x + f from `start`, the first in time or (reversed) the last: all T + 1 values in the order of time."""
+    """Iterate x -> F x + f from `start`, the first in time or (reversed) the last: all T + 1 values in the order of time."""
     constant = jnp.zeros_like(maps[0][:1]), start[None]
     ends = (maps, constant) if reverse else (constant, maps)
     maps = jax.tree.map(lambda *x: jnp.concatenate(x), *ends)
@@ -176,7 +237,7 @@ def _gains(A: Array, B: Array, c_a: Array, H: Array, V: Array, v: Array) -> tupl
 
 
 def batched_matvec(X: Float[Array, "*T i j"], y: Float[Array, "*T j"]) -> Float[Array, "*T i"]:
-    """X_t y_t for all leading axes at once."""
+    """Multiply matrices X_t and vectors y_t for all leading axes at once."""
     return jnp.einsum("...ij,...j->...i", X, y, precision="highest")
 
 

@@ -1,7 +1,7 @@
-r"""How much of a planner's step a policy can follow.
+r"""The part of a planner's step that a policy can follow.
 
-$w^* = -M^{-1} g$ is the step of iLQR around the policy's own closed loop: what the actions should change by at each time, were
-they free. The undamped Gauss-Newton step $d$ minimises $|G d - w^*|_M$ over the policy's parameters, since
+$w^* = -M^{-1} g$ is the step of iLQR around the policy's own closed loop: the best change of the actions if they were free at
+each time. The undamped Gauss-Newton step $d$ minimises $|G d - w^*|_M$ over the policy's parameters, since
 
 $$\tfrac12 |G d - w^*|_M^2 = \tfrac12 d^\top G^\top M G\,d + d^\top G^\top g + \mathrm{const}.$$
 
@@ -15,10 +15,18 @@ from diffmbrl.second_order.curvature import CurvatureModel, Vector, curve, plann
 
 
 def projection_gap(model: CurvatureModel, d: Vector, *, damping: float = 1e-6) -> Float[Array, ""]:
-    r"""$|G d - w^*|_M / |w^*|_M$ for a step d of the parameters, over all starts.
+    r"""Projection gap $|G d - w^*|_M / |w^*|_M$ of a step d of the parameters, over all starts.
 
-    0 when the policy follows the planner's step, 1 for no step at all; beyond 1, the step is worse than none by the model.
-    `damping` is that of w*, relative to the curvature of M along g; NaN where M is not finite.
+    Args:
+        model: Gauss-Newton model of the policy.
+        d: Step of the parameters.
+        damping: Damping of w*, relative to the curvature of M along g.
+
+    Returns:
+        0 if the policy follows the planner's step, 1 for no step, above 1 for a step that the model rates worse than none; NaN
+        where M is not finite.
+
+    Cost: One Riccati sweep, three products with M and one with G.
 
     >>> import jax, jax.numpy as jnp
     >>> from diffmbrl import Neural, tasks
@@ -34,5 +42,5 @@ def projection_gap(model: CurvatureModel, d: Vector, *, damping: float = 1e-6) -
     planned = planner_step(lin, K, damping * jnp.where(scale > 0, scale, 1.0), g)
     missed = model.push(d) - planned
     apart, whole = (jnp.sum(w * curve(lin, K, w)) for w in (missed, planned))
-    # Nothing planned, nothing missed.
+    # A gap of 0 if the planner has no step.
     return jnp.sqrt(jnp.maximum(apart, 0) / jnp.where(whole > 0, whole, 1.0))

@@ -1,4 +1,17 @@
-r"""Linear recursions along a trajectory: the adjoint, the response of the closed loop, and the Riccati sweep."""
+r"""Linear recursions along a trajectory: adjoint, response of the closed loop, Riccati sweep.
+
+$$ds_{t+1} = A_t\,ds_t + B_t\,da_t,\qquad da_t = K_t\,ds_t + dw_t$$
+
+with w an additive perturbation of the actions and K the policy's gain, zero for a plan without feedback. Let L be the response
+of (s, a) to w, c the gradients and H the positive semidefinite Hessians of the costs:
+* `adjoint` gives $L^\top c$, the gradient of the cost in w;
+* `respond` gives $L w$;
+* `riccati` gives $-(L^\top H L + \mu I)^{-1} L^\top c$ for K = 0 as a feedback law, and for the policy's K if the linearisation
+  is that of `closed_loop`.
+
+Trajectories may be stacked along a last axis, which is several times faster than `vmap` on a CPU: the arithmetic then runs over
+contiguous numbers.
+"""
 
 from typing import NamedTuple
 
@@ -12,13 +25,21 @@ from diffmbrl.second_order.small_matrices import eliminate, matmul, matvec, tran
 
 
 class RiccatiSolution(NamedTuple):
-    r"""The minimiser of the LQR problem along a trajectory: $da_t = K_t\,ds_t + k_t$."""
+    r"""The minimiser of the LQR problem along a trajectory, $da_t = K_t\,ds_t + k_t$.
+
+    Args:
+        K: Gains.
+        k: Changes of the actions without feedback.
+        slope: Derivative of the damped cost in the step size alpha at 0; the cost changes by (alpha - alpha^2 / 2) times it.
+        definite: Whether all Q_aa are positive definite. Where not, the gains are void.
+        Q_aa: Damped Hessians in the actions, the pivots of the block elimination of $L^\top H L + \mu I$.
+    """
 
     K: Float[Array, "T m n *batch"]
     k: Float[Array, "T m *batch"]
-    slope: Float[Array, "*batch"]  # of the damped cost in the step size alpha, which is (alpha - alpha^2 / 2) * slope
-    definite: Bool[Array, "*batch"]  # False where some Hessian Q_aa was not positive definite: the gains are then void
-    Q_aa: Float[Array, "T m m *batch"]  # damped: the pivots of the block elimination of $L^\top H L + \mu I$
+    slope: Float[Array, "*batch"]
+    definite: Bool[Array, "*batch"]
+    Q_aa: Float[Array, "T m m *batch"]
 
 
 def adjoint(
@@ -29,12 +50,25 @@ def adjoint(
     c_a: Float[Array, "T m *batch"],
     c_T: Float[Array, "n *batch"],
 ) -> Float[Array, "T m *batch"]:
-    r"""$L^\top c$: with costs' gradients c along the closed loop, the gradient d(cost)/dw_t.
+    r"""Gradient of the cost in the perturbations of the actions along the closed loop, $g = L^\top c$.
 
-    $g_t = c_{a,t} + B_t^\top \lambda_{t+1}$, $\lambda_t = c_{s,t} + A_t^\top \lambda_{t+1} + K_t^\top g_t$, $\lambda_T = c_T$.
+    $$g_t = c_{a,t} + B_t^\top \lambda_{t+1},\qquad \lambda_t = c_{s,t} + A_t^\top \lambda_{t+1} + K_t^\top g_t,\qquad
+    \lambda_T = c_T$$
 
-    Trajectories may be stacked along a last axis, which is several times faster than `vmap` on a CPU: the arithmetic then
-    runs over contiguous numbers.
+    Args:
+        A: Derivatives of the next state in the state.
+        B: Derivatives of the next state in the action.
+        K: Gains of the policy.
+        c_s: Gradients of the costs in the state.
+        c_a: Gradients of the costs in the action.
+        c_T: Gradient of the terminal cost.
+
+    Returns:
+        d(cost)/dw_t for every time step.
+
+    >>> ones = jnp.ones((2, 1, 1))
+    >>> adjoint(ones, ones, 0 * ones, jnp.ones((2, 1)), jnp.zeros((2, 1)), jnp.ones(1)).ravel().tolist()
+    [2.0, 1.0]
     """
 
     def step(costate, x):
@@ -51,9 +85,21 @@ def respond(
     K: Float[Array, "T m n *batch"],
     w: Float[Array, "T m *batch"],
 ) -> tuple[Float[Array, "T n *batch"], Float[Array, "T m *batch"], Float[Array, "n *batch"]]:
-    r"""$L w$: the change of states, actions and last state of the closed loop when w is added to the actions.
+    r"""Response $L w$ of the closed loop when w is added to the actions.
 
-    Trajectories may be stacked along a last axis, as for `adjoint`.
+    Args:
+        A: Derivatives of the next state in the state.
+        B: Derivatives of the next state in the action.
+        K: Gains of the policy.
+        w: Perturbations of the actions.
+
+    Returns:
+        The changes of the states s_0 .. s_{T-1}, of the actions, and of the last state s_T.
+
+    >>> ones = jnp.ones((2, 1, 1))
+    >>> s, a, s_T = respond(ones, ones, -ones, jnp.ones((2, 1)))
+    >>> s.ravel().tolist(), a.ravel().tolist(), s_T.tolist()
+    ([0.0, 1.0], [1.0, 0.0], [1.0])
     """
 
     def step(s, x):
@@ -67,15 +113,30 @@ def respond(
 
 
 def closed_loop(lin: Linearization, K: Float[Array, "T m n *batch"]) -> Linearization:
-    r"""The same costs and dynamics in terms of (s, w), with $da = K\,ds + w$.
+    r"""Rewrite a linearisation in terms of (s, w), where $da = K\,ds + w$.
 
-    $A + BK$, $c_s + K^\top c_a$ and $Z^\top H Z$ with $Z = (I, 0; K, I)$. Then `riccati` gives $-(M + \mu I)^{-1} g$, the step
-    of a planner whose actions are deviations from the policy's, for $M = L^\top H L$ and $g = L^\top c$ of the closed loop.
+    $A + BK$, $c_s + K^\top c_a$ and $Z^\top H Z$ with $Z = (I, 0; K, I)$. `riccati` of the result gives
+    $-(M + \mu I)^{-1} g$, a planner's step in deviations from the policy's actions; $M = L^\top H L$, $g = L^\top c$.
+
+    Args:
+        lin: Derivatives along the trajectory.
+        K: Gains of the policy.
+
+    Returns:
+        The same costs and dynamics, with w in the place of the action.
+
+    >>> from diffmbrl import Linear, rollout, tasks
+    >>> from diffmbrl.second_order import feedback, linearize
+    >>> task = tasks.lqr(horizon=5)
+    >>> policy = Linear.zeros(task)
+    >>> trajectory = rollout(policy, task, task.initial(jax.random.key(0)))
+    >>> closed_loop(linearize(task, trajectory), feedback(policy, trajectory)).A.shape
+    (5, 2, 2)
     """
     n = lin.A.shape[1]
 
     def step(A, B, c_s, c_a, H, K):
-        # Z^T H Z by its blocks: of its products with the ones and zeros of Z, XLA would work out each.
+        # Z^T H Z by its blocks: XLA would compute every product with the ones and zeros of Z.
         HZ = H[:, :n] + matmul(H[:, n:], K)
         H_as = HZ[n:]
         H_ss = HZ[:n] + matmul(transpose(K), H_as)
@@ -87,17 +148,30 @@ def closed_loop(lin: Linearization, K: Float[Array, "T m n *batch"]) -> Lineariz
 
 
 def riccati(linearization: Linearization, damping: Float[Array, ""]) -> RiccatiSolution:
-    r"""Solve the LQR problem along a trajectory by dynamic programming, backwards in time, in O(T (n + m)^3).
+    r"""Solve the LQR problem along a trajectory by dynamic programming, backwards in time.
 
     $$Q = H_t + [A\;B]^\top V [A\;B],\quad q = c_t + [A\;B]^\top v,\quad K_t = -(Q_{aa} + \mu I)^{-1} Q_{as},\;
     k_t = -(Q_{aa} + \mu I)^{-1} q_a$$
 
-    and V, v follow from the gains for the damped Q, so that the actions of the closed loop are exactly
-    $-(L^\top H L + \mu I)^{-1} L^\top c$. With no gradient (c = 0) this is the Riccati recursion. `damping` is mu.
+    V and v follow from the gains for the damped Q, so that the actions of the closed loop are exactly
+    $-(L^\top H L + \mu I)^{-1} L^\top c$. Without a gradient (c = 0) this is the Riccati recursion.
 
-    Trajectories may be stacked along a last axis, as for `adjoint`.
+    Args:
+        linearization: Derivatives along the trajectory, with positive semidefinite Hessians.
+        damping: mu, added to the diagonal of every Q_aa.
 
+    Returns:
+        The feedback law, and whether the damped problem is convex.
+
+    Cost: O(T (n + m)^3) arithmetic in T sequential steps.
     Reference: Tassa, Erez, Todorov 2012, section II; the damping of the actions is that of Levenberg and Marquardt.
+
+    >>> from diffmbrl import OpenLoop, rollout, tasks
+    >>> from diffmbrl.second_order import linearize
+    >>> task = tasks.lqr(horizon=5)
+    >>> lin = linearize(task, rollout(OpenLoop.zeros(task), task, task.initial(jax.random.key(0))))
+    >>> riccati(lin, jnp.zeros(())).K.shape
+    (5, 1, 2)
     """
     A, B, c_s, c_a, H, c_T, H_T = linearization
     n, m = B.shape[1:3]
