@@ -33,7 +33,7 @@ POINTS = {"start": (0, 0), "discount .9": (30, 0), "end": (150, 5)}  # updates m
 
 
 def systems(rank: int) -> dict[str, Any]:
-    """The metrics, each with so many products."""
+    """The metrics, each with `rank` products."""
     makers = {
         "diagonal": Jacobi(),
         "diagonal^.75": Jacobi(power=0.75),
@@ -70,29 +70,29 @@ def run(*, quick: bool) -> None:
 
 
 def _run(name, task, draws, system, metric, updates, points) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A whole run, and its policies at the points where they are asked for."""
+    """A whole run, and its policies at the given points."""
     solver = d.Continuation.trusted(d.GaussNewton(system=system), updates, horizon=task.horizon)
-    lanes = BatchedPolicyRuns([solver], task, d.tasks.TASKS[name].hidden, draws, sequential=False)
-    compiling, cpu, done, kept = lanes.compile(), 0.0, 0, {}
+    batch = BatchedPolicyRuns([solver], task, d.tasks.TASKS[name].hidden, draws, sequential=False)
+    compiling, cpu, done, saved = batch.compile(), 0.0, 0, {}
     stops = {made: point for point, (made, _) in points.items()}
     for stop in sorted({*stops, updates}):
         begun = time.process_time()
-        lanes.advance(done, stop - done)
+        batch.advance(done, stop - done)
         done = stop
         cpu += time.process_time() - begun
         if stop in stops:
-            kept[stops[stop]] = lanes.policies
-    look = lanes.evaluate()
+            saved[stops[stop]] = batch.policies
+    evaluation = batch.evaluate()
     return {
         "task": name,
         "metric": metric,
-        "train": (-look["train"][0]).tolist(),
-        "test": (-look["test"][0]).tolist(),
-        "success": look["success"][0].tolist(),
+        "train": (-evaluation["train"][0]).tolist(),
+        "test": (-evaluation["test"][0]).tolist(),
+        "success": evaluation["success"][0].tolist(),
         "updates": updates,
         "cpu": cpu,
         "compile": compiling,
-    }, kept
+    }, saved
 
 
 def _spaces(name, task, train, policies, points, updates) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def _spaces(name, task, train, policies, points, updates) -> list[dict[str, Any]
                 return schedule.in_force(policy, task, s0, stage)
 
             eased = jax.vmap(one)(policies[point], train)
-            decrease, improved, J = jax.tree.map(np.asarray, _look(system, policies[point], eased, train))
+            decrease, improved, J = jax.tree.map(np.asarray, _measure(system, policies[point], eased, train))
             found.append(
                 {
                     "task": name,
@@ -132,7 +132,7 @@ def _spaces(name, task, train, policies, points, updates) -> list[dict[str, Any]
 
 
 @jax.jit
-def _look(system: Any, policies: Any, tasks: Task, train: State) -> tuple[Array, Array, Array]:
+def _measure(system: Any, policies: Any, tasks: Task, train: State) -> tuple[Array, Array, Array]:
     """Decreases of the undamped model and best true improvements, [seeds, dimensions], and returns [seeds]."""
 
     def one(policy, task, s0):
@@ -148,8 +148,10 @@ def _look(system: Any, policies: Any, tasks: Task, train: State) -> tuple[Array,
         for k in PRODUCTS:
             # The smaller Krylov space, within the largest one, from the Ritz values alone.
             inner = lanczos(lambda y: space.values * y, space.coefficients, k)
-            kept = inner.values > 1e-13 * jnp.max(space.values)
-            decrease = 0.5 * jnp.sum(jnp.where(kept, inner.coefficients**2 / jnp.where(kept, inner.values, 1.0), 0.0))
+            positive = inner.values > 1e-13 * jnp.max(space.values)
+            decrease = 0.5 * jnp.sum(
+                jnp.where(positive, inner.coefficients**2 / jnp.where(positive, inner.values, 1.0), 0.0)
+            )
             part = inner._replace(vectors=inner.vectors @ space.vectors, values=jnp.maximum(inner.values, 0))
             steps, _ = jax.vmap(part.step)(DampingGrid().dampings.astype(theta.dtype) * scale(part))
             out.append((decrease, jnp.max(jax.lax.map(truth, steps)) - model.J))

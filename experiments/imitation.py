@@ -23,7 +23,8 @@ from jaxtyping import Array, Float
 from diffmbrl.info import count_evaluations
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.optimizers import Continuation, Dense, GaussNewton, Krylov, Sigma
-from diffmbrl.optimizers.damping import Choice, best_of, damped_update, scale
+from diffmbrl.optimizers.damped_update import damped_update
+from diffmbrl.optimizers.damping import Choice, best_of, scale
 from diffmbrl.report.figures import effort_axis, name_ends, style_of
 from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import gauss_newton
@@ -56,7 +57,11 @@ class StepSizes(eqx.Module):
         direction, predicted = space.step(DAMPING * scale(space))
         sizes = carry * self.sizes
         choice = best_of(sizes[:, None] * direction, sizes * predicted, sizes, J, evaluate)
-        return jnp.where(choice.accepted, jnp.minimum(carry * 10, 1.0), carry / 10), choice
+        return jnp.where(choice.accepted, jnp.minimum(carry * 10, 1.0), self.refuse(carry)), choice
+
+    def refuse(self, carry: Any) -> Any:
+        """The carry after a refused step."""
+        return carry / 10
 
 
 class GradientImitation(eqx.Module):

@@ -45,7 +45,7 @@ def test_a_round_without_a_price_is_regression_onto_riccati(x64):
     fitted = np.linalg.lstsq(np.concatenate(rows), np.concatenate(wanted), rcond=None)[0]
     same(policy.K, fitted[:2].T, rtol=1e-5)
     same(policy.b, fitted[2], rtol=1e-5, atol=1e-6)
-    # What it promised is what the optimum earns.
+    # It promised the return of the optimum.
     same(info.model.predicted[0], np.mean(optimum.J(s0)) - info.J, rtol=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_trajectories_keep_the_limits_and_never_get_worse(x64):
         return before, after, cost, rounds._actions(policy, after.trajectory.s)
 
     before, after, cost, followed = improve(policy, s0)
-    assert np.max(np.abs(after.trajectory.a)) == task.a_high[0]  # the limit is met, and kept
+    assert np.max(np.abs(after.trajectory.a)) == task.a_high[0]  # the limit is reached, and not exceeded
     assert np.all(cost <= -before.J) and np.mean(after.J - before.J) > 1
     same(after.w, np.moveaxis(after.trajectory.a, 1, -1) - followed)
 

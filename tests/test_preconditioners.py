@@ -155,7 +155,7 @@ def test_a_preconditioned_step_is_a_dense_solve(name, problem, x64):
     same(root @ root, inverse, rtol=1e-8, atol=1e-8 * np.abs(inverse).max())
     same(root, root.T, rtol=1e-8, atol=1e-8 * np.abs(root).max())
     P, N, g = np.linalg.inv(inverse), parts["N"], parts["gradient"]
-    # Orthonormal in its metric, but for what is left when the space closes early.
+    # Orthonormal in its metric, except the zeros that remain when the space closes early.
     found = np.linalg.norm(space.vectors, axis=1) > 0
     assert found.sum() >= size - 2
     same(space.vectors @ P @ space.vectors.T, np.diag(found.astype(float)), rtol=1e-6, atol=1e-6)

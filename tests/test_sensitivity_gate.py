@@ -1,4 +1,4 @@
-"""Steps that make the closed loop wilder are refused."""
+"""Steps that make the closed loop much more sensitive are rejected."""
 
 import jax
 import jax.numpy as jnp

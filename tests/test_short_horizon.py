@@ -419,7 +419,7 @@ def test_a_line_search_is_refused():
 
 
 def test_what_is_no_rule_and_what_is_no_policy_are_refused():
-    with pytest.raises(TypeError, match=r"descend must be a rule, Descend\(.*\); got GradientTransformation"):
+    with pytest.raises(TypeError, match=r"descend must be a rule, OptaxSolver\(.*\); got GradientTransformation"):
         ShortHorizon(optax.adam(1e-2))
     task = tasks.lqr()
     with pytest.raises(TypeError, match="windows need a policy that depends on the state alone; got Affine"):

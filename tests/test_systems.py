@@ -169,7 +169,7 @@ def test_the_gauss_newton_step_is_the_projection_of_the_planners(problem, x64):
     planned, followed = -np.linalg.solve(m.M, m.g), m.G @ np.asarray(d)
     missed = followed - planned
     whole = planned @ m.M @ planned
-    # What is missed is M-orthogonal to all that the policy can express, so Pythagoras holds.
+    # The missed part is M-orthogonal to everything that the policy can express, so Pythagoras holds.
     values, vectors = np.linalg.eigh(m.N)
     expressed = m.G @ vectors[:, values > 1e-9 * values[-1]]
     cosines = (missed @ m.M @ expressed) / np.sqrt(whole * np.sum(expressed * (m.M @ expressed), axis=0))
@@ -194,7 +194,7 @@ def test_no_step_follows_nothing(problem, x64):
     same(gap, 1.0)
 
 
-# What the solvers report.
+# The report of a solver.
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,30 @@
-r"""The diagonal and blocks of the Gauss-Newton matrix N = G' M G: what a preconditioner is made of.
+r"""The diagonal and blocks of the Gauss-Newton matrix N = G' M G, for preconditioners.
 
 * The diagonal exactly: $N_{jj} = \tfrac1B\sum_{i,t} x_{tj}^\top H_t x_{tj}$, $x_{tj}$ the response of (s, a) to parameter j.
 * The diagonal from random signs u: with $N = J^\top J$, $J = H^{1/2} L G / \sqrt B$,
   $$E[(J^\top u)_j^2] = N_{jj}\quad\text{for } u \in \{-1, 1\},$$
-  half a product a sample, never negative, with a relative standard deviation of at most $\sqrt{2 / \mathrm{samples}}$ whatever
-  lies beside the diagonal; $E[v \circ N v]$ has the diagonal too, with an error as large as the rest of its row.
-* The block of each leaf of the policy, exactly, as the diagonal.
+  half a product for each sample, never negative, with a relative standard deviation of at most $\sqrt{2 / \mathrm{samples}}$
+  for every matrix; $E[v \circ N v]$ is the diagonal too, with an error as large as the rest of its row.
+* The block of each leaf of the policy exactly, by the same pass over time.
 * Kronecker factors of each layer of a network. With $\tilde x$ a layer's input and 1, and R the derivative of the action in its
-  output, its block is $\tfrac1B\sum_i\sum_{t,t'} \tilde x_t \tilde x_{t'}^\top \otimes R_t^\top M_{tt'} R_{t'}$. Kept are the
-  blocks of M on its diagonal, $Q_t = H_{ww} + B_t^\top V_{t+1} B_t$ with V the policy's own cost to go, and of their sum the
-  nearest product in one step from the identity,
+  output, its block is $\tfrac1B\sum_i\sum_{t,t'} \tilde x_t \tilde x_{t'}^\top \otimes R_t^\top M_{tt'} R_{t'}$. The
+  approximation uses the blocks of M on its diagonal, $Q_t = H_{ww} + B_t^\top V_{t+1} B_t$ with V the policy's own cost to go,
+  and the product nearest to their sum in one step from the identity,
   $$\Omega \otimes \Gamma,\quad \Gamma = \tfrac1B\sum_{i,t} R^\top Q R,\quad
   \Omega = \frac{\sum \mathrm{tr}(R^\top Q R)\,\tilde x \tilde x^\top}{\sum \mathrm{tr}(R^\top Q R)},$$
-  which has the trace of that sum; with the weights left out it is K-FAC's. What couples the time steps, all of it that a layer
-  sees through its slow inputs, the bias above all, is left out.
+  which has the trace of that sum; without the weights it is K-FAC's. It leaves out the coupling of the time steps, which a
+  layer sees through its slow inputs, above all the bias.
 
 Reference: Chapelle and Erhan 2011 (the diagonal by random signs); Martens and Grosse 2015, section 3 (the factors);
 Van Loan and Pitsianis 1993 (the nearest product).
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Task
+from diffmbrl.core import Policy, Task
 from diffmbrl.policies import Neural, squash
 from diffmbrl.second_order.curvature import CurvatureModel, Vector
 from diffmbrl.second_order.dense import push_all
@@ -35,8 +33,18 @@ from diffmbrl.second_order.riccati import adjoint, closed_loop
 from diffmbrl.second_order.small_matrices import matmul
 
 
-def diagonal(model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None = None) -> Vector:
-    """The diagonal of N, by pushing all columns of G through the closed loop at once: `dense` without P^2."""
+def diagonal(model: CurvatureModel, policy: Policy, task: Task, key: PRNGKeyArray | None = None) -> Vector:
+    """The diagonal of N, by pushing all columns of G through the closed loop at once: `dense` without memory P^2.
+
+    Args:
+        model: Gauss-Newton model of the policy.
+        policy: Policy or plan of which it is the model.
+        task: Task.
+        key: Key with which the model was built.
+
+    Returns:
+        The diagonal.
+    """
 
     def add(total, X, H):
         return total + jnp.sum(X * _matmul(H, X), axis=(0, 1))
@@ -45,9 +53,18 @@ def diagonal(model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray |
 
 
 def signed_diagonal(model: CurvatureModel, key: PRNGKeyArray, samples: int) -> Vector:
-    """An unbiased estimate of the diagonal of N, the mean of so many squares: never negative.
+    """Estimate the diagonal of N by a mean of squares: unbiased, and never negative.
 
-    Raises: `ValueError` if there are no samples.
+    Args:
+        model: Gauss-Newton model of the policy.
+        key: Key of the random signs.
+        samples: Number of sign vectors.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: If `samples` is below 1.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
@@ -64,9 +81,20 @@ def signed_diagonal(model: CurvatureModel, key: PRNGKeyArray, samples: int) -> V
 
 
 def leaf_blocks(
-    model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None = None, *, largest: int = 512
+    model: CurvatureModel, policy: Policy, task: Task, key: PRNGKeyArray | None = None, *, largest: int = 512
 ) -> tuple[Array, ...]:
-    """The block [k, k] of N for each leaf of the policy in their order, the diagonal [k] of one with more than `largest`."""
+    """The blocks of N on its diagonal, one for each leaf of the policy.
+
+    Args:
+        model: Gauss-Newton model of the policy.
+        policy: Policy or plan of which it is the model.
+        task: Task.
+        key: Key with which the model was built.
+        largest: Size of the largest leaf with a block.
+
+    Returns:
+        In the order of the leaves, the block [k, k], or the diagonal [k] of a larger leaf.
+    """
     sizes = [leaf.size for leaf in jax.tree.leaves(policy)]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
@@ -86,7 +114,15 @@ def leaf_blocks(
 
 
 def action_curvature(lin: Linearization, K: Float[Array, "T m n B"]) -> Float[Array, "T m m B"]:
-    r"""The blocks of M on its diagonal, $Q_t = H_{ww} + B_t^\top V_{t+1} B_t$, with V the cost to go under the policy."""
+    r"""The blocks of M on its diagonal, $Q_t = H_{ww} + B_t^\top V_{t+1} B_t$, with V the cost to go under the policy.
+
+    Args:
+        lin: Derivatives along the rollouts.
+        K: Gains of the policy.
+
+    Returns:
+        The blocks.
+    """
     n = K.shape[2]
     loop = closed_loop(lin, K)
 
@@ -99,11 +135,20 @@ def action_curvature(lin: Linearization, K: Float[Array, "T m n B"]) -> Float[Ar
 
 
 def kronecker_factors(
-    model: CurvatureModel, policy: Any, task: Task
+    model: CurvatureModel, policy: Policy, task: Task
 ) -> list[tuple[Float[Array, "i i"], Float[Array, "o o"]]]:
-    """Omega and Gamma of each layer: of its inputs with a 1 behind them, and of its outputs.
+    """Kronecker factors of each layer of a network.
 
-    Raises: `TypeError` for a policy that is not `Neural`.
+    Args:
+        model: Gauss-Newton model of the policy.
+        policy: Neural policy of which it is the model.
+        task: Task.
+
+    Returns:
+        Omega and Gamma of each layer: the factors of its inputs, with a 1 appended, and of its outputs.
+
+    Raises:
+        TypeError: If the policy is not `Neural`.
     """
     if not isinstance(policy, Neural):
         raise TypeError(
@@ -138,7 +183,7 @@ def kronecker_factors(
 
 
 def _root(H: Float[Array, "T d d B"]) -> Float[Array, "T d d B"]:
-    """C with C C' = H, positive semidefinite: Cholesky's, column by column, passing over pivots that are rounding."""
+    """C with C C' = H for positive semidefinite H: Cholesky's, column by column, without the pivots that are rounding."""
     least = H.shape[1] * jnp.finfo(H.dtype).eps * jnp.diagonal(H, axis1=1, axis2=2)
     columns = []
     for j in range(H.shape[1]):

@@ -1,6 +1,4 @@
-"""The natural gradient: steps of equal change of the policy's distribution, whatever its parameters."""
-
-from typing import Any
+"""The natural gradient: steps of equal change of the policy's distribution in every parameterisation."""
 
 import equinox as eqx
 import jax
@@ -8,19 +6,23 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, as_float
+from diffmbrl.core import Policy, State, Task, as_float
 from diffmbrl.info import Info, count_evaluations
-from diffmbrl.optimizers.damping import Choice, Evaluate, best_of, damped_update, scale
+from diffmbrl.optimizers.damped_update import damped_update
+from diffmbrl.optimizers.damping import Choice, Evaluate, best_of, scale
 from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import fisher
 from diffmbrl.second_order.krylov import Spectral, lanczos
 
 
 class KLGrid(eqx.Module):
-    """A dozen steps along one direction, each to a KL divergence, the true return of each from one vmapped rollout.
+    """Take the best of a dozen steps along one direction, each to a KL divergence, by true returns from one vmapped rollout.
 
-    The direction is solved for with `damping`, relative to the largest eigenvalue. All radii shrink tenfold when none of them
-    improves the return, and grow back as steps are accepted again.
+    All radii shrink tenfold when none of them improves the return, and grow back as steps are accepted again.
+
+    Args:
+        radii: KL divergences, summed over an episode.
+        damping: Damping of the direction, relative to the largest eigenvalue.
     """
 
     radii: Float[Array, " k"] = eqx.field(
@@ -29,33 +31,44 @@ class KLGrid(eqx.Module):
     damping: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-4), converter=as_float)
 
     def start(self, dtype: jnp.dtype) -> Float[Array, ""]:
-        return jnp.ones((), dtype)  # the factor on all radii
+        """The factor on all radii before the first update."""
+        return jnp.ones((), dtype)
 
     def choose(
         self, carry: Float[Array, ""], space: Spectral, J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
+        """The next carry, and the step."""
         damping = self.damping.astype(carry.dtype) * scale(space)
         step, _ = space.step(damping)
         slope = jnp.sum(space.coefficients**2 / (space.values + damping))  # -g'd
         radii = carry * self.radii.astype(carry.dtype)
         lengths = jnp.sqrt(2 * radii / jnp.maximum(slope, jnp.finfo(J.dtype).tiny))
-        # F says nothing of J's curvature: the model is linear.
+        # F is not J's curvature: the model is linear.
         choice = best_of(lengths[:, None] * step, lengths * slope, radii, J, evaluate)
-        return jnp.where(choice.accepted, jnp.minimum(carry * 10, 1.0), carry / 10), choice
+        return jnp.where(choice.accepted, jnp.minimum(carry * 10, 1.0), self.refuse(carry)), choice
+
+    def refuse(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        """The carry after a refused step."""
+        return carry / 10
 
 
 class NaturalGradient(eqx.Module):
-    r"""The pathwise gradient in the Fisher metric of a Gaussian policy, with a path of trust-region radii.
+    r"""The pathwise gradient in the Fisher metric of a Gaussian policy, with a grid of trust-region radii.
 
     $$d(\delta) = -\sqrt{2\delta / (g^\top F_\lambda^{-1} g)}\;F_\lambda^{-1} g,\qquad F_\lambda = F + \lambda\,\rho_{max} I$$
 
-    so that every candidate has a KL divergence of about $\delta$ from the policy it leaves, summed over an episode. The true
-    return of each radius, from one vmapped rollout, picks; the return never falls. M, the dynamics' part of Gauss-Newton, is
-    replaced by the identity in units of the noise: the comparison says what the dynamics' curvature is worth.
+    so that every candidate has a KL divergence of about $\delta$ from the current policy, summed over an episode. True returns
+    choose the radius, and the return never falls. The identity in units of the noise replaces M, the dynamics' part of
+    Gauss-Newton: the comparison measures the value of the dynamics' curvature.
 
-    Shapes: policy leaves any; `s0` [B, ...]. Cost: one BPTT gradient, `rank` products through the network alone, and B rollouts
-    for each radius.
-    Raises: `TypeError` for a policy that is not `Gaussian`.
+    Args:
+        radii: Choice of the radius.
+        rank: Dimension of the Krylov space.
+
+    Raises:
+        TypeError: If the policy is not `Gaussian`.
+
+    Cost: One BPTT gradient, `rank` products through the network alone, and B rollouts for each radius.
     Reference: Amari 1998; Kakade 2001; Schulman et al. 2015, appendix C (the radius), there with sampled gradients.
 
     >>> import jax
@@ -73,22 +86,22 @@ class NaturalGradient(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes a batch of starts."""
+        """ "policy": it takes a batch of starts."""
         return "policy"
 
-    def init(self, policy: Any, task: Task) -> Any:
+    def init(self, policy: Policy, task: Task) -> Float[Array, ""]:
         return self.radii.start(ravel_pytree(policy)[0].dtype)
 
     def update(
-        self, policy: Any, carry: Any, task: Task, s0: State, *, key: PRNGKeyArray | None
-    ) -> tuple[Any, Any, Info]:
+        self, policy: Policy, carry: Float[Array, ""], task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Policy, Float[Array, ""], Info]:
         model = fisher(policy, task, s0, key)
         space = lanczos(model.product, model.gradient, self.rank)
         space = space._replace(values=jnp.maximum(space.values, 0))
         steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
 
         def work(candidates):
-            # The gradient's rollout and its recomputation, the rollout that F stands on, the candidates.
+            # The gradient's rollout and its recomputation, the rollout of F, the candidates.
             return count_evaluations(forward=steps * (3 + candidates), vjp=steps, sequential=3 + 1 + 1)
 
         return damped_update(self.radii, policy, carry, model, space, lambda pi: mean_return(pi, task, s0, key), work)

@@ -1,17 +1,16 @@
-r"""Approximations P of the Gauss-Newton matrix N, by its diagonal or blocks, for Krylov methods in the metric of P.
+r"""Approximations P of the Gauss-Newton matrix N by its diagonal or blocks, for Krylov methods in the metric of P.
 
 In the coordinates $y = P^{1/2} d$ the operator is $P^{-1/2} N P^{-1/2}$ and the gradient $P^{-1/2} g$: its Krylov space of
-dimension k gives the steps $-(N + \lambda P)^{-1} g$, for every damping as before. If P has the scales of N, fewer products do.
+dimension k gives the steps $-(N + \lambda P)^{-1} g$ for every damping. If P has the scales of N, fewer products suffice.
 
 A maker (`Jacobi`, `SignedJacobi`, `LeafBlocks`, `Kronecker`) is called with the quadratic model and returns a `systems.Metric`.
-`ridge` times the mean eigenvalue is added to every P, without which directions of no curvature would be all that counts.
+`ridge` times the mean eigenvalue is added to every P: otherwise directions without curvature would dominate.
 
 Measured (benchmarks/results/preconditioning.json: `cartpole-balance`, 385 parameters, 64 starts, 10 products). The undamped
-model falls much faster in the metric of the leaves' blocks (.97 of what can be had against .63 without at the start of a
-run, .69 against .03 at its end), a little faster in those of the factors and the diagonal. It helps where the model is
-right that far, at the end of a run: the best true improvement of the path of dampings is .0011 of the return without, .0027
-with the diagonal and .0042 with the blocks. At the start, where it is wrong, it hurts: .071, .060 and .012. So it is an
-option, not the default.
+model falls much faster in the metric of the leaves' blocks (.97 of the possible decrease against .63 without at the start of a
+run, .69 against .03 at its end), and a little faster in those of the factors and the diagonal. At the end of a run, where the
+model is right, this helps: the best true improvement over the dampings is .0011 of the return without, .0027 with the diagonal
+and .0042 with the blocks. At the start, where the model is wrong, it hurts: .071, .060 and .012.
 
 Reference: Chapelle and Erhan 2011; Martens 2010, section 4.7 (the power of the diagonal); Martens and Grosse 2015.
 """
@@ -26,49 +25,68 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.contrib.blocks import diagonal, kronecker_factors, leaf_blocks, signed_diagonal
-from diffmbrl.core import Task, as_float
+from diffmbrl.core import Policy, Task, as_float
 from diffmbrl.optimizers.systems import Preconditioner
 from diffmbrl.second_order.curvature import CurvatureModel, Vector
 from diffmbrl.second_order.krylov import Spectral, lanczos
 
 
 class Diagonal(NamedTuple):
-    """P by its diagonal, positive."""
+    """P by its diagonal.
+
+    Args:
+        values: The diagonal, positive.
+    """
 
     values: Vector
 
     def inverse(self, v: Vector) -> Vector:
+        """Compute P^-1 v."""
         return v / self.values
 
     def root(self, v: Vector) -> Vector:
+        """Compute P^-1/2 v."""
         return v / jnp.sqrt(self.values)
 
 
 class Block(NamedTuple):
-    """P by its eigenvectors, the columns, and eigenvalues, positive."""
+    """P by its eigenvectors and eigenvalues.
+
+    Args:
+        vectors: Eigenvectors, the columns.
+        values: Eigenvalues, positive.
+    """
 
     vectors: Float[Array, "k k"]
     values: Float[Array, " k"]
 
     def inverse(self, v: Float[Array, " k"]) -> Float[Array, " k"]:
+        """Compute P^-1 v."""
         return _matmul(self.vectors, _matmul(self.vectors.T, v) / self.values)
 
     def root(self, v: Float[Array, " k"]) -> Float[Array, " k"]:
+        """Compute P^-1/2 v."""
         return _matmul(self.vectors, _matmul(self.vectors.T, v) / jnp.sqrt(self.values))
 
 
 class Blocks(NamedTuple):
-    """P by blocks along its diagonal."""
+    """P by blocks along its diagonal.
+
+    Args:
+        parts: The blocks, in the order of the parameters.
+    """
 
     parts: tuple[Block | Diagonal, ...]
 
     def inverse(self, v: Vector) -> Vector:
+        """Compute P^-1 v."""
         return self._each(v, lambda part, x: part.inverse(x))
 
     def root(self, v: Vector) -> Vector:
+        """Compute P^-1/2 v."""
         return self._each(v, lambda part, x: part.root(x))
 
-    def _each(self, v: Vector, act: Callable) -> Vector:
+    def _each(self, v: Vector, act: Callable[..., Array]) -> Vector:
         out, first = [], 0
         for part in self.parts:
             last = first + part.values.size
@@ -78,7 +96,13 @@ class Blocks(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One layer's part of P: eigenvectors of both factors, and the eigenvalues of their product, positive."""
+    """The block of P for one layer, by its Kronecker factors.
+
+    Args:
+        outputs: Eigenvectors of the outputs' factor.
+        inputs: Eigenvectors of the inputs' factor.
+        values: Eigenvalues of the product, positive.
+    """
 
     outputs: Float[Array, "o o"]
     inputs: Float[Array, "i i"]
@@ -86,19 +110,26 @@ class Layer(NamedTuple):
 
 
 class Factored(NamedTuple):
-    """P by Kronecker factors for each layer of a `Neural` policy."""
+    """P by Kronecker factors for each layer of a `Neural` policy.
+
+    Args:
+        layers: The blocks.
+        unravel: Function from a vector of parameters to the policy.
+    """
 
     layers: tuple[Layer, ...]
-    unravel: Callable[[Vector], Any]
+    unravel: Callable[[Vector], Policy]
 
     def inverse(self, v: Vector) -> Vector:
+        """Compute P^-1 v."""
         return self._each(v, lambda x, values: x / values)
 
     def root(self, v: Vector) -> Vector:
+        """Compute P^-1/2 v."""
         return self._each(v, lambda x, values: x / jnp.sqrt(values))
 
-    def _each(self, v: Vector, act: Callable) -> Vector:
-        policy = self.unravel(v)
+    def _each(self, v: Vector, act: Callable[..., Array]) -> Vector:
+        policy: Any = self.unravel(v)
         weights, biases = [], []
         for layer, W, b in zip(self.layers, policy.net.weights, policy.net.biases, strict=True):
             x = jnp.concatenate([W, b[:, None]], axis=1)
@@ -110,11 +141,15 @@ class Factored(NamedTuple):
         return ravel_pytree(eqx.tree_at(lambda p: (p.net.weights, p.net.biases), policy, net))[0]
 
 
-# What makes them of a model: hyperparameters, and one pass over time (all signs at once).
+# The makers: hyperparameters, and one pass over time (all signs at once).
 
 
 class Jacobi(eqx.Module):
-    r"""The exact diagonal to a power: $P = (D + \epsilon \bar D)^\xi$.
+    r"""Approximate the matrix by a power of its exact diagonal, $P = (D + \epsilon \bar D)^\xi$.
+
+    Args:
+        ridge: $\epsilon$, relative to the mean of the diagonal.
+        power: $\xi$.
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
@@ -129,16 +164,25 @@ class Jacobi(eqx.Module):
     ridge: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-3), converter=as_float)
     power: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1.0), converter=as_float)
 
-    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Diagonal:
+    def __call__(self, model: CurvatureModel, policy: Policy, task: Task, key: PRNGKeyArray | None) -> Diagonal:
         return Diagonal(
             _ridged(diagonal(model, policy, task, key), self.ridge) ** self.power.astype(model.gradient.dtype)
         )
 
 
 class SignedJacobi(eqx.Module):
-    r"""The diagonal estimated from random signs, to a power: $P = (\hat D + \epsilon \bar D)^\xi$. Half a product a sample.
+    r"""Approximate the matrix by a power of its diagonal, estimated from random signs, $P = (\hat D + \epsilon \bar D)^\xi$.
 
-    The signs are those of `seed` at every update. Raises: `ValueError` if `samples` is below 1.
+    Args:
+        ridge: $\epsilon$, relative to the mean of the diagonal.
+        power: $\xi$.
+        samples: Number of sign vectors.
+        seed: Seed of the signs, which are the same at every update.
+
+    Raises:
+        ValueError: If `samples` is below 1.
+
+    Cost: Half a product for each sample.
     """
 
     ridge: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-2), converter=as_float)
@@ -146,21 +190,25 @@ class SignedJacobi(eqx.Module):
     samples: int = eqx.field(static=True, default=4)
     seed: int = eqx.field(static=True, default=0)
 
-    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Diagonal:
+    def __call__(self, model: CurvatureModel, policy: Policy, task: Task, key: PRNGKeyArray | None) -> Diagonal:
         estimate = signed_diagonal(model, jax.random.key(self.seed), self.samples)
         return Diagonal(_ridged(estimate, self.ridge) ** self.power.astype(model.gradient.dtype))
 
 
 class LeafBlocks(eqx.Module):
-    """The exact block of each leaf of the policy with up to `largest` parameters, and the diagonal of the others.
+    """Approximate the matrix by the exact block of each leaf of the policy.
 
-    Nearly as dear as `Dense` where one leaf has most of the parameters.
+    Args:
+        ridge: Added to the eigenvalues, relative to their mean.
+        largest: Size of the largest leaf with a block; larger leaves have their diagonal.
+
+    Cost: Nearly that of `Dense` if one leaf has most of the parameters.
     """
 
     ridge: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-3), converter=as_float)
     largest: int = eqx.field(static=True, default=512)
 
-    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Blocks:
+    def __call__(self, model: CurvatureModel, policy: Policy, task: Task, key: PRNGKeyArray | None) -> Blocks:
         blocks = leaf_blocks(model, policy, task, key, largest=self.largest)
         eigen = iter(_eigen([N for N in blocks if N.ndim == 2]))
         parts = []
@@ -174,11 +222,18 @@ class LeafBlocks(eqx.Module):
 
 
 class Kronecker(eqx.Module):
-    """Kronecker factors of each layer. Raises: `TypeError` for a policy that is not `Neural`."""
+    """Approximate the matrix by Kronecker factors of each layer of a network.
+
+    Args:
+        ridge: Added to the eigenvalues, relative to their mean.
+
+    Raises:
+        TypeError: If the policy is not `Neural`.
+    """
 
     ridge: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1e-3), converter=as_float)
 
-    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Factored:
+    def __call__(self, model: CurvatureModel, policy: Policy, task: Task, key: PRNGKeyArray | None) -> Factored:
         eigen = _eigen([factor for pair in kronecker_factors(model, policy, task) for factor in pair])
         layers = []
         for (a, A), (b, B) in zip(eigen[::2], eigen[1::2], strict=True):
@@ -187,10 +242,15 @@ class Kronecker(eqx.Module):
 
 
 class Preconditioned(eqx.Module):
-    r"""`Krylov` in the metric of an approximation P of N: the path of dampings is $d(\lambda) = -(N + \lambda P)^{-1} g$.
+    r"""`Krylov` in the metric of an approximation P of N, with the steps $d(\lambda) = -(N + \lambda P)^{-1} g$.
 
-    Lanczos on $P^{-1/2} N P^{-1/2}$ from $P^{-1/2} g$; dampings are relative to the largest eigenvalue of that operator. P is
-    one of this module, made anew at every update.
+    Lanczos on $P^{-1/2} N P^{-1/2}$ from $P^{-1/2} g$; dampings are relative to the largest eigenvalue of that operator.
+
+    Args:
+        preconditioner: Maker of P, called at every update.
+        rank: Dimension of the Krylov space.
+
+    Cost: `rank` products, and one pass over time for P.
 
     Reference: Chapelle and Erhan 2011; Martens 2010, section 4.7.
     """
@@ -198,21 +258,21 @@ class Preconditioned(eqx.Module):
     preconditioner: Preconditioner = eqx.field(default_factory=Jacobi)
     rank: int = eqx.field(static=True, default=10)
 
-    def __call__(self, model: CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None) -> Spectral:
+    def __call__(self, model: CurvatureModel, policy: Policy, task: Task, key: PRNGKeyArray | None) -> Spectral:
         P = self.preconditioner(model, policy, task, key)
         space = lanczos(lambda y: P.root(model.product(P.root(y))), P.root(model.gradient), self.rank)
         return space._replace(vectors=jax.vmap(P.root)(space.vectors), values=jnp.maximum(space.values, 0))
 
     def passes(self, parameters: int) -> int:
-        """Passes over the horizon: forward and back for each product, and one for P."""
+        """Two for each product, forward and back, and one for P."""
         return 2 * min(self.rank, parameters) + 1
 
 
 def _eigen(matrices: list[Float[Array, "_ _"]]) -> list[tuple[Array, Array]]:
     """Eigenvalues, none negative, and eigenvectors of positive semidefinite matrices, one after another.
 
-    jaxlib's batched eigh waits on XLA's thread pool, and two of them at a time can lock it for good: each therefore waits for
-    the last one's result, times 0, which the compiler must keep since it may not be finite.
+    jaxlib's batched eigh waits on XLA's thread pool, and two at a time can deadlock: each therefore waits for the result of the
+    one before, times 0, which the compiler must keep because it may not be finite.
     """
     found, last = [], None
     for N in matrices:
@@ -223,7 +283,7 @@ def _eigen(matrices: list[Float[Array, "_ _"]]) -> list[tuple[Array, Array]]:
 
 
 def _ridged(values: Array, ridge: Float[Array, ""]) -> Array:
-    """Plus so much of their mean; ones where there is no curvature at all."""
+    """Add a share of the mean to the values; without any curvature the result is 1."""
     mean = jnp.mean(values)
     return values + jnp.where(mean > 0, ridge.astype(values.dtype) * mean, 1.0)
 

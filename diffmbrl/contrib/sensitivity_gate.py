@@ -1,13 +1,13 @@
-"""A step that makes the closed loop wilder is refused, whatever it earns."""
+"""Reject steps that make the closed loop much more sensitive, even if they raise the return."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, as_float, is_concrete
+from diffmbrl.core import Policy, State, Task, as_float, is_concrete
 from diffmbrl.second_order.curvature import CurvatureModel, Curved
 from diffmbrl.second_order.sensitivity import sensitivity, sensitivity_along
 
@@ -17,13 +17,16 @@ class SensitivityGate(eqx.Module):
 
     $$\sigma(\theta) = \exp \frac1B \sum_i \log \max_t m_{i,t}(\theta),\qquad \sigma(\theta + d) \le \kappa\,\sigma(\theta)$$
 
-    with $m_{i,t}$ of `sensitivity.py`: how far noise in the actions spreads along the rollout from start i. By the return
-    alone, steps over a full horizon walk into regions where the gradient is of no use, and stay there.
-    `Continuation.trusted` takes the starts that go wrong out of the objective; the gate keeps the policy from going there. Its
-    mean of logarithms asks for what most starts do: one that blows up adds little to it. A refused step counts as one that did
-    not improve the return.
+    with $m_{i,t}$ of `sensitivity.py`, the spread of noise in the actions along the rollout from start i. Judged by the return
+    alone, steps over a full horizon lead into regions where the gradient is useless. `Continuation.trusted` takes diverging
+    starts out of the objective; the gate keeps the policy away from such regions. One diverging start adds little to the mean
+    of logarithms. A rejected step counts as one that did not improve the return.
 
-    Raises: `ValueError` if the bound is below 1.
+    Args:
+        bound: $\kappa$, at least 1.
+
+    Raises:
+        ValueError: If the bound is below 1.
 
     >>> float(SensitivityGate().bound)
     10.0
@@ -31,27 +34,40 @@ class SensitivityGate(eqx.Module):
 
     bound: Float[Array, ""]
 
-    def __init__(self, bound: float | Array = 10.0):
+    def __init__(self, bound: ArrayLike = 10.0):
         self.bound = as_float(bound)
         if is_concrete(self.bound) and not bool(self.bound >= 1):
             raise ValueError(f"bound must be at least 1, got {bound}")
 
     def around(
-        self, policy: Any, model: Curved | CurvatureModel, task: Task, s0: State, key: PRNGKeyArray | None
-    ) -> Callable[[Any], Bool[Array, ""]]:
-        """Whether a policy may follow this one, of which `model` is. Cost: one rollout and its linearisation each."""
+        self, policy: Policy, model: Curved | CurvatureModel, task: Task, s0: State, key: PRNGKeyArray | None
+    ) -> Callable[[Policy], Bool[Array, ""]]:
+        """Build the condition on the policies that may follow `policy`.
+
+        Args:
+            policy: Current policy.
+            model: Its model.
+            task: Task.
+            s0: Start states, leaves of shape [B, ...].
+            key: Key of the noise in policy and dynamics.
+
+        Returns:
+            The condition, a function of the next policy.
+
+        Cost: One rollout and its linearisation for each policy.
+        """
         known = isinstance(model, CurvatureModel)
         before = _size(
             sensitivity_along(model.linearization, model.K, task) if known else sensitivity(policy, task, s0, key)
         )
 
-        def allows(policy: Any) -> Bool[Array, ""]:
+        def allows(policy: Policy) -> Bool[Array, ""]:
             return _size(sensitivity(policy, task, s0, key)) <= before + jnp.log(self.bound.astype(before.dtype))
 
         return allows
 
 
 def _size(m: Float[Array, "T B"]) -> Float[Array, ""]:
-    """The mean logarithm of the starts' peaks; infinite where one is not finite."""
+    """The mean logarithm of the starts' peaks; infinite if one is not finite."""
     peak = jnp.max(jnp.where(jnp.isfinite(m), m, jnp.inf), axis=0)
     return jnp.mean(jnp.log(jnp.maximum(peak, jnp.finfo(m.dtype).tiny)))

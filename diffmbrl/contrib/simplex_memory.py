@@ -7,13 +7,17 @@ import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.models.simplex import check_groups, simplex
-from diffmbrl.nets import GRU
+from diffmbrl.nets import GRU, LSTM
 
 
 class SimplexMemory(eqx.Module):
-    """A GRU or LSTM whose hidden state is brought onto the simplices after each step; an LSTM's cell state is left as it is.
+    """A GRU or LSTM whose hidden state is normalised onto simplices after each step; an LSTM's cell state is not.
 
-    Raises: `ValueError` if the units are no multiple of `group`.
+    `RecurrentDynamics.init(..., draw=SimplexMemory.init)` takes it in the place of a GRU.
+
+    Args:
+        net: GRU or LSTM.
+        group: Number of units in a simplex.
 
     >>> import jax, jax.numpy as jnp
     >>> net = SimplexMemory.init(3, 16, 2, key=jax.random.key(0))
@@ -22,7 +26,7 @@ class SimplexMemory(eqx.Module):
     (2.0, (2,))
     """
 
-    net: Any
+    net: GRU | LSTM
     group: int = eqx.field(static=True)
 
     @classmethod
@@ -36,7 +40,22 @@ class SimplexMemory(eqx.Module):
         draw: Callable = GRU.init,
         group: int = 8,
     ) -> "SimplexMemory":
-        """Draw the weights; `draw` is `GRU.init` or `LSTM.init`."""
+        """Draw the weights.
+
+        Args:
+            inputs: Number of inputs.
+            hidden: Number of units.
+            outputs: Number of outputs.
+            key: Key of the weights.
+            draw: `GRU.init` or `LSTM.init`.
+            group: Number of units in a simplex.
+
+        Returns:
+            The network.
+
+        Raises:
+            ValueError: If the number of units is no multiple of `group`.
+        """
         check_groups(hidden, group)
         return cls(draw(inputs, hidden, outputs, key=key), group)
 

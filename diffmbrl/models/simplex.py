@@ -1,7 +1,6 @@
-r"""Latents on a product of simplices: each group of so many units is a softmax, nonnegative with a sum of 1.
+r"""Latents on a product of simplices: each group of units is a softmax, nonnegative with a sum of 1.
 
-What lies between a network's input and its read-out is then bounded, and so are the read-out and the Jacobian, whatever the
-input is. A network whose last hidden layer it is takes the place of an `MLP` (`draw=SimplexMLP.init`).
+The latents of a network are then bounded for every input, and so are its read-out and its Jacobian.
 Reference: Hansen et al. 2024 (TD-MPC2), section 3.1, SimNorm; Lavoie et al. 2022.
 """
 
@@ -16,7 +15,14 @@ from diffmbrl.nets import MLP
 
 
 def simplex(x: Float[Array, " units"], group: int) -> Float[Array, " units"]:
-    """A softmax over each group of units.
+    """Normalise each group of units by a softmax.
+
+    Args:
+        x: Units.
+        group: Number of units in a simplex.
+
+    Returns:
+        The normalised units.
 
     >>> simplex(jnp.array([0.0, 0.0, 5.0, 5.0]), 2).tolist()
     [0.5, 0.5, 0.5, 0.5]
@@ -25,14 +31,28 @@ def simplex(x: Float[Array, " units"], group: int) -> Float[Array, " units"]:
 
 
 def check_groups(hidden: int, group: int) -> None:
+    """Refuse units that do not divide into groups.
+
+    Args:
+        hidden: Number of units.
+        group: Number of units in a simplex.
+
+    Raises:
+        ValueError: If `group` is below 2 or does not divide `hidden`.
+    """
     if group < 2 or hidden % group:
         raise ValueError(f"units are divided into groups of at least 2: {hidden} units, groups of {group}")
 
 
 class SimplexMLP(eqx.Module):
-    r"""$x \mapsto W\,\mathrm{simplex}(\mathrm{encoder}(x)) + b$.
+    r"""A network whose last hidden layer lies on simplices, $x \mapsto W\,\mathrm{simplex}(\mathrm{encoder}(x)) + b$.
 
-    Raises: `ValueError` if there is no hidden layer, or the units of the last are no multiple of `group`.
+    `NetworkDynamics.init(..., draw=SimplexMLP.init)` takes it in the place of an `MLP`.
+
+    Args:
+        encoder: Network of all hidden layers.
+        readout: Affine map from the simplices to the outputs.
+        group: Number of units in a simplex.
 
     >>> net = SimplexMLP.init(3, [32, 16], 2, key=jax.random.key(0))
     >>> net(jnp.ones(3)).shape
@@ -55,7 +75,23 @@ class SimplexMLP(eqx.Module):
         output_scale: float = 1.0,
         group: int = 8,
     ) -> "SimplexMLP":
-        """Draw the weights, as `MLP.init`."""
+        """Draw the weights, as `MLP.init`.
+
+        Args:
+            inputs: Number of inputs.
+            hidden: Sizes of the hidden layers, at least one.
+            outputs: Number of outputs.
+            key: Key of the weights.
+            activation: Activation function of the layers before the last.
+            output_scale: Scale of the read-out's weights.
+            group: Number of units in a simplex.
+
+        Returns:
+            The network.
+
+        Raises:
+            ValueError: If there is no hidden layer, or the units of the last are no multiple of `group`.
+        """
         if not hidden:
             raise ValueError("the simplices are of the last hidden layer: give at least one")
         check_groups(hidden[-1], group)

@@ -1,6 +1,7 @@
 """Consensus of planner and policy: guided policy search over the batched iLQR, by ADMM."""
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Trajectory, as_float, is_plan, parameter, reweighted
+from diffmbrl.core import Policy, State, Task, Trajectory, as_float, is_plan, parameter, reweighted
 from diffmbrl.info import Info, count_evaluations
-from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, Proposals, best_of, damped_update
+from diffmbrl.optimizers.damped_update import damped_update
+from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, Proposals, best_of
 from diffmbrl.rollout import mean_return, returns, rollout, split_keys, weights_axis
 from diffmbrl.second_order.curvature import TIME_FIRST, CurvatureModel, Vector, actions, gauss_newton
 from diffmbrl.second_order.krylov import lanczos
@@ -18,7 +20,7 @@ from diffmbrl.second_order.linearize import Linearization, feedback, flat_states
 from diffmbrl.second_order.riccati import closed_loop, riccati
 from diffmbrl.second_order.small_matrices import matmul, matvec
 
-FLOOR = 1e-6  # of the one-step curvature in the actions, for time steps whose weight leaves them none
+FLOOR = 1e-6  # damping, relative to the one-step curvature in the actions, for time steps of weight 0
 
 
 class Consensus(eqx.Module):
@@ -26,26 +28,38 @@ class Consensus(eqx.Module):
 
     $$\min_{\tau, \theta} -J(\tau)\quad\text{subject to}\quad a_t = \pi_\theta(s_t)\ \text{along every trajectory}$$
 
-    With $w = a - \pi(s)$ and the scaled dual variable u, from w = u = 0 in every update, by `rounds` of
+    With $w = a - \pi(s)$ and the scaled dual variable u, each update starts from w = u = 0 and makes `rounds` of
     1. $\tau \leftarrow \arg\min -J(\tau) + \tfrac\rho2\sum_t |w_t + u_t|^2_{S_t}$ by `iterations` of iLQR around the policy's
-       own closed loop, $s' = f(s, \pi(s) + w)$, each start with the best of the step `lengths` by true rollouts, or none;
+       own closed loop, $s' = f(s, \pi(s) + w)$, with the best of the step `lengths` for each start by true rollouts, or none;
     2. $\theta \leftarrow \arg\min \sum_t |a_t + u_t - \pi_\theta(s_t)|^2_{S_t}$ by `regressions` steps of Gauss-Newton in a
-       Krylov space of dimension `rank`: plain supervised learning, with no recursion over time;
+       Krylov space of dimension `rank`: supervised learning, with no recursion over time;
     3. $u \leftarrow u + a - \pi_\theta(s)$.
 
-    $S_t = Q_{aa}$ is the pivot of $M$ in the first Riccati sweep: what an action's error costs if the planner acts from there
-    on. It has the units of the cost and the weights of the task, and stays moderate where the policy's own closed loop, and
-    with it M, grows by orders of magnitude. Actions keep the task's limits, or no policy could follow them.
+    $S_t = Q_{aa}$, the pivot of $M$ in the first Riccati sweep, is the cost of an action's error if the planner acts
+    afterwards. It has the units of the cost and the weights of the task, and stays moderate where the policy's own closed loop,
+    and with it M, grows by orders of magnitude. Actions keep the task's limits, so that a policy can follow them.
 
-    What every round proposes, and `blends` of it with the policy as it was, is judged by true rollouts: the return never
-    falls. The carry multiplies `rho`: by ten where nothing improves, and back towards 1 as steps are accepted. One round of one
-    iteration is imitation of the planner's step; `rho` large is gradient descent in the metric $G^\top S G$.
+    True rollouts judge the proposal of every round and its `blends` with the current policy, so the return never falls. The
+    carry multiplies `rho`: by ten if nothing improves, and back towards 1 as steps are accepted. One round of one iteration
+    imitates the planner's step; a large `rho` is gradient descent in the metric $G^\top S G$. `Info.model` lists the blends of
+    each round, and as predicted the gain of a policy that follows the trajectories.
 
-    `Info.model` lists the blends of each round, and as predicted what the policy would gain if it followed the trajectories.
+    Args:
+        rho: Penalty on leaving the policy, relative to S.
+        lengths: Step lengths of iLQR's line search.
+        blends: Fractions of each proposal that are judged.
+        fit: Choice of the damping of the regression.
+        rounds: Number of rounds in an update.
+        iterations: Number of iLQR's iterations in a round.
+        regressions: Number of Gauss-Newton steps of the regression in a round.
+        rank: Dimension of the Krylov space of the regression.
 
-    Shapes: policy leaves any; `s0` [B, ...]. Cost: for each iteration a linearisation, a Riccati sweep and B rollouts for each
-    of `lengths`; for each round `rank` products with G and its transpose; B rollouts for each blend of each round.
-    Raises: `ValueError` if a count is below 1; `TypeError` if a state has leaves that are not float.
+    Raises:
+        ValueError: If a count is below 1.
+        TypeError: If a state has leaves that are not float.
+
+    Cost: For each iteration a linearisation, a Riccati sweep and B rollouts for each of `lengths`; for each round `rank`
+    products with G and its transpose; B rollouts for each blend of each round.
     Reference: Levine and Koltun 2013; Mordatch and Todorov 2014 (ADMM); Boyd et al. 2011, section 3.1.1.
 
     >>> import jax
@@ -77,15 +91,15 @@ class Consensus(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes a batch of starts."""
+        """ "policy": it takes a batch of starts."""
         return "policy"
 
-    def init(self, policy: Any, task: Task) -> Float[Array, ""]:
+    def init(self, policy: Policy, task: Task) -> Float[Array, ""]:
         return jnp.ones((), ravel_pytree(policy)[0].dtype)
 
     def update(
-        self, policy: Any, carry: Float[Array, ""], task: Task, s0: State, *, key: PRNGKeyArray | None
-    ) -> tuple[Any, Array, Info]:
+        self, policy: Policy, carry: Float[Array, ""], task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Policy, Float[Array, ""], Info]:
         model = gauss_newton(policy, task, s0, key)
         rho = carry * self.rho.astype(carry.dtype)
         proposals, spoilt = _Rounds(self, task, s0, key, rho, model).propose(policy, model)
@@ -95,7 +109,7 @@ class Consensus(eqx.Module):
             return count_evaluations(
                 forward=steps * (2 + effort * (self.lengths.size + 1) + candidates),
                 jvp=steps * (task.n + task.m) * (1 + effort),
-                # Rollout and adjoint, the pivots, a sweep and a line search an iteration, the candidates all at once.
+                # Rollout and adjoint, the pivots, a sweep and a line search for each iteration, all candidates at once.
                 sequential=2 + 1 + 2 * effort + 1,
             )
 
@@ -112,26 +126,30 @@ class _Judge(eqx.Module):
     def choose(
         self, carry: Float[Array, ""], found: Proposals, J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
+        """The next carry, and the best of the blends."""
         choice = best_of(found.steps, found.predicted, found.shares, J, evaluate)
-        # Bounded, since at an optimum nothing improves however long it is asked.
-        return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), jnp.minimum(carry * 10, 1e8)), choice
+        return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), self.refuse(carry)), choice
+
+    def refuse(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        """The carry after a refused step, bounded because at an optimum every step is refused."""
+        return jnp.minimum(carry * 10, 1e8)
 
 
 class _Plans(NamedTuple):
-    """What the planner knows of all starts."""
+    """The planner's state for all starts: trajectories, the policy's gains K, w = a - pi(s), and the dual variable u."""
 
     trajectory: Trajectory  # leaves [T, B, ...]
     J: Float[Array, " B"]
     lin: Linearization
-    K: Float[Array, "T m n B"]  # the policy's, along the trajectory
-    w: Float[Array, "T m B"]  # a - pi(s)
+    K: Float[Array, "T m n B"]
+    w: Float[Array, "T m B"]
     u: Float[Array, "T m B"]
 
 
 class _Around(eqx.Module):
     r"""A plan around a policy: $a_t = \pi(s_t) + w_t + K_t (s_t - \bar s_t)$, within the limits."""
 
-    policy: Any
+    policy: Policy
     w: Float[Array, "*T m"]
     K: Float[Array, "*T m n"]
     s: Float[Array, "*T n"]
@@ -146,7 +164,7 @@ class _Around(eqx.Module):
 
 
 class _Rounds:
-    """The rounds of one update, and what they share: task, starts, noise and prices."""
+    """The rounds of one update, with the task, starts, noise and prices S that they share."""
 
     def __init__(
         self,
@@ -163,8 +181,8 @@ class _Rounds:
         self.floor = FLOOR * _one_step(model.linearization)
         self.S = riccati(closed_loop(model.linearization, model.K), self.floor).Q_aa
 
-    def propose(self, policy: Any, model: CurvatureModel) -> tuple[Proposals, Int[Array, ""]]:
-        """Steps for every blend of every round, and how many rollouts of the planner were not finite."""
+    def propose(self, policy: Policy, model: CurvatureModel) -> tuple[Proposals, Int[Array, ""]]:
+        """Steps for every blend of every round, and the number of the planner's rollouts that were not finite."""
         theta, unravel = ravel_pytree(policy)
         value = jax.vmap(
             lambda tau, w: returns(tau, reweighted(self.task, w)), in_axes=(TIME_FIRST, self.axis), out_axes=0
@@ -198,8 +216,8 @@ class _Rounds:
             negative=jnp.zeros((), theta.dtype),
         ), spoilt
 
-    def _improve(self, policy: Any, plans: _Plans) -> tuple[_Plans, Int[Array, ""]]:
-        """An iteration of iLQR of every start: each takes its best step length, or stays."""
+    def _improve(self, policy: Policy, plans: _Plans) -> tuple[_Plans, Int[Array, ""]]:
+        """One iteration of iLQR from every start: each takes its best step length, or none."""
         n, m, T = self.task.n, self.task.m, self.task.horizon
         loop = closed_loop(plans.lin, plans.K)
         loop = loop._replace(
@@ -231,12 +249,12 @@ class _Rounds:
         better = sweep.definite & (jnp.min(cost, axis=0) < self._augmented(plans.trajectory, plans.J, plans.w, plans.u))
 
         def pick(axis, tried, old):
-            """Of each start, whose axis in `old` is given, the best trial, or what it had."""
+            """The best trial of each start, or its old values; `axis` is the axis of the starts in `old`."""
 
             def leaf(x, y):
-                beside = [-1 if i == axis % y.ndim else 1 for i in range(y.ndim)]
-                chosen = jnp.take_along_axis(x, best.reshape(1, *beside), axis=0)[0]
-                return jnp.where(better.reshape(beside), chosen, y)
+                shape = [-1 if i == axis % y.ndim else 1 for i in range(y.ndim)]
+                chosen = jnp.take_along_axis(x, best.reshape(1, *shape), axis=0)[0]
+                return jnp.where(better.reshape(shape), chosen, y)
 
             return jax.tree.map(leaf, tried, old)
 
@@ -244,7 +262,9 @@ class _Rounds:
         plans = plans._replace(trajectory=trajectory, J=pick(0, tried[1], plans.J), w=pick(-1, tried[2], plans.w))
         return plans, jnp.sum(~finite, dtype=jnp.int32)
 
-    def _regress(self, theta: Vector, unravel: Any, plans: _Plans, damping: Array) -> tuple[Vector, Array]:
+    def _regress(
+        self, theta: Vector, unravel: Callable[[Vector], Policy], plans: _Plans, damping: Array
+    ) -> tuple[Vector, Array]:
         """Gauss-Newton on the squared distance of the policy's actions to a + u, at the trajectories' states."""
         target = _last(plans.trajectory.a) + plans.u
 
@@ -271,8 +291,8 @@ class _Rounds:
 
         return jax.lax.fori_loop(0, self.solver.regressions, step, (theta, damping))
 
-    def _linearize(self, policy: Any, plans: _Plans) -> _Plans:
-        """Of plant and policy along the trajectories as they are now."""
+    def _linearize(self, policy: Policy, plans: _Plans) -> _Plans:
+        """Linearise plant and policy along the current trajectories."""
 
         def one(trajectory, key, weights):
             return linearize(reweighted(self.task, weights), trajectory, key)
@@ -282,18 +302,18 @@ class _Rounds:
         )
         return plans._replace(lin=lin, K=self._gains(policy, plans.trajectory))
 
-    def _gains(self, policy: Any, trajectory: Trajectory) -> Float[Array, "T m n B"]:
+    def _gains(self, policy: Policy, trajectory: Trajectory) -> Float[Array, "T m n B"]:
         along = jax.vmap(lambda tau, key: feedback(policy, tau, key), in_axes=(TIME_FIRST, 0), out_axes=-1)
         return along(trajectory, self.keys)
 
-    def _actions(self, policy: Any, s: State) -> Float[Array, "T m B"]:
+    def _actions(self, policy: Policy, s: State) -> Float[Array, "T m B"]:
         return actions(policy, s, self.keys, None)
 
     def _alive(self, trajectory: Trajectory) -> Float[Array, "T B"]:
         return trajectory.alive[:-1].astype(self.S.dtype)
 
     def _price(self, trajectory: Trajectory, w: Float[Array, "T m B"]) -> Float[Array, "T m B"]:
-        """S w, of the steps before the end of the episode."""
+        """S w, zero after the end of the episode."""
         return self._alive(trajectory)[:, None] * jax.vmap(matvec)(self.S, w)
 
     def _augmented(self, trajectory: Trajectory, J: Array, w: Array, u: Array) -> Float[Array, " B"]:

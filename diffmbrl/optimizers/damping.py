@@ -1,31 +1,35 @@
-r"""How far to go along the curve of damped steps $d(\lambda) = -(N + \lambda I)^{-1} g$.
+r"""Rules that choose a step along the curve of damped steps $d(\lambda) = -(N + \lambda I)^{-1} g$.
 
-A rule has `start(dtype) -> carry` and `choose(carry, space, J, evaluate) -> carry, Choice`, where `evaluate` maps steps [k, P]
-to true returns [k]; one whose step may be refused (`gate.py`) has `refuse(carry) -> carry` too, which makes the next one
-shorter. `damped_update` is the update that every solver with a rule makes. Dampings are relative to the
-largest eigenvalue seen, so that neither the units of the reward nor the number of steps matter.
+A rule chooses by `choose(carry, space, J, evaluate) -> carry, Choice`, where `evaluate` maps steps [k, P] to true returns [k].
+Dampings are relative to the largest eigenvalue, so that neither the units of the reward nor the number of
+steps matter.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
-from diffmbrl.core import Policy, State, Task, as_float
-from diffmbrl.info import EvaluationCounts, Info, Quadratic
-from diffmbrl.second_order.curvature import CurvatureModel, Curved
+from diffmbrl.core import as_float
 from diffmbrl.second_order.krylov import Spectral, TruncatedCG
-from diffmbrl.second_order.projection import projection_gap
 
 Evaluate = Callable[[Float[Array, "c P"]], Float[Array, " c"]]
 
 
 class Choice(NamedTuple):
-    """The step to take, zero where none was accepted; and all candidates, by the model and in truth."""
+    """The step that a rule takes, and all its candidates, by the model and by true returns.
+
+    Args:
+        step: Step, zero if none was accepted.
+        accepted: Whether a step was accepted.
+        damping: Its damping.
+        dampings: Dampings of all candidates.
+        predicted: Improvements of the return that the model predicts.
+        returns: True returns.
+    """
 
     step: Float[Array, " P"]
     accepted: Bool[Array, ""]
@@ -36,7 +40,15 @@ class Choice(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Steps found otherwise than in one quadratic model, each with what it promises and the share of a whole step it is."""
+    """Candidate steps that do not come from one quadratic model.
+
+    Args:
+        steps: Steps.
+        predicted: Improvements of the return that they promise.
+        shares: Fractions of a full step, in the place of dampings.
+        products: Number of operator products spent.
+        negative: Share of negative curvature.
+    """
 
     steps: Float[Array, "c P"]
     predicted: Float[Array, " c"]
@@ -45,22 +57,14 @@ class Proposals(NamedTuple):
     negative: Float[Array, ""]
 
 
-@runtime_checkable
-class StepGate(Protocol):
-    """A condition on steps beside the return: `around` a policy, whether another may follow it."""
-
-    def around(
-        self, policy: Policy, model: Curved | CurvatureModel, task: Task, s0: State, key: PRNGKeyArray | None
-    ) -> Callable[[Policy], Bool[Array, ""]]:
-        """The condition on the policies that may follow `policy`, of which `model` is the model."""
-        ...
-
-
 class DampingGrid(eqx.Module):
-    r"""A dozen dampings of one factorisation, the true return of each from one vmapped rollout; the best is taken.
+    r"""Take the best of a dozen dampings of one factorisation, judged by true returns from one vmapped rollout.
 
-    $\lambda_j = \mu\,d_j\,\rho_{max}$. The carry $\mu$ is raised tenfold when no step of the path improves the return, and
-    falls back to 1 as steps are accepted again. It replaces damping schedules and their constants.
+    $\lambda_j = \mu\,d_j\,\rho_{max}$. The carry $\mu$ is raised tenfold when no step improves the return, and falls back to 1
+    as steps are accepted again. The grid replaces damping schedules and their constants.
+
+    Args:
+        dampings: The grid $d_j$, relative to the largest eigenvalue $\rho_{max}$.
 
     >>> DampingGrid().dampings.shape
     (12,)
@@ -71,31 +75,39 @@ class DampingGrid(eqx.Module):
     )
 
     def start(self, dtype: jnp.dtype) -> Float[Array, ""]:
+        """The carry before the first update."""
         return jnp.ones((), dtype)
 
     def choose(
         self, carry: Float[Array, ""], space: Spectral, J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
+        """The next carry, and the step."""
         dampings = self.along(carry, space)
         choice = best_of(*jax.vmap(space.step)(dampings), dampings, J, evaluate)
         return self.next(carry, choice), choice
 
     def along(self, carry: Float[Array, ""], space: Spectral) -> Float[Array, " k"]:
-        """The dampings of a space's path."""
+        """The dampings of a space, for the factor in the carry."""
         return carry * self.dampings.astype(carry.dtype) * scale(space)
 
     def next(self, carry: Float[Array, ""], choice: Choice) -> Float[Array, ""]:
+        """The carry after a choice."""
         return jnp.where(choice.accepted, jnp.maximum(carry / 10, 1.0), self.refuse(carry))
 
     def refuse(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        """The carry after a refused step."""
         return carry * 10
 
 
 class LevenbergMarquardt(eqx.Module):
-    r"""One damping, adapted from the ratio of true to predicted decrease.
+    r"""Adapt one damping by the ratio of true to predicted decrease.
 
-    $\varrho = (J(\theta + d) - J(\theta)) / (-g^\top d - \tfrac12 d^\top N d)$; the step is taken when $\varrho > 0$. The
-    damping is multiplied by `grow` when $\varrho < 1/4$ and by `shrink` when $\varrho > 3/4$.
+    $\varrho = (J(\theta + d) - J(\theta)) / (-g^\top d - \tfrac12 d^\top N d)$; the step is taken when $\varrho > 0$.
+
+    Args:
+        initial: First damping, relative to the largest eigenvalue.
+        grow: Factor on the damping when $\varrho < 1/4$, or when the step is refused.
+        shrink: Factor on the damping when $\varrho > 3/4$.
 
     Reference: Nocedal and Wright, Numerical Optimization, algorithm 4.1; Martens 2010, section 4.1.
 
@@ -108,11 +120,13 @@ class LevenbergMarquardt(eqx.Module):
     shrink: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(0.5), converter=as_float)
 
     def start(self, dtype: jnp.dtype) -> Float[Array, ""]:
+        """The carry before the first update."""
         return self.initial.astype(dtype)
 
     def choose(
         self, carry: Float[Array, ""], space: Spectral, J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
+        """The next carry, and the step."""
         damping = carry * scale(space)
         step, predicted = space.step(damping)
         reached = evaluate(step[None])[0]
@@ -122,14 +136,18 @@ class LevenbergMarquardt(eqx.Module):
         return carry, _only(step, ratio > 0, damping, predicted, reached)
 
     def refuse(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        """The carry after a refused step."""
         return carry * self.grow.astype(carry.dtype)
 
 
 class TrustRegion(eqx.Module):
-    r"""One radius for steps of `conjugate_gradients`, adapted from the ratio of true to predicted decrease.
+    r"""Adapt the radius of `conjugate_gradients` by the ratio of true to predicted decrease.
 
-    The step is taken when $\varrho > 0$. The radius becomes $|d| / 4$ when $\varrho < 1/4$; it doubles when $\varrho > 3/4$ and
-    the step ended on the boundary. With a preconditioner the norm is its own.
+    The step is taken when $\varrho > 0$. The radius becomes $|d| / 4$ when $\varrho < 1/4$, and doubles when $\varrho > 3/4$
+    and the step ends on the boundary. Lengths are in the norm of the preconditioner, if there is one.
+
+    Args:
+        initial: First radius.
 
     Reference: Nocedal and Wright, Numerical Optimization, algorithm 4.1.
 
@@ -140,19 +158,22 @@ class TrustRegion(eqx.Module):
     initial: Float[Array, ""] = eqx.field(default_factory=lambda: as_float(1.0), converter=as_float)
 
     def start(self, dtype: jnp.dtype) -> Float[Array, ""]:
+        """The carry before the first update."""
         return self.initial.astype(dtype)
 
     def choose(
         self, carry: Float[Array, ""], found: TruncatedCG, J: Float[Array, ""], evaluate: Evaluate
     ) -> tuple[Array, Choice]:
+        """The next carry, and the step."""
         reached = evaluate(found.step[None])[0]
         ratio = _ratio(reached, J, found.predicted)
-        # A step of nothing says nothing of the radius: CG met what is not finite, or the gradient is zero.
+        # A step of length 0 carries no information about the radius: a product was not finite, or the gradient is zero.
         shrunk = jnp.where(found.length > 0, found.length / 4, carry)
         grown = jnp.where(found.boundary & (ratio > 0.75), 2 * carry, carry)
         return jnp.where(ratio < 0.25, shrunk, grown), _only(found.step, ratio > 0, carry, found.predicted, reached)
 
     def refuse(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        """The carry after a refused step."""
         return carry / 4
 
 
@@ -165,7 +186,19 @@ def best_of(
     *,
     worth: Float[Array, " c"] | float = 1.0,
 ) -> Choice:
-    """The step that improves the true return the most, each improvement times its `worth`, if one does; else none."""
+    """Choose the step that improves the true return most, or none if no step improves it.
+
+    Args:
+        steps: Candidates.
+        predicted: Improvements that the model predicts.
+        dampings: Dampings of the candidates.
+        J: Return before the step.
+        evaluate: Function from steps to true returns.
+        worth: Factors on the improvements when they are compared.
+
+    Returns:
+        The choice.
+    """
     returns = evaluate(steps)
     best = jnp.argmax(jnp.where(jnp.isfinite(returns), (returns - J) * worth, -jnp.inf))
     accepted = jnp.isfinite(returns[best]) & (returns[best] > J)
@@ -173,71 +206,21 @@ def best_of(
     return Choice(step, accepted, dampings[best], dampings, predicted, returns)
 
 
-def damped_update(
-    rule: Any,
-    policy: Any,
-    carry: Any,
-    model: Curved | CurvatureModel,
-    space: Spectral | TruncatedCG | Proposals | tuple[Spectral, ...],
-    objective: Callable[[Any], Array],
-    work: Callable[[int], EvaluationCounts],
-    *,
-    allows: Callable[[Any], Bool[Array, ""]] | None = None,
-) -> tuple[Any, Any, Info]:
-    """Move the policy as `rule` chooses in `space`, judged by `objective` (policy -> true return), and report it.
-
-    A step whose policy `allows` does not is refused.
-
-    Of several spaces, which share the gradient, the first is reported.
-    `work` counts an update in which so many candidates were tried. A gradient that is not finite leaves no finite step: nothing
-    is accepted, the carry is kept, and it is counted.
-    """
-    theta, unravel = ravel_pytree(policy)
-    new, choice = rule.choose(
-        carry, space, model.J, lambda steps: jax.vmap(lambda d: objective(unravel(theta + d)))(steps)
-    )
-    if allows is not None:
-        allowed = allows(unravel(theta + choice.step)) | ~choice.accepted
-        new = jax.tree.map(lambda x, refused: jnp.where(allowed, x, refused), new, rule.refuse(carry))
-        choice = choice._replace(accepted=choice.accepted & allowed)
-    finite = jnp.isfinite(model.J) & jnp.all(jnp.isfinite(model.gradient))
-    accepted = choice.accepted & finite
-    step = jnp.where(accepted, choice.step, jnp.zeros_like(theta))
-    bad = jnp.sum(~jnp.isfinite(choice.returns), dtype=jnp.int32)
-    spaces = (space,) if isinstance(space, Spectral | TruncatedCG | Proposals) else space
-    seen = spaces[0]
-    ritz = seen.ritz if isinstance(seen, Spectral) else jnp.zeros(0, theta.dtype)
-    info = Info(
-        J=model.J,
-        gradient_norm=jnp.linalg.norm(model.gradient),
-        accepted=accepted,
-        damping=choice.damping,
-        inner_iterations=jnp.sum(jnp.stack([one.products for one in spaces]), dtype=jnp.int32),
-        nonfinite=bad + (~finite).astype(jnp.int32),
-        work=work(choice.returns.size),
-        model=Quadratic(
-            ritz=ritz,
-            negative=_share(ritz) if isinstance(seen, Spectral) else seen.negative.astype(theta.dtype),
-            dampings=choice.dampings,
-            predicted=choice.predicted,
-            improved=choice.returns - model.J,
-            gap=projection_gap(model, step)
-            if isinstance(model, CurvatureModel)
-            else jnp.full((), jnp.nan, theta.dtype),
-        ),
-    )
-    policy = unravel(jnp.where(accepted, theta + step, theta))
-    return policy, jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, carry), info
-
-
 def scale(space: Spectral) -> Float[Array, ""]:
-    """The largest eigenvalue; 1 for an operator without any (no curvature in the reward), whose steps follow the gradient."""
+    """The largest eigenvalue of a space: the unit of dampings.
+
+    Args:
+        space: Eigenvectors or Ritz vectors.
+
+    Returns:
+        The largest eigenvalue; 1 if none is positive (a reward without curvature), so that steps follow the gradient.
+    """
     top = jnp.max(space.values)
     return jnp.where(top > 0, top, 1.0).astype(space.values.dtype)
 
 
 def _ratio(reached: Array, J: Array, predicted: Array) -> Array:
-    """Of true to predicted improvement; -1 for a return that is not finite."""
+    """The ratio of true to predicted improvement; -1 for a return that is not finite."""
     tiny = jnp.finfo(J.dtype).tiny
     return jnp.where(jnp.isfinite(reached), (reached - J) / jnp.maximum(predicted, tiny), -1.0)
 
@@ -246,9 +229,3 @@ def _only(step: Array, accepted: Array, damping: Array, predicted: Array, reache
     """The choice of a rule with one candidate."""
     taken = jnp.where(accepted, step, jnp.zeros_like(step))
     return Choice(taken, accepted, damping, damping[None], predicted[None], reached[None])
-
-
-def _share(ritz: Array) -> Array:
-    """Of the negative in the sum of absolute values."""
-    total = jnp.sum(jnp.abs(ritz))
-    return jnp.sum(jnp.maximum(-ritz, 0)) / jnp.where(total > 0, total, 1.0)

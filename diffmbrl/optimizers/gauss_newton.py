@@ -1,14 +1,13 @@
 """Gauss-Newton on the policy's parameters through the rollout."""
 
-from typing import Any
-
 import equinox as eqx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task
+from diffmbrl.core import Policy, State, Task
 from diffmbrl.info import Info, count_evaluations
-from diffmbrl.optimizers.damping import DampingGrid, LevenbergMarquardt, StepGate, damped_update
+from diffmbrl.optimizers.damped_update import StepGate, damped_update
+from diffmbrl.optimizers.damping import DampingGrid, LevenbergMarquardt
 from diffmbrl.optimizers.systems import Krylov, LinearSystem
 from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import gauss_newton
@@ -19,20 +18,23 @@ class GaussNewton(eqx.Module):
 
     $$\theta \leftarrow \theta + d(\lambda),\quad d(\lambda) = -(G^\top M G + \lambda I)^{-1} G^\top g$$
 
-    averaged over the starts, where G stacks $d\pi/d\theta$ over time, M is the LQR Hessian along the trajectory and g the
-    gradient of the cost in the actions (`curvature.py`). `system` says how it is solved, for every damping from one
-    factorisation: `Krylov(rank)` by products, `Dense()` with the matrix, `SquareRoot()` without squaring its condition,
-    `Sigma(sigma)` with slack between the planner's actions and the policy's, `Preconditioned(...)` in the metric of an
-    approximation. `damping` says which is taken: `DampingGrid()` the best
-    of a dozen by their true returns, `LevenbergMarquardt()` one, adapted by the reduction ratio. On an `OpenLoop` plan the step
-    is iLQR's, without its feedback.
+    averaged over the starts: G stacks $d\pi/d\theta$ over time, M is the LQR Hessian along the trajectory and g the gradient of
+    the cost in the actions (`curvature.py`). A step that does not improve the return is rejected, and the damping grows, so the
+    return never falls. On an `OpenLoop` plan the step is iLQR's, without its feedback.
 
-    The return never falls: a step that does not improve it is not taken, and the damping grows. With a `gate`, neither is one
-    that makes the closed loop much more sensitive.
+    Args:
+        system: Solution of the system for every damping: `Krylov` by products, `Dense` with the matrix, `SquareRoot` without
+            squaring its condition number, `Sigma` with slack between the planner's actions and the policy's.
+        damping: Choice of the damping: `DampingGrid` takes the best of a dozen by their true returns, `LevenbergMarquardt`
+            adapts one by the reduction ratio.
+        gate: Condition on steps besides the return, or None.
+        chunk: Number of time steps in one batch through the network (`curvature.gauss_newton`).
 
-    Shapes: policy leaves any; `s0` [B, ...]. Cost: one rollout, its linearisation, `rank` products (each about .7 of a BPTT
-    gradient) or one dense pass, and B rollouts for each damping tried. `chunk` is `curvature.gauss_newton`'s.
-    Raises: `TypeError` if a state has leaves that are not float.
+    Raises:
+        TypeError: If a state has leaves that are not float.
+
+    Cost: One rollout, its linearisation, `rank` products (each about .7 of a BPTT gradient) or one dense pass, and B rollouts
+    for each damping tried.
     Reference: Schraudolph 2002, section 3; Martens 2010, section 4; Levenberg 1944, Marquardt 1963.
 
     >>> import jax
@@ -51,15 +53,15 @@ class GaussNewton(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes a batch of starts."""
+        """ "policy": it takes a batch of starts."""
         return "policy"
 
-    def init(self, policy: Any, task: Task) -> Any:
+    def init(self, policy: Policy, task: Task) -> Float[Array, ""]:
         return self.damping.start(ravel_pytree(policy)[0].dtype)
 
     def update(
-        self, policy: Any, carry: Any, task: Task, s0: State, *, key: PRNGKeyArray | None
-    ) -> tuple[Any, Any, Info]:
+        self, policy: Policy, carry: Float[Array, ""], task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Policy, Float[Array, ""], Info]:
         model = gauss_newton(policy, task, s0, key, chunk=self.chunk)
         space = self.system(model, policy, task, key)
         steps = model.g.shape[0] * model.g.shape[-1]
@@ -68,10 +70,10 @@ class GaussNewton(eqx.Module):
 
         def work(candidates):
             return count_evaluations(
-                # The rollout, its linearisation, the candidates; and the gate's rollout, linearised.
+                # The rollout, its linearisation and the candidates; the gate's rollout and its linearisation.
                 forward=steps * (2 + candidates + 2 * gated),
                 jvp=steps * (task.n + task.m) * (1 + gated),
-                # Rollout and adjoint, the products' linear recursions, and the candidates all at once.
+                # Rollout and adjoint, the linear recursions of the products, and all candidates at once.
                 sequential=2 + self.system.passes(model.gradient.size) + 1 + 3 * gated,
             )
 

@@ -1,28 +1,32 @@
-"""Newton's method on the policy's parameters: the true Hessian made safe at saddles, and Gauss-Newton before it."""
+"""Newton's method on the policy's parameters: Gauss-Newton first, and the true Hessian made safe at saddles."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import State, Task, as_float
+from diffmbrl.core import Policy, State, Task, as_float
 from diffmbrl.info import Info, count_evaluations
-from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, StepGate, best_of, damped_update
+from diffmbrl.optimizers.damped_update import StepGate, damped_update
+from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, best_of
 from diffmbrl.optimizers.systems import Dense, Krylov
 from diffmbrl.optimizers.wrappers.minibatch import in_turn
 from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import Vector, gauss_newton, hessian
 from diffmbrl.second_order.krylov import Spectral, eigen, lanczos
 
+NewtonCarry = tuple[Float[Array, ""], Int[Array, ""]]  # the factor on all dampings, and the number of updates
+
 
 class ThreePaths(eqx.Module):
-    """A path of dampings through each of three spaces; a step of the first must improve `margin` times as much to be taken.
+    """A grid of dampings in each of three spaces, judged together by true returns.
 
-    The third takes every other damping of the path.
+    Args:
+        path: Dampings; the third space takes every other one.
+        margin: Factor by which a step of the first space must improve the return more than the best of the others to be taken.
     """
 
     path: DampingGrid
@@ -35,6 +39,7 @@ class ThreePaths(eqx.Module):
         J: Float[Array, ""],
         evaluate: Evaluate,
     ) -> tuple[Array, Choice]:
+        """The next carry, and the best step."""
         dampings = [self.path.along(carry, space)[::every] for space, every in zip(spaces, (1, 1, 2), strict=True)]
         paths = [jax.vmap(space.step)(each) for space, each in zip(spaces, dampings, strict=True)]
         steps, predicted = (jnp.concatenate(x) for x in zip(*paths, strict=True))
@@ -44,40 +49,43 @@ class ThreePaths(eqx.Module):
         return self.path.next(carry, choice), choice
 
     def refuse(self, carry: Float[Array, ""]) -> Float[Array, ""]:
+        """The carry after a refused step."""
         return self.path.refuse(carry)
 
 
 class KrylovNewton(eqx.Module):
-    r"""Gauss-Newton, saddle-free Newton and the gradient's imitation, a path of dampings through each, judged by true returns.
+    r"""Gauss-Newton, saddle-free Newton and imitation of the gradient, each with a grid of dampings, judged by true returns.
 
     $$d(\lambda) = -V^\top U\,(|\rho| + \lambda)^{-1}\,U^\top e_1\,|g|$$
 
-    with V the Lanczos vectors from g, fully re-orthogonalised, of $\nabla^2_\theta(-J)$ in one space, of the Gauss-Newton
-    matrix $G^\top M G$ in the next and of $G^\top G$ in the third, and $U\,\mathrm{diag}(\rho)\,U^\top$ their tridiagonal
-    matrix. Where the Hessian's curvature is negative its absolute value stands: the step is repelled by a saddle as fast as it
-    is attracted by a minimum, and every step is downhill.
+    V are the fully re-orthogonalised Lanczos vectors from g of $\nabla^2_\theta(-J)$ in one space, of the Gauss-Newton matrix
+    $G^\top M G$ in the next and of $G^\top G$ in the third, and $U\,\mathrm{diag}(\rho)\,U^\top$ is their tridiagonal matrix.
+    The absolute value of a negative curvature repels the step from a saddle, and every step is downhill. The return never
+    falls.
 
-    They fail in different places. Gauss-Newton leaves out the curvature of network and dynamics, and with it the negative
+    The three fail in different places. Gauss-Newton leaves out the curvature of network and dynamics, and with it the negative
     curvature by which a pendulum's policy leaves the plateaus between swinging left and right. The Hessian's steps are often
-    the better ones of the moment, but can lead a long rollout into poorer places: of the best of both at every update one seed
-    of `cartpole-swingup` ends at a cost of 32 that ends at 21 with a margin of 4. So a step of the Hessian is taken only if it
-    improves the return `margin` times as much as the best of the others, as where those have come to rest.
+    better for one update, but can lead a long rollout into worse regions: with the best of both at every update, one seed of
+    `cartpole-swingup` ends at a cost of 32, and at 21 with a margin of 4. Both can stop far from an optimum, where the reward
+    or the limits of the actions have kinks. The third step uses no curvature of the return: it is the damped regression of the
+    policy onto a gradient step in the actions, a natural gradient whose products take no pass over time. On the cart-pole it is
+    never the best; on `pendulum` (T = 200) it saves one seed of five and loses another, and `MultiStart` saves all.
 
-    Both can rest far from an optimum, where the reward or the limits of the actions have kinks. The third step trusts no
-    curvature: it is the regression of the policy onto a gradient step in the actions, damped, a natural gradient whose products
-    are the network's alone and take no pass over time. On the cart-pole it is never the best; on `pendulum` (T = 200) it saves
-    one seed of five and loses another, and first policies that race (`Raced`) save all.
+    Args:
+        damping: The dampings of each space.
+        margin: Factor by which a step of the Hessian must improve the return more than the best of the others to be taken.
+        gate: Condition on steps besides the return, or None.
+        rank: Dimension of the Hessian's Krylov space. None takes all eigenvectors of the first two matrices, each formed in one
+            batched pass: a dozen sequential passes over the horizon rather than 58, for P times the work.
+        structured: Dimension of the other two Krylov spaces.
+        starts: Number of starts over which the Hessian is averaged, others at each update. Gradient, Gauss-Newton matrix and
+            the returns that judge a step are of all starts.
 
-    A `rank` of None takes all eigenvectors of the first two matrices, each formed in one batched pass: an update is then
-    a dozen passes over the horizon, one after another, rather than 58, for P times the work. That is for devices with cores to
-    spare.
+    Raises:
+        ValueError: If `rank`, `structured` or `starts` is below 1.
 
-    The Hessian is averaged over `starts` of the starts, others at each update; gradient, Gauss-Newton matrix and the returns
-    that judge a step are of all of them. The return never falls, nor, with a `gate`, does the closed loop become much more
-    sensitive in one step.
-
-    Shapes: policy leaves any; `s0` [B, ...]. Cost: `structured` products of about .7 BPTT gradients; `rank` of about 2.4, times
-    the share `starts` / B; B rollouts for each of 30 candidates.
+    Cost: `structured` products of about .7 BPTT gradients; `rank` products of about 2.4, times the share `starts` / B; B
+    rollouts for each of 30 candidates.
     Reference: Dauphin et al. 2014, section 4; O'Leary-Roseberry, Alger, Ghattas 2021 (low-rank saddle-free Newton); Byrd, Chin,
     Neveitt, Nocedal 2011 (Hessians of a part of the sample); Amari 1998 (the natural gradient).
 
@@ -104,15 +112,15 @@ class KrylovNewton(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes a batch of starts."""
+        """ "policy": it takes a batch of starts."""
         return "policy"
 
-    def init(self, policy: Any, task: Task) -> Any:
+    def init(self, policy: Policy, task: Task) -> NewtonCarry:
         return self.damping.start(ravel_pytree(policy)[0].dtype), jnp.zeros((), jnp.int32)
 
     def update(
-        self, policy: Any, carry: Any, task: Task, s0: State, *, key: PRNGKeyArray | None
-    ) -> tuple[Any, Any, Info]:
+        self, policy: Policy, carry: NewtonCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Policy, NewtonCarry, Info]:
         damping, updates = carry
         model = gauss_newton(policy, task, s0, key)
         batch = model.g.shape[-1]
@@ -129,12 +137,12 @@ class KrylovNewton(eqx.Module):
 
         def work(candidates):
             return count_evaluations(
-                # The rollout, its linearisation, the candidates and the gate's; the Hessian's rollout, and its recomputation.
+                # The rollout, its linearisation, the candidates and the gate's rollouts; the Hessian's, and its recomputation.
                 forward=steps * (2 + candidates + 2 * gated) + 2 * partial,
                 jvp=steps * (task.n + task.m) * (1 + gated) + partial * space.products,
                 vjp=partial * (1 + space.products),
-                # Rollout and adjoint, Gauss-Newton's passes; three of the Hessian's gradient, a tangent of two for each product
-                # or for all together; and the candidates all at once.
+                # Rollout and adjoint, and Gauss-Newton's passes; three of the Hessian's gradient, two of a tangent for each
+                # product or for all together; all candidates at once.
                 sequential=2
                 + system.passes(model.gradient.size)
                 + 3

@@ -1,16 +1,16 @@
 """Newton's method on the policy's parameters by truncated conjugate gradients in a trust region."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, as_float
+from diffmbrl.core import Policy, State, Task, as_float
 from diffmbrl.info import Info, count_evaluations
-from diffmbrl.optimizers.damping import StepGate, TrustRegion, damped_update
+from diffmbrl.optimizers.damped_update import StepGate, damped_update
+from diffmbrl.optimizers.damping import TrustRegion
 from diffmbrl.optimizers.systems import Preconditioner
 from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import CurvatureModel, Curved, Vector, hessian
@@ -22,16 +22,22 @@ class NewtonCG(eqx.Module):
 
     $$d \approx \arg\min_{|d| \le \Delta} g^\top d + \tfrac12 d^\top N d$$
 
-    by conjugate gradients to a relative residual of `tolerance`, to the boundary, or along the first direction of negative
-    curvature to the boundary. `region` adapts the radius. N is the true Hessian, or the Gauss-Newton matrix with
-    `curvature=gauss_newton`, for which `preconditioner` may be one of `preconditioners.py`: the radius is then in its norm.
-    Where `KrylovNewton` judges a dozen dampings, this trusts one radius.
+    by conjugate gradients, which end at a small residual, at the boundary, or at a direction of negative curvature, which they
+    follow to the boundary. `KrylovNewton` judges a dozen dampings by their returns; this solver trusts one radius. The return
+    never falls.
 
-    The return never falls, nor, with a `gate`, does the closed loop become much more sensitive in one step.
+    Args:
+        region: Rule that adapts the radius.
+        tolerance: Residual, relative to |g|, at which conjugate gradients end.
+        iterations: Largest number of products in one update.
+        curvature: Model of -J whose matrix is N: `hessian`, or `gauss_newton`.
+        preconditioner: Approximation of the Gauss-Newton matrix, in whose norm the radius then is; None for the identity.
+        gate: Condition on steps besides the return, or None.
 
-    Shapes: policy leaves any; `s0` [B, ...]. Cost: up to `iterations` products (2.4 BPTT gradients each of the Hessian, .7 of
-    Gauss-Newton), and one rollout.
-    Raises: `TypeError` for a preconditioner of the true Hessian, which has none.
+    Raises:
+        TypeError: If a preconditioner is given for the true Hessian.
+
+    Cost: Up to `iterations` products (2.4 BPTT gradients each of the Hessian, .7 of Gauss-Newton), and B rollouts.
     Reference: Steihaug 1983; Nocedal and Wright, Numerical Optimization, algorithms 4.1 and 7.2.
 
     >>> import jax
@@ -52,15 +58,15 @@ class NewtonCG(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes a batch of starts."""
+        """ "policy": it takes a batch of starts."""
         return "policy"
 
-    def init(self, policy: Any, task: Task) -> Any:
+    def init(self, policy: Policy, task: Task) -> Float[Array, ""]:
         return self.region.start(ravel_pytree(policy)[0].dtype)
 
     def update(
-        self, policy: Any, carry: Any, task: Task, s0: State, *, key: PRNGKeyArray | None
-    ) -> tuple[Any, Any, Info]:
+        self, policy: Policy, carry: Float[Array, ""], task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Policy, Float[Array, ""], Info]:
         model = self.curvature(policy, task, s0, key)
         found = conjugate_gradients(
             model.product,
@@ -95,7 +101,7 @@ class NewtonCG(eqx.Module):
         )
 
     def _inverse(
-        self, model: Curved | CurvatureModel, policy: Any, task: Task, key: PRNGKeyArray | None
+        self, model: Curved | CurvatureModel, policy: Policy, task: Task, key: PRNGKeyArray | None
     ) -> Callable[[Vector], Vector] | None:
         if self.preconditioner is None:
             return None

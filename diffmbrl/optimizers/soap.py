@@ -1,4 +1,4 @@
-r"""SOAP as an optax rule: Adam in the eigenbasis of Shampoo's factors. Optax has none, nor any library that is kept."""
+r"""SOAP as an optax rule: Adam in the eigenbasis of Shampoo's factors. Neither optax nor a maintained library has it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from diffmbrl.core import cond_once
 
@@ -15,17 +16,32 @@ Sides = tuple[Square | None, ...]  # one matrix for each axis of a leaf; None fo
 
 
 class SoapState(NamedTuple):
-    """Moments of the gradient, and for every axis of every leaf the factor and the basis it is rotated into."""
+    """Moments of the gradient, and a factor and a basis for every axis of every leaf.
+
+    Args:
+        updates: Number of updates made.
+        mean: M, like the parameters.
+        square: V, like the parameters, in the rotated coordinates.
+        factors: L and R of each leaf, leaves in the order of `jax.tree.leaves`.
+        bases: Q_L and Q_R of each leaf.
+    """
 
     updates: Int[Array, ""]
-    mean: Any  # M, like the parameters
-    square: Any  # V, like the parameters, in the rotated coordinates
-    factors: tuple[Sides, ...]  # L, R of each leaf, leaves in the order of `jax.tree.leaves`
-    bases: tuple[Sides, ...]  # Q_L, Q_R
+    mean: PyTree
+    square: PyTree
+    factors: tuple[Sides, ...]
+    bases: tuple[Sides, ...]
 
 
-def soap(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
-    """`scale_by_soap` times minus the learning rate.
+def soap(learning_rate: optax.ScalarOrSchedule, **options: Any) -> optax.GradientTransformation:
+    """SOAP: `scale_by_soap` times minus the learning rate.
+
+    Args:
+        learning_rate: Learning rate, or optax's schedule of it.
+        **options: Options of `scale_by_soap`.
+
+    Returns:
+        The rule.
 
     >>> import jax
     >>> from diffmbrl import OptaxSolver, Neural, solve, tasks
@@ -40,27 +56,45 @@ def soap(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
 
 
 def scale_by_soap(
-    *, b1: Any = 0.95, b2: Any = 0.95, eps: Any = 1e-8, every: int = 10, largest: int = 1024
+    *,
+    b1: ArrayLike = 0.95,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    every: int = 10,
+    largest: int = 1024,
 ) -> optax.GradientTransformation:
-    r"""For a matrix with gradient G, $Q_L \big( Q_L^\top M Q_R / (\sqrt V + \epsilon) \big) Q_R^\top$, where
+    r"""Scale a gradient by Adam's rule in the eigenbasis of Shampoo's factors.
+
+    For a matrix with gradient G the step is $Q_L \big( Q_L^\top M Q_R / (\sqrt V + \epsilon) \big) Q_R^\top$, where
 
     $$M \leftarrow \beta_1 M + (1 - \beta_1) G,\quad V \leftarrow \beta_2 V + (1 - \beta_2) (Q_L^\top G Q_R)^2,$$
     $$L \leftarrow \beta_2 L + (1 - \beta_2) G G^\top,\quad R \leftarrow \beta_2 R + (1 - \beta_2) G^\top G,$$
 
-    with Adam's corrections of the bias of M and V. $Q_L$ and $Q_R$ have the eigenvectors of L and R: of the first gradient's by
-    an eigendecomposition, and from then on one power iteration $Q \leftarrow \mathrm{qr}(L Q)$ at every `every`-th update. A
-    tensor has such a factor for each of its axes; vectors are left to Adam, and so is an axis longer than `largest`.
+    with Adam's corrections of the bias of M and V. $Q_L$ and $Q_R$ are the eigenvectors of L and R: first by an
+    eigendecomposition, later by one power iteration $Q \leftarrow \mathrm{qr}(L Q)$ at every `every`-th update. A tensor has a
+    factor for each of its axes; vectors follow Adam's rule. Unlike in the paper, the factors include a gradient before its
+    step, so that the first step has a basis.
 
-    The factors take in a gradient before the step that it makes, not after it as in the paper: so the first step has a basis.
+    Args:
+        b1: Decay of the mean.
+        b2: Decay of the squares and of the factors.
+        eps: Added to the root of the squares.
+        every: Number of updates between two power iterations.
+        largest: Longest axis that is rotated.
 
-    Shapes: any. Cost: for [m, n], 6 products of it with a square matrix; every `every` updates a QR of each factor.
-    Raises: `ValueError` if `every` is below 1.
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: If `every` is below 1.
+
+    Cost: For a matrix, 6 products with a square matrix; at every `every`-th update a QR of each factor.
     Reference: Vyas et al. 2024, SOAP: improving and stabilizing Shampoo using Adam, algorithm 3.
     """
     if every < 1:
         raise ValueError(f"every must be at least 1 update, got {every}")
 
-    def init(params: Any) -> SoapState:
+    def init(params: PyTree) -> SoapState:
         def sides(x: Array, of: Callable[..., Array]) -> Sides:
             return tuple(of(d, dtype=x.dtype) if x.ndim > 1 and 1 < d <= largest else None for d in x.shape)
 
@@ -69,7 +103,7 @@ def scale_by_soap(
         factors = tuple(sides(x, lambda d, dtype: jnp.zeros((d, d), dtype)) for x in leaves)
         return SoapState(jnp.zeros((), jnp.int32), mean, square, factors, tuple(sides(x, jnp.eye) for x in leaves))
 
-    def update(updates: Any, state: SoapState, params: Any = None) -> tuple[Any, SoapState]:
+    def update(updates: PyTree, state: SoapState, params: PyTree | None = None) -> tuple[PyTree, SoapState]:
         gradients, structure = jax.tree.flatten(updates)
 
         def averaged(G: Array, sides: Sides) -> Sides:
@@ -85,7 +119,7 @@ def scale_by_soap(
             M = beta_1 * M + (1 - beta_1) * G
             V = beta_2 * V + (1 - beta_2) * _rotate(G, Q) ** 2
             size = V / (1 - beta_2**n)
-            # The first gradient is diagonal in its own eigenbasis, up to rounding, which must not become steps of full length.
+            # The first gradient is diagonal in its own eigenbasis up to rounding, which must not become steps of full length.
             rounding = 100 * jnp.finfo(G.dtype).eps * jnp.sqrt(jnp.sum(size)) if any(x is not None for x in Q) else 0.0
             scaled = (_rotate(M, Q) / (1 - beta_1**n)) / (jnp.sqrt(size) + rounding + jnp.asarray(eps, G.dtype))
             return _rotate(scaled, Q, back=True), M, V
@@ -98,13 +132,13 @@ def scale_by_soap(
 
 
 def _outer(G: Array, axis: int) -> Square:
-    """G G' of the matrix that has this axis for its rows and all others for its columns."""
+    """G G' of the matrix with this axis as its rows and all others as its columns."""
     rows = jnp.moveaxis(G, axis, 0).reshape(G.shape[axis], -1)
     return jnp.matmul(rows, rows.T, precision="highest")
 
 
 def _rotate(x: Array, Q: Sides, *, back: bool = False) -> Array:
-    """Q' along every axis that has a basis; Q itself on the way back."""
+    """Multiply by Q' along every axis that has a basis, or by Q on the way back."""
     for axis, basis in enumerate(Q):
         if basis is not None:
             turned = jnp.tensordot(basis, x, axes=(1 if back else 0, axis), precision="highest")
@@ -115,15 +149,15 @@ def _rotate(x: Array, Q: Sides, *, back: bool = False) -> Array:
 def _refresh(
     updates: Int[Array, ""], bases: tuple[Sides, ...], factors: tuple[Sides, ...], every: int
 ) -> tuple[Sides, ...]:
-    """Eigenvectors of the factors before the first step; after it, when their turn has come, one power iteration nearer."""
+    """Compute the factors' eigenvectors before the first step, and improve them by a power iteration at every `every`-th."""
 
     def if_due(due: Array, bases: tuple[Sides, ...], better: Callable[[Square, Square], Square]) -> tuple[Sides, ...]:
         def turn(bases):
             flat, structure = jax.tree.flatten(bases)
             out, last = [], jnp.zeros(())
             for Q, F in zip(flat, jax.tree.leaves(factors), strict=True):
-                # 0 times the last result makes one wait for another: two batched decompositions at once can each hold the
-                # threads that the other needs, on a CPU, for ever.
+                # 0 times the last result makes each wait for the one before: on a CPU two batched decompositions at once can
+                # hold the threads that the other needs, and deadlock.
                 out.append(better(Q, F + 0 * last.astype(F.dtype)))
                 last = out[-1][0, 0]
             return jax.tree.unflatten(structure, out)

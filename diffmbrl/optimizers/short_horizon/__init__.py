@@ -1,4 +1,4 @@
-"""Windows of an episode with a learned critic behind them: SHAC and its kin."""
+"""Solvers on windows of an episode with a learned critic at their end: SHAC, AHAC and SAPO."""
 
 from diffmbrl.optimizers.short_horizon.cuts import AdaptiveHorizon, StiffCut
 from diffmbrl.optimizers.short_horizon.exploration import Entropy, Noise

@@ -1,7 +1,6 @@
-r"""A value function of state and time: the network, its scale, TD($\lambda$) targets and how it is fitted to them."""
+r"""A value function of state and time: its network and scale, TD($\lambda$) targets, and the fit to them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,15 +12,21 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from diffmbrl.core import State, Task
 from diffmbrl.nets import MLP
 
-LIMIT = 6.0  # deviations of symlog of the targets from their mean, beyond which none of them was
+LIMIT = 6.0  # standard deviations within which symlog of the targets lies
 
 
 class Critic(eqx.Module):
-    r"""$V(x) = \mathrm{symexp}(\mu + \varsigma\,\mathrm{net}(x))$, `x` the task's features and the share of the horizon passed.
+    r"""A value function $V(x) = \mathrm{symexp}(\mu + \varsigma\,\mathrm{net}(x))$ of the task's features and the time passed.
 
-    The network learns symlog of the targets, $\mathrm{sign}(G)\log(1 + |G|)$, at mean 0 and deviation 1: a few environments
-    that have left the region of interest cost a thousand times what the others do, and must not hide the differences between
-    those. `rescaled` changes $\mu$ and $\varsigma$ and no value. Least squares in symlog are biased where targets are noisy.
+    The network learns symlog of the targets, $\mathrm{sign}(G)\log(1 + |G|)$, with mean 0 and deviation 1: a few environments
+    outside the region of interest cost a thousand times more than the others, and must not hide the differences between those.
+    Least squares in symlog are biased where targets are noisy.
+
+    Args:
+        net: Network, with one output.
+        mean: $\mu$.
+        std: $\varsigma$.
+
     Reference: van Hasselt et al. 2016, section 2 (PopArt); Hafner et al. 2023 (symlog).
 
     >>> import jax
@@ -40,7 +45,17 @@ class Critic(eqx.Module):
     def init(
         cls, task: Task, *, hidden: Sequence[int], key: PRNGKeyArray, activation: Callable = jax.nn.elu
     ) -> "Critic":
-        """Draw the weights, the last layer's 0: the first windows see no slope that nobody has learned."""
+        """Draw the weights, with a last layer of 0, so that the first windows see no slope.
+
+        Args:
+            task: Task.
+            hidden: Sizes of the hidden layers.
+            key: Key of the weights.
+            activation: Activation function.
+
+        Returns:
+            The critic.
+        """
         size = jax.eval_shape(lambda s: inputs(task, s, jnp.zeros((), jnp.int32)), task.state_shape).shape[0]
         net = MLP.init(size, hidden, 1, key=key, activation=activation, output_scale=0.0)
         dtype = task.weights.dtype
@@ -50,32 +65,55 @@ class Critic(eqx.Module):
         return symexp(self.mean + self.std * self.net(x)[0])
 
     def held(self, x: Float[Array, " k"]) -> Float[Array, ""]:
-        """V with the network's output held within `LIMIT` deviations, beyond which it has no slope.
+        """V with the network's output clipped to `LIMIT` deviations, beyond which it has no slope.
 
-        For a critic whose moments follow its targets: in a state that an unstable system has run away to, the exponential of
-        what the network makes of it would be infinite.
+        For a critic whose moments follow its targets: in a state of an unstable system that has diverged, the exponential of
+        the network's output would be infinite.
+
+        Args:
+            x: Inputs of the critic.
+
+        Returns:
+            The value.
         """
         return symexp(self.mean + self.std * jnp.clip(self.net(x)[0], -LIMIT, LIMIT))
 
     def rescaled(self, mean: Float[Array, ""], std: Float[Array, ""]) -> "Critic":
-        """The same values at another mean and scale of the network."""
+        """Change mean and scale without changing any value.
+
+        Args:
+            mean: New mean.
+            std: New scale.
+
+        Returns:
+            The critic.
+        """
         W, b = self.net.weights[-1] * (self.std / std), (self.std * self.net.biases[-1] + self.mean - mean) / std
         net = eqx.tree_at(lambda net: (net.weights[-1], net.biases[-1]), self.net, (W, b))
         return Critic(net, mean, std)
 
 
 def symlog(x: Array) -> Array:
-    """sign(x) log(1 + |x|)."""
+    """Compute sign(x) log(1 + |x|)."""
     return jnp.sign(x) * jnp.log1p(jnp.abs(x))
 
 
 def symexp(x: Array) -> Array:
-    """Its inverse, sign(x) (exp |x| - 1)."""
+    """Compute sign(x) (exp |x| - 1), the inverse of `symlog`."""
     return jnp.sign(x) * jnp.expm1(jnp.abs(x))
 
 
 def inputs(task: Task, s: State, t: Int[Array, ""]) -> Float[Array, " k"]:
-    """What the critic sees of state s at step t: the features, which tasks scale themselves, and t / T."""
+    """Inputs of the critic: the features, which tasks scale themselves, and t / T.
+
+    Args:
+        task: Task.
+        s: State.
+        t: Time step.
+
+    Returns:
+        The inputs.
+    """
     x = ravel_pytree(task.features(s))[0]
     return jnp.append(x, t.astype(x.dtype) / task.horizon)
 
@@ -88,9 +126,21 @@ def td_lambda(
     discount: Float[Array, ""],
     trace: Float[Array, ""],
 ) -> Float[Array, " h"]:
-    r"""$G_l = r_l + \gamma\,[(1 - \lambda) V(s_{l+1}) + \lambda G_{l+1}]$, $G_h = V(s_h)$; $G_l = r_l$ where an episode ends.
+    r"""TD($\lambda$) targets of one stream of steps.
 
-    `trace` is $\lambda$. What an episode ends with, its terminal reward, is in its last `r`. One stream; `vmap` for many.
+    $$G_l = r_l + \gamma\,[(1 - \lambda) V(s_{l+1}) + \lambda G_{l+1}],\quad G_h = V(s_h);\qquad
+    G_l = r_l \text{ where an episode ends}$$
+
+    Args:
+        r: Rewards; the last of an episode contains its terminal reward.
+        value_next: Values of the next states.
+        ended: Whether the step ends its episode.
+        discount: $\gamma$.
+        trace: $\lambda$.
+
+    Returns:
+        The targets.
+
     Reference: Sutton and Barto 2018, section 12.1; Xu et al. 2022, equation 7.
 
     >>> one = jnp.ones(3)
@@ -107,7 +157,16 @@ def td_lambda(
 
 
 def running_moments(critic: Critic, G: Float[Array, "..."], rate: Float[Array, ""]) -> tuple[Array, Array]:
-    """Running mean and deviation of symlog G, moved by `rate` towards those given; the deviation is kept above 0."""
+    """Move the running mean and deviation of symlog G towards those of new targets.
+
+    Args:
+        critic: Critic with the running moments.
+        G: Targets.
+        rate: Share of the way.
+
+    Returns:
+        Mean and deviation; the deviation is positive.
+    """
     G = symlog(G)
     mean = critic.mean + rate * (jnp.mean(G) - critic.mean)
     old = critic.std**2 + critic.mean**2
@@ -119,7 +178,7 @@ def running_moments(critic: Critic, G: Float[Array, "..."], rate: Float[Array, "
 def fit(
     critic: Critic,
     rule: optax.GradientTransformation,
-    state: Any,
+    state: optax.OptState,
     x: Float[Array, "M k"],
     G: Float[Array, " M"],
     key: PRNGKeyArray,
@@ -127,10 +186,22 @@ def fit(
     epochs: int,
     batches: int,
     factor: Float[Array, ""],
-) -> tuple[Critic, Any, Float[Array, ""]]:
-    """Least squares by `rule`, `epochs` times through the data in `batches` shuffled mini-batches, steps times `factor`.
+) -> tuple[Critic, optax.OptState, Float[Array, ""]]:
+    """Fit a critic to targets by least squares in symlog.
 
-    Returns the critic, the rule's state and the mean of the last epoch's losses, as a share of the variance of symlog G.
+    Args:
+        critic: Critic.
+        rule: Optax's rule.
+        state: Its state.
+        x: Inputs.
+        G: Targets.
+        key: Key that shuffles the data.
+        epochs: Number of passes through the data.
+        batches: Number of mini-batches in a pass.
+        factor: Factor on all steps.
+
+    Returns:
+        The critic, the rule's state, and the mean loss of the last epoch relative to the variance of symlog G.
     """
     M = G.shape[0] // batches * batches
     y = (symlog(G) - critic.mean) / critic.std
@@ -141,7 +212,7 @@ def fit(
     def step(carry, chosen):
         net, state = carry
         value, gradient = jax.value_and_grad(loss)(net, x[chosen], y[chosen])
-        # Optax raises floats to powers of whole numbers: let it, also where a user has forbidden that to JAX.
+        # Optax raises floats to integer powers, which a user may have forbidden by JAX's strict promotion.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = rule.update(gradient, state, net)
         return (jax.tree.map(lambda p, u: p + (factor * u).astype(p.dtype), net, updates), state), value

@@ -1,31 +1,37 @@
-r"""How far a gradient reaches inside a window: to its end, or cut sooner where the dynamics are stiff.
+r"""The reach of a gradient inside a window: to its end, or to an earlier cut where the dynamics are stiff.
 
-Where it is cut, the segment ends with the critic's value, as the window does, and the next begins at the same state with the
-gradient stopped. Environments step on as they were, so every update sees as many steps. A rule has three functions:
+At a cut the segment ends with the critic's value, as the window does, and the next begins at the same state with the gradient
+stopped. The environments continue, so every update sees the same number of steps. A rule has three functions:
 
     start(dtype) -> state               before the first update
     cuts(state, stiffness, since)       whether the step ends its segment, `since` steps after the segment's first
     after(state, stiffness) -> state    with the stiffness of all steps of the window, [N, h]
 
-The stiffness of a step is $\|A_t\|_F / \sqrt n$, $A_t = \partial f / \partial s$: 1 for dynamics that keep the state.
+The stiffness of a step is $\|A_t\|_F / \sqrt n$, $A_t = \partial f / \partial s$: 1 if the state does not change.
 Reference: Georgiev et al. 2024 (AHAC).
 """
-
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from diffmbrl.core import State, Task, is_concrete, parameter
 
 
 class StiffCut(eqx.Module):
-    """Each environment's gradient is cut behind a step stiffer than `bound`: a contact, in AHAC's first form.
+    """Cut each environment's gradient behind a step stiffer than a bound, such as a contact: AHAC's first form.
 
-    Raises: `ValueError` if the bound is not positive.
+    Args:
+        bound: Largest stiffness of a step that the gradient passes.
+
+    Raises:
+        ValueError: If the bound is not positive.
+
+    >>> bool(StiffCut(2.0).cuts((), stiffness=jnp.array(3.0), since=jnp.array(0)))
+    True
     """
 
     bound: Float[Array, ""] = parameter(2.0)
@@ -33,24 +39,39 @@ class StiffCut(eqx.Module):
     def __check_init__(self):
         _positive("bound", self.bound)
 
-    def start(self, dtype: Any) -> tuple[()]:
+    def start(self, dtype: DTypeLike) -> tuple[()]:
+        """The state before the first update."""
         return ()
 
     def cuts(self, state: tuple[()], stiffness: Float[Array, ""], since: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether a step ends its segment."""
         return stiffness > self.bound
 
     def after(self, state: tuple[()], stiffness: Float[Array, "N h"]) -> tuple[()]:
+        """The state after an update."""
         return ()
 
 
 class AdaptiveHorizon(eqx.Module):
-    r"""All gradients are cut every h steps, h within `low` and `high`: $h \leftarrow h + \eta\,(1 - \bar c / C)$.
+    r"""Cut all gradients every h steps, and adapt $h \leftarrow h + \eta\,(1 - \bar c / C)$ to the stiffness.
 
-    $\bar c$ is the mean over environments of the stiffest of the window's steps, and C the `bound`: the horizon grows while the
-    dynamics met are soft and shrinks while they are stiff. It is the dual ascent of AHAC with one multiplier, the horizon
-    itself; the paper has one for each step and adds them up. Only a window of at least `high` steps can hold `high`.
+    $\bar c$ is the mean over environments of the stiffest of the window's steps: the horizon grows while the dynamics are soft
+    and shrinks while they are stiff. This is AHAC's dual ascent with one multiplier, the horizon itself, where the paper adds
+    up one for each step.
 
-    Raises: `ValueError` if bound or rate is not positive, or `1 <= low <= initial <= high` does not hold.
+    Args:
+        bound: Stiffness C at which the horizon stays.
+        rate: $\eta$.
+        initial: First horizon, in steps.
+        low: Shortest horizon.
+        high: Longest horizon, which only a window of at least as many steps reaches.
+
+    Raises:
+        ValueError: If bound or rate is not positive, or `1 <= low <= initial <= high` does not hold.
+
+    >>> rule = AdaptiveHorizon(bound=2.0, rate=1.0)
+    >>> float(rule.after(rule.start(jnp.float32), stiffness=jnp.ones((3, 4))))
+    16.5
     """
 
     bound: Float[Array, ""] = parameter(2.0)
@@ -70,20 +91,32 @@ class AdaptiveHorizon(eqx.Module):
                 f"initial {self.initial}, high {self.high}"
             )
 
-    def start(self, dtype: Any) -> Float[Array, ""]:
+    def start(self, dtype: DTypeLike) -> Float[Array, ""]:
+        """The first horizon."""
         return self.initial.astype(dtype)
 
     def cuts(self, state: Float[Array, ""], stiffness: Float[Array, ""], since: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether a step ends its segment."""
         return since + 1 >= jnp.round(state).astype(since.dtype)
 
     def after(self, state: Float[Array, ""], stiffness: Float[Array, "N h"]) -> Float[Array, ""]:
+        """The next horizon, for the stiffness of all steps of the window."""
         met = jnp.mean(jnp.max(stiffness, axis=1))
         bound, rate, low, high = (x.astype(state.dtype) for x in (self.bound, self.rate, self.low, self.high))
         return jnp.clip(state + rate * (1 - met / bound), low, high)
 
 
 def stiffness(task: Task, s: State, a: Float[Array, " m"]) -> Float[Array, ""]:
-    """|df/ds| of the noiseless dynamics, Frobenius over the root of n; nothing is differentiated through it."""
+    """Frobenius norm of df/ds of the noiseless dynamics, over the root of n; its own derivative is 0.
+
+    Args:
+        task: Task.
+        s: State.
+        a: Action.
+
+    Returns:
+        The stiffness of the step.
+    """
     s, a = jax.lax.stop_gradient((s, a))
     flat, unravel = ravel_pytree(s)
     with jax.default_matmul_precision("highest"):

@@ -1,19 +1,19 @@
-r"""Noise around a policy that a solver learns beside it, and the price of its entropy.
+r"""Noise around a policy, learned together with it, and the price of its entropy.
 
 $a = \pi(s) + \sigma(s)\,\epsilon$, $\epsilon \sim N(0, I)$, reparameterised, so that the gradient passes through it. The policy
-stays what it was: what is trained is its mean. Like `Gaussian`'s, the noise is added after the squashing.
+itself is the mean, without noise. As in `Gaussian`, the noise is added after the squashing.
 """
 
 import math
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, is_concrete, parameter
+from diffmbrl.core import Policy, State, Task, is_concrete, parameter
 from diffmbrl.nets import MLP
 from diffmbrl.policies import centre_and_half
 
@@ -22,16 +22,29 @@ UNIT = 0.5 * math.log(2 * math.pi * math.e)  # entropy of a standard normal vari
 
 
 class StateNoise(eqx.Module):
-    r"""$\sigma(s) = h\,e^{\mathrm{net}(\mathrm{features}(s))}$, h the half width of the action limits (1 without).
+    r"""Noise of deviation $\sigma(s) = h\,e^{\mathrm{net}(\mathrm{features}(s))}$, h half the width of the action limits.
 
-    The exponent is squashed into [-6, .5]: noise neither dies nor grows beyond the limits while its price is learned.
+    The exponent is squashed into [-6, .5]: noise neither vanishes nor grows beyond the limits while its price is learned.
+    Without limits h is 1.
+
+    Args:
+        net: Network, with one output for each action.
     """
 
     net: MLP
 
     @classmethod
-    def init(cls, task: Task, *, std: Any, key: PRNGKeyArray) -> "StateNoise":
-        """Near `std` half widths in all states."""
+    def init(cls, task: Task, *, std: ArrayLike, key: PRNGKeyArray) -> "StateNoise":
+        """Draw noise of nearly the same deviation in all states.
+
+        Args:
+            task: Task.
+            std: Deviation, in half widths of the action limits.
+            key: Key of the weights.
+
+        Returns:
+            The noise.
+        """
         size = jax.eval_shape(lambda s: ravel_pytree(task.features(s))[0], task.state_shape).shape[0]
         net = MLP.init(size, (16,), task.m, key=key, output_scale=0.01)
         share = (jnp.log(std) - LOW) / (HIGH - LOW)
@@ -39,14 +52,22 @@ class StateNoise(eqx.Module):
         return cls(jax.tree.map(lambda x: x.astype(task.weights.dtype), net))
 
     def log_std(self, task: Task, s: State) -> Float[Array, " m"]:
-        """log sigma(s), in half widths."""
+        """Compute log sigma(s), in half widths."""
         return LOW + (HIGH - LOW) * jax.nn.sigmoid(self.net(ravel_pytree(task.features(s))[0]))
 
 
 class Noise(eqx.Module):
-    """Noise of `std` half widths at first, learned along with the policy by the same rule; with `entropy` None it fades.
+    """Exploration by noise that the policy's rule learns together with the policy.
 
-    Raises: `ValueError` if `std` is outside (.0025, 1.6), between which it is kept.
+    Args:
+        std: First deviation, in half widths of the action limits; it stays within (.0025, 1.6).
+        entropy: Price of the noise's entropy; without one the noise fades.
+
+    Raises:
+        ValueError: If `std` is outside (.0025, 1.6).
+
+    >>> Noise(0.1, entropy=Entropy()).entropy.target.shape
+    ()
     """
 
     std: Float[Array, ""] = parameter(0.2)
@@ -58,15 +79,24 @@ class Noise(eqx.Module):
 
 
 class Entropy(eqx.Module):
-    r"""Maximum entropy with a learned temperature: the reward is $r + \alpha\,(H(s) - \bar H)$, and so is the critic's.
+    r"""Maximum entropy with a learned temperature: policy and critic see the reward $r + \alpha\,(H(s) - \bar H)$.
 
-    It is the Lagrangian of maximising the return under $E\,H \ge \bar H$; its multiplier follows the constraint,
-    $\log\alpha \leftarrow \log\alpha + \eta\,(\bar H - E H)$. Subtracting $\bar H$ keeps values at the task's scale: nothing is
-    gained by living longer or ending sooner. H is in nats, summed over the actions, each measured in half widths of its limits;
-    `target` is $\bar H$ for each action (-.3: a deviation of .18). With a rate of 0 the temperature stays.
+    This is the Lagrangian of maximising the return under $E\,H \ge \bar H$, whose multiplier follows the constraint,
+    $\log\alpha \leftarrow \log\alpha + \eta\,(\bar H - E H)$. Because $\bar H$ is subtracted, values keep the task's scale and
+    neither a longer nor a shorter episode is rewarded. H is in nats, summed over the actions, in half widths of their limits.
 
-    Raises: `ValueError` if the temperature is not positive or the rate negative.
+    Args:
+        temperature: First temperature $\alpha$.
+        target: $\bar H$ for each action (-.3 is a deviation of .18).
+        rate: $\eta$; with 0 the temperature stays.
+
+    Raises:
+        ValueError: If the temperature is not positive or the rate negative.
+
     Reference: Haarnoja et al. 2018, section 5 (temperature); Xing et al. 2025 (SAPO).
+
+    >>> float(Entropy(temperature=0.1).rate) > 0
+    True
     """
 
     temperature: Float[Array, ""] = parameter(0.01)
@@ -84,23 +114,35 @@ class Entropy(eqx.Module):
         return jnp.exp(log_temperature) * self.excess(log_std)
 
     def excess(self, log_std: Float[Array, " m"]) -> Float[Array, ""]:
-        """H above its target."""
+        """The entropy above its target."""
         return jnp.sum(log_std + UNIT - self.target.astype(log_std.dtype))
 
     def follow(self, log_temperature: Float[Array, ""], excess: Float[Array, ""]) -> Float[Array, ""]:
-        """The next log alpha, for the mean excess met."""
+        """The next log alpha, for the mean excess of the last window."""
         return log_temperature - self.rate.astype(excess.dtype) * excess
 
 
 def acted(
-    policy: Any,
+    policy: Policy,
     spread: StateNoise | None,
     task: Task,
     s: State,
     epsilon: Float[Array, " m"] | None,
     key: PRNGKeyArray | None,
 ) -> tuple[Float[Array, " m"], Float[Array, " m"] | None]:
-    """The action with its noise, and log sigma in half widths (None without noise)."""
+    """Evaluate a policy with exploration noise.
+
+    Args:
+        policy: Policy, the mean.
+        spread: Noise, or None.
+        task: Task.
+        s: State.
+        epsilon: Standard normal draws, or None.
+        key: Key of the policy's own noise.
+
+    Returns:
+        The action, and log sigma in half widths (None without noise).
+    """
     a = policy(s, key=key)
     if spread is None or epsilon is None:
         return a, None

@@ -1,4 +1,4 @@
-"""Short windows with a learned value behind them: SHAC, with the adaptive horizon and the entropy of its successors."""
+"""Gradient steps through short windows with a learned value at their end: SHAC, AHAC and SAPO."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -7,30 +7,46 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from diffmbrl.core import State, Task, all_finite, as_float, is_plan, is_stateful, where
+from diffmbrl.core import Policy, State, Task, all_finite, as_float, is_plan, is_stateful, where
 from diffmbrl.info import EvaluationCounts, Info, count_evaluations
+from diffmbrl.optimizers.optax_solver import OptaxSolver
 from diffmbrl.optimizers.short_horizon.critic import Critic, fit, running_moments, td_lambda
 from diffmbrl.optimizers.short_horizon.cuts import AdaptiveHorizon, StiffCut
 from diffmbrl.optimizers.short_horizon.exploration import Noise, StateNoise
-from diffmbrl.optimizers.short_horizon.windows import Environments, first_starts, start_environments, window
+from diffmbrl.optimizers.short_horizon.windows import Environments, Steps, first_starts, start_environments, window
 from diffmbrl.rollout import mean_return
 
 
 class ShortHorizonCarry(NamedTuple):
-    """The environments, what was learned beside the policy, and how many updates were made."""
+    """The environments, everything learned besides the policy, and the number of updates.
+
+    Args:
+        environments: States of the environments, carried from window to window.
+        critic: Critic.
+        target: Target critic, a running average.
+        critic_rule: State of the critic's optax rule.
+        descend: Carry of the policy's rule, for the policy and its noise.
+        spread: Noise, or None.
+        log_temperature: Log of the temperature, or None without an entropy price.
+        reach: State of the rule that cuts the gradient, or None.
+        loss: The critic's loss in its last epoch, relative to the variance of symlog G.
+        norm: Norm of the last window's gradient; NaN (no window yet, or a rejected one) makes all episodes begin.
+        updates: Number of updates made.
+    """
 
     environments: Environments
     critic: Critic
     target: Critic
-    critic_rule: Any  # optax's state
-    descend: Any  # the rule's, for the policy and its noise
+    critic_rule: optax.OptState
+    descend: PyTree
     spread: StateNoise | None
     log_temperature: Float[Array, ""] | None
-    reach: Any
-    loss: Float[Array, ""]  # of the critic in its last epoch, as a share of the variance of symlog G
-    norm: Float[Array, ""]  # of the last window's gradient; NaN (none yet, or rejected) where episodes are to begin
+    reach: PyTree
+    loss: Float[Array, ""]
+    norm: Float[Array, ""]
     updates: Int[Array, ""]
 
 
@@ -41,33 +57,40 @@ class ShortHorizon(eqx.Module):
       \gamma^l w_{t_i+l}\, r(s_l, a_l) + \gamma^h V'(s_h, t_i + h)\Big]\Big),$$
     $$V \leftarrow \arg\min_V \sum (V(s_l, t_i + l) - G^\lambda_l)^2,\qquad V' \leftarrow \kappa V' + (1 - \kappa) V$$
 
-    `environments` = N environments are carried from window to window and from episode to episode, each from the next of the
-    given starts, at all phases of an episode from the first update on (`windows.begin`). The gradient passes through h steps
-    instead of T, so it neither explodes nor vanishes with T, and the critic, a smooth function, says what comes after. An
-    episode is the task's: it ends at T with the terminal reward, and the critic is told t / T. So with $\gamma$ = `discount`
-    = 1 and an exact critic the expected gradient is that of J, whatever h; below 1 it is biased towards what comes soon, and
-    less sensitive to the critic's errors. Inputs are the task's features, which tasks scale; no statistics of them are kept.
-
-    `descend` is the policy's rule, any `Descend` but one with a line search, which would search another objective; its gradient
-    estimator is not used. Its `anneal` holds for the critic's rule, too: Adam at `critic_rate` on gradients clipped to norm 1,
-    `epochs` times through the window in `batches` mini-batches. Targets are TD($\lambda$), $\lambda$ = `trace`, from the target
-    critic V', of which a share $\kappa$ = `mixing` stays. `hidden` are the critic's layers.
-
-    Three options, each a module or None: `noise` explores (`exploration.Noise`), with `Noise(entropy=Entropy())` at a learned
-    price: the entropy-regularised form, SAPO; `reach` cuts the gradient inside the window where the dynamics are stiff
-    (`StiffCut`, `AdaptiveHorizon`: AHAC). `key` draws critic, noise and mini-batches; the key of `update` is the noise of
-    policy and dynamics, as for every solver.
+    N environments are carried from window to window and from episode to episode, each from the next of the given starts, at all
+    phases of an episode from the first update on (`windows.start_environments`). The gradient passes through h steps instead of
+    T, so it neither explodes nor vanishes with T, and the critic, a smooth function, estimates the rest. An episode is the
+    task's: it ends at T with the terminal reward, and the critic sees t / T. With $\gamma$ = 1 and an exact critic the expected
+    gradient is that of J for every h; below 1 it is biased towards early rewards, and less sensitive to the critic's errors.
 
     `Info.J` is J from the first N starts without exploration, by a rollout; the gradient's norm is of the window's objective.
-    The critic's loss and the temperature are in the carry. An update in which something is not finite is rejected, and all
-    environments begin anew: of an unstable system one in a lost state would spoil every window that follows. `Info` then has
-    the gradient's norm of the window before; of two such windows in a row the second has NaN, which ends a run.
+    An update with a non-finite number is rejected, and all environments restart: one diverged state of an unstable system would
+    spoil every later window. `Info` then has the gradient's norm of the window before; of two such windows in a row the second
+    has NaN, which ends a run.
 
-    Shapes: policy leaves any; `s0` [B, ...]. Cost: a gradient through h steps of N environments, `epochs` passes of the critic
-    over N h states, and a rollout of the first N starts.
-    Raises: `TypeError` if `descend` is not a rule, or for a plan or a policy with a memory; `ValueError` for sizes below 1,
-    fewer than `batches` steps in a window, a discount, trace or mixing outside [0, 1], a critic rate that is not positive, or a
-    rule with a line search.
+    Args:
+        descend: Rule of the policy, an `OptaxSolver` without a line search; its gradient estimator is not used, and its
+            `anneal` also applies to the critic's rule.
+        noise: Exploration, or None. `Noise(entropy=Entropy())` has a learned price (SAPO).
+        reach: Cuts of the gradient where the dynamics are stiff (`StiffCut`, `AdaptiveHorizon`: AHAC), or None.
+        discount: $\gamma$.
+        trace: $\lambda$ of the TD($\lambda$) targets, which use the target critic V'.
+        mixing: Share $\kappa$ of the target critic that stays in an update.
+        critic_rate: Learning rate of the critic, by Adam on gradients clipped to norm 1.
+        key: Key of critic, exploration and mini-batches; the key of `update` draws the noise of policy and dynamics.
+        window: Number of steps h.
+        environments: Number of environments N.
+        epochs: Number of the critic's passes through a window.
+        batches: Number of mini-batches in a pass.
+        hidden: Sizes of the critic's hidden layers.
+
+    Raises:
+        TypeError: If `descend` is not a rule, or for a plan or a policy with a memory.
+        ValueError: For sizes below 1, fewer than `batches` steps in a window, a discount, trace or mixing outside [0, 1], a
+            critic rate that is not positive, or a rule with a line search.
+
+    Cost: A gradient through h steps of N environments, `epochs` passes of the critic over N h states, and a rollout of the
+    first N starts.
     Reference: Xu et al. 2022 (SHAC); Georgiev et al. 2024 (AHAC); Xing et al. 2025 (SAPO).
 
     >>> import jax, optax
@@ -80,7 +103,7 @@ class ShortHorizon(eqx.Module):
     True
     """
 
-    descend: Any
+    descend: OptaxSolver
     noise: Noise | None
     reach: StiffCut | AdaptiveHorizon | None
     discount: Float[Array, ""]
@@ -100,10 +123,10 @@ class ShortHorizon(eqx.Module):
         *,
         noise: Noise | None = None,
         reach: StiffCut | AdaptiveHorizon | None = None,
-        discount: Any = 0.97,
-        trace: Any = 0.95,
-        mixing: Any = 0.2,
-        critic_rate: Any = 2e-3,
+        discount: ArrayLike = 0.97,
+        trace: ArrayLike = 0.95,
+        mixing: ArrayLike = 0.2,
+        critic_rate: ArrayLike = 2e-3,
         key: PRNGKeyArray | None = None,
         window: int = 16,
         environments: int = 64,
@@ -111,9 +134,9 @@ class ShortHorizon(eqx.Module):
         batches: int = 4,
         hidden: Sequence[int] = (32, 32),
     ):
-        if not hasattr(descend, "gradient"):
+        if not isinstance(descend, OptaxSolver):
             raise TypeError(
-                f"descend must be a rule, Descend(optax.adam, learning_rate=2e-3); got {type(descend).__name__}"
+                f"descend must be a rule, OptaxSolver(optax.adam, learning_rate=2e-3); got {type(descend).__name__}"
             )
         sizes = {"window": window, "environments": environments, "epochs": epochs, "batches": batches}
         for name, size in sizes.items():
@@ -135,20 +158,22 @@ class ShortHorizon(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes a batch of starts."""
+        """ "policy": it takes a batch of starts."""
         return "policy"
 
-    def init(self, policy: Any, task: Task) -> ShortHorizonCarry:
+    def init(self, policy: Policy, task: Task) -> ShortHorizonCarry:
         if is_plan(policy) or is_stateful(policy):
             raise TypeError(f"windows need a policy that depends on the state alone; got {type(policy).__name__}")
         if self.descend.searches(policy):
-            raise ValueError("a line search would search another objective, that of whole episodes: take another rule")
+            raise ValueError(
+                "a line search would search another objective, the return of whole episodes: take another rule"
+            )
         key_critic, key_spread = jax.random.split(self.key)
         dtype, N = task.weights.dtype, self.environments
         critic = Critic.init(task, hidden=self.hidden, key=key_critic)
         spread = None if self.noise is None else StateNoise.init(task, std=self.noise.std, key=key_spread)
         entropy = None if self.noise is None else self.noise.entropy
-        # The first update, which is given the starts, begins the episodes.
+        # The first update begins the episodes, since it has the starts.
         nowhere = jax.tree.map(lambda x: jnp.zeros((N, *x.shape), x.dtype), task.state_shape)
         zero = jnp.zeros(N, jnp.int32)
         return ShortHorizonCarry(
@@ -166,8 +191,8 @@ class ShortHorizon(eqx.Module):
         )
 
     def update(
-        self, policy: Any, carry: ShortHorizonCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
-    ) -> tuple[Any, ShortHorizonCarry, Info]:
+        self, policy: Policy, carry: ShortHorizonCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
+    ) -> tuple[Policy, ShortHorizonCarry, Info]:
         fresh = start_environments(s0, self.environments, task)
         environments = where(jnp.isnan(carry.norm), fresh, carry.environments)
         key_noise, key_fit = jax.random.split(jax.random.fold_in(self.key, carry.updates + 1))
@@ -183,7 +208,7 @@ class ShortHorizon(eqx.Module):
         now = learned._replace(
             environments=environments, descend=inner, spread=spread, norm=info.gradient_norm, updates=done
         )
-        anew = carry._replace(norm=jnp.full_like(carry.norm, jnp.nan), updates=done)
+        restarted = carry._replace(norm=jnp.full_like(carry.norm, jnp.nan), updates=done)
         finite = (info.nonfinite == 0) & all_finite((learned.critic, learned.loss, learned.reach, environments.s))
         info = info._replace(
             gradient_norm=jnp.where(finite, info.gradient_norm, carry.norm),
@@ -191,10 +216,10 @@ class ShortHorizon(eqx.Module):
             nonfinite=(~finite).astype(jnp.int32),
             work=self._work(task, s0),
         )
-        return *where(finite, (moved, now), (policy, anew)), info
+        return *where(finite, (moved, now), (policy, restarted)), info
 
     def _objective(self, learned, carry, task, s0, environments, key, key_noise):
-        """The window's, of the policy and the spread of its noise."""
+        """The window's objective, as a function of the policy and its noise."""
         policy, spread = learned
         shape = (self.environments, self.window, task.m)
         return window(
@@ -214,8 +239,8 @@ class ShortHorizon(eqx.Module):
             reach_state=carry.reach,
         )
 
-    def _learn(self, carry: ShortHorizonCarry, steps: Any, factor: Array, key: PRNGKeyArray) -> ShortHorizonCarry:
-        """Critic, target, temperature and horizon after the window."""
+    def _learn(self, carry: ShortHorizonCarry, steps: Steps, factor: Array, key: PRNGKeyArray) -> ShortHorizonCarry:
+        """The carry with critic, target, temperature and horizon after the window."""
         G = jax.vmap(lambda r, v, e: td_lambda(r, v, e, discount=self.discount, trace=self.trace))(
             steps.r, steps.value_next, steps.ended
         )
@@ -228,9 +253,10 @@ class ShortHorizon(eqx.Module):
         )
         net = jax.tree.map(lambda old, new: self.mixing * old + (1 - self.mixing) * new, target.net, critic.net)
         log_temperature, reach = carry.log_temperature, carry.reach
-        if self.noise is not None and self.noise.entropy is not None and log_temperature is not None:
-            log_temperature = self.noise.entropy.follow(log_temperature, jnp.mean(steps.excess))
-        if self.reach is not None:
+        entropy = None if self.noise is None else self.noise.entropy
+        if entropy is not None and log_temperature is not None and steps.excess is not None:
+            log_temperature = entropy.follow(log_temperature, jnp.mean(steps.excess))
+        if self.reach is not None and steps.stiffness is not None:
             reach = self.reach.after(reach, steps.stiffness)
         return carry._replace(
             critic=critic,
@@ -245,7 +271,7 @@ class ShortHorizon(eqx.Module):
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.critic_rate, b1=0.7, b2=0.95))
 
     def _work(self, task: Task, s0: State) -> EvaluationCounts:
-        """The window forward, recomputed and back; the rollout of J beside it."""
+        """The window forward, recomputed and back, and the rollout of J."""
         steps = self.environments * self.window
         judged = min(self.environments, jax.tree.leaves(s0)[0].shape[0]) * task.horizon
         passes = max(1, -(-3 * self.window // task.horizon))
@@ -254,13 +280,14 @@ class ShortHorizon(eqx.Module):
 
 
 class _Given(eqx.Module):
-    """A gradient that is known already, for a rule that asks for one."""
+    """A gradient that is already known, in the place of an estimator."""
 
     J: Float[Array, ""]
-    gradient: Any
+    gradient: PyTree
     remat: int | None = eqx.field(static=True, default=1)
 
-    def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+    def __call__(self, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Array, PyTree]:
+        """The given return and gradient."""
         return self.J, self.gradient
 
     def work(self, task: Task, batch: int) -> EvaluationCounts:
