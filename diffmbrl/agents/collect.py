@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from diffmbrl.core import State, Task, all_finite, is_plan, is_stateful
 from diffmbrl.models.buffer import Transition
 from diffmbrl.policies import centre_and_half
+from diffmbrl.rollout import is_done, step_keys, terminal_reward, transition
 from diffmbrl.tasks.transforms.plant import accept_std, perturbed
 
 
@@ -218,30 +219,28 @@ def collect_steps(
 
     def one(place: Place, key: PRNGKeyArray):
         def step(place, i):
-            return _step(policy, system, place, jax.random.fold_in(key, i), count)
+            return _step(policy, system, place, step_keys(key, i, 4), count)
 
         return jax.lax.scan(step, place, jnp.arange(steps, dtype=jnp.int32))
 
     return jax.vmap(one)(places, jax.random.split(key, count))
 
 
-def _step(policy: Any, system: System, place: Place, key: PRNGKeyArray, count: int):
+def _step(policy: Any, system: System, place: Place, keys: tuple[Any, ...], count: int) -> tuple[Place, Collected]:
     plant = system.plant
-    key_a, key_s, key_seen, key_next = jax.random.split(key, 4)
+    key_a, key_s, key_seen, key_next = keys
     memory = place.memory
     if is_stateful(policy):
         a, memory = policy.step(memory, place.seen, key=key_a)
     else:
         a = policy(place.seen, key=key_a)
-    with jax.default_matmul_precision("highest"):
-        r = plant.reward(place.s, a)
-        s_next = plant.dynamics(place.s, a, key=key_s)
+    r, s_next = transition(plant, place.s, a, key_s)
     seen_next = system.sensor(s_next, key_seen)
-    over = jnp.zeros((), bool) if plant.done is None else plant.done(place.s)  # before the first step
-    done = jnp.zeros((), bool) if plant.done is None else plant.done(s_next)
+    over = is_done(plant, place.s)  # before the first step
+    done = is_done(plant, s_next)
     finite = all_finite((a, r, s_next, seen_next))
     timeout = place.t + 1 >= plant.horizon
-    phi = jnp.where(timeout & ~done, plant.terminal(s_next), 0)
+    phi = terminal_reward(plant, s_next, timeout & ~done, place.s)
     J = place.J + plant.weights[place.t] * r + plant.weights[-1] * phi
     J = jnp.where(over, place.J, jnp.where(finite, J, jnp.nan))
     last = timeout | done | over | ~finite

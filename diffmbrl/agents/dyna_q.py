@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float, is_concrete
+from diffmbrl.rollout import is_done, step_keys, transition
 from diffmbrl.tasks.finite import Lookup
 
 
@@ -97,16 +98,16 @@ class DynaQ(eqx.Module):
         """So many real steps more; step i draws from `fold_in(key, i)`, i counted over all runs of the carry."""
 
         def step(carry, _):
-            return self._step(carry, task, lookup, jax.random.fold_in(key, carry.steps)), None
+            return self._step(carry, task, lookup, key), None
 
         return jax.lax.scan(step, carry, None, length=steps)[0]
 
     def _step(self, carry: DynaQCarry, task: Task, lookup: Lookup, key: PRNGKeyArray) -> DynaQCarry:
-        key_a, key_s, key_start, key_plan = jax.random.split(key, 4)
+        key_a, key_s, key_start, key_plan = step_keys(key, carry.steps, 4)
         i = lookup.number(carry.s)
         a = self._choice(carry.Q[i], key_a)
-        r, s_next = task.reward(carry.s, lookup.a[a]), task.dynamics(carry.s, lookup.a[a], key=key_s)
-        done = jnp.zeros((), bool) if task.done is None else task.done(s_next)
+        r, s_next = transition(task, carry.s, lookup.a[a], key_s)
+        done = is_done(task, s_next)
         finite = jnp.isfinite(r) & jnp.all(jnp.isfinite(s_next))
         j = lookup.number(jnp.where(finite, s_next, carry.s))
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from diffmbrl.core import Task
 from diffmbrl.models.buffer import Buffer, Transition
 from diffmbrl.models.ensemble import size
+from diffmbrl.rollout import is_done, step_keys, transition
 
 
 def imagine(
@@ -38,24 +40,25 @@ def imagine(
         raise ValueError(f"branches must be at least one for each of {E} members, got {branches}")
     N = branches // E * E
 
-    def model(s, a, key):
-        """Each member on its share of the rows."""
+    def apply(s, a, key):
+        """Reward and next state of each row, each member of the ensemble on its share of the rows."""
 
         def share(x):
             return x.reshape(E, N // E, *x.shape[1:])
 
-        def apply(f, s, a, keys):
-            return jax.vmap(lambda s, a, k: f(s, a, key=k))(s, a, keys)
+        def one(member, s, a, keys):
+            model = eqx.tree_at(lambda t: t.dynamics, task, member)
+            return jax.vmap(lambda s, a, k: transition(model, s, a, k))(s, a, keys)
 
-        s_next = jax.vmap(apply)(members, jax.tree.map(share, s), share(a), share(jax.random.split(key, N)))
-        return jax.tree.map(lambda x: x.reshape(N, *x.shape[2:]), s_next)
+        out = jax.vmap(one)(members, jax.tree.map(share, s), share(a), share(jax.random.split(key, N)))
+        return jax.tree.map(lambda x: x.reshape(N, *x.shape[2:]), out)
 
-    def step(carry, key):
+    def step(carry, t):
         s, age = carry
-        key_a, key_s, key_start = jax.random.split(key, 3)
+        key_a, key_s, key_start = step_keys(key_steps, t, 3)
         a = jax.vmap(lambda s, k: policy(s, key=k))(s, jax.random.split(key_a, N))
-        s_next, r = model(s, a, key_s), jax.vmap(task.reward)(s, a)
-        done = jnp.zeros(N, bool) if task.done is None else jax.vmap(task.done)(s_next)
+        r, s_next = apply(s, a, key_s)
+        done = jax.vmap(lambda s: is_done(task, s))(s_next)
         keep = finite_rows((s, a, r, s_next), N)
         last = done | (age + 1 >= length) | ~keep
         again = buffer.sample(key_start, N).s
@@ -64,7 +67,7 @@ def imagine(
 
     key_start, key_steps = jax.random.split(key)
     start = (buffer.sample(key_start, N).s, jnp.zeros(N, jnp.int32))
-    _, out = jax.lax.scan(step, start, jax.random.split(key_steps, steps))
+    _, out = jax.lax.scan(step, start, jnp.arange(steps))
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out)
 
 

@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffmbrl.core import State, Task, is_plan, is_stateful
-from diffmbrl.rollout import split_keys
+from diffmbrl.rollout import split_keys, step_keys
 from diffmbrl.second_order.curvature import linearize_rollouts
 from diffmbrl.second_order.riccati import adjoint
 
@@ -89,7 +89,7 @@ def contributions(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None =
                 pi = jax.tree.map(lambda leaf: leaf[t], pi)
 
             def one(s, k):
-                return pi(s, key=None if k is None else jax.random.split(jax.random.fold_in(k, t))[0])
+                return pi(s, key=step_keys(k, t)[0])
 
             return jax.vmap(one, out_axes=-1)(s, keys)
 

@@ -27,7 +27,7 @@ from diffmbrl.gradients.likelihood_ratio import LeaveOneOut, RewardToGo, each_re
 from diffmbrl.gradients.smoothed import require_key
 from diffmbrl.info import EvaluationCounts, count_evaluations
 from diffmbrl.policies import Gaussian, OpenLoop
-from diffmbrl.rollout import returns, rollout, split_keys, weights_axis
+from diffmbrl.rollout import returns, rollout, split_keys, step_keys, weights_axis
 
 
 class Pair(NamedTuple):
@@ -97,7 +97,7 @@ def score_function(
     A = jnp.where(alive, R - _predicted(baseline, R, trajectories, task, folds), 0)
     psi = score_terms(policy, s, trajectories.a, A)
     nothing = jnp.zeros_like(trajectories.a)
-    keys = jax.random.split(key, R.shape[0])  # `rollout.split`'s
+    keys: Any = split_keys(key, s)
     return Pair(each_return(trajectories, task), s, trajectories.a, alive, keys, nothing, A, psi)
 
 
@@ -175,7 +175,7 @@ def _steps(x: Float[Array, "T *m"]) -> Int[Array, " T"]:
 
 def noisy_action(policy: Any, s: State, key: PRNGKeyArray, t: Any) -> Float[Array, " m"]:
     """The policy with the noise that `rollout` draws at step t."""
-    return policy(s, key=jax.random.split(jax.random.fold_in(key, t))[0])
+    return policy(s, key=step_keys(key, t)[0])
 
 
 def over_time(at: Any, policy: Any, *xs: Any) -> Any:

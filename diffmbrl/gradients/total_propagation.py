@@ -31,7 +31,7 @@ from diffmbrl.core import State, Task, is_plan, where
 from diffmbrl.gradients.inverse_variance import Weigh, at_steps, exchange, fold_moments, inverse_variance, mix
 from diffmbrl.gradients.paired import Pair, check_score_function, noisy_action, pull_each, pull_mean, score_function
 from diffmbrl.info import EvaluationCounts, count_evaluations
-from diffmbrl.rollout import rollouts, weights_axis
+from diffmbrl.rollout import rollouts, step_keys, transition, weights_axis
 
 
 class TotalPropagation(eqx.Module):
@@ -115,11 +115,9 @@ def propagate_backward(
         return masked(alive, jax.grad(lambda z: w[-1] * task.terminal(z))(safe))
 
     def pathwise(t, s, a, key, v, w, alive):
-        key_s = jax.random.split(jax.random.fold_in(key, t))[1]
-
         def stage(s, a):
-            with jax.default_matmul_precision("highest"):
-                return w[t] * task.reward(s, a), task.dynamics(s, a, key=key_s)
+            r, s_next = transition(task, s, a, step_keys(key, t)[1])
+            return w[t] * r, s_next
 
         (r, _), transpose = jax.vjp(stage, s, a)
         return masked(alive, transpose((jnp.ones_like(r), v)))

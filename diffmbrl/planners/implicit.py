@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from diffmbrl.core import Solver, State, Task, Trajectory, where
 from diffmbrl.planners.quadratic_models import hamiltonian
 from diffmbrl.policies import Affine, first_plan
-from diffmbrl.rollout import returns, rollout
+from diffmbrl.rollout import returns, rollout, step_keys
 from diffmbrl.second_order.kkt import solve_with_gaps
 from diffmbrl.second_order.linearize import Linearization, flat_states, linearize
 from diffmbrl.second_order.parallel_riccati import choose
@@ -271,8 +271,7 @@ def _hamiltonian(z: Array, task: Task, w: Array, costate: Array, unravel: Any, k
 
 
 def _next(z: Array, task: Task, n: int, unravel: Any, key: Any, t: Array) -> Array:
-    key_s = None if key is None else jax.random.split(jax.random.fold_in(key, t))[1]
-    return ravel_pytree(task.dynamics(unravel(z[:n]), z[n:], key=key_s))[0]
+    return ravel_pytree(task.dynamics(unravel(z[:n]), z[n:], key=step_keys(key, t)[1]))[0]
 
 
 def _last(s: Array, task: Task, unravel: Any) -> Array:

@@ -15,7 +15,7 @@ from diffmbrl.planners.augmented_lagrangian import Each
 from diffmbrl.planners.regularization import Damping
 from diffmbrl.planners.search import Backtracking
 from diffmbrl.policies import Affine
-from diffmbrl.rollout import returns, rollout
+from diffmbrl.rollout import returns, rollout, step_keys, transition
 from diffmbrl.second_order.kkt import KKTStep, solve_with_gaps
 from diffmbrl.second_order.linearize import Linearization, linearize
 from diffmbrl.second_order.parallel_riccati import choose
@@ -218,12 +218,10 @@ def _nodes(policy: Affine, task: Task, s0: State, key: Any) -> tuple[Trajectory,
     given, unravel = ravel_pytree(s0)
 
     def step(s, a, t):
-        state = unravel(s)
-        key_s = None if key is None else jax.random.split(jax.random.fold_in(key, t))[1]
-        return ravel_pytree(task.dynamics(state, a, key=key_s))[0], task.reward(state, a)
+        r, after = transition(task, unravel(s), a, step_keys(key, t)[1])
+        return ravel_pytree(after)[0], r
 
-    with jax.default_matmul_precision("highest"):
-        after, r = jax.vmap(step)(policy.s, policy.a, jnp.arange(task.horizon))
+    after, r = jax.vmap(step)(policy.s, policy.a, jnp.arange(task.horizon))
     before = jnp.concatenate([given[None], after[:-1]])
     gaps = before - policy.s
     # Rounding is no gap: the trial that closed it was a scan, whose arithmetic may be compiled otherwise.
@@ -241,10 +239,8 @@ def _shoot(plan: Affine, left: Float[Array, "T1 n"], task: Task, s0: State, key:
     def step(x, inputs):
         plan_t, gap, t = inputs
         s, a = unravel(x), plan_t(x)
-        key_s = None if key is None else jax.random.split(jax.random.fold_in(key, t))[1]
-        with jax.default_matmul_precision("highest"):
-            r, after = task.reward(s, a), ravel_pytree(task.dynamics(s, a, key=key_s))[0]
-        return after - gap, (x, a, r)
+        r, after = transition(task, s, a, step_keys(key, t)[1])
+        return ravel_pytree(after)[0] - gap, (x, a, r)
 
     times = jnp.arange(task.horizon)
     last, (x, a, r) = jax.lax.scan(step, given - left[0], (plan, left[1:], times))

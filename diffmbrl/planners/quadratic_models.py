@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Task, Trajectory
-from diffmbrl.rollout import returns, rollout
+from diffmbrl.rollout import returns, rollout, step_keys
 from diffmbrl.second_order.linearize import Linearization, each_step, feedback, flat_states, linearize
 from diffmbrl.second_order.riccati import closed_loop
 from diffmbrl.second_order.small_matrices import matmul
@@ -73,7 +73,7 @@ def hamiltonian(
     n, alive = x.shape[1], trajectory.alive[:-1]
 
     def value(z, costate, w, t):
-        key_s = None if key is None else jax.random.split(jax.random.fold_in(key, t))[1]
+        key_s = step_keys(key, t)[1]
         s, a = unravel(z[:n]), z[n:]
         return jnp.vdot(costate, ravel_pytree(task.dynamics(s, a, key=key_s))[0]) - w * task.reward(s, a)
 
@@ -82,7 +82,7 @@ def hamiltonian(
         _, push = jax.linearize(lambda z: jax.grad(value)(z, *given), z)
         return jax.vmap(push, out_axes=1)(np.eye(z.size, dtype=z.dtype))
 
-    # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
+    # A step after the end is replaced by the start before anything is evaluated: see `diffmbrl.rollout`.
     z = jnp.concatenate([x, trajectory.a], axis=1)
     z = z if task.done is None else jnp.where(alive[:, None], z, z[0])
     given = costates, task.weights[:-1], jnp.arange(task.horizon)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from diffmbrl.batching import map_chunks
 from diffmbrl.core import Policy, State, Task, Trajectory, is_plan, reweighted
 from diffmbrl.policies import Gaussian
-from diffmbrl.rollout import mean_return, returns, rollout, split_keys, weights_axis
+from diffmbrl.rollout import mean_return, returns, rollout, split_keys, step_keys, weights_axis
 from diffmbrl.second_order.linearize import Linearization, feedback, linearize
 from diffmbrl.second_order.riccati import adjoint, closed_loop, respond, riccati
 from diffmbrl.second_order.small_matrices import matvec
@@ -305,4 +305,4 @@ def action_at(policy: Policy, s: State, key: PRNGKeyArray | None, t: Int[Array, 
     Returns:
         The action.
     """
-    return policy(s, key=None if key is None else jax.random.split(jax.random.fold_in(key, t))[0])
+    return policy(s, key=step_keys(key, t)[0])

@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Policy, State, Task, Trajectory, cond_once, is_plan
+from diffmbrl.rollout import step_keys
 
 
 class Linearization(NamedTuple):
@@ -90,8 +91,7 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
     n = x.shape[1]
 
     def step(z, t):
-        key_s = None if key is None else jax.random.split(jax.random.fold_in(key, t))[1]
-        return ravel_pytree(task.dynamics(unravel(z[:n]), z[n:], key=key_s))[0]
+        return ravel_pytree(task.dynamics(unravel(z[:n]), z[n:], key=step_keys(key, t)[1]))[0]
 
     def jacobian(z, t):
         # The part that all tangents share is evaluated once. XLA knows the zeros of numpy's eye.
@@ -108,7 +108,7 @@ def linearize(task: Task, trajectory: Trajectory, key: PRNGKeyArray | None = Non
         return jax.grad(cost_T)(s), jax.hessian(cost_T)(s)
 
     alive = trajectory.alive
-    # A step after the end is replaced by the start before anything is evaluated: see rollout.py.
+    # A step after the end is replaced by the start before anything is evaluated: see `diffmbrl.rollout`.
     z = jnp.concatenate([x, trajectory.a], axis=1)
     z = z if task.done is None else jnp.where(alive[:-1, None], z, z[0])
     with jax.default_matmul_precision("highest"):
@@ -166,7 +166,7 @@ def feedback(policy: Policy, trajectory: Trajectory, key: PRNGKeyArray | None = 
     x, unravel = flat_states(trajectory.s)
 
     def gain(pi, s, t, alive):
-        key_a = None if key is None else jax.random.split(jax.random.fold_in(key, t))[0]
+        key_a = step_keys(key, t)[0]
         K = jax.jacrev(lambda s: pi(unravel(s), key=key_a))(jnp.where(alive, s, x[0]))
         return jnp.where(alive, K, jnp.zeros_like(K))
 

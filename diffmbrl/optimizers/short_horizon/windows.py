@@ -16,7 +16,7 @@ from diffmbrl.core import State, Task, reweighted, where
 from diffmbrl.optimizers.short_horizon.critic import inputs
 from diffmbrl.optimizers.short_horizon.cuts import stiffness
 from diffmbrl.optimizers.short_horizon.exploration import Entropy, StateNoise, acted
-from diffmbrl.rollout import weights_axis
+from diffmbrl.rollout import is_done, step_keys, terminal_reward, transition, weights_axis
 
 
 class Environments(NamedTuple):
@@ -85,11 +85,9 @@ def window(
             l, e = x
             w = task.weights if axis is None else task.weights[env.start]
             s, t = env.s, env.t
-            key_a, key_s = (None, None) if k is None else jax.random.split(jax.random.fold_in(k, l))
+            key_a, key_s = step_keys(k, l)
             a, log_std = acted(policy, spread, task, s, e, key_a)
-            with jax.default_matmul_precision("highest"):
-                r = task.reward(s, a)
-                s_next = task.dynamics(s, a, key=key_s)
+            r, s_next = transition(task, s, a, key_s)
             excess = None if entropy is None or log_std is None else entropy.excess(log_std)
             if entropy is not None and log_temperature is not None and log_std is not None:
                 r = r + entropy.bonus(log_std, log_temperature)
@@ -98,15 +96,10 @@ def window(
             following = (env.start + N) % jax.tree.leaves(s0)[0].shape[0]
             first, again = (jax.tree.map(lambda y, i=i: y[i], s0) for i in (env.start, following))
             timeout = t + 1 >= task.horizon
-            done = jnp.zeros((), bool)
-            if task.done is not None:
-                alive = ~task.done(s)  # a start may be beyond the end already
-                r = jnp.where(alive, r, jnp.zeros_like(r))
-                done = ~alive | task.done(s_next)
-            # phi is not evaluated where it does not count: its gradient there, times 0, may be NaN.
-            last = timeout & ~done
-            phi = w[-1] * task.terminal(where(last, s_next, first))
-            r = r + discount * jnp.where(last, phi, jnp.zeros_like(phi))
+            over = is_done(task, s)  # a start may be beyond the end already
+            r = jnp.where(over, jnp.zeros_like(r), r)
+            done = over | is_done(task, s_next)
+            r = r + discount * (w[-1] * terminal_reward(task, s_next, timeout & ~done, first))
             ended = timeout | done
             after = Environments(
                 where(ended, again, s_next),
