@@ -25,7 +25,7 @@ from diffmbrl.gradients import (
     branch,
 )
 from diffmbrl.gradients.alpha_order import accuracy, bernstein, bias_bound, chebyshev, normal
-from diffmbrl.gradients.inverse_variance import exchange, fold_moments, inverse_variance, minimum_variance, mix
+from diffmbrl.gradients.mixing import exchange, fold_moments, inverse_variance, minimum_variance, mix
 from experiments.mixing import Bounded, Follows, Map
 from tests.problems import bent, changed
 
@@ -384,7 +384,7 @@ def test_bad_input():
         TotalPropagation()(policy, task, s0, None)
     with pytest.raises(ValueError, match="Linear has no log_prob"):
         InverseVariance()(policy.mean, task, s0, KEY)
-    with pytest.raises(ValueError, match="6 starts cannot be parted into 4 folds"):
+    with pytest.raises(ValueError, match="6 starts cannot be divided into 4 folds"):
         InverseVariancePerStep(folds=4)(policy, task, s0, KEY)
     with pytest.raises(ValueError, match="gamma must not be negative, got -1"):
         AlphaOrder(gamma=-1.0)

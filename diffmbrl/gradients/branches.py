@@ -1,34 +1,43 @@
-r"""Branch averaging: a `where` whose value is exact and whose derivative is the average over both branches, with the jump.
+r"""Branch averaging: a `where` with the exact value and with the derivative of an average over both branches, jump included.
 
-Automatic differentiation of `where(c >= 0, x, y)` follows the branch that was taken and knows nothing of the condition: a
-step has derivative 0. With the condition blurred by normal noise of standard deviation h, the mean of the value is
+Automatic differentiation of `where(c >= 0, x, y)` follows the branch that was taken and ignores the condition: a step has
+derivative 0. With the condition blurred by normal noise of standard deviation h, the mean of the value is
 $\Phi(c/h)\,x + (1 - \Phi(c/h))\,y$, and its derivative
 
 $$\Phi(c/h)\,dx + (1 - \Phi(c/h))\,dy + \tfrac1h\,\varphi(c/h)\,(x - y)\,dc$$
 
-has what is missing: the other branch's derivative near the switch, and the jump times the rate of switching. `branch` uses it
-for the derivative alone; trajectories stay those of the true task.
+contains the missing parts: the other branch's derivative near the switch, and the jump times the rate of switching. `branch`
+uses it for the derivative alone; trajectories stay those of the true task.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 
-def branch(c: float | Float[Array, ""], x: Any, y: Any, *, width: float | Float[Array, ""]) -> Any:
+def branch(c: float | Float[Array, ""], x: PyTree, y: PyTree, *, width: float | Float[Array, ""]) -> PyTree:
     r"""`where(c >= 0, x, y)`, for trees of arrays, with the derivative of its average over $c + h N(0, 1)$, h = `width`.
 
-    Write it in dynamics or rewards in place of `where` at a contact, and pathwise estimators (BPTT and all mixtures) see across
-    it. The width is in the units of c. With normal noise of standard deviation $\sigma$ in c already, the mean derivative of a
-    step is the density $N(c; 0, \sigma^2 + h^2)$ where the true one is $N(c; 0, \sigma^2)$: a bias of order $h^2/\sigma^2$, for
-    a variance of order $1/h$.
-    Both branches are evaluated and differentiated everywhere, as those of `where`, and must be finite there.
+    In dynamics or rewards it replaces `where` at a contact, so that pathwise estimators (BPTT and all mixtures) see across it.
+    If c already has normal noise of standard deviation $\sigma$, the mean derivative of a step is the density
+    $N(c; 0, \sigma^2 + h^2)$ instead of $N(c; 0, \sigma^2)$: a bias of order $h^2/\sigma^2$, for a variance of order $1/h$.
 
-    Raises: `ValueError` if x and y are not alike, or c is not a scalar, or a width is not positive.
+    Args:
+        c: The condition, a scalar.
+        x: Result for c >= 0, a tree of arrays. Both branches are evaluated and differentiated, and must be finite.
+        y: Result for c < 0, like x.
+        width: Standard deviation h of the blur, in the units of c.
+
+    Returns:
+        x or y.
+
+    Raises:
+        ValueError: If x and y are not alike, c is not a scalar, or the width is not positive.
+
     Reference: Chaudhuri and Solar-Lezama 2010, Smooth interpretation; Kreikemeyer and Andelfinger 2023, Smoothing methods for
-    automatic differentiation across conditional branches. There values are smoothed as well; only the derivative is, here.
+    automatic differentiation across conditional branches. They smooth the values as well; here only the derivative is.
 
     >>> print(jax.grad(lambda c: branch(c, 1.0, 0.0, width=0.5))(0.0))
     0.7978846

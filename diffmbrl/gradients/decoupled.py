@@ -1,25 +1,30 @@
-"""Decoupled backward: the states of the true dynamics, the Jacobians of another model."""
+"""Decoupled backpropagation: the states of the true dynamics, the Jacobians of another model."""
 
 from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from diffmbrl.core import GradientEstimator, State, Task
+from diffmbrl.core import Dynamics, GradientEstimator, Policy, State, Stateful, Task
 from diffmbrl.gradients.bptt import BPTT
 from diffmbrl.info import EvaluationCounts
 from diffmbrl.rollout import describe
 
 
 class TrueForward(eqx.Module):
-    r"""Dynamics $f(s, a)$ whose derivatives are $\partial\hat f / \partial(s, a)$, those of `model` at the same (s, a).
+    r"""Dynamics with the values $f(s, a)$ of one function and the derivatives $\partial\hat f / \partial(s, a)$ of another.
 
-    In forward and reverse mode; both are given the same key. Derivatives with respect to parameters are the model's, too.
+    This holds in forward and reverse mode; both functions get the same key. Derivatives with respect to parameters are the
+    model's as well.
+
+    Args:
+        truth: The dynamics f that are evaluated.
+        model: The dynamics that are differentiated, at the same (s, a).
     """
 
-    truth: Any
-    model: Any
+    truth: Dynamics
+    model: Dynamics
 
     def __call__(self, s: State, a: Array, *, key: PRNGKeyArray | None = None) -> State:
         return _follow(self.truth, self.model, s, a, key)
@@ -44,11 +49,17 @@ class Decoupled(eqx.Module):
     $$\lambda_t = w_t \nabla_s r_t + (\hat A_t + \hat B_t K_t)^\top \lambda_{t+1} + K_t^\top w_t \nabla_a r_t,\quad
     s_{t+1} = f(s_t, a_t)$$
 
-    The model's errors do not accumulate along the rollout, and f needs no derivatives, or no good ones: a simulator with
-    contacts, behind a model that is smooth. The bias is that of the Jacobians alone; a model equal to f has none.
+    The model's errors do not accumulate along the rollout, and f needs no (useful) derivatives: it may be a simulator with
+    contacts, and the model smooth. The bias is that of the Jacobians alone; a model equal to f has none.
+
+    Args:
+        model: Dynamics whose Jacobians are used.
+        inner: The estimator; `BPTT()` by default.
+
+    Raises:
+        ValueError: If the model's next state is not like the state.
 
     Cost: the inner estimator's, and one evaluation of the model for each reverse step.
-    Raises: `ValueError` if the model's next state is not like the state.
     Reference: Amigo et al. 2025, First order model-based RL through decoupled backpropagation.
 
     >>> import jax
@@ -60,10 +71,10 @@ class Decoupled(eqx.Module):
     ()
     """
 
-    model: Any
-    inner: Any
+    model: Dynamics
+    inner: GradientEstimator
 
-    def __init__(self, model: Any, inner: GradientEstimator | None = None):
+    def __init__(self, model: Dynamics, inner: GradientEstimator | None = None):
         self.model = model
         self.inner = BPTT() if inner is None else inner
 
@@ -72,15 +83,19 @@ class Decoupled(eqx.Module):
         """The inner estimator's."""
         return self.inner.remat
 
-    def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
+    def __call__(
+        self, policy: Policy | Stateful, task: Task, s0: State, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, ""], PyTree]:
         return self.inner(policy, self.on(task), s0, key)
 
-    def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
+    def samples(
+        self, policy: Policy | Stateful, task: Task, s0: State, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, " B"], PyTree]:
         """The inner estimator's, on the decoupled task."""
         return self.inner.samples(policy, self.on(task), s0, key)
 
     def on(self, task: Task) -> Task:
-        """The task with decoupled dynamics, for whatever else differentiates it: diagnostics, Gauss-Newton."""
+        """The task with decoupled dynamics, for other functions that differentiate it, such as diagnostics and Gauss-Newton."""
         s, a = task.state_shape, jax.ShapeDtypeStruct(task.a_low.shape, task.a_low.dtype)
         made = jax.eval_shape(lambda s, a: self.model(s, a), s, a)
         if describe(made) != describe(s):
@@ -90,5 +105,5 @@ class Decoupled(eqx.Module):
         return eqx.tree_at(lambda t: t.dynamics, task, TrueForward(task.dynamics, self.model))
 
     def work(self, task: Task, batch: int) -> EvaluationCounts:
-        """The inner estimator's: steps of f forwards, of the model in reverse."""
+        """The inner estimator's counts: steps of f in the forward pass, of the model in the reverse pass."""
         return self.inner.work(task, batch)

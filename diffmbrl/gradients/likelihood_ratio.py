@@ -2,27 +2,35 @@ r"""The score-function gradient of a stochastic policy, which differentiates nei
 
 $$\nabla_\theta J = E\Big[\sum_{t<T} (R_t - b_t)\, \nabla_\theta \log\pi_\theta(a_t \mid s_t)\Big]$$
 
-An estimator is a choice of R_t, its credit (`TotalReturn`, `RewardToGo`), and of a baseline b_t (none, `MeanBaseline`,
-`LeaveOneOut`, `LinearBaseline`, `ValueBaseline`). The credit makes returns [B, T] of a batch of rollouts, the baseline
-predicts them, [B, T] as well.
+An estimator is a choice of the credit R_t (`TotalReturn`, `RewardToGo`) and of a baseline b_t (`NoBaseline`, `MeanBaseline`,
+`LeaveOneOut`, `LinearBaseline`, `ValueBaseline`). The credit computes returns [B, T] from a batch of rollouts, and the baseline
+predicts them, shape [B, T] as well.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from diffmbrl.batching import map_chunks
-from diffmbrl.core import State, Task, Trajectory, is_plan, parameter, reweighted
+from diffmbrl.core import Policy, State, Task, Trajectory, is_plan, parameter, reweighted
 from diffmbrl.gradients.smoothed import require_key
 from diffmbrl.info import EvaluationCounts, count_evaluations
 from diffmbrl.rollout import returns, rollouts, weights_axis
 
+# (trajectories, task) -> R_t, the return that each action is credited with.
+Credit = Callable[[Trajectory, Task], Float[Array, "B T"]]
+# (R, trajectories, task) -> b_t, its prediction.
+Baseline = Callable[[Float[Array, "B T"], Trajectory, Task], Float[Array, "B T"]]
+
 
 class TotalReturn(eqx.Module):
-    """R_t = J, the return of the whole episode, for every step: REINFORCE (Williams 1992)."""
+    """Credit every action with the return of the whole episode: R_t = J.
+
+    Reference: Williams 1992 (REINFORCE).
+    """
 
     def __call__(self, trajectories: Trajectory, task: Task) -> Float[Array, "B T"]:
         J = each_return(trajectories, task)
@@ -30,9 +38,11 @@ class TotalReturn(eqx.Module):
 
 
 class RewardToGo(eqx.Module):
-    r"""$R_t = \sum_{u \ge t} w_u r_u + w_T \phi(s_T)$: what was earned before an action does not depend on it.
+    r"""Credit an action with the rewards from its step on: $R_t = \sum_{u \ge t} w_u r_u + w_T \phi(s_T)$.
 
-    The same mean as `TotalReturn` with T terms of noise fewer, so a variance that is lower, commonly by half or more.
+    Earlier rewards do not depend on the action. The gradient has the same mean as with `TotalReturn` and a variance that is
+    commonly lower by half or more.
+
     Reference: Baxter and Bartlett 2001; Peters and Schaal 2008, section 2.2.
     """
 
@@ -44,16 +54,17 @@ class RewardToGo(eqx.Module):
 
 
 class NoBaseline(eqx.Module):
-    """b = 0: unbiased, with a variance that grows with the square of the mean return."""
+    """No baseline, b = 0: unbiased, with a variance that grows with the square of the mean return."""
 
     def __call__(self, R: Float[Array, "B T"], trajectories: Trajectory, task: Task) -> Float[Array, "B T"]:
         return jnp.zeros_like(R)
 
 
 class MeanBaseline(eqx.Module):
-    """The mean over the batch, at each step; for `TotalReturn` this is the mean return.
+    """The mean over the batch at each step; with `TotalReturn` the mean return.
 
-    A sample is in its own baseline, so the gradient's mean is exactly 1 - 1/B times the true one: the direction is unbiased.
+    A sample is part of its own baseline, so the gradient's mean is exactly 1 - 1/B times the true one; its direction is
+    unbiased.
     """
 
     def __call__(self, R: Float[Array, "B T"], trajectories: Trajectory, task: Task) -> Float[Array, "B T"]:
@@ -61,9 +72,11 @@ class MeanBaseline(eqx.Module):
 
 
 class LeaveOneOut(eqx.Module):
-    """The mean over the other samples of the batch, at each step: unbiased.
+    """The mean over the other samples of the batch at each step: unbiased.
 
-    Raises: `ValueError` for a batch of 1.
+    Raises:
+        ValueError: For a batch of 1.
+
     Reference: Kool, van Hoof and Welling 2019, Buy 4 REINFORCE samples, get a baseline for free.
     """
 
@@ -75,13 +88,18 @@ class LeaveOneOut(eqx.Module):
 
 
 class LinearBaseline(eqx.Module):
-    r"""A learned value: ridge regression of R_t on $(x, x^2, \tau, \tau^2, \tau^3, 1)$, x the features of s_t and $\tau = t/T$.
+    r"""Ridge regression of R_t on $(x, x^2, \tau, \tau^2, \tau^3, 1)$, with x the features of s_t and $\tau = t/T$.
 
-    Fitted within the call and, unlike in the source, across folds: start i's baseline comes from the starts of the other folds
-    (i modulo `folds`) and from a state that its action has not yet changed. So it is unbiased, which a fit to its own
-    returns is not.
+    Each call fits it and, unlike in the source, across folds: the baseline of start i is fitted to the starts of the other
+    folds (its fold is i modulo `folds`), so it is unbiased, which a fit to a start's own returns is not.
 
-    Raises: `ValueError` for a batch smaller than `folds`, or fewer than 2 of them.
+    Args:
+        ridge: Weight of the penalty on the coefficients, relative to regressors scaled to unit size.
+        folds: Number of parts of the batch, at least 2.
+
+    Raises:
+        ValueError: For fewer than 2 folds, or a batch smaller than `folds`.
+
     Reference: Duan et al. 2016, Benchmarking deep reinforcement learning for continuous control, the linear feature baseline.
     """
 
@@ -98,7 +116,7 @@ class LinearBaseline(eqx.Module):
         alive = trajectories.alive[:, :-1].astype(R.dtype)
         XtX = jnp.einsum("bt,btp,btq->bpq", alive, X, X, precision="highest")
         Xty = jnp.einsum("bt,btp,bt->bp", alive, X, R, precision="highest")
-        # Row k takes the starts of all folds but k.
+        # Row k sums over the starts of all folds except k.
         fold = jnp.arange(R.shape[0]) % self.folds
         others = (fold != jnp.arange(self.folds)[:, None]).astype(R.dtype)
         XtX, Xty = (jnp.tensordot(others, x, axes=1, precision="highest") for x in (XtX, Xty))
@@ -106,7 +124,7 @@ class LinearBaseline(eqx.Module):
         return jnp.einsum("btp,bp->bt", X, coefficients[fold], precision="highest")
 
     def _solve(self, XtX: Float[Array, "p p"], Xty: Float[Array, " p"]) -> Float[Array, " p"]:
-        """In units in which every regressor has the same size: the ridge then has none, and float32 suffices."""
+        """Solve in units in which every regressor has the same size; the ridge then has no unit, and float32 suffices."""
         size = jnp.sqrt(jnp.diagonal(XtX))
         unit = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0).astype(XtX.dtype)
         scaled = XtX * unit[:, None] * unit + self.ridge.astype(XtX.dtype) * jnp.eye(len(unit), dtype=XtX.dtype)
@@ -114,9 +132,13 @@ class LinearBaseline(eqx.Module):
 
 
 class ValueBaseline(eqx.Module):
-    """A value known beforehand: `value` (s -> [], a module), such as a critic. Unbiased, if not fitted to the same batch."""
+    """A value function known beforehand, such as a critic: unbiased if it is not fitted to the same batch.
 
-    value: Any
+    Args:
+        value: Module s -> [].
+    """
+
+    value: Callable[[State], Float[Array, ""]]
 
     def __call__(self, R: Float[Array, "B T"], trajectories: Trajectory, task: Task) -> Float[Array, "B T"]:
         return jax.vmap(jax.vmap(self.value))(where_alive(trajectories))
@@ -125,12 +147,19 @@ class ValueBaseline(eqx.Module):
 class LikelihoodRatio(eqx.Module):
     r"""The likelihood-ratio (score-function, REINFORCE) gradient: $\sum_t (R_t - b_t) \nabla_\theta \log\pi_\theta(a_t | s_t)$.
 
-    Unbiased for any dynamics and reward, discontinuous ones included, of a policy that has `log_prob(s, a)`, such as
-    `Gaussian`, of which log_std gets its gradient, too; `Smoothed(LikelihoodRatio(), std=)` takes any policy. Its variance
-    falls with the size of the noise and grows with T, but not with products of Jacobians. `credit` and `baseline`: see above.
+    It is unbiased for any dynamics and reward, discontinuous ones included, and needs a policy with a density `log_prob(s, a)`,
+    such as `Gaussian`; `Smoothed(LikelihoodRatio(), std=...)` takes any policy. Its variance falls with the size of the noise
+    and grows with T, but not with products of Jacobians.
 
-    Shapes: `s0` [B, ...]. Cost: one rollout, and one product with the policy at all B T states: no pass back through time.
-    Raises: `ValueError` without a key, or for a policy without a density; what the baseline raises.
+    Args:
+        credit: The return R_t of each action: `RewardToGo()` (the default) or `TotalReturn()`.
+        baseline: The baseline b_t; `NoBaseline()` by default.
+        remat: As in `rollout`. Not used here; for solvers that differentiate the same rollouts.
+
+    Raises:
+        ValueError: Without a key, for a policy without a density, or as the baseline.
+
+    Cost: one rollout, and one product with the policy's derivative at all B T states; no pass back through time.
     Reference: Williams 1992; Glynn 1990; Mohamed et al. 2020, Monte Carlo gradient estimation in machine learning, section 4.
 
     >>> import jax
@@ -143,22 +172,26 @@ class LikelihoodRatio(eqx.Module):
     (1,)
     """
 
-    credit: Any
-    baseline: Any
-    remat: int | None = eqx.field(static=True)  # for whoever differentiates the same rollouts; this does not
+    credit: Credit
+    baseline: Baseline
+    remat: int | None = eqx.field(static=True)
 
-    def __init__(self, credit: Any = None, baseline: Any = None, *, remat: int | None = 1):
+    def __init__(self, credit: Credit | None = None, baseline: Baseline | None = None, *, remat: int | None = 1):
         self.credit = RewardToGo() if credit is None else credit
         self.baseline = NoBaseline() if baseline is None else baseline
         self.remat = remat
 
-    def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
-        J, trajectories, advantage = self._weigh(policy, task, s0, key)
+    def __call__(
+        self, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, ""], PyTree]:
+        J, trajectories, advantage = self._advantages(policy, task, s0, key)
         return jnp.mean(J), _score(policy, where_alive(trajectories), trajectories.a, advantage / J.shape[0])
 
-    def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
+    def samples(
+        self, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, " B"], PyTree]:
         """Return and gradient of each start. Memory: B gradients."""
-        J, trajectories, advantage = self._weigh(policy, task, s0, key)
+        J, trajectories, advantage = self._advantages(policy, task, s0, key)
 
         def one(s, a, weight):
             return jax.vjp(lambda pi: _log_probs(pi, s, a), policy)[1](weight)[0]
@@ -169,13 +202,11 @@ class LikelihoodRatio(eqx.Module):
         """One rollout."""
         return count_evaluations(forward=task.horizon * batch, sequential=1)
 
-    def _weigh(self, policy, task, s0, key) -> tuple[Float[Array, " B"], Trajectory, Float[Array, "B T"]]:
-        """Returns, rollouts, and what multiplies the score of each action: 0 after the end of an episode."""
-        if not hasattr(policy, "log_prob"):
-            raise ValueError(
-                f"{type(policy).__name__} has no log_prob(s, a), which the score of its actions needs: put noise on it by "
-                "Gaussian.around(policy, task, std=0.1), or Smoothed(LikelihoodRatio(), std=0.1)"
-            )
+    def _advantages(
+        self, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, " B"], Trajectory, Float[Array, "B T"]]:
+        """Returns, rollouts and R - b of each action, which is 0 after the end of an episode."""
+        require_density(policy)
         weights_axis(task, s0)  # raises for weights of another batch
         trajectories = rollouts(policy, task, s0, require_key(key), remat=None)
         R = self.credit(trajectories, task)
@@ -183,13 +214,22 @@ class LikelihoodRatio(eqx.Module):
         return each_return(trajectories, task), trajectories, advantage
 
 
+def require_density(policy: Policy) -> None:
+    """Raise `ValueError` for a policy without `log_prob(s, a)`."""
+    if not hasattr(policy, "log_prob"):
+        raise ValueError(
+            f"{type(policy).__name__} has no log_prob(s, a), which the score of its actions needs: put noise on it by "
+            "Gaussian.around(policy, task, std=0.1), or wrap the estimator in Smoothed(..., std=0.1)"
+        )
+
+
 def each_return(trajectories: Trajectory, task: Task) -> Float[Array, " B"]:
-    """J of each trajectory, with its weights, if each has its own."""
+    """The return of each trajectory, with its own weights if the task has them."""
     axis = None if task.weights.ndim == 1 else 0
     return jax.vmap(lambda tau, w: returns(tau, reweighted(task, w)), in_axes=(0, axis))(trajectories, task.weights)
 
 
-def _score(policy: Any, s: State, a: Float[Array, "B T m"], weight: Float[Array, "B T"]) -> Any:
+def _score(policy: PyTree, s: State, a: Float[Array, "B T m"], weight: Float[Array, "B T"]) -> PyTree:
     """The sum over starts and steps of weight times the derivative of log pi(a | s)."""
 
     def total(policy):
@@ -201,19 +241,19 @@ def _score(policy: Any, s: State, a: Float[Array, "B T m"], weight: Float[Array,
             return jnp.vdot(weight_t, jax.vmap(pi.log_prob)(s_t, a_t))
 
         steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (s, a, weight))
-        # Recomputed rather than kept, so that the activations of a few steps at a time stay in the caches.
+        # Recomputed rather than stored, so that the activations of a few steps at a time stay in the caches.
         return jnp.sum(map_chunks(jax.checkpoint(at, prevent_cse=False), (*steps, plan), a.shape[0]))
 
     return jax.grad(total)(policy)
 
 
-def _log_probs(policy: Any, s: State, a: Float[Array, "T m"]) -> Float[Array, " T"]:
+def _log_probs(policy: PyTree, s: State, a: Float[Array, "T m"]) -> Float[Array, " T"]:
     """log pi(a_t | s_t) of each step of one rollout."""
     return jax.vmap(lambda pi, s, a: pi.log_prob(s, a), in_axes=(0 if is_plan(policy) else None, 0, 0))(policy, s, a)
 
 
 def where_alive(trajectories: Trajectory) -> State:
-    """The states, with the start in place of those after the end, where policy and value may be undefined (see `rollout`)."""
+    """The states, with the start state after the end of an episode, where policy and value may be undefined."""
 
     def masked(x: Array) -> Array:
         alive: Bool[Array, "..."] = trajectories.alive[:, :-1].reshape(x.shape[:2] + (1,) * (x.ndim - 2))

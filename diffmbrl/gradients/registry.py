@@ -1,4 +1,4 @@
-"""The table of named estimators, for `diffmbrl compare --estimator`: a new one is one row."""
+"""The table of named estimators, for `diffmbrl compare --estimator`; a new estimator adds one row."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,12 +19,20 @@ NOISE = 0.1  # on the actions, as a share of half their range
 
 
 class Estimator(NamedTuple):
-    """How an estimator is made for a task, with numbers that do on most."""
+    """A named estimator with settings that work on most tasks.
+
+    Args:
+        make: Function from the task to the estimator.
+        draws: Whether it needs a key, for noise on the actions or on the parameters.
+        differentiates: Whether it differentiates the dynamics or the reward; one that does not can also improve a policy where
+            their derivatives are zero.
+        description: One line, for the command line's help.
+    """
 
     make: Callable[[Task], GradientEstimator]
-    draws: bool  # whether it needs a key: of noise on the actions or on the parameters
-    differentiates: bool  # the dynamics or the reward; one that does not can climb where their derivatives are zero
-    description: str = ""  # what it is, in a line
+    draws: bool
+    differentiates: bool
+    description: str = ""
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -125,9 +133,16 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def estimator(name: str) -> tuple[str, Estimator]:
-    """A row of ESTIMATORS by name; `likelihood_ratio` is `likelihood-ratio`.
+    """Find a row of ESTIMATORS by name; underscores count as hyphens.
 
-    Raises: `ValueError` naming the nearest for an unknown one.
+    Args:
+        name: The estimator's name.
+
+    Returns:
+        The name as in the table, and the row.
+
+    Raises:
+        ValueError: If the name is unknown; the message gives the nearest one.
 
     >>> estimator("likelihood_ratio")[0]
     'likelihood-ratio'

@@ -1,12 +1,10 @@
 """Noise on the actions of a policy that has none: the objective that sampled estimators differentiate."""
 
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from diffmbrl.core import GradientEstimator, State, Task, as_float
+from diffmbrl.core import GradientEstimator, Policy, State, Task, as_float
 from diffmbrl.info import EvaluationCounts
 from diffmbrl.policies import Gaussian, centre_and_half
 
@@ -14,12 +12,17 @@ from diffmbrl.policies import Gaussian, centre_and_half
 class Smoothed(eqx.Module):
     r"""Any estimator on the smoothed objective $F(\theta) = E_{w}[J(\pi_\theta + w)]$, $w_t \sim N(0, (\sigma h)^2)$.
 
-    h is the half width of the action limits, 1 where there are none, so `std` is a share of the range and `std` itself for
-    an unlimited action. The inner estimator sees `Gaussian(policy, log(std h))`; of its gradient the part of the policy itself
-    is returned. Every estimator in it, the pathwise one included, is of the same F for the same keys, so their estimates can
-    be compared; F is not J, and their difference is the price of smoothing.
+    The inner estimator sees `Gaussian(policy, log(std h))`, with h the half width of the action limits (1 if there are none);
+    the policy's own part of its gradient is returned. Every estimator estimates the gradient of the same F for the same keys,
+    so their estimates can be compared; F differs from J, which is the price of smoothing.
 
-    Raises: `ValueError` without a key, or if `std` is not positive.
+    Args:
+        inner: The estimator, of any kind.
+        std: Standard deviation of the noise, in half widths of the action limits.
+
+    Raises:
+        ValueError: Without a key, or if `std` is not positive.
+
     Reference: Suh et al. 2022, Do differentiable simulators give better policy gradients?, section 2.
 
     >>> import jax
@@ -32,7 +35,7 @@ class Smoothed(eqx.Module):
     ()
     """
 
-    inner: Any
+    inner: GradientEstimator
     std: Float[Array, ""]
 
     def __init__(self, inner: GradientEstimator, *, std: float | Float[Array, ""]):
@@ -45,16 +48,20 @@ class Smoothed(eqx.Module):
         """The inner estimator's."""
         return self.inner.remat
 
-    def __call__(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], Any]:
+    def __call__(
+        self, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, ""], PyTree]:
         J, gradient = self.inner(self.around(policy, task), task, s0, require_key(key))
         return J, gradient.mean
 
-    def samples(self, policy: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Float[Array, " B"], Any]:
+    def samples(
+        self, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, " B"], PyTree]:
         """Return and gradient of each start, with its own noise."""
         J, gradient = self.inner.samples(self.around(policy, task), task, s0, require_key(key))
         return J, gradient.mean
 
-    def around(self, policy: Any, task: Task) -> Gaussian:
+    def around(self, policy: Policy, task: Task) -> Gaussian:
         """The policy with the noise that the estimator sees."""
         _, h = centre_and_half(task.a_low, task.a_high)
         unit = Gaussian.around(policy, task, std=1.0)
@@ -66,7 +73,7 @@ class Smoothed(eqx.Module):
 
 
 def require_key(key: PRNGKeyArray | None) -> PRNGKeyArray:
-    """The key, of an estimator that cannot do without. Raises: `ValueError` if there is none."""
+    """Return the key, or raise `ValueError` if there is none."""
     if key is None:
         raise ValueError("noise needs a key: this estimator draws its actions")
     return key
