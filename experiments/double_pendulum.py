@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from diffmbrl.diagnostics.lyapunov import crossover, exponents
+from diffmbrl.diagnostics.lyapunov import crossover_horizon, lyapunov_exponents
 from diffmbrl.render.palette import MUTED
 from diffmbrl.report.figures import Series, key, name_ends, style_of
 from diffmbrl.tasks.double_pendulum import DoublePendulum
@@ -155,7 +155,7 @@ def _lyapunov(start: Array, size: Size) -> dict[str, Any]:
     @jax.jit
     def run(s):
         states = jax.lax.scan(lambda s, _: (f(s, rest), s), s, None, length=size.lyapunov_steps)[1]
-        return states, exponents(jax.vmap(jax.jacfwd(lambda s: f(s, rest)))(states), size.lyapunov_dt)
+        return states, lyapunov_exponents(jax.vmap(jax.jacfwd(lambda s: f(s, rest)))(states), size.lyapunov_dt)
 
     states, found = run(start)
     shown = np.unique(np.geomspace(10, size.lyapunov_steps, 40).round().astype(int))
@@ -171,7 +171,7 @@ def _lyapunov(start: Array, size: Size) -> dict[str, Any]:
 
 def _crossing(found: Any, sigma: str, by: str = "") -> float:
     first, zeroth = (array(found[sigma][f"{which} variance{by}"]) for which in ("pathwise", "score"))
-    return crossover(array(found["t"]), np.where(np.isfinite(first), first, np.inf), zeroth)
+    return crossover_horizon(array(found["t"]), np.where(np.isfinite(first), first, np.inf), zeroth)
 
 
 def _sigmas(found: Any) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl.core import Task, reweighted
-from diffmbrl.diagnostics.landscape import filter_normalised, line
+from diffmbrl.diagnostics.landscape import filter_normalised, landscape_line
 from diffmbrl.policies import Neural
 from diffmbrl.report.figures import Series, key, name_ends, style_of
 from diffmbrl.rollout import episode_return
@@ -78,7 +78,7 @@ def _slices(size: Size) -> dict[str, Any]:
     task, policy, s0 = _setting(size)
     direction = filter_normalised(policy, jax.random.key(2))
     alphas = jnp.linspace(-size.reach, size.reach, size.points)
-    run = jax.jit(lambda T: -line(policy, _unrolled(task, T), s0, direction, alphas) / T)
+    run = jax.jit(lambda T: -landscape_line(policy, _unrolled(task, T), s0, direction, alphas) / T)
     losses = {T: np.asarray(run(jnp.asarray(T))) for T in size.slices}
     fine = np.all([np.isfinite(x).all(0) for x in losses.values()], axis=0)
     losses = {T: x[:, fine] for T, x in losses.items()}

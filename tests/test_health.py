@@ -10,11 +10,11 @@ from jax.flatten_util import ravel_pytree
 from diffmbrl import BPTT, Linear, Neural, OpenLoop, episode_return, mean_return, tasks
 from diffmbrl.core import Box, Task, parameter
 from diffmbrl.diagnostics import health as measuring
-from diffmbrl.diagnostics.bias import Bias, bias_test
+from diffmbrl.diagnostics.bias import BiasTest, bias_test
 from diffmbrl.diagnostics.differences import difference_error
 from diffmbrl.diagnostics.health import Health, gradient_health
 from diffmbrl.diagnostics.products import log_singular_values, products
-from diffmbrl.diagnostics.sample_statistics import SampleStatistics, in_chunks, sample_statistics
+from diffmbrl.diagnostics.sample_statistics import SampleStatistics, gradient_samples, sample_statistics
 from diffmbrl.diagnostics.verdict import least_z, verdict
 from diffmbrl.tasks.transforms.prefix import Seeing, prefix, prefix_start
 from diffmbrl.tasks.transforms.refined import refined
@@ -169,7 +169,7 @@ def record(*rows, horizons=(10, 50, 400), where=None) -> Health:
     return Health(
         horizons=np.array(horizons), J=column("J"), norms=np.repeat(column("norm")[:, None], 100, 1), plain=plain,
         pathwise=plain, score=plain._replace(snr=column("score")),
-        bias=Bias(column("z"), column("size"), 0.1 * ones), difference=column("difference"),
+        bias=BiasTest(column("z"), column("size"), 0.1 * ones), difference=column("difference"),
         refinement=column("refinement"), float32=column("float32"), overflow=column("overflow").astype(int),
         condition=column("condition"), curvature=column("curvature"), growth=column("growth"), early=0.1 * ones,
         contributions=np.ones((K, 400)), std=0.1, where=where,
@@ -178,7 +178,7 @@ def record(*rows, horizons=(10, 50, 400), where=None) -> Health:
 
 EXPLODES = {"growth": 1.1, "snr": 1e-5}
 RULES = {
-    "good": ([{}, {}, {}], "bptt", None, "use it as it is"),
+    "good": ([{}, {}, {}], "bptt", None, "healthy up to T"),
     "exploding, a short horizon good": ([{}, {}, EXPLODES], "short-horizon", 50, "windows of 50 steps with a critic"),
     "float32 wrong and growing": ([{}, {}, {"growth": 1.1, "float32": 2.0}], "short-horizon", 50, "has exploded"),
     "none good, the score function better": ([EXPLODES | {"growth": 3.0}] * 3, "likelihood-ratio", None, "more signal"),
@@ -189,7 +189,7 @@ RULES = {
     "a bias too unsure": ([{}, {"z": 3.0, "size": 0.9}, {}], "bptt", None, "healthy"),
     "noisy": ([{}, {}, {"snr": 1e-3}], "bptt", None, "1,000 rollouts"),
     "heavy": ([{}, {}, {"tail": 0.9}], "continuation", None, "90% of its variance"),
-    "heavy, and so noisy": ([{}, {}, {"tail": 0.9, "snr": 0.0}], "continuation", None, "a few rollouts own"),
+    "heavy, and so noisy": ([{}, {}, {"tail": 0.9, "snr": 0.0}], "continuation", None, "a few rollouts dominate"),
     "steep": (
         [{}, {}, {"curvature": 1e5, "condition": 1e9}],
         "continuation",
@@ -332,7 +332,7 @@ def test_the_integrator_is_refined_wherever_it_is(x64):
 def test_samples_in_chunks_are_the_samples():
     task, policy = sick()
     s0 = task.starts(jax.random.key(0), 7)
-    J, gradients = in_chunks(BPTT(), policy, task, s0, None, size=3)
+    J, gradients = gradient_samples(BPTT(), policy, task, s0, None, size=3)
     wanted, whole = BPTT().samples(policy, task, s0, None)
     np.testing.assert_allclose(J, wanted, rtol=1e-6)
     np.testing.assert_allclose(gradients, jax.vmap(lambda g: ravel_pytree(g)[0])(whole), rtol=1e-5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffmbrl import Linear, Neural, OpenLoop, tasks
-from diffmbrl.diagnostics.landscape import filter_normalised, line, plane
+from diffmbrl.diagnostics.landscape import filter_normalised, landscape_line
 from diffmbrl.rollout import episode_returns
 from tests.problems import bent, changed, same
 
@@ -44,8 +44,10 @@ def test_slices_are_the_returns_at_moved_parameters(chunk: int, x64: None) -> No
     at = jax.jit(
         lambda a, b: episode_returns(jax.tree.map(lambda x, u, v: x + a * u + b * v, policy, d, e), task, s0, key)
     )
-    on_line = jax.jit(line, static_argnames="chunk")(policy, task, s0, d, alphas, key, chunk=chunk)
-    on_plane = jax.jit(plane, static_argnames="chunk")(policy, task, s0, (d, e), alphas, betas, key, chunk=chunk)
+    on_line = jax.jit(landscape_line, static_argnames="chunk")(policy, task, s0, d, alphas, key, chunk=chunk)
+    on_plane = jax.jit(landscape_plane, static_argnames="chunk")(
+        policy, task, s0, (d, e), alphas, betas, key, chunk=chunk
+    )
     assert on_line.shape == (5, 3) and on_plane.shape == (5, 3, 3)
     for i, a in enumerate(alphas):
         same(on_line[i], at(a, 0.0))
@@ -59,7 +61,7 @@ def test_a_quadratic_return_has_a_quadratic_slice(x64: None) -> None:
     d = filter_normalised(plan, jax.random.key(1))
     same(jnp.abs(d.a), jnp.abs(plan.a))
     alphas = jnp.linspace(-3, 3, 9)
-    J = np.mean(line(plan, task, task.starts(KEY, 2), d, alphas), axis=1)
+    J = np.mean(landscape_line(plan, task, task.starts(KEY, 2), d, alphas), axis=1)
     fit = np.polyfit(alphas, J, 2)
     assert fit[0] < 0
     same(np.polyval(fit, alphas), J, atol=1e-8)
@@ -68,7 +70,7 @@ def test_a_quadratic_return_has_a_quadratic_slice(x64: None) -> None:
 def test_new_points_do_not_recompile() -> None:
     task = tasks.lqr(horizon=3)
     policy, s0 = Linear(jnp.ones((1, 2)), jnp.ones(1)), task.starts(KEY, 2)
-    run = jax.jit(chex.assert_max_traces(lambda d, a: line(policy, task, s0, d, a), n=1))
+    run = jax.jit(chex.assert_max_traces(lambda d, a: landscape_line(policy, task, s0, d, a), n=1))
     for i in range(2):
         run(filter_normalised(policy, jax.random.key(i)), jnp.linspace(0.0, i, 5))
 
@@ -77,6 +79,6 @@ def test_bad_input_is_named() -> None:
     task = tasks.lqr(horizon=3)
     policy, s0 = Linear.zeros(task), task.starts(KEY, 2)
     with pytest.raises(ValueError, match=r"must be like the policy, .K \[1, 2\], .b \[1\]; got .K \[1, 3\], .b \[1\]"):
-        line(policy, task, s0, Linear(jnp.ones((1, 3)), jnp.ones(1)), jnp.ones(2))
+        landscape_line(policy, task, s0, Linear(jnp.ones((1, 3)), jnp.ones(1)), jnp.ones(2))
     with pytest.raises(ValueError, match="chunk must be at least 1 point, got 0"):
-        line(policy, task, s0, policy, jnp.ones(2), chunk=0)
+        landscape_line(policy, task, s0, policy, jnp.ones(2), chunk=0)

@@ -7,13 +7,18 @@ import pytest
 
 from diffmbrl import Linear, tasks
 from diffmbrl.diagnostics.jacobians import jacobians
-from diffmbrl.diagnostics.lyapunov import closed_loop_exponents, crossover, exponents, mean_exponents
+from diffmbrl.diagnostics.lyapunov import (
+    closed_loop_exponents,
+    crossover_horizon,
+    lyapunov_exponents,
+    mean_exponents,
+)
 from diffmbrl.diagnostics.products import products
 from diffmbrl.tasks.double_pendulum import DoublePendulum
 from tests.problems import bent, same
 
 KEY = jax.random.key(0)
-measured = jax.jit(exponents)
+measured = jax.jit(lyapunov_exponents)
 
 
 def linear(seed: int, n: int) -> np.ndarray:
@@ -89,7 +94,7 @@ def test_a_double_pendulums_exponents_converge_and_come_in_pairs(x64: None) -> N
     @jax.jit
     def run(s):
         states = jax.lax.scan(lambda s, _: (f(s, rest), s), s, None, length=60_000)[1]
-        return exponents(jax.vmap(jax.jacfwd(lambda s: f(s, rest)))(states), 0.01)
+        return lyapunov_exponents(jax.vmap(jax.jacfwd(lambda s: f(s, rest)))(states), 0.01)
 
     chaotic, regular = (run(jnp.array([angle, 1.0 if angle < 2 else 0.1, 0.0, 0.0])) for angle in (1.6, np.pi - 0.15))
     same(chaotic.values, -chaotic.values[::-1], rtol=0, atol=2e-3)
@@ -107,7 +112,7 @@ def test_a_double_pendulums_exponents_converge_and_come_in_pairs(x64: None) -> N
 def test_curves_that_cross_once_cross_there() -> None:
     T = np.array([10.0, 20, 40, 80])
     # Powers of T are straight lines in logarithms: T^3 / 1e4 meets 3 T^.5 where T^2.5 = 3e4.
-    assert crossover(T, T**3 / 1e4, 3 * T**0.5) == pytest.approx(3e4**0.4)
+    assert crossover_horizon(T, T**3 / 1e4, 3 * T**0.5) == pytest.approx(3e4**0.4)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +128,7 @@ def test_curves_that_cross_once_cross_there() -> None:
     ],
 )
 def test_crossovers_at_the_edges(pathwise: list, score: list, wanted: float) -> None:
-    assert crossover([10, 20, 40], pathwise, score) == pytest.approx(wanted)
+    assert crossover_horizon([10, 20, 40], pathwise, score) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
@@ -138,4 +143,4 @@ def test_crossovers_at_the_edges(pathwise: list, score: list, wanted: float) -> 
 )
 def test_a_crossover_of_bad_input_says_what_is_wrong(horizons: list, pathwise: list, score: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        crossover(horizons, pathwise, score)
+        crossover_horizon(horizons, pathwise, score)

@@ -11,7 +11,13 @@ from jax.flatten_util import ravel_pytree
 
 from diffmbrl import Gaussian, Neural, OpenLoop, tasks
 from diffmbrl.diagnostics import spectrum
-from diffmbrl.diagnostics.spectrum import density, eigenvalues, extremes, in_double, smoothed
+from diffmbrl.diagnostics.spectrum import (
+    curvature_eigenvalues,
+    extreme_eigenvalues,
+    in_double,
+    smooth_density,
+    spectral_density,
+)
 from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import fisher, gauss_newton, hessian
 from diffmbrl.second_order.dense import dense
@@ -39,18 +45,18 @@ def formed(of: Callable) -> np.ndarray:
 
 @pytest.mark.parametrize("of", MATRICES)
 def test_eigenvalues_are_the_matrixs_in_float64_whatever_the_run_is_in(of: Callable) -> None:
-    values, wanted = eigenvalues(POLICY, TASK, S0, of=of), np.linalg.eigvalsh(formed(of))[::-1]
+    values, wanted = curvature_eigenvalues(POLICY, TASK, S0, of=of), np.linalg.eigvalsh(formed(of))[::-1]
     assert values.dtype == np.float64 and values.shape == wanted.shape
     np.testing.assert_allclose(values, wanted, rtol=1e-9, atol=1e-12 * wanted[0])
     assert np.all(np.diff(values) <= 0)
-    found = extremes(POLICY, TASK, S0, of=of)
+    found = extreme_eigenvalues(POLICY, TASK, S0, of=of)
     assert (found.largest, found.smallest, found.errors) == (values[0], values[-1], (0.0, 0.0))
     size = np.abs(values)
     assert found.condition == pytest.approx(size.max() / max(size.min(), 1e-16 * size.max()))
 
 
 def test_small_eigenvalues_are_told_from_rounding_as_float32_would_not() -> None:
-    values = eigenvalues(POLICY, TASK, S0)
+    values = curvature_eigenvalues(POLICY, TASK, S0)
     assert 0 < values[6] < 1e-4 * values[0]
 
 
@@ -58,7 +64,7 @@ def test_small_eigenvalues_are_told_from_rounding_as_float32_would_not() -> None
 def test_beyond_a_size_lanczos_finds_the_ends_and_says_how_well(of: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = np.linalg.eigvalsh(formed(of))
     monkeypatch.setattr(spectrum, "DENSE", 1)
-    found = extremes(POLICY, TASK, S0, of=of, rank=16)
+    found = extreme_eigenvalues(POLICY, TASK, S0, of=of, rank=16)
     # An eigenvalue lies within the residual of each Ritz value, and the ends are met from within.
     for value, error, end in [
         (found.largest, found.errors[0], wanted[-1]),
@@ -69,14 +75,14 @@ def test_beyond_a_size_lanczos_finds_the_ends_and_says_how_well(of: Callable, mo
     assert np.isnan(found.condition) == (of is hessian)
     if of is not hessian:
         assert 1e3 < found.condition <= 1.001e16
-    ritz = eigenvalues(POLICY, TASK, S0, of=of)
+    ritz = curvature_eigenvalues(POLICY, TASK, S0, of=of)
     np.testing.assert_allclose(ritz[0], wanted[-1], rtol=1e-3)
 
 
 def test_ritz_values_are_as_many_as_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectrum, "DENSE", 1)
     monkeypatch.setattr(spectrum, "RANK", 4)
-    ritz = eigenvalues(POLICY, TASK, S0)
+    ritz = curvature_eigenvalues(POLICY, TASK, S0)
     assert ritz.shape == (4,) and ritz[0] == pytest.approx(np.linalg.eigvalsh(formed(gauss_newton))[-1], rel=1e-2)
 
 
@@ -84,9 +90,9 @@ def test_a_space_that_closes_early_leaves_no_ritz_value_of_zero(monkeypatch: pyt
     """A plan's M on LQR is positive definite; of a space of more dimensions than it has distinct eigenvalues, zeros remain."""
     task = tasks.lqr(horizon=6)
     plan, s0 = OpenLoop.zeros(task), task.starts(KEY, 1)
-    wanted = eigenvalues(plan, task, s0)
+    wanted = curvature_eigenvalues(plan, task, s0)
     monkeypatch.setattr(spectrum, "DENSE", 1)
-    found = extremes(plan, task, s0)
+    found = extreme_eigenvalues(plan, task, s0)
     np.testing.assert_allclose([found.largest, found.smallest], wanted[[0, -1]], rtol=1e-9)
     assert found.condition == pytest.approx(wanted[0] / wanted[-1], rel=1e-6)
 
@@ -94,7 +100,7 @@ def test_a_space_that_closes_early_leaves_no_ritz_value_of_zero(monkeypatch: pyt
 @pytest.mark.parametrize("of", MATRICES)
 def test_quadrature_is_exact_for_powers_below_twice_its_rank(of: Callable) -> None:
     N = formed(of)
-    found = density(POLICY, TASK, S0, of=of, probes=3, rank=4, seed=7)
+    found = spectral_density(POLICY, TASK, S0, of=of, probes=3, rank=4, seed=7)
     assert found.nodes.shape == found.weights.shape == (3, 4)
     with jax.enable_x64(True):
         signs = np.asarray(jax.random.rademacher(jax.random.key(7), (3, len(N)), float))
@@ -108,9 +114,9 @@ def test_quadrature_is_exact_for_powers_below_twice_its_rank(of: Callable) -> No
 
 
 def test_a_smoothed_density_integrates_to_one_and_peaks_at_its_nodes() -> None:
-    found = spectrum.Density(np.array([[0.0, 2.0], [0.0, 1.0]]), np.array([[0.75, 0.25], [0.5, 0.5]]))
+    found = spectrum.SpectralDensity(np.array([[0.0, 2.0], [0.0, 1.0]]), np.array([[0.75, 0.25], [0.5, 0.5]]))
     x = np.linspace(-2, 4, 6001)
-    y = smoothed(found, x, width=0.1)
+    y = smooth_density(found, x, width=0.1)
     assert np.trapezoid(y, x) == pytest.approx(1, rel=1e-6)
     wanted = [mass / (0.1 * np.sqrt(2 * np.pi)) for mass in (0.625, 0.25, 0.125)]
     np.testing.assert_allclose(y[[2000, 3000, 4000]], wanted, rtol=1e-6)
@@ -119,11 +125,11 @@ def test_a_smoothed_density_integrates_to_one_and_peaks_at_its_nodes() -> None:
 def test_what_is_not_finite_is_nan_and_bad_input_is_named() -> None:
     task = changed(bent(), kink=100.0)
     policy, s0 = Neural.init(task, hidden=[3], key=KEY), task.starts(KEY, 2)
-    assert np.isnan(eigenvalues(policy, task, s0, of=hessian)).all()
-    assert np.isnan(extremes(policy, task, s0, of=hessian).condition)
+    assert np.isnan(curvature_eigenvalues(policy, task, s0, of=hessian)).all()
+    assert np.isnan(extreme_eigenvalues(policy, task, s0, of=hessian).condition)
     with pytest.raises(ValueError, match="probes and rank must be at least 1, got 0 and 5"):
-        density(POLICY, TASK, S0, probes=0, rank=5)
+        spectral_density(POLICY, TASK, S0, probes=0, rank=5)
     with pytest.raises(ValueError, match="width must be positive, got 0"):
-        smoothed(spectrum.Density(np.zeros((1, 1)), np.ones((1, 1))), np.zeros(1), 0.0)
+        smooth_density(spectrum.SpectralDensity(np.zeros((1, 1)), np.ones((1, 1))), np.zeros(1), 0.0)
     with pytest.raises(TypeError, match="needs a Gaussian policy"):
-        eigenvalues(policy, task, s0, of=fisher)
+        curvature_eigenvalues(policy, task, s0, of=fisher)

@@ -1,14 +1,13 @@
-r"""Whether two estimators of one gradient have the same mean.
+r"""Test of whether two estimators of one gradient have the same mean.
 
 For the same starts and noise, $d_i = g_i^{\text{pathwise}} - g_i^{\text{score}}$ has mean 0 if both are unbiased, and does not
-where the pathwise one differentiates past a jump. In P dimensions the question is along which direction to look: half of the
-samples say, $u = \bar d_A / |\bar d_A|$, the other half answer,
+if the pathwise one differentiates past a jump. In P dimensions a direction must be chosen: half A of the samples chooses it,
+$u = \bar d_A / |\bar d_A|$, and the other half B tests along it,
 
 $$z = \frac{\mathrm{mean}_B(u^\top d)}{\mathrm{std}_B(u^\top d) / \sqrt{N_B}},$$
 
-which is standard normal if there is no bias, whatever P and the covariance, and large if there is: a one-sided test, of which
-no
-multiple comparisons have to be corrected for.
+which is standard normal if there is no bias, whatever P and the covariance, and large if there is. The test is one-sided, and
+needs no correction for multiple comparisons.
 """
 
 from typing import NamedTuple
@@ -17,18 +16,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-class Bias(NamedTuple):
-    """A difference of means, and how sure it is."""
+class BiasTest(NamedTuple):
+    """A difference of means and its standard error.
 
-    z: Float[Array, "*batch"]  # standard errors above 0; infinite if the difference has no noise, NaN if there is none
-    size: Float[Array, "*batch"]  # the difference along u, in multiples of the gradient's norm
-    error: Float[Array, "*batch"]  # its standard error, in the same unit: a bias below a few of these cannot be seen
+    Args:
+        z: The difference along u in standard errors; infinite if the difference has no noise, NaN if there is no difference.
+        size: The difference along u, in multiples of the gradient's norm.
+        error: Standard error of `size`; a bias below a few of these cannot be detected.
+    """
+
+    z: Float[Array, "*batch"]
+    size: Float[Array, "*batch"]
+    error: Float[Array, "*batch"]
 
 
-def bias_test(pathwise: Float[Array, "N P"], score: Float[Array, "N P"]) -> Bias:
-    """The test on paired samples, in units of the pathwise mean's norm, or of the score function's less its noise, if larger.
+def bias_test(pathwise: Float[Array, "N P"], score: Float[Array, "N P"]) -> BiasTest:
+    """Test whether the pathwise and the score-function gradient have the same mean, on paired samples.
 
-    Samples where either is not finite are left out.
+    The gradient's norm, the unit of `size`, is that of the pathwise mean or of the score function's mean less its noise,
+    whichever is larger.
+
+    Args:
+        pathwise: Samples of the pathwise gradient, shape [N, P].
+        score: Samples of the score-function gradient for the same starts and noise, shape [N, P]. Samples in which either
+            estimate is not finite are left out.
+
+    Returns:
+        The test's result.
 
     >>> import jax
     >>> x = jax.random.normal(jax.random.key(0), (2, 400, 3))
@@ -49,7 +63,7 @@ def bias_test(pathwise: Float[Array, "N P"], score: Float[Array, "N P"]) -> Bias
     means = _mean(g, fine), _mean(h, fine)
     noise = jnp.sum(_mean((h - means[1]) ** 2, fine)) / jnp.sum(fine.astype(d.dtype))
     unit = jnp.sqrt(jnp.maximum(jnp.sum(means[0] ** 2), jnp.sum(means[1] ** 2) - noise))
-    return Bias(mean / error, mean / unit, error / unit)
+    return BiasTest(mean / error, mean / unit, error / unit)
 
 
 def _mean(x: Float[Array, "N k"], mask: Array) -> Float[Array, " k"]:

@@ -1,30 +1,38 @@
-r"""A gradient against central differences of the return that it is said to be the gradient of."""
-
-from typing import Any
+r"""Check of a gradient against central differences of the return."""
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task
+from diffmbrl.core import Policy, State, Task
 from diffmbrl.rollout import mean_return
 
-DIRECTIONS = 3  # random ones, beside the gradient's own
+DIRECTIONS = 3  # random directions, in addition to the gradient's own
 STEPS = (1e-4, 1e-6, 1e-8)
 
 
 def difference_error(
-    policy: Any, task: Task, s0: State, gradient: Float[Array, " P"], key: PRNGKeyArray
+    policy: Policy, task: Task, s0: State, gradient: Float[Array, " P"], key: PRNGKeyArray
 ) -> Float[Array, ""]:
     r"""Relative error of a gradient of the mean return over `s0`, along the gradient itself and a few random directions.
 
     $$\min_h \frac{|\,\delta_h - U g\,|}{|U g|},\qquad (\delta_h)_j = \frac{J(\theta + h u_j) - J(\theta - h u_j)}{2h}$$
 
-    in float64, the best of steps of 1e-4, 1e-6 and 1e-8, since neither curvature nor rounding should be mistaken for an error
-    of
-    the gradient; a wrong one is wrong at every step. 0 if gradient and differences are both 0. `key` draws the directions. A
-    jump that no start is within h of is not seen: the test of bias is for that.
+    The smallest error over the steps h = 1e-4, 1e-6 and 1e-8 counts, so that neither curvature nor rounding is mistaken for an
+    error of the gradient; a wrong gradient is wrong at every step. A jump farther than h from all starts is not detected; that
+    is the purpose of `bias_test`.
+
+    Args:
+        policy: The policy, in float64.
+        task: The task, in float64.
+        s0: Start states, shape [B, ...].
+        gradient: The gradient of the mean return, shape [P], in the order of `ravel_pytree(policy)`.
+        key: Key of the random directions.
+
+    Returns:
+        The relative error; 0 if gradient and differences are both 0.
+
     Cost: 24 rollouts from each start.
 
     >>> from diffmbrl import Linear, mean_return, tasks

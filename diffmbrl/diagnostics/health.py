@@ -1,24 +1,25 @@
-r"""What is wrong with the gradient of a policy on a task, horizon by horizon, as numbers: `verdict.py` says what they mean.
+r"""Measurements of a policy's gradient on a task, horizon by horizon; `verdict.py` interprets them.
 
 Every horizon is a `prefix` of one task, so one compiled program measures all of them. Measurements are made in float64; the
-float32 ones beside them start from the very same numbers.
+float32 ones start from the same numbers.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from diffmbrl.core import State, Task
-from diffmbrl.diagnostics.bias import Bias, bias_test
+from diffmbrl.core import Policy, State, Stateful, Task
+from diffmbrl.diagnostics.bias import BiasTest, bias_test
 from diffmbrl.diagnostics.differences import difference_error
 from diffmbrl.diagnostics.jacobians import contributions, jacobians
 from diffmbrl.diagnostics.products import log_singular_values, products
-from diffmbrl.diagnostics.sample_statistics import SampleStatistics, in_chunks, sample_statistics
+from diffmbrl.diagnostics.sample_statistics import SampleStatistics, gradient_samples, sample_statistics
 from diffmbrl.gradients import BPTT, LikelihoodRatio, Smoothed
 from diffmbrl.gradients.likelihood_ratio import LeaveOneOut
 from diffmbrl.second_order.curvature import gauss_newton
@@ -27,56 +28,92 @@ from diffmbrl.solve.nonfinite import locate
 from diffmbrl.tasks.transforms.prefix import Seeing, prefix, prefix_start
 from diffmbrl.tasks.transforms.refined import refined
 
-LEAST = 64  # starts
+LEAST = 64  # smallest number of starts
 NOISY = 16  # starts of the smoothed estimators, each with a sixteenth of the samples
-FEW = 32  # starts of what needs no statistics: differences, refinement, contributions, growth
+FEW = 32  # starts of measurements without statistics: differences, refinement, contributions, growth
 CURVED = 8  # starts of the Gauss-Newton matrix
-RANK = 30  # of its Krylov space
-ROUNDING = 1e-13  # Ritz values below this share of the largest are that
+RANK = 30  # dimension of its Krylov space
+ROUNDING = 1e-13  # Ritz values below this share of the largest are rounding
 EARLY = 0.1  # the first steps, as a share of the horizon
 
 
+Tree = TypeVar("Tree")
+
+
 class Health(NamedTuple):
-    """One entry for each of K horizons. What could not be measured is NaN."""
+    """Measurements of a gradient at K horizons; those that could not be made are NaN.
+
+    Args:
+        horizons: The horizons in steps, shape [K].
+        J: Mean return over the starts, without noise.
+        norms: Norm of each sample's gradient, without noise, shape [K, N].
+        plain: Statistics of these gradients, which differ in their starts alone.
+        pathwise: Statistics of BPTT on the return smoothed by noise on the actions.
+        score: Statistics of the likelihood ratio on the same return, with the same starts and noise.
+        bias: Test of `pathwise` against `score`.
+        difference: Relative error against central differences.
+        refinement: Relative change of the gradient when the integrator's step is halved.
+        float32: Relative error of the float32 gradient; infinite if it is not finite.
+        overflow: Number of samples whose float32 gradient is not finite.
+        condition: Largest over smallest Ritz value of the Gauss-Newton matrix, a lower bound of its condition number.
+        curvature: The largest Ritz value.
+        growth: Growth of perturbations in the closed loop per step: exp of the mean log of sigma_1(Phi)^(1/T).
+        early: Share of the gradient's contributions that come from the first tenth of the steps.
+        contributions: Norm of each step's part of dJ/dtheta, shape [K, T].
+        std: Standard deviation of the noise on the actions, in half widths of their limits.
+        where: Description of the first value that is not finite in float32; None if all are finite.
+    """
 
     horizons: Int[np.ndarray, " K"]
-    J: Float[np.ndarray, " K"]  # mean return over the starts, without noise
-    norms: Float[np.ndarray, "K N"]  # of each sample's gradient, without noise
-    plain: SampleStatistics  # of those gradients: the starts alone differ
-    pathwise: SampleStatistics  # of BPTT on the return smoothed by noise on the actions, `std` of their range
-    score: SampleStatistics  # of the likelihood ratio on the same, with the same starts and noise
-    bias: Bias  # of the one against the other
-    difference: Float[np.ndarray, " K"]  # relative error against central differences
-    refinement: Float[np.ndarray, " K"]  # relative change of the gradient when the integrator's step is halved
-    float32: Float[np.ndarray, " K"]  # relative error of the float32 gradient; infinite if that is not finite
-    overflow: Int[np.ndarray, " K"]  # samples of which it is not finite
-    condition: Float[np.ndarray, " K"]  # largest over smallest Ritz value of the Gauss-Newton matrix: a lower bound
-    curvature: Float[np.ndarray, " K"]  # the largest
-    growth: Float[np.ndarray, " K"]  # of perturbations in the closed loop per step: mean log of sigma_1(Phi)^(1/T)
-    early: Float[np.ndarray, " K"]  # share of the gradient's contributions that come from the first tenth of the steps
-    contributions: Float[np.ndarray, "K T"]  # norm of each step's part of dJ/dtheta
+    J: Float[np.ndarray, " K"]
+    norms: Float[np.ndarray, "K N"]
+    plain: SampleStatistics
+    pathwise: SampleStatistics
+    score: SampleStatistics
+    bias: BiasTest
+    difference: Float[np.ndarray, " K"]
+    refinement: Float[np.ndarray, " K"]
+    float32: Float[np.ndarray, " K"]
+    overflow: Int[np.ndarray, " K"]
+    condition: Float[np.ndarray, " K"]
+    curvature: Float[np.ndarray, " K"]
+    growth: Float[np.ndarray, " K"]
+    early: Float[np.ndarray, " K"]
+    contributions: Float[np.ndarray, "K T"]
     std: float
-    where: str | None  # the first value that is not finite, in float32
+    where: str | None
 
 
 def gradient_health(
     task: Task,
-    policy: Any,
+    policy: Policy | Stateful,
     horizons: Sequence[int],
     *,
     key: PRNGKeyArray,
     starts: int = 512,
     std: float = 0.1,
-    seen: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Health:
-    """Measure the policy's gradient at each of the horizons, which the task's own must reach.
+    """Measure the health of a policy's gradient at several horizons: noise, bias, precision, growth, curvature.
 
-    `starts` states are drawn, one sample each; `std` is the noise of the smoothed estimators, in half widths of the action
-    limits (see `Smoothed`). `seen` is called with the number of horizons done.
+    Args:
+        task: The task, with a horizon of at least the longest one measured.
+        policy: A policy of the state alone.
+        horizons: The horizons in steps, increasing.
+        key: Key of the starts, the noise and the random directions.
+        starts: Number of start states, with one sample each; at least 64.
+        std: Standard deviation of the smoothed estimators' noise, in half widths of the action limits (see `Smoothed`).
+        progress: Function called with the number of horizons done after each.
+
+    Returns:
+        The measurements, which `verdict` interprets.
+
+    Raises:
+        ValueError: For horizons that are not increasing whole numbers from 1 to the task's own, fewer than 64 starts, a `std`
+            that is not positive, and a plan or a policy with a memory.
+
     Cost: for each horizon, about ten gradients of `starts` rollouts over the longest; one compilation. Memory: three gradients
     for each start.
-    Raises: `ValueError` for horizons that are not increasing whole numbers from 1 to the task's own, for fewer than 64 starts,
-    a std that is not positive, and for a plan or a policy with a memory.
 
     >>> from diffmbrl import Linear, tasks
     >>> task = tasks.lqr(horizon=20)
@@ -103,7 +140,7 @@ def gradient_health(
             row, g64 = _double(*double, finer, length, jnp.float64(std), noise, key_directions)
             rows.append(jax.tree.map(np.asarray, row))
             errors.append(_error(g32, np.asarray(g64)))
-        seen(count)
+        progress(count)
     row = jax.tree.map(lambda *x: np.stack(x), *rows)
     float32, overflow = (np.array(x) for x in zip(*errors, strict=True))
     where = None
@@ -116,7 +153,7 @@ def gradient_health(
 
 
 def check_health_arguments(longest: int, horizons: Sequence[int], starts: int, std: float) -> None:
-    """Raises: `ValueError` as `gradient_health`."""
+    """Raise `ValueError` for arguments of `gradient_health` that are out of range."""
     if len(horizons) == 0:
         raise ValueError("horizons needs at least one number of steps")
     for T in horizons:
@@ -128,7 +165,9 @@ def check_health_arguments(longest: int, horizons: Sequence[int], starts: int, s
     if list(horizons) != sorted(horizons):
         raise ValueError(f"horizons must increase, got {given}")
     if horizons[-1] > longest:
-        raise ValueError(f"the task ends after {longest} steps: make it with horizon={horizons[-1]} to look that far")
+        raise ValueError(
+            f"the task ends after {longest} steps: make it with horizon={horizons[-1]} to measure longer horizons"
+        )
     if starts < LEAST:
         raise ValueError(f"starts must be at least {LEAST}, one sample each, got {starts}")
     if not (np.isfinite(std) and std > 0):
@@ -137,17 +176,17 @@ def check_health_arguments(longest: int, horizons: Sequence[int], starts: int, s
 
 @jax.jit
 def _double(policy, task, s0, finer, length, std, key_noise, key_directions):
-    """A row of the record, and the gradient of each start [N, P]."""
+    """One horizon's measurements in float64, and the gradient of each start [N, P]."""
     pi, short = Seeing(policy), prefix(task, length)
     s0 = jax.vmap(lambda s: prefix_start(s, length))(s0)
     few, curved = _first(s0, FEW), _first(s0, CURVED)
-    J, plain = in_chunks(BPTT(), pi, short, s0, None)
-    # Copies of a few starts: the others of a start's copies are then its baseline, the best there is.
+    J, plain = gradient_samples(BPTT(), pi, short, s0, None)
+    # With copies of a few starts, the other copies of a start are its leave-one-out baseline, the best one possible.
     copies = plain.shape[0] // NOISY
     repeated = jax.tree.map(lambda x: jnp.repeat(x[:NOISY], copies, axis=0), s0)
     score_function = LikelihoodRatio(baseline=LeaveOneOut())
     pathwise, score = (
-        in_chunks(Smoothed(inner, std=std), pi, short, repeated, key_noise, size=copies)[1]
+        gradient_samples(Smoothed(inner, std=std), pi, short, repeated, key_noise, size=copies)[1]
         for inner in (BPTT(), score_function)
     )
     gradient = jnp.mean(plain[:FEW], axis=0)
@@ -159,7 +198,7 @@ def _double(policy, task, s0, finer, length, std, key_noise, key_directions):
     ritz = lanczos(model.product, model.gradient, RANK).values
     top = jnp.max(ritz)
     parts = jnp.linalg.norm(contributions(pi, short, few), axis=1)[:-1]
-    # At least one step, and of one step all.
+    # The early steps are at least one.
     t = jnp.arange(parts.shape[0], dtype=length.dtype)
     early = t < jnp.maximum(1, (EARLY * length.astype(parts.dtype)).astype(t.dtype))
     row = {
@@ -182,7 +221,7 @@ def _double(policy, task, s0, finer, length, std, key_noise, key_directions):
 @jax.jit
 def _single(policy, task, s0, length):
     s0 = jax.vmap(lambda s: prefix_start(s, length))(s0)
-    return in_chunks(BPTT(), Seeing(policy), prefix(task, length), s0, None)[1]
+    return gradient_samples(BPTT(), Seeing(policy), prefix(task, length), s0, None)[1]
 
 
 @jax.jit
@@ -197,7 +236,7 @@ def _growth(policy, task, s0, last):
 
 
 def _error(single: np.ndarray, double: np.ndarray) -> tuple[float, int]:
-    """Relative error of the mean float32 gradient, and the samples of which it is not finite."""
+    """Relative error of the mean float32 gradient, and the number of samples that are not finite."""
     bad = int(np.sum(~np.isfinite(single).all(axis=1)))
     if bad:
         return float("inf"), bad
@@ -206,7 +245,7 @@ def _error(single: np.ndarray, double: np.ndarray) -> tuple[float, int]:
     return 0.0 if error == 0 else float(error / np.linalg.norm(true)) if true.any() else float("inf"), 0
 
 
-def _in(dtype: Any, tree: Any) -> Any:
+def _in(dtype: DTypeLike, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 

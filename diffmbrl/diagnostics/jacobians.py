@@ -1,12 +1,12 @@
-r"""Jacobians along rollouts, and where in time the gradient comes from.
+r"""Jacobians along rollouts, and the contribution of each time step to the gradient.
 
 $$\frac{dJ}{d\theta} = \sum_t G_t^\top \frac{dJ}{da_t},\qquad
 \frac{dJ}{da_t} = w_t r_a + B_t^\top \sum_{\tau > t} \Phi_{\tau,t+1}^\top (w_\tau r_s + K_\tau^\top w_\tau r_a),\qquad
 \Phi_{\tau,t} = \prod_{k=t}^{\tau-1} (A_k + B_k K_k)$$
 
-with the gradient of $w_T \phi$ for the rewards' at $\tau = T$. Exploding and vanishing gradients are those of the products
-$\Phi$ of closed-loop Jacobians: `products.py` has their singular values, radii and eigenvalues. The one-step ones below do not
-predict them.
+where at $\tau = T$ the gradient of $w_T \phi$ replaces those of the rewards. Gradients explode and vanish with the products
+$\Phi$ of the closed-loop Jacobians, whose singular values, radii and eigenvalues are in `products.py`. The one-step values
+below do not predict them.
 
 >>> import jax
 >>> from diffmbrl import Neural, tasks
@@ -17,7 +17,7 @@ predict them.
 (4, 50, 2)
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, is_plan, is_stateful
+from diffmbrl.core import Policy, State, Stateful, Task, is_plan, is_stateful
 from diffmbrl.rollout import split_keys, step_keys
 from diffmbrl.second_order.curvature import linearize_rollouts
 from diffmbrl.second_order.riccati import adjoint
@@ -34,26 +34,45 @@ CHUNK = 64  # time steps whose contributions are computed at once
 
 
 class Jacobians(NamedTuple):
-    """Derivatives along a batch of rollouts. After the end of an episode A is the identity, all else 0."""
+    """Derivatives along a batch of rollouts. After the end of an episode A is the identity, and all others are 0.
 
-    A: Float[Array, "B T n n"]  # df/ds
-    B: Float[Array, "B T n m"]  # df/da
-    K: Float[Array, "B T m n"]  # dpi/ds
-    dJ_da: Float[Array, "B T m"]  # of each rollout's own return, through the closed loop
+    Args:
+        A: df/ds, shape [B, T, n, n].
+        B: df/da, shape [B, T, n, m].
+        K: dpi/ds, shape [B, T, m, n].
+        dJ_da: Derivative of each rollout's own return through the closed loop, shape [B, T, m].
+        alive: Whether the episode had not ended at s_t, shape [B, T+1].
+    """
+
+    A: Float[Array, "B T n n"]
+    B: Float[Array, "B T n m"]
+    K: Float[Array, "B T m n"]
+    dJ_da: Float[Array, "B T m"]
     alive: Bool[Array, "B T1"]
 
     @property
     def loop(self) -> Float[Array, "B T n n"]:
-        """The closed loop's, A + B K."""
+        """Jacobians of the closed loop, A + B K."""
         return self.A + jnp.matmul(self.B, self.K, precision="highest")
 
 
-def jacobians(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Jacobians:
-    """A_t, B_t, K_t and dJ/da_t along the rollouts from `s0` [B, ...], all time steps at once; for policies and plans.
+def jacobians(policy: Policy | Stateful, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Jacobians:
+    """A_t, B_t, K_t and dJ/da_t along a batch of rollouts, all time steps at once.
 
-    States that are not flat are flattened. `key` is the rollouts': noise is linearised as it was drawn. One start is a batch
-    of one. Cost: a rollout, n + m tangents of f and m cotangents of pi a step, and one adjoint recursion.
-    Raises: `TypeError` for a policy with a memory, whose loop is not in the state alone, and for states that are not float.
+    Args:
+        policy: A policy without a memory, or a plan.
+        task: The task.
+        s0: Start states, shape [B, ...]; states that are not flat are flattened to n numbers.
+        key: Key of the rollouts' noise, at which the dynamics are linearised; None for no noise.
+
+    Returns:
+        The derivatives, with leading axes of B and T.
+
+    Raises:
+        TypeError: For a policy with a memory, whose closed loop is not a function of the state alone, and for states that are
+            not float.
+
+    Cost: a rollout, n + m tangents of f and m cotangents of pi for each step, and one adjoint recursion.
     """
     _refuse_memory(policy)
     _, trajectory, lin, K = linearize_rollouts(policy, task, s0, key)
@@ -62,11 +81,25 @@ def jacobians(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = Non
     return Jacobians(A, B, K, -g, trajectory.alive.T)
 
 
-def contributions(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Float[Array, "T P"]:
+def contributions(
+    policy: Policy | Stateful, task: Task, s0: State, key: PRNGKeyArray | None = None
+) -> Float[Array, "T P"]:
     r"""Each time step's part of the gradient of the mean return, $\frac1B \sum_i G_{i,t}^\top \, dJ_i/da_{i,t}$.
 
-    The rows sum to dJ/dtheta, in the order of `ravel_pytree(policy)`. Of a plan, row t is zero outside the plan's slice t.
-    Cost: `jacobians`, and one cotangent of pi for each step and start. Raises: as `jacobians`.
+    Args:
+        policy: A policy without a memory, or a plan.
+        task: The task.
+        s0: Start states, shape [B, ...].
+        key: Key of the rollouts' noise; None for no noise.
+
+    Returns:
+        The parts, shape [T, P], in the order of `ravel_pytree(policy)`; their sum is dJ/dtheta. Row t of a plan is zero
+        outside the plan's slice t.
+
+    Raises:
+        TypeError: As `jacobians`.
+
+    Cost: `jacobians`, and one cotangent of pi for each step and start.
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
@@ -99,12 +132,25 @@ def contributions(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None =
 
 
 def singular_values(A: Float[Array, "*batch n k"]) -> Float[Array, "*batch l"]:
-    """Of each matrix by itself, decreasing: a step's largest and smallest stretch."""
+    """Singular values of each matrix on its own: the largest and smallest stretch of one step.
+
+    Args:
+        A: Matrices, shape [*batch, n, k].
+
+    Returns:
+        The singular values, decreasing, shape [*batch, min(n, k)].
+    """
     return jnp.linalg.svd(A, compute_uv=False)
 
 
 def eigenvalues(A: Float[Array, "*batch n n"]) -> np.ndarray:
-    """Of each matrix by itself [*batch, n], complex, largest modulus first; on the host. NaN for one that is not finite.
+    """Eigenvalues of each matrix on its own, computed on the host.
+
+    Args:
+        A: Matrices, shape [*batch, n, n].
+
+    Returns:
+        The eigenvalues [*batch, n], complex, largest modulus first; NaN for a matrix that is not finite.
 
     >>> import jax.numpy as jnp
     >>> abs(eigenvalues(jnp.array([[0.0, 1.0], [-4.0, 0.0]]))).round(6).tolist()
@@ -118,10 +164,17 @@ def eigenvalues(A: Float[Array, "*batch n n"]) -> np.ndarray:
 
 
 def spectral_radius(A: Float[Array, "*batch n n"]) -> np.ndarray:
-    """Largest modulus of the eigenvalues of each matrix by itself [*batch]; on the host."""
+    """Largest modulus of the eigenvalues of each matrix on its own, computed on the host.
+
+    Args:
+        A: Matrices, shape [*batch, n, n].
+
+    Returns:
+        The radii, shape [*batch].
+    """
     return np.abs(eigenvalues(A)[..., 0])
 
 
-def _refuse_memory(policy: Any) -> None:
+def _refuse_memory(policy: Policy | Stateful) -> None:
     if is_stateful(policy):
         raise TypeError(f"a policy with a memory ({type(policy).__name__}) has no gain K_t = dpi/ds in the state alone")

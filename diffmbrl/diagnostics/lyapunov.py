@@ -2,72 +2,109 @@ r"""Lyapunov exponents along a trajectory, and the horizon at which the pathwise
 
 $$\lambda_i = \lim_{T\to\infty} \frac{1}{T\,dt} \sum_{t<T} \log |(r_t)_{ii}|,\qquad A_t Q_t = Q_{t+1} r_t$$
 
-An orthonormal frame is carried along and re-orthonormalised at every step; the logarithms of how much it was stretched are
-averaged. A plain average has an error of order 1/T, from the frame's alignment at the start and from the last turn it did not
-complete. A weight that vanishes smoothly at both ends of time takes both out,
+An orthonormal frame is propagated and re-orthonormalised at every step; the logarithms of its stretching are averaged. A plain
+average has an error of order 1/T, from the frame's alignment at the start and from an incomplete last turn. A weight that
+vanishes smoothly at both ends of the time removes both,
 
 $$\hat\lambda_i = \frac{\sum_t w(u_t) \log |(r_t)_{ii}|}{dt \sum_t w(u_t)},\qquad w(u) = e^{-1/(u(1-u))},\; u \in (0, 1)$$
 
-and converges faster than any power of 1/T for linear and quasi-periodic motion; for chaotic motion it is as good as a plain
+and converges faster than any power of 1/T for linear and quasi-periodic motion. For chaotic motion it is as accurate as a plain
 average over somewhat less than the whole time.
 
 Reference: Benettin et al. 1980 (QR along the trajectory); Eckmann and Ruelle 1985; Das and Yorke 2018 (the weight).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, ScalarLike
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, ScalarLike
 
-from diffmbrl.core import State, Task
+from diffmbrl.core import Policy, State, Task
 from diffmbrl.diagnostics.jacobians import jacobians
 from diffmbrl.diagnostics.products import products
 
 BLOCKS = 10  # of time, for the error estimate
 
 
-class Exponents(NamedTuple):
-    """Lyapunov exponents per unit of time, decreasing in general (by the frame's order, which aligns with them)."""
+class LyapunovExponents(NamedTuple):
+    """Lyapunov exponents per unit of time, in general decreasing (the frame aligns with them in this order).
 
-    values: Float[Array, "*batch n"]  # weighted averages, over all but the first tenth of the time
-    error: Float[Array, "*batch n"]  # standard error, from the spread between the nine remaining tenths
-    running: Float[Array, "*batch T n"]  # plain averages up to each step: how they converge
+    Args:
+        values: Weighted averages over all but the first tenth of the time, shape [*batch, n].
+        error: Standard error, from the spread between the nine remaining tenths.
+        running: Plain averages up to each step, shape [*batch, T, n], which show the convergence.
+    """
+
+    values: Float[Array, "*batch n"]
+    error: Float[Array, "*batch n"]
+    running: Float[Array, "*batch T n"]
 
 
-def exponents(A: Float[Array, "T n n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None) -> Exponents:
-    """Of a sequence of Jacobians, `dt` seconds apart (1 for exponents per step).
+def lyapunov_exponents(
+    A: Float[Array, "T n n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None
+) -> LyapunovExponents:
+    """Lyapunov exponents of a sequence of Jacobians.
 
-    With `alive`, of the steps where it is True, which come first; NaN if none is. Below 10 steps the error is NaN. A singular
-    Jacobian, after the first tenth of the time, makes exponents of -inf. Cost: one QR factorisation a step.
+    A singular Jacobian after the first tenth of the time makes exponents of -inf.
+
+    Args:
+        A: The Jacobians, shape [T, n, n].
+        dt: Time between two of them, in seconds; 1 for exponents per step.
+        alive: Whether each step counts, shape [T]; True for the first steps and then False. All steps by default.
+
+    Returns:
+        The exponents; NaN if no step counts. The error is NaN below 10 steps.
+
+    Cost: one QR factorisation for each step.
 
     >>> import jax.numpy as jnp
-    >>> found = exponents(jnp.tile(jnp.array([[1.0, 1.0], [0.0, 0.5]]), (1000, 1, 1)), dt=0.1)
+    >>> found = lyapunov_exponents(jnp.tile(jnp.array([[1.0, 1.0], [0.0, 0.5]]), (1000, 1, 1)), dt=0.1)
     >>> [round(float(x), 3) for x in found.values]
     [0.0, -6.931]
     """
     return mean_exponents(products(A).growth, dt, alive)
 
 
-def mean_exponents(growth: Float[Array, "T n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None) -> Exponents:
-    """`exponents` of products that were factored already, from their `growth`."""
+def mean_exponents(
+    growth: Float[Array, "T n"], dt: ScalarLike, alive: Bool[Array, " T"] | None = None
+) -> LyapunovExponents:
+    """Lyapunov exponents of matrix products that have already been factored.
+
+    Args:
+        growth: `Products.growth`, shape [T, n].
+        dt: As in `lyapunov_exponents`.
+        alive: As in `lyapunov_exponents`.
+
+    Returns:
+        As `lyapunov_exponents`.
+    """
     growth = growth / dt
     steps = jnp.arange(1, growth.shape[0] + 1, dtype=growth.dtype)
     mask = jnp.ones(growth.shape[0], bool) if alive is None else alive
     count = jnp.sum(mask.astype(growth.dtype))
     growth = jnp.where(mask[:, None], growth, 0.0)
     running = jnp.cumsum(growth, axis=0) / jnp.minimum(steps, count)[:, None]
-    # Time from 0 to 1 over the living steps, and of each block of it.
+    # The time from 0 to 1 over the steps that count, and within each block.
     u = (steps - 0.5) / count
     edges = jnp.linspace(0.0, 1.0, BLOCKS + 1, dtype=growth.dtype)
     blocks = jax.vmap(lambda low, high: _average(growth, (u - low) / (high - low)))(edges[1:-1], edges[2:])
     values = _average(growth, (u - edges[1]) / (1 - edges[1]))
-    return Exponents(values, jnp.std(blocks, axis=0, ddof=1) / jnp.sqrt(blocks.shape[0]), running)
+    return LyapunovExponents(values, jnp.std(blocks, axis=0, ddof=1) / jnp.sqrt(blocks.shape[0]), running)
 
 
-def closed_loop_exponents(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Exponents:
-    """Of the closed loop along the rollouts from `s0` [B, ...], per second; episodes count until their end.
+def closed_loop_exponents(policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None = None) -> LyapunovExponents:
+    """Lyapunov exponents of the closed loop along rollouts, per second.
+
+    Args:
+        policy: A policy without a memory, or a plan.
+        task: The task.
+        s0: Start states, shape [B, ...].
+        key: Key of the rollouts' noise; None for no noise.
+
+    Returns:
+        The exponents of each rollout, with a leading axis of B; an episode counts until its end.
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
@@ -76,18 +113,27 @@ def closed_loop_exponents(policy: Any, task: Task, s0: State, key: PRNGKeyArray 
     (4, 2)
     """
     found = jacobians(policy, task, s0, key)
-    return jax.vmap(lambda A, alive: exponents(A, task.dt, alive))(found.loop, found.alive[:, :-1])
+    return jax.vmap(lambda A, alive: lyapunov_exponents(A, task.dt, alive))(found.loop, found.alive[:, :-1])
 
 
-def crossover(horizons: Any, pathwise: Any, score: Any) -> float:
-    """The horizon beyond which the pathwise gradient's variance is the larger one, at every horizon measured from there on.
+def crossover_horizon(horizons: ArrayLike, pathwise: ArrayLike, score: ArrayLike) -> float:
+    """The horizon beyond which the pathwise gradient has a larger variance than the score function, at all horizons measured.
 
-    Between the last horizon where it is not and the next, log variance is taken to be linear in log horizon; where a variance
-    there is zero or infinite, it is the next. The first horizon if it is larger throughout, infinity if not at the last.
-    Raises: `ValueError` if the lengths differ, horizons do not increase from above 0, or a variance is negative or NaN. An
-    estimator that overflowed has infinite variance: say so with `inf`.
+    Between the last horizon at which it is not larger and the next one, log variance is interpolated linearly in log horizon.
+    If one of these variances is zero or infinite, the result is the next horizon.
 
-    >>> crossover([10, 100, 1000], [1e-4, 1.0, 1e4], [1.0, 10.0, 100.0])
+    Args:
+        horizons: The horizons, positive and increasing.
+        pathwise: Variance of the pathwise gradient at each; `inf` for one that overflowed.
+        score: Variance of the score-function gradient at each.
+
+    Returns:
+        The crossover in steps: the first horizon if the pathwise variance is always larger, infinity if it is not at the last.
+
+    Raises:
+        ValueError: If the lengths differ, the horizons do not increase from above 0, or a variance is negative or NaN.
+
+    >>> crossover_horizon([10, 100, 1000], [1e-4, 1.0, 1e4], [1.0, 10.0, 100.0])
     215.443469...
     """
     T, first, zeroth = (np.asarray(x, float) for x in (horizons, pathwise, score))
@@ -117,7 +163,7 @@ def crossover(horizons: Any, pathwise: Any, score: Any) -> float:
 def _average(growth: Float[Array, "T n"], u: Float[Array, " T"]) -> Float[Array, " n"]:
     inside = (u > 0) & (u < 1)
     u = jnp.where(inside, u, 0.5)
-    # exp(4) makes the largest weight 1, so that short blocks in float32 do not underflow.
+    # exp(4) makes the largest weight 1, so that short blocks do not underflow in float32.
     w = jnp.where(inside, jnp.exp(4 - 1 / (u * (1 - u))), 0.0)
     # Singular steps have a growth of -inf, and 0 * inf is NaN.
     return w @ jnp.where(inside[:, None], growth, 0.0) / jnp.sum(w)

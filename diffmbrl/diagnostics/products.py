@@ -1,21 +1,21 @@
 r"""Long products of matrices, $\Phi_t = A_{t-1} \cdots A_1 A_0$, without forming them.
 
-A product of hundreds of Jacobians overflows, and long before that its small singular values drown in the rounding of its large
-ones. Here it is kept as
+A product of hundreds of Jacobians overflows, and long before that its small singular values are lost in the rounding of its
+large ones. Here it is factored as
 
 $$\Phi_t = Q_t\,\mathrm{diag}(e^{l_t})\,R_t\,Q_0^\top$$
 
 with Q orthogonal, R upper triangular with rows of length 1, and logarithms l: one QR factorisation a step,
-$A_t Q_t = Q_{t+1} r_t$, and a product of triangular factors row by row. What follows from it:
+$A_t Q_t = Q_{t+1} r_t$, and a product of triangular factors row by row. From these factors follow:
 * `growth`, $\log |\mathrm{diag}\, r_t|$: its sums over time, divided by time, tend to Lyapunov exponents (`lyapunov.py`). They
   are not singular values: from those of the product their sums differ by an offset that does not shrink with time;
 * `log_singular_values`: the true ones, by one-sided Jacobi rotations on rows whose scales stay logarithms;
-* `log_spectral_radius` of every $\Phi_t$, and `log_eigenvalues` of the last: by LAPACK on what is left without the scale.
+* `log_spectral_radius` of every $\Phi_t$, and `log_eigenvalues` of the last: by LAPACK on the factors without their scale.
 
-Accuracy. Everything is exact for factors $A_t + E_t$ with $|E_t|$ a few roundings of $|A_t|$. Where the directions that grow
-most keep growing most, log singular values come out to 1e-13 times T in float64, however far apart they are. Where they change
-places on the way (one direction grows while another shrinks, and then the reverse), the product itself is that sensitive to
-the last digit of its factors, and so is what any method finds.
+Accuracy: the results are exact for factors $A_t + E_t$ with $|E_t|$ a few roundings of $|A_t|$. If the directions that grow
+most stay the same, log singular values have an error of 1e-13 times T in float64, however far apart they are. If they change
+on the way (one direction grows while another shrinks, and then the reverse), the product itself depends on the last digit of
+its factors, and so does the result of any method.
 
 Reference: Bojanczyk, Ewerbring, Luk, Van Dooren 1991 (the product SVD); Stewart 1997 (graded products); Demmel and Veselic 1992
 (Jacobi's relative accuracy); Golub and Van Loan, section 7.7 (products' eigenvalues).
@@ -33,21 +33,36 @@ PASSES = 30  # over the factors for eigenvalues; a ratio of neighbouring moduli 
 
 
 class Products(NamedTuple):
-    r"""$\Phi_t = Q_t\,\mathrm{diag}(e^{l_t})\,R_t\,Q_0^\top$ for t = 1 to T."""
+    r"""Factors of matrix products: $\Phi_t = Q_t\,\mathrm{diag}(e^{l_t})\,R_t\,Q_0^\top$ for t = 1 to T.
+
+    Args:
+        Q: Orthogonal, shape [T, n, n].
+        logs: Logarithms l_t of the scales, shape [T, n].
+        R: Upper triangular with rows of length 1, shape [T, n, n].
+        growth: log |diag r_t| of each step, shape [T, n].
+        frame: The first frame Q_0, shape [n, n].
+    """
 
     Q: Float[Array, "T n n"]
-    logs: Float[Array, "T n"]  # l
+    logs: Float[Array, "T n"]
     R: Float[Array, "T n n"]
-    growth: Float[Array, "T n"]  # log |diag r_t| of each step
-    frame: Float[Array, "n n"]  # Q_0
+    growth: Float[Array, "T n"]
+    frame: Float[Array, "n n"]
 
 
 def products(A: Float[Array, "T n n"], frame: Float[Array, "n n"] | None = None) -> Products:
-    """The factors of all products of A_0 to A_{T-1}, from the orthonormal columns of `frame`.
+    """Factor all products A_t-1 ... A_1 A_0 without forming them.
 
-    By default a fixed frame in general position: from the identity, a column might start in an invariant subspace and stay.
-    A factor that is not finite makes all that follows NaN; a singular one makes logarithms of -inf.
-    Cost: one QR factorisation and three products of n x n matrices a step.
+    Args:
+        A: The matrices A_0 to A_{T-1}, shape [T, n, n]. From one that is not finite on, all results are NaN; a singular one
+            makes logarithms of -inf.
+        frame: Orthonormal columns Q_0, shape [n, n]. By default a fixed frame in general position, since a column of the
+            identity could stay in an invariant subspace.
+
+    Returns:
+        The factors of the products for t = 1 to T.
+
+    Cost: one QR factorisation and three products of n x n matrices for each step.
 
     >>> import jax.numpy as jnp
     >>> found = products(jnp.tile(jnp.diag(jnp.array([10.0, 0.1])), (100, 1, 1)))
@@ -70,27 +85,40 @@ def products(A: Float[Array, "T n n"], frame: Float[Array, "n n"] | None = None)
 
 
 def general_frame(n: int, dtype: jnp.dtype) -> Float[Array, "n n"]:
-    """An orthogonal matrix with no zeros and no pattern, always the same."""
+    """A fixed orthogonal matrix in general position."""
     return jnp.linalg.qr(jax.random.normal(jax.random.key(0), (n, n), dtype))[0]
 
 
 def log_singular_values(found: Products) -> Float[Array, "T n"]:
-    r"""$\log \sigma_i(\Phi_t)$ for every t, decreasing.
+    r"""Logarithms of the singular values of the products, $\log \sigma_i(\Phi_t)$, by one-sided Jacobi rotations.
 
-    One-sided Jacobi: rows $e^{l_i} R_i$ are rotated in pairs until they are orthogonal; their lengths are then the singular
-    values. A rotation depends on $e^{l_j - l_i}$ alone and is written so that an underflow of that ratio does no harm: nothing
-    is ever as large as $\Phi$. Cost: five to eight sweeps of n^2 / 2 rotations of rows, for all t at once.
+    Rows $e^{l_i} R_i$ are rotated in pairs until they are orthogonal; their lengths are then the singular values. A rotation
+    depends only on $e^{l_j - l_i}$, whose underflow is harmless, and no number is as large as $\Phi$.
+
+    Args:
+        found: The factors of `products`.
+
+    Returns:
+        The logarithms, decreasing, shape [T, n].
+
+    Cost: five to eight sweeps of n^2 / 2 rotations of rows, for all t at once.
     """
-    if found.logs.shape[-1] == 1:  # no pair to rotate
+    if found.logs.shape[-1] == 1:  # There is no pair to rotate.
         return found.logs
     return jax.vmap(_jacobi)(found.logs, found.R)
 
 
 def log_spectral_radius(found: Products) -> np.ndarray:
-    r"""$\log \max_i |\lambda_i(\Phi_t)|$ for every t [*batch, T], on the host; products with or without a batch axis.
+    r"""Logarithms of the spectral radii of the products, $\log \max_i |\lambda_i(\Phi_t)|$, computed on the host.
 
-    By LAPACK on $Q_0^\top Q_t\,\mathrm{diag}(e^{l_t - \max l_t})\,R_t$, which is similar to $\Phi_t$ up to scale: as exact as
-    eigenvalues of one matrix are, so a radius below 1e-14 times the largest singular value is rounding. NaN where $\Phi_t$ is.
+    LAPACK is applied to $Q_0^\top Q_t\,\mathrm{diag}(e^{l_t - \max l_t})\,R_t$, which is similar to $\Phi_t$ up to scale. A
+    radius below 1e-14 times the largest singular value is rounding.
+
+    Args:
+        found: The factors of `products`, with or without a batch axis.
+
+    Returns:
+        The logarithms, shape [*batch, T]; NaN where the product is not finite.
     """
     Q, logs, R, _, Q_0 = (np.asarray(x) for x in found)
     top = np.max(logs, axis=-1)
@@ -103,11 +131,21 @@ def log_spectral_radius(found: Products) -> np.ndarray:
 
 
 def log_eigenvalues(A: Float[Array, "T n n"]) -> tuple[np.ndarray, np.ndarray]:
-    r"""$\log |\lambda_i|$ and $\arg \lambda_i$ [n] of the whole product $\Phi_T$, moduli decreasing, computed on the host.
+    r"""Eigenvalues of the whole product $\Phi_T$ as $\log |\lambda_i|$ and $\arg \lambda_i$, computed on the host.
 
-    Passes over the factors that start where the last one ended (orthogonal iteration on $\Phi_T$) lead to its real Schur form,
-    whose diagonal blocks hold eigenvalues of like modulus; each block is scaled by itself, so all are found, however far apart.
-    Cost: `PASSES` times that of `products`. Raises: `ValueError` if the product is not finite.
+    Orthogonal iteration on $\Phi_T$, with repeated passes over the factors, leads to its real Schur form, whose diagonal blocks
+    hold eigenvalues of similar modulus. Each block is scaled on its own, so all are found, however far apart.
+
+    Args:
+        A: The matrices A_0 to A_{T-1}, shape [T, n, n].
+
+    Returns:
+        The logarithms of the moduli, decreasing, and the angles in radians, shape [n] each.
+
+    Raises:
+        ValueError: If the product is not finite.
+
+    Cost: `PASSES` times that of `products`.
 
     >>> import jax.numpy as jnp
     >>> modulus, angle = log_eigenvalues(jnp.tile(jnp.array([[0.0, -2.0], [2.0, 0.0]]), (501, 1, 1)))
@@ -118,7 +156,9 @@ def log_eigenvalues(A: Float[Array, "T n n"]) -> tuple[np.ndarray, np.ndarray]:
     Q, logs, R, _, Q_0 = (np.asarray(x) for x in found)
     Q, logs, R = Q[-1], logs[-1], R[-1]
     if not np.isfinite(R).all() or np.isnan(logs).any():
-        raise ValueError("the product of the Jacobians is not finite: a factor is not (diagnostics.nonfinite.locate)")
+        raise ValueError(
+            "the product of the Jacobians is not finite, since a factor is not; diffmbrl.solve.nonfinite.locate finds the first"
+        )
     U = Q_0.T @ Q
     negligible = 1e3 * len(logs) * np.finfo(U.dtype).eps
     ends = [i for i in range(1, len(logs)) if np.abs(U[i:, :i]).max() < negligible]
@@ -166,7 +206,7 @@ def _jacobi(logs: Float[Array, " n"], R: Float[Array, "n n"]) -> Float[Array, " 
         x, y = R[i], R[j]
         cosine = jnp.vdot(x, y, precision="highest")
         ratio = jnp.where(logs[j] == -jnp.inf, 0.0, jnp.exp(logs[j] - logs[i]))
-        # The tangent of the rotation is ratio * tau; only tau and ratio^2 tau meet rows of length 1.
+        # The tangent of the rotation is ratio * tau; only tau and ratio^2 tau multiply rows of length 1.
         gap = (1 - ratio) * (1 + ratio)
         below = gap + jnp.sqrt(gap**2 + 4 * (ratio * cosine) ** 2)
         tau = jnp.where(cosine == 0, 0.0, 2 * cosine / jnp.where(cosine == 0, 1.0, below))

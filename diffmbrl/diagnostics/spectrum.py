@@ -1,9 +1,9 @@
 r"""Eigenvalues of the Hessian, Gauss-Newton and Fisher matrices of a policy, from their products.
 
-`of` says which: `curvature.gauss_newton` (the default), `curvature.hessian`, `curvature.fisher`, or any function of (policy,
-task, s0, key) whose result has a `product` and a `gradient`. Up to `DENSE` parameters the matrix is formed and everything is
-exact; beyond, by Lanczos with full re-orthogonalisation. All in float64, whatever the precision of the run. Of a matrix that is
-not finite everything is NaN.
+`of` selects the matrix: `curvature.gauss_newton` (the default), `curvature.hessian`, `curvature.fisher`, or any function of
+(policy, task, s0, key) whose result has a `product` and a `gradient`. Up to `DENSE` parameters the matrix is formed and the
+results are exact; beyond, they come from Lanczos with full re-orthogonalisation. All computations are in float64, whatever the
+precision of the run. For a matrix that is not finite all results are NaN.
 
 Reference: Golub and Van Loan, chapter 10 (Lanczos); Golub and Meurant 2010 (quadrature); Ubaru, Chen and Saad 2017, and
 Ghorbani, Krishnan and Xiao 2019 (spectral density by stochastic Lanczos quadrature).
@@ -11,51 +11,77 @@ Ghorbani, Krishnan and Xiao 2019 (spectral density by stochastic Lanczos quadrat
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task
+from diffmbrl.core import Policy, State, Task
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.dense import dense
 from diffmbrl.second_order.krylov import lanczos
 
 DENSE = 1500  # parameters up to which the whole matrix is formed
 RANK = 100  # Lanczos steps beyond that
-COLUMNS = 64  # of a matrix, formed at a time
-SINGULAR = 1e-16  # the smallest share of the largest eigenvalue that float64 tells from 0
+COLUMNS = 64  # columns of a matrix formed at a time
+SINGULAR = 1e-16  # smallest share of the largest eigenvalue that float64 distinguishes from 0
 
 
-class Extremes(NamedTuple):
-    """The ends of a spectrum."""
+Tree = TypeVar("Tree")
+
+
+class ExtremeEigenvalues(NamedTuple):
+    """The ends of a spectrum.
+
+    Args:
+        largest: The largest eigenvalue.
+        smallest: The smallest eigenvalue, negative for an indefinite matrix.
+        errors: Residuals |N v - lambda v| of both, within which an eigenvalue lies; 0 if the matrix was formed.
+        condition: Largest over smallest modulus, at most 1e16.
+    """
 
     largest: float
-    smallest: float  # algebraically: negative for an indefinite matrix
-    errors: tuple[float, float]  # |N v - lambda v| of both: an eigenvalue lies within; 0 where the matrix was formed
-    condition: float  # largest over smallest modulus, at most 1e16
+    smallest: float
+    errors: tuple[float, float]
+    condition: float
 
 
-class Density(NamedTuple):
-    """A spectral density as weighted points, one row a probe; each row's weights sum to 1."""
+class SpectralDensity(NamedTuple):
+    """A spectral density as weighted points.
+
+    Args:
+        nodes: Positions of the points, one row for each probe, shape [probes, k].
+        weights: Their weights, which sum to 1 in each row.
+    """
 
     nodes: Float[np.ndarray, "probes k"]
     weights: Float[np.ndarray, "probes k"]
 
 
-def eigenvalues(
-    policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, of: Callable = gauss_newton
+def curvature_eigenvalues(
+    policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None = None, *, of: Callable = gauss_newton
 ) -> Float[np.ndarray, " k"]:
-    """Eigenvalues, decreasing: all of them up to 1500 parameters, else the Ritz values of 100 Lanczos steps from the gradient.
+    """Eigenvalues of a curvature matrix of the mean return.
 
-    Ritz values from the gradient are of the directions that a step can use; the outer ones are eigenvalues.
+    Beyond 1500 parameters they are the Ritz values of 100 Lanczos steps from the gradient, which describe the directions that a
+    step can use; the outer ones are eigenvalues.
+
+    Args:
+        policy: The policy or plan, with P parameters.
+        task: The task.
+        s0: Start states, shape [B, ...].
+        key: Key of the rollouts' noise; None for no noise.
+        of: The matrix: `gauss_newton`, `hessian`, `fisher`, or a function like them.
+
+    Returns:
+        The eigenvalues, decreasing, shape [P] or [100].
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
     >>> task = tasks.lqr(horizon=10)
-    >>> eigenvalues(Linear.zeros(task), task, task.starts(jax.random.key(0), 4)).shape
+    >>> curvature_eigenvalues(Linear.zeros(task), task, task.starts(jax.random.key(0), 4)).shape
     (3,)
     """
     with jax.enable_x64(True):
@@ -65,8 +91,8 @@ def eigenvalues(
         return np.asarray(_ritz(of, policy, task, s0, key, RANK))[::-1]
 
 
-def extremes(
-    policy: Any,
+def extreme_eigenvalues(
+    policy: Policy,
     task: Task,
     s0: State,
     key: PRNGKeyArray | None = None,
@@ -74,18 +100,29 @@ def extremes(
     of: Callable = gauss_newton,
     rank: int = RANK,
     seed: int = 0,
-) -> Extremes:
-    """Largest and smallest eigenvalue, and the condition number; beyond 1500 parameters by `rank` Lanczos steps.
+) -> ExtremeEigenvalues:
+    """Largest and smallest eigenvalue and condition number of a curvature matrix of the mean return.
 
-    Lanczos starts from a random vector, since the gradient may have no part in an extreme direction. It comes upon the ends
-    from within: of a semidefinite matrix the condition number is then a lower bound. Of an indefinite one it is NaN, unknown:
-    Ritz values near zero say nothing. Two more products tell the errors.
+    Beyond 1500 parameters they come from Lanczos, which approaches both ends from within: the condition number of a
+    semidefinite matrix is then a lower bound, and that of an indefinite one NaN, since Ritz values near zero are arbitrary.
+
+    Args:
+        policy: The policy or plan, with P parameters.
+        task: The task.
+        s0: Start states, shape [B, ...].
+        key: Key of the rollouts' noise; None for no noise.
+        of: The matrix: `gauss_newton`, `hessian`, `fisher`, or a function like them.
+        rank: Number of Lanczos steps, from a random vector, since the gradient may have no part in an extreme direction.
+        seed: Seed of that vector.
+
+    Returns:
+        The ends of the spectrum, with their errors.
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
     >>> from diffmbrl.second_order.curvature import hessian
     >>> task = tasks.lqr(horizon=10)
-    >>> found = extremes(Linear.zeros(task), task, task.starts(jax.random.key(0), 4), of=hessian)
+    >>> found = extreme_eigenvalues(Linear.zeros(task), task, task.starts(jax.random.key(0), 4), of=hessian)
     >>> found.largest > found.smallest > 0
     True
     """
@@ -93,16 +130,16 @@ def extremes(
         policy, task, s0 = in_double((policy, task, s0))
         if _size(policy) <= DENSE:
             values = _of_matrix(of, policy, task, s0, key)
-            return Extremes(float(values[-1]), float(values[0]), (0.0, 0.0), _condition(values))
+            return ExtremeEigenvalues(float(values[-1]), float(values[0]), (0.0, 0.0), _condition(values))
         ritz, kept, errors = _ends(of, policy, task, s0, key, jax.random.key(seed), rank)
     values = np.sort(np.asarray(ritz)[np.asarray(kept)])
     largest, smallest = float(values[-1]), float(values[0])
     condition = float("nan") if smallest < -1e-12 * largest else _condition(values)
-    return Extremes(largest, smallest, (float(errors[0]), float(errors[1])), condition)
+    return ExtremeEigenvalues(largest, smallest, (float(errors[0]), float(errors[1])), condition)
 
 
-def density(
-    policy: Any,
+def spectral_density(
+    policy: Policy,
     task: Task,
     s0: State,
     key: PRNGKeyArray | None = None,
@@ -111,17 +148,34 @@ def density(
     probes: int = 8,
     rank: int = RANK,
     seed: int = 0,
-) -> Density:
-    r"""The density of eigenvalues, $\frac1P \sum_i \delta(\lambda - \lambda_i)$, by stochastic Lanczos quadrature.
+) -> SpectralDensity:
+    r"""Density of the eigenvalues, $\frac1P \sum_i \delta(\lambda - \lambda_i)$, by stochastic Lanczos quadrature.
 
-    From random signs v, `rank` Lanczos steps give nodes (Ritz values) and weights (the squared parts of v) with which
+    From random signs v, Lanczos gives nodes $\rho_j$ (Ritz values) and weights $w_j$ (the squared parts of v) such that
     $\sum_j w_j \rho_j^p = v^\top N^p v / P$ for all powers $p < 2\,\mathrm{rank}$, whose mean over v is $\mathrm{tr}\,N^p / P$.
-    Cost: `probes` times `rank` products, and memory for `rank` vectors. Raises: `ValueError` if one of them is below 1.
+
+    Args:
+        policy: The policy or plan, with P parameters.
+        task: The task.
+        s0: Start states, shape [B, ...].
+        key: Key of the rollouts' noise; None for no noise.
+        of: The matrix: `gauss_newton`, `hessian`, `fisher`, or a function like them.
+        probes: Number of random vectors v.
+        rank: Number of Lanczos steps from each.
+        seed: Seed of the random vectors.
+
+    Returns:
+        The density as weighted points, one row for each probe.
+
+    Raises:
+        ValueError: If `probes` or `rank` is below 1.
+
+    Cost: `probes` times `rank` products, and memory for `rank` vectors.
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
     >>> task = tasks.lqr(horizon=10)
-    >>> found = density(Linear.zeros(task), task, task.starts(jax.random.key(0), 4), probes=2)
+    >>> found = spectral_density(Linear.zeros(task), task, task.starts(jax.random.key(0), 4), probes=2)
     >>> found.nodes.shape, found.weights.sum(1).round(6).tolist()
     ((2, 3), [1.0, 1.0])
     """
@@ -129,15 +183,24 @@ def density(
         raise ValueError(f"probes and rank must be at least 1, got {probes} and {rank}")
     with jax.enable_x64(True):
         policy, task, s0 = in_double((policy, task, s0))
-        return Density(
+        return SpectralDensity(
             *(np.asarray(x) for x in _quadrature(of, policy, task, s0, key, jax.random.key(seed), probes, rank))
         )
 
 
-def smoothed(found: Density, at: Float[np.ndarray, " x"], width: float) -> Float[np.ndarray, " x"]:
-    """A density's value at points, each node spread by a normal distribution of standard deviation `width`.
+def smooth_density(found: SpectralDensity, at: Float[np.ndarray, " x"], width: float) -> Float[np.ndarray, " x"]:
+    """Values of a spectral density whose points are spread by a normal distribution.
 
-    Raises: `ValueError` if the width is not positive.
+    Args:
+        found: The density.
+        at: Positions at which it is evaluated, shape [x].
+        width: Standard deviation of the normal distribution.
+
+    Returns:
+        The values, shape [x].
+
+    Raises:
+        ValueError: If the width is not positive.
     """
     if not width > 0:
         raise ValueError(f"width must be positive, got {width!r}")
@@ -145,12 +208,19 @@ def smoothed(found: Density, at: Float[np.ndarray, " x"], width: float) -> Float
     return np.sum(found.weights * np.exp(-(z**2) / 2), axis=(1, 2)) / (len(found.nodes) * width * np.sqrt(2 * np.pi))
 
 
-def in_double(tree: Any) -> Any:
-    """Every float leaf in float64; call it where x64 is enabled."""
+def in_double(tree: Tree) -> Tree:
+    """Convert every float leaf of a pytree to float64; for use where x64 is enabled.
+
+    Args:
+        tree: Any pytree of arrays.
+
+    Returns:
+        The same pytree in float64.
+    """
     return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def _size(policy: Any) -> int:
+def _size(policy: Policy) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(policy))
 
 
@@ -160,7 +230,7 @@ def _condition(values: np.ndarray) -> float:
 
 
 @partial(jax.jit, static_argnums=0)
-def _formed(of: Callable, policy: Any, task: Task, s0: State, key: Any) -> Array:
+def _formed(of: Callable, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None) -> Array:
     model = of(policy, task, s0, key)
     if of is gauss_newton:
         return dense(model, policy, task, key)
@@ -169,21 +239,21 @@ def _formed(of: Callable, policy: Any, task: Task, s0: State, key: Any) -> Array
     return (N + N.T) / 2
 
 
-def _of_matrix(of: Callable, policy: Any, task: Task, s0: State, key: Any) -> np.ndarray:
-    """Increasing; NaN for a matrix that is not finite."""
+def _of_matrix(of: Callable, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None) -> np.ndarray:
+    """The eigenvalues, increasing; NaN for a matrix that is not finite."""
     N = np.asarray(_formed(of, policy, task, s0, key))
     return np.linalg.eigvalsh(N) if np.isfinite(N).all() else np.full(len(N), np.nan)
 
 
 @partial(jax.jit, static_argnums=(0, 5))
-def _ritz(of: Callable, policy: Any, task: Task, s0: State, key: Any, rank: int) -> Array:
+def _ritz(of: Callable, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None, rank: int) -> Array:
     model = of(policy, task, s0, key)
     return lanczos(model.product, model.gradient, rank).ritz
 
 
 @partial(jax.jit, static_argnums=(0, 6))
-def _ends(of: Callable, policy: Any, task: Task, s0: State, key: Any, probe: Array, rank: int):
-    """Ritz values, which of them are of vectors at all, and the residuals of the largest and the smallest."""
+def _ends(of: Callable, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None, probe: Array, rank: int):
+    """Ritz values, whether each has a vector, and the residuals of the largest and the smallest."""
     model = of(policy, task, s0, key)
     v = jax.random.normal(probe, model.gradient.shape, model.gradient.dtype)
     space = lanczos(model.product, v, rank)
@@ -200,7 +270,9 @@ def _ends(of: Callable, policy: Any, task: Task, s0: State, key: Any, probe: Arr
 
 
 @partial(jax.jit, static_argnums=(0, 6, 7))
-def _quadrature(of: Callable, policy: Any, task: Task, s0: State, key: Any, probe: Array, probes: int, rank: int):
+def _quadrature(
+    of: Callable, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None, probe: Array, probes: int, rank: int
+) -> tuple[Array, Array]:
     model = of(policy, task, s0, key)
     signs = jax.random.rademacher(probe, (probes, model.gradient.size), model.gradient.dtype)
 

@@ -1,6 +1,6 @@
-r"""What a record of gradient health means, in rules that can be read and in plain English.
+r"""Rules that turn the measurements of gradient health into a suggestion, in plain English.
 
-Each horizon is in one state, the first of these that holds:
+Each horizon is in the first of these states that holds:
 
     non-finite  a float32 or float64 sample of the gradient is not finite
     flat        every sample of the pathwise gradient is exactly 0, though the return changes with noise on the actions
@@ -8,11 +8,11 @@ Each horizon is in one state, the first of these that holds:
     biased      pathwise and score-function gradients differ: z above the bound for a false alarm in a thousand over all
                 horizons, and the difference at least a tenth of the gradient
     exploding   perturbations grow a thousandfold over the horizon, and a batch of 128 cannot see the gradient (SNR < 1/128) or
-                float32 is off by more than 1%; or they grow by 10^8, whatever the rest
+                float32 is off by more than 1%; or they grow by 10^8
     float32     the float32 gradient is off by more than 1%
     wrong       the gradient disagrees with finite differences by 1% or more, at every step size
     heavy       the top 1% of samples have more than half of the variance
-    noisy       SNR < 1/128, though little grows and no few starts do it: they disagree, or the policy is near an optimum
+    noisy       SNR < 1/128, though little grows and no few starts dominate: they disagree, or the policy is near an optimum
     steep       the largest curvature is 10^4 times that of the shortest horizon or more, and the condition number over 10^6
     good        none of these
 
@@ -20,7 +20,7 @@ The suggestion is for the longest horizon:
 
     flat at any horizon     likelihood-ratio
     biased at any horizon   likelihood-ratio if the difference is 90% of the gradient or more, else mixed (alpha-order)
-    zero at all horizons    none: there is nothing to follow
+    zero at all horizons    none: there is no gradient
     good                    bptt
     heavy                   continuation: a schedule of trust or discounts that lets no start dominate
     steep                   continuation, and second order: the gradient is right, but steps along it are tiny
@@ -31,45 +31,60 @@ The suggestion is for the longest horizon:
                             h: none if even the return is not finite, likelihood-ratio if its SNR is the higher one, else
                             continuation
 
-A record says nothing of where the optimiser will go from this policy: measure again along training.
+The measurements hold for this policy; measure again during training.
 """
 
 import math
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import numpy as np
 
 from diffmbrl.diagnostics.health import Health
 
 BATCH = 128  # rollouts whose mean gradient should rise above its noise
-FLOAT32 = 0.01  # relative error
-WRONG = 0.01  # against differences
-TAIL = 0.5
-FALSE_ALARM = 1e-3  # over all horizons
-BIAS = 0.1  # of the gradient
-MISSED = 0.9
+FLOAT32 = 0.01  # relative error of the float32 gradient
+WRONG = 0.01  # relative error against finite differences
+TAIL = 0.5  # share of the variance in the top 1% of samples
+FALSE_ALARM = 1e-3  # probability over all horizons
+BIAS = 0.1  # share of the gradient
+MISSED = 0.9  # share of the gradient
 THOUSANDFOLD, HOPELESS = 1e3, 1e8  # growth over the horizon
 COVERS = 4  # windows of at least T / 4 are truncated, shorter ones continued by a critic
 INTEGRATOR = 0.1  # relative change when the step is halved
 CONDITION, STEEP = 1e6, 1e4
-ROUNDING = 1e-9  # of the return
+ROUNDING = 1e-9  # share of the return
 HEALTHY = ("good", "heavy", "steep")
 
 
 class Verdict(NamedTuple):
-    """The suggestion and its reasons."""
+    """A suggested estimator and its reasons.
 
-    estimator: str  # bptt, truncated, short-horizon, likelihood-ratio, mixed, continuation or none
-    window: int | None  # steps of a truncated or short-horizon gradient
+    Args:
+        estimator: bptt, truncated, short-horizon, likelihood-ratio, mixed, continuation or none.
+        window: Steps of a truncated or short-horizon gradient; None for other estimators.
+        headline: The suggestion in a sentence.
+        reasons: Findings in the measurements, one sentence each, the most serious first.
+        states: State of each horizon (see the top of this file).
+        safe: The result of `safe_horizon`.
+    """
+
+    estimator: str
+    window: int | None
     headline: str
     reasons: tuple[str, ...]
-    states: tuple[str, ...]  # of each horizon
-    safe: int | None  # the largest horizon at which float32 is right to 1% and a batch of 128 sees the gradient
+    states: tuple[str, ...]
+    safe: int | None
 
 
 def verdict(health: Health) -> Verdict:
-    """The rules above, applied.
+    """Suggest an estimator for the longest horizon, by the rules at the top of this file.
+
+    Args:
+        health: The measurements of `gradient_health`.
+
+    Returns:
+        The suggestion and its reasons.
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
@@ -78,7 +93,7 @@ def verdict(health: Health) -> Verdict:
     >>> verdict(gradient_health(task, Linear.zeros(task), [5, 20], key=jax.random.key(0), starts=64)).estimator
     'bptt'
     """
-    found = states(health)
+    found = horizon_states(health)
     T = [int(t) for t in health.horizons]
     healthy = [state in HEALTHY and _seen(health, k) for k, state in enumerate(found)]
     window = max((t for t, fine in zip(T, healthy, strict=True) if fine), default=None)
@@ -88,35 +103,63 @@ def verdict(health: Health) -> Verdict:
     return Verdict(estimator, window, headline, tuple(_reasons(health, found)), tuple(found), safe_horizon(health))
 
 
-def states(health: Health) -> list[str]:
-    """One for each horizon."""
+def horizon_states(health: Health) -> list[str]:
+    """The state of each horizon, by the rules at the top of this file.
+
+    Args:
+        health: The measurements of `gradient_health`.
+
+    Returns:
+        One state for each horizon, such as `good` or `exploding`.
+    """
     return [_state(health, k) for k in range(len(health.horizons))]
 
 
 def safe_horizon(health: Health) -> int | None:
-    """The largest tested T at which the float32 gradient is right to 1% and SNR at least 1/128; None if there is none."""
+    """The largest measured horizon at which the float32 gradient is right to 1% and the SNR at least 1/128.
+
+    Args:
+        health: The measurements of `gradient_health`.
+
+    Returns:
+        The horizon in steps; None if there is none.
+    """
     fine = (health.float32 <= FLOAT32) & (health.plain.snr * BATCH >= 1) & (health.plain.nonfinite == 0)
     return max((int(t) for t in health.horizons[fine]), default=None)
 
 
 def least_z(count: int) -> float:
-    """The bound on z whose chance of being passed by any of `count` tests without a bias is `FALSE_ALARM`."""
+    """The bound on z that without a bias any of several tests exceeds with a probability of 0.1%.
+
+    Args:
+        count: Number of tests.
+
+    Returns:
+        The bound in standard errors.
+    """
     return NormalDist().inv_cdf(1 - FALSE_ALARM / count)
 
 
-def swell(health: Health) -> np.ndarray:
-    """[K]: the factor by which perturbations grow over each horizon; infinite beyond what a number holds."""
+def total_growth(health: Health) -> np.ndarray:
+    """The factor by which perturbations of the closed loop grow over each horizon.
+
+    Args:
+        health: The measurements of `gradient_health`.
+
+    Returns:
+        The factors, shape [K]; infinite beyond the largest float.
+    """
     with np.errstate(over="ignore"):
         return health.growth ** health.horizons.astype(float)
 
 
 def _state(health: Health, k: int) -> str:
-    plain, growth = health.plain, swell(health)[k]
+    plain, growth = health.plain, total_growth(health)[k]
     unseen = not _seen(health, k)
     if health.overflow[k] or plain.nonfinite[k] or not math.isfinite(health.J[k]):
         return "non-finite"
     if not np.any(health.norms[k]) and health.pathwise.norm[k] == 0 and health.pathwise.variance[k] == 0:
-        # Equal returns leave a score of rounding alone.
+        # If the returns are equal, the score is rounding.
         changes = math.sqrt(_or_zero(health.score.variance[k])) > ROUNDING * max(1.0, abs(health.J[k]))
         return "flat" if changes else "zero"
     if _biased(health, k):
@@ -148,7 +191,7 @@ def _suggest(health: Health, found: list[str], window: int | None) -> tuple[str,
     T, last, final = int(health.horizons[-1]), len(found) - 1, found[-1]
     if "flat" in found:
         return "likelihood-ratio", (
-            f"The pathwise gradient is exactly 0 at T = {health.horizons[found.index('flat')]}, and sure of it, though the "
+            f"The pathwise gradient is exactly 0 at T = {health.horizons[found.index('flat')]}, without noise, though the "
             "return changes with the actions: reward or dynamics jump, and are flat between. Use the likelihood ratio "
             "(score function)."
         )
@@ -167,14 +210,14 @@ def _suggest(health: Health, found: list[str], window: int | None) -> tuple[str,
     if all(state == "zero" for state in found):
         return "none", (
             f"There is no gradient: the return does not depend on the actions within {T} steps, neither by derivatives nor by "
-            "trying. No estimator can help; the reward needs a term that the policy can change."
+            "sampling. No estimator can help; the reward needs a term that the policy can change."
         )
     if final == "good":
-        return "bptt", f"BPTT is healthy up to T = {T}: use it as it is."
+        return "bptt", f"BPTT is healthy up to T = {T}: use it."
     if final == "heavy":
         return "continuation", (
-            f"At T = {T} a few rollouts own the gradient: {health.plain.tail[last]:.0%} of its variance is in the top 1% of "
-            "samples. Use BPTT with continuation (trust or discounts), so that no start dominates."
+            f"At T = {T} a few rollouts dominate the gradient: {health.plain.tail[last]:.0%} of its variance is in the top 1% "
+            "of samples. Use BPTT with continuation (trust or discounts), so that no start dominates."
         )
     if final == "steep":
         return "continuation", (
@@ -184,8 +227,8 @@ def _suggest(health: Health, found: list[str], window: int | None) -> tuple[str,
         )
     if final == "noisy":
         return "bptt", (
-            f"BPTT is right at T = {T}, but {_noise(health, last)}: average more rollouts, or stop, if this policy is as good "
-            "as it gets."
+            f"BPTT is right at T = {T}, but {_noise(health, last)}: average more rollouts, or stop if the policy is near "
+            "an optimum."
         )
     if final == "float32":
         return "bptt", (
@@ -205,7 +248,7 @@ def _suggest(health: Health, found: list[str], window: int | None) -> tuple[str,
             f"(short-horizon), or truncate every {window} steps."
         )
     if not math.isfinite(health.J[0]):
-        return "none", f"Even the return is not finite: {health.where}. Mend the task or the policy first."
+        return "none", f"Even the return is not finite: {health.where}. Correct the task or the policy first."
     unhealthy = f"BPTT {what}, and no shorter horizon that was tested is healthy"
     if _or_zero(health.score.snr[last]) > _or_zero(health.pathwise.snr[last]):
         return (
@@ -213,12 +256,12 @@ def _suggest(health: Health, found: list[str], window: int | None) -> tuple[str,
             f"{unhealthy}; the likelihood ratio has more signal: use it, or test shorter horizons.",
         )
     return "continuation", (
-        f"{unhealthy}: test shorter ones, and train with continuation (discounts raised as the closed loop calms down)."
+        f"{unhealthy}: test shorter ones, and train with continuation (discounts raised as the loop becomes less sensitive)."
     )
 
 
 def _reasons(health: Health, found: list[str]) -> list[str]:
-    """What the numbers say, the worst first; of the longest horizon unless another is named."""
+    """Findings in sentences, the most serious first; of the longest horizon unless another is named."""
     last, horizons = len(found) - 1, [int(t) for t in health.horizons]
     T, out = horizons[-1], []
     if health.where is not None:
@@ -233,11 +276,11 @@ def _reasons(health: Health, found: list[str]) -> list[str]:
             f"Pathwise and score-function gradients of the same smoothed return differ at T = {horizons[k]} by "
             f"{_percent(health.bias.size[k])} of the gradient, {health.bias.z[k]:.1f} standard errors."
         )
-    grown = swell(health)[last]
+    grown = total_growth(health)[last]
     if grown >= THOUSANDFOLD:
         out.append(
-            f"The closed loop multiplies perturbations by {health.growth[last]:.3f} a step, by {_size(grown)} over {T}: early "
-            "actions are judged by what an instability or chaos makes of them."
+            f"The closed loop multiplies perturbations by {health.growth[last]:.3f} a step, by {_size(grown)} over {T}: an "
+            "instability or chaos dominates the effect of early actions."
         )
     if math.isfinite(health.float32[last]) and health.float32[last] > FLOAT32:
         out.append(f"At T = {T} float32 gets the gradient wrong by {_percent(health.float32[last])}.")
@@ -256,13 +299,13 @@ def _reasons(health: Health, found: list[str]) -> list[str]:
         out.append(f"The first tenth of the steps makes up {health.early[last]:.0%} of the gradient.")
     if health.condition[last] > CONDITION and found[last] in (*HEALTHY, "noisy"):
         out.append(
-            f"The Gauss-Newton matrix has a condition number of at least {health.condition[last]:.0e}: a right gradient is "
-            "then still a slow one. Second order (krylov-newton) is for that."
+            f"The Gauss-Newton matrix has a condition number of at least {health.condition[last]:.0e}: an accurate gradient "
+            "still makes slow progress. Use second order (krylov-newton)."
         )
     blind = [T for k, T in enumerate(horizons) if least_z(len(horizons)) * health.bias.error[k] >= 1]
     if blind and not seen and found[last] not in ("flat", "zero"):
         listed = ", ".join(map(str, blind))
-        out.append(f"Too noisy to see a bias as large as the gradient: the test of bias at T = {listed}.")
+        out.append(f"The test of bias is too noisy to see a bias as large as the gradient at T = {listed}.")
     return out
 
 
@@ -273,13 +316,16 @@ def _noise(health: Health, k: int) -> str:
     return f"one rollout's signal-to-noise ratio is {snr:.1e}: a batch would need {_size(1 / snr)} rollouts to see it"
 
 
-def _size(x: Any) -> str:
+def _size(x: SupportsFloat) -> str:
+    x = float(x)
     return f"{x:,.0f}" if x < 1e6 else f"{x:.0e}"
 
 
-def _percent(x: Any) -> str:
+def _percent(x: SupportsFloat) -> str:
+    x = float(x)
     return f"{x:.0%}" if x < 10 else f"a factor of {_size(x)}"
 
 
-def _or_zero(x: Any) -> float:
-    return 0.0 if math.isnan(x) else float(x)
+def _or_zero(x: SupportsFloat) -> float:
+    x = float(x)
+    return 0.0 if math.isnan(x) else x

@@ -9,7 +9,7 @@ import numpy as np
 
 from diffmbrl.core import Task, is_stateful
 from diffmbrl.diagnostics.health import Health, check_health_arguments, gradient_health
-from diffmbrl.diagnostics.verdict import BATCH, FLOAT32, TAIL, least_z, swell, verdict
+from diffmbrl.diagnostics.verdict import BATCH, FLOAT32, TAIL, least_z, total_growth, verdict
 from diffmbrl.jobs.learn import restore_agent
 from diffmbrl.jobs.policies import load_policy, parse
 from diffmbrl.policies import Neural
@@ -54,7 +54,7 @@ def diagnose(setting: DiagnoseConfig, *, out: Path | None = None, stream: Any = 
 
         key = jax.random.fold_in(jax.random.key(setting.key), 1)
         health = gradient_health(
-            task, policy, setting.horizons, key=key, starts=setting.starts, std=setting.std, seen=seen
+            task, policy, setting.horizons, key=key, starts=setting.starts, std=setting.std, progress=seen
         )
         _write(writer, health, time.perf_counter() - begun)
     rebuild(folder)
@@ -112,7 +112,7 @@ def _trained(place: str, task: Task) -> tuple[Any, str]:
 def _write(writer: Writer, health: Health, seconds: float) -> None:
     """One record for each horizon, and one with the verdict."""
     found = verdict(health)
-    grown = swell(health)
+    grown = total_growth(health)
     for k, T in enumerate(health.horizons):
         row = {"kind": "health", "horizon": int(T), "state": found.states[k], "swell": grown[k]}
         for name, value in health._asdict().items():

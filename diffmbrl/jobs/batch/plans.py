@@ -9,7 +9,7 @@ import numpy as np
 
 from diffmbrl.core import Solver, State, Task, keeps_limits
 from diffmbrl.devices import shard_like, to_local
-from diffmbrl.diagnostics.spectrum import eigenvalues
+from diffmbrl.diagnostics.spectrum import curvature_eigenvalues
 from diffmbrl.jobs.batch.metric_accumulator import MetricAccumulator
 from diffmbrl.jobs.batch.programs import action_gradients, chunks, replica, replica_updates, timed
 from diffmbrl.policies import Affine, OpenLoop, first_plan
@@ -98,7 +98,7 @@ class BatchedPlanRuns:
     def spectrum(self, rate: int) -> np.ndarray:
         """Eigenvalues of M, the Gauss-Newton matrix of the first start's plan without its feedback."""
         plan, s0 = self._one(0)
-        return eigenvalues(OpenLoop(plan.a), self.task, s0)
+        return curvature_eigenvalues(OpenLoop(plan.a), self.task, s0)
 
     def path(self, rate: int) -> None:
         """Planners report none."""

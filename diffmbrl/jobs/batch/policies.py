@@ -10,8 +10,8 @@ from jax.flatten_util import ravel_pytree
 
 from diffmbrl.core import Solver, State, Task
 from diffmbrl.devices import replicate_like, to_local
-from diffmbrl.diagnostics.sample_statistics import SampleStatistics, in_chunks, sample_statistics
-from diffmbrl.diagnostics.spectrum import eigenvalues
+from diffmbrl.diagnostics.sample_statistics import SampleStatistics, gradient_samples, sample_statistics
+from diffmbrl.diagnostics.spectrum import curvature_eigenvalues
 from diffmbrl.gradients import BPTT
 from diffmbrl.jobs.batch.metric_accumulator import MetricAccumulator
 from diffmbrl.jobs.batch.programs import action_gradients, chunks, replica, replica_updates, timed
@@ -97,7 +97,7 @@ class BatchedPolicyRuns:
     def spectrum(self, rate: int) -> np.ndarray:
         """Eigenvalues of the Gauss-Newton matrix of the first seed's policy."""
         lane = rate * self.seeds
-        return eigenvalues(*self._one(lane))
+        return curvature_eigenvalues(*self._one(lane))
 
     def path(self, rate: int) -> dict[str, np.ndarray] | None:
         """The candidates of the first seed's first update, by the model and in truth; None for a method without a model."""
@@ -155,7 +155,7 @@ def _evaluate(policies, task, train, test):
 def _spreads(policies, task, train) -> SampleStatistics:
     # One lane after another: the gradients of all starts of all lanes at once might not fit.
     return jax.lax.map(
-        lambda lane: sample_statistics(in_chunks(BPTT(), lane[0], task, lane[1], None)[1]), (policies, train)
+        lambda lane: sample_statistics(gradient_samples(BPTT(), lane[0], task, lane[1], None)[1]), (policies, train)
     )
 
 
