@@ -1,4 +1,4 @@
-"""Acting on a system: the steps of a policy on environments that go on from call to call."""
+"""Collecting experience: the steps of a policy on environments that continue from call to call."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
-from diffmbrl.core import State, Task, all_finite, is_plan, is_stateful
+from diffmbrl.core import Policy, State, Stateful, Task, all_finite, is_plan, is_stateful
 from diffmbrl.models.buffer import Transition
 from diffmbrl.policies import centre_and_half
 from diffmbrl.rollout import is_done, step_keys, terminal_reward, transition
@@ -16,39 +16,52 @@ from diffmbrl.tasks.transforms.plant import accept_std, perturbed
 
 
 class Unknown(eqx.Module):
-    """The dynamics as an agent is given them."""
+    """The dynamics in an agent's view of a task, which cannot be called."""
 
     def __call__(self, s: State, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> State:
-        raise TypeError("the true dynamics are not known to an agent: learn a model, and put it in their place")
+        raise TypeError("an agent does not know the true dynamics: learn a model and use it in their place")
 
 
 class ExactSensor(eqx.Module):
-    """A sensor that shows the state as it is."""
+    """A sensor that shows the state exactly."""
 
     def __call__(self, s: State, key: PRNGKeyArray) -> State:
         return s
 
 
 class NoisySensor(eqx.Module):
-    r"""A sensor that shows $s + \sigma \epsilon$, $\epsilon \sim N(0, I)$: `System(plant, sensor=NoisySensor(0.01))`.
+    r"""A sensor with normal noise, $s + \sigma \epsilon$, $\epsilon \sim N(0, I)$; process noise is `tasks.noisy`.
 
-    `std` is one number or one for each state variable (a pytree like the state). Raises: `ValueError` if it is negative or not
-    finite. (Noise of the process is the plant's: `tasks.noisy`.)
+    Args:
+        std: Standard deviation sigma, one number or one for each state variable (a pytree like the state).
+
+    Raises:
+        ValueError: If `std` is negative or not finite.
+
+    >>> from diffmbrl import tasks
+    >>> system = System(tasks.pendulum(), sensor=NoisySensor(0.01))
     """
 
-    std: Any = eqx.field(converter=accept_std)
+    std: PyTree = eqx.field(converter=accept_std)
 
     def __call__(self, s: State, key: PRNGKeyArray) -> State:
         return perturbed(s, self.std, key)
 
 
-Axes = tuple[int | None, int | None]  # of an agent and its system
+# (the plant's state, key) -> the reading.
+Sensor = Callable[[State, PRNGKeyArray], State]
+# The batch axes of an agent and its system, as `in_axes` of `jax.vmap`.
+Axes = tuple[int | None, int | None]
 
 
 class Acting(eqx.Module):
-    """What an agent does with what it has learned: carry -> policy, in its role `first`, `policy` or `best`.
+    """The function from an agent's carry to the policy that it acts with.
 
-    `over` says, as `vmap` does, whether each seed has an agent, and a task, of its own, on a leading axis of every leaf.
+    Args:
+        agent: The agent.
+        task: The task as the agent knows it.
+        role: The agent's method that returns the policy: `first`, `policy` or `best`.
+        over: Batch axes of agent and task: 0 if each seed has its own, on a leading axis of every leaf, else None.
     """
 
     agent: Any
@@ -58,7 +71,7 @@ class Acting(eqx.Module):
 
     @property
     def axes(self) -> "Acting":
-        """Its `in_axes`."""
+        """Its `in_axes` for `jax.vmap`."""
         return Acting(*self.over, self.role, self.over)
 
     def __call__(self, carry: Any) -> Any:
@@ -67,49 +80,60 @@ class Acting(eqx.Module):
 
 @runtime_checkable
 class Real(Protocol):
-    """What `learn` needs of a real system: S seeds of it side by side, each of N environments.
+    """A real system as `learn` uses it: S independent copies (seeds), each of N environments.
 
-    `System` is compiled with everything around it; `host.HostSystem` steps what is no JAX. Places (where the environments are
-    between two calls) are the system's own but for `episode` [S, N], its number.
+    `System` is compiled together with the agent; `host.HostSystem` steps environments that are not written in JAX. The type of
+    places (the environments' positions between two calls) is the system's own, with a field `episode` [S, N].
     """
 
     @property
     def view(self) -> Task:
-        """The task as the agent is given it, whose dynamics nobody may call."""
+        """The task as the agent knows it, whose dynamics cannot be called."""
         ...
 
     @property
     def horizon(self) -> int:
-        """Time steps of an episode at most."""
+        """Largest number of time steps of an episode."""
         ...
 
-    def begin(self, who: Acting, carries: Any, keys: Key[Array, " S"], count: int, first: Int[Array, " S"]) -> Any:
-        """`count` environments of each seed at the start of their episodes, which are numbered from `first` on."""
+    def begin(self, who: Acting, carries: PyTree, keys: Key[Array, " S"], count: int, first: Int[Array, " S"]) -> Any:
+        """Reset `count` environments of each seed; their episodes are numbered from `first`."""
         ...
 
     def collect(
         self, who: Acting, carries: Any, places: Any, keys: Key[Array, " S"], *, steps: int
     ) -> tuple[Any, "Collected"]:
-        """`steps` steps of each environment; every leaf of what is collected is [S, N, steps, ...]."""
+        """Make `steps` steps in each environment; every leaf of the result is [S, N, steps, ...]."""
         ...
 
     def ready(self, function: Callable, *arguments: Any, **sizes: Any) -> Callable:
-        """A jitted function of `arguments` that begins and collects, compiled as far as this system can be."""
+        """Compile a jitted function that begins and collects, as far as this system can be compiled."""
         ...
 
 
 class System(eqx.Module):
-    """What an agent meets: the plant, the task as the agent knows it, and a sensor from the plant's states to the agent's.
+    """A simulated real system: the plant, a sensor, and the task as the agent knows it.
 
-    The `view` is a task of what the sensor shows, whose dynamics nobody may call; what the buffer keeps is what is seen. The
-    rewards come from the plant's true states.
+    The buffer stores the sensor's readings; the rewards come from the plant's true states.
+
+    Args:
+        plant: The true task.
+        view: The agent's task, on the states that the sensor shows; the plant by default. Its dynamics cannot be called.
+        sensor: Module (s, key) -> reading; exact by default.
+
+    Raises:
+        ValueError: If the readings are not like the states of `view`.
+
+    >>> from diffmbrl import tasks
+    >>> System(tasks.pendulum(horizon=50)).horizon
+    50
     """
 
     plant: Task
     view: Task
-    sensor: Any
+    sensor: Sensor
 
-    def __init__(self, plant: Task, *, view: Task | None = None, sensor: Any = None):
+    def __init__(self, plant: Task, *, view: Task | None = None, sensor: Sensor | None = None):
         seen = plant if view is None else view
         self.plant = plant
         self.view = eqx.tree_at(lambda t: t.dynamics, seen, Unknown())
@@ -120,11 +144,13 @@ class System(eqx.Module):
 
     @property
     def horizon(self) -> int:
-        """The plant's."""
+        """The plant's horizon."""
         return self.plant.horizon
 
-    def begin(self, who: Acting, carries: Any, keys: Key[Array, " S"], count: int, first: Int[Array, " S"]) -> "Place":
-        """`reset_places`, for each seed."""
+    def begin(
+        self, who: Acting, carries: PyTree, keys: Key[Array, " S"], count: int, first: Int[Array, " S"]
+    ) -> "Place":
+        """Call `reset_places` for each seed."""
         each = jax.vmap(
             lambda system, who, carry, key, e: reset_places(who(carry), system, key, count, e),
             in_axes=(who.over[1], who.axes, 0, 0, 0),
@@ -132,9 +158,9 @@ class System(eqx.Module):
         return each(self, who, carries, keys, first)
 
     def collect(
-        self, who: Acting, carries: Any, places: "Place", keys: Key[Array, " S"], *, steps: int
+        self, who: Acting, carries: PyTree, places: "Place", keys: Key[Array, " S"], *, steps: int
     ) -> tuple["Place", "Collected"]:
-        """`collect_steps`, for each seed."""
+        """Call `collect_steps` for each seed."""
         each = jax.vmap(
             lambda system, who, carry, place, key: collect_steps(who(carry), system, place, key, steps=steps),
             in_axes=(who.over[1], who.axes, 0, 0, 0),
@@ -142,12 +168,15 @@ class System(eqx.Module):
         return each(self, who, carries, places, keys)
 
     def ready(self, function: Callable, *arguments: Any, **sizes: Any) -> Callable:
-        """All of it as one compiled program."""
+        """Compile the whole function as one program."""
         return function.lower(*arguments, **sizes).compile()  # type: ignore[attr-defined]
 
 
 class RandomActions(eqx.Module):
-    """Actions drawn evenly within the limits; standard normal where there are none.
+    """Random actions: uniform within the limits, standard normal where there are none.
+
+    Args:
+        task: The task whose action limits are used.
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -173,47 +202,86 @@ class RandomActions(eqx.Module):
 
 
 class Place(NamedTuple):
-    """Where an environment is between two steps."""
+    """The position of an environment between two steps.
 
-    s: State  # the plant's
-    seen: State  # what the sensor shows of it
-    memory: Any  # the policy's, if it has one
-    t: Int[Array, ""]  # step of the episode
+    Args:
+        s: The plant's state.
+        seen: The sensor's reading of it.
+        memory: The policy's memory; None for a policy without.
+        t: Step of the episode.
+        episode: Number of the episode.
+        J: Return of the episode so far.
+    """
+
+    s: State
+    seen: State
+    memory: PyTree
+    t: Int[Array, ""]
     episode: Int[Array, ""]
-    J: Float[Array, ""]  # return of the episode so far
+    J: Float[Array, ""]
 
 
 class Collected(NamedTuple):
-    """k steps of N environments."""
+    """k steps of each of N environments.
 
-    steps: Transition  # as seen
+    Args:
+        steps: The transitions, as the sensor shows them.
+        episode: Number of the episode.
+        t: Step of the episode.
+        keep: Whether the step is usable: False where a value is not finite, or the episode was over before its first step.
+        J: Return of the episode that ends with this step (`steps.last`); NaN where a value was not finite.
+        met: Number of values that were not finite in the rollouts of a policy that plans, before this step.
+    """
+
+    steps: Transition
     episode: Int[Array, "*S N k"]
     t: Int[Array, "*S N k"]
-    keep: Bool[Array, "*S N k"]  # False where something is not finite, or the episode was over before its first step
-    J: Float[
-        Array, "*S N k"
-    ]  # return of the episode that ends with this step (`steps.last`); NaN where something was not finite
-    met: Int[Array, "*S N k"]  # values that were not finite in the rollouts of a policy that plans, before this step
+    keep: Bool[Array, "*S N k"]
+    J: Float[Array, "*S N k"]
+    met: Int[Array, "*S N k"]
 
 
-def reset_places(policy: Any, system: System, key: PRNGKeyArray, count: int, first: Int[Array, ""] | int = 0) -> Place:
-    """`count` environments at the start of their episodes, which are numbered from `first` on.
+def reset_places(
+    policy: Policy | Stateful, system: System, key: PRNGKeyArray, count: int, first: Int[Array, ""] | int = 0
+) -> Place:
+    """Reset environments to the start of their episodes.
 
-    Raises: `TypeError` for a plan, which has no action for a second episode.
+    Args:
+        policy: The policy that will act, for the start of its memory.
+        system: The system.
+        key: Key of the start states and readings.
+        count: Number of environments N.
+        first: Number of the first environment's episode; the others follow.
+
+    Returns:
+        The places, with a leading axis of N.
+
+    Raises:
+        TypeError: For a plan, which has no action for a second episode.
     """
     if is_plan(policy):
-        raise TypeError(f"a plan acts in one episode alone; got {type(policy).__name__}: put it into an MPC")
+        raise TypeError(f"a plan acts in one episode only; got {type(policy).__name__}: wrap it in an MPC")
     number = jnp.asarray(first, jnp.int32) + jnp.arange(count, dtype=jnp.int32)
     return jax.vmap(lambda k, e: _fresh(policy, system, k, e))(jax.random.split(key, count), number)
 
 
 def collect_steps(
-    policy: Any, system: System, places: Place, key: PRNGKeyArray, *, steps: int
+    policy: Policy | Stateful, system: System, places: Place, key: PRNGKeyArray, *, steps: int
 ) -> tuple[Place, Collected]:
-    r"""`steps` steps of each of N environments: $a \sim \pi(o)$, $s' = f(s, a)$, $o'$ what the sensor shows of $s'$.
+    r"""Make steps in each of N environments: $a \sim \pi(o)$, $s' = f(s, a)$, $o'$ the sensor's reading of $s'$.
 
     An episode ends at the plant's horizon, when it is `done`, or where an action, a reward or a state is not finite; the next
-    begins at once. A return is weighted as the task says, the terminal reward included.
+    one begins at once. Returns use the task's weights and include the terminal reward.
+
+    Args:
+        policy: The policy, which sees the readings.
+        system: The system.
+        places: Positions of the environments.
+        key: Key of all draws; step i of environment j uses `step_keys(split(key, N)[j], i, 4)`.
+        steps: Number of steps k.
+
+    Returns:
+        The places after the steps, and the steps, shape [N, k].
     """
     count = places.t.shape[0]
 
@@ -240,7 +308,7 @@ def _step(policy: Any, system: System, place: Place, keys: tuple[Any, ...], coun
     done = is_done(plant, s_next)
     finite = all_finite((a, r, s_next, seen_next))
     timeout = place.t + 1 >= plant.horizon
-    phi = terminal_reward(plant, s_next, timeout & ~done, place.s)
+    phi = terminal_reward(plant.terminal, s_next, timeout & ~done, place.s)
     J = place.J + plant.weights[place.t] * r + plant.weights[-1] * phi
     J = jnp.where(over, place.J, jnp.where(finite, J, jnp.nan))
     last = timeout | done | over | ~finite
@@ -251,13 +319,13 @@ def _step(policy: Any, system: System, place: Place, keys: tuple[Any, ...], coun
     return after, Collected(row, place.episode, place.t, finite & ~over, J, met(memory))
 
 
-def met(memory: Any) -> Int[Array, "*batch"]:
-    """How many values were not finite in the rollouts that a policy with this memory has just planned on; 0 for one without."""
+def met(memory: PyTree) -> Int[Array, "*batch"]:
+    """Number of values that were not finite in a planning policy's last rollouts; 0 for a policy that does not plan."""
     info = getattr(memory, "info", None)
     return jnp.zeros((), jnp.int32) if info is None else info.nonfinite.astype(jnp.int32)
 
 
-def _fresh(policy: Any, system: System, key: PRNGKeyArray, episode: Int[Array, ""]) -> Place:
+def _fresh(policy: Policy | Stateful, system: System, key: PRNGKeyArray, episode: Int[Array, ""]) -> Place:
     key_s, key_seen = jax.random.split(key)
     s = system.plant.initial(key_s)
     memory = policy.start(system.plant) if is_stateful(policy) else None

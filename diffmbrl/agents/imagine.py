@@ -1,22 +1,20 @@
-"""The model as a simulator: steps of a policy in an ensemble, branching off real states."""
-
-from typing import Any
+"""The learned model as a simulator: steps of a policy in an ensemble, which start at real states."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
-from diffmbrl.core import Task
+from diffmbrl.core import Policy, Task
 from diffmbrl.models.buffer import Buffer, Transition
 from diffmbrl.models.ensemble import size
-from diffmbrl.rollout import is_done, step_keys, transition
+from diffmbrl.rollout import is_done, transition
 
 
 def imagine(
-    policy: Any,
+    policy: Policy,
     task: Task,
-    members: Any,
+    members: PyTree,
     buffer: Buffer,
     key: PRNGKeyArray,
     *,
@@ -24,15 +22,29 @@ def imagine(
     steps: int,
     length: Int[Array, ""] | int,
 ) -> tuple[Transition, Bool[Array, "N steps"]]:
-    """`steps` imagined steps in each of N branches, [N, steps], and which of them to keep.
+    """Follow a policy in the learned model from real states of the buffer.
 
-    A branch starts at a real state of the buffer and goes on for `length` steps, or until the task is done; then the next one
-    starts, so that all N * steps rows are of use whatever the length, which is traced: a schedule compiles nothing. Where the
-    model's state, or the reward, is not finite the branch ends, and the row is not kept.
+    N, the number of branches, is `branches` rounded down to a multiple of the number of members; every member advances its own
+    share of the branches (TS-infinity). A branch ends after `length` steps, when the task is done, or if a state or reward is
+    not finite; the next branch begins at once, so that all N * steps rows are used whatever the length.
 
-    N is `branches` divided evenly among the members of the ensemble, each of which is applied to its own share at once; a
-    branch keeps its member (TS-infinity). Rewards and ends are the task's. Cost: N * steps rows of one member.
-    Raises: `ValueError` if there are fewer branches than members; what `buffer.sample` raises.
+    Args:
+        policy: The policy.
+        task: The task, whose reward and end are used.
+        members: Ensemble of dynamics with a leading axis of E.
+        buffer: Real transitions, whose states the branches start at.
+        key: Key of all draws.
+        branches: Number of branches, at least E.
+        steps: Number of steps of each branch.
+        length: Steps after which a branch begins again; may be traced, so a schedule compiles once.
+
+    Returns:
+        The transitions, shape [N, steps], and whether each is finite and thus usable.
+
+    Raises:
+        ValueError: If there are fewer branches than members; as `buffer.sample`.
+
+    Cost: N * steps evaluations of one member.
     Reference: Janner et al. 2019, When to trust your model, section 4.3.
     """
     E = size(members)
@@ -40,24 +52,25 @@ def imagine(
         raise ValueError(f"branches must be at least one for each of {E} members, got {branches}")
     N = branches // E * E
 
-    def apply(s, a, key):
-        """Reward and next state of each row, each member of the ensemble on its share of the rows."""
+    def model(s, a, *, key):
+        """The next state of each row, by the member of the ensemble whose share the row is in."""
 
         def share(x):
             return x.reshape(E, N // E, *x.shape[1:])
 
-        def one(member, s, a, keys):
-            model = eqx.tree_at(lambda t: t.dynamics, task, member)
-            return jax.vmap(lambda s, a, k: transition(model, s, a, k))(s, a, keys)
+        def apply(f, s, a, keys):
+            return jax.vmap(lambda s, a, k: f(s, a, key=k))(s, a, keys)
 
-        out = jax.vmap(one)(members, jax.tree.map(share, s), share(a), share(jax.random.split(key, N)))
-        return jax.tree.map(lambda x: x.reshape(N, *x.shape[2:]), out)
+        s_next = jax.vmap(apply)(members, jax.tree.map(share, s), share(a), share(jax.random.split(key, N)))
+        return jax.tree.map(lambda x: x.reshape(N, *x.shape[2:]), s_next)
 
-    def step(carry, t):
+    rows = eqx.tree_at(lambda t: (t.dynamics, t.reward), task, (model, jax.vmap(task.reward)))
+
+    def step(carry, key):
         s, age = carry
-        key_a, key_s, key_start = step_keys(key_steps, t, 3)
+        key_a, key_s, key_start = jax.random.split(key, 3)
         a = jax.vmap(lambda s, k: policy(s, key=k))(s, jax.random.split(key_a, N))
-        r, s_next = apply(s, a, key_s)
+        r, s_next = transition(rows, s, a, key_s)
         done = jax.vmap(lambda s: is_done(task, s))(s_next)
         keep = finite_rows((s, a, r, s_next), N)
         last = done | (age + 1 >= length) | ~keep
@@ -67,12 +80,12 @@ def imagine(
 
     key_start, key_steps = jax.random.split(key)
     start = (buffer.sample(key_start, N).s, jnp.zeros(N, jnp.int32))
-    _, out = jax.lax.scan(step, start, jnp.arange(steps))
+    _, out = jax.lax.scan(step, start, jax.random.split(key_steps, steps))
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out)
 
 
-def finite_rows(tree: Any, N: int) -> Bool[Array, " N"]:
-    """Which of N rows are finite in every leaf."""
+def finite_rows(tree: PyTree, N: int) -> Bool[Array, " N"]:
+    """Whether each of N rows is finite in every leaf."""
     leaves = [x.reshape(N, -1) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.all(jnp.isfinite(jnp.concatenate(leaves, axis=1)), axis=1)
 

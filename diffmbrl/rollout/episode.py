@@ -139,7 +139,7 @@ def returns(trajectory: Trajectory, task: Task) -> Float[Array, ""]:
 def _terminal(task: Task, s0: State, s_T: State, alive_T: Array) -> Array:
     if task.done is None:
         return task.weights[-1] * task.terminal(s_T)
-    return task.weights[-1] * terminal_reward(task, s_T, alive_T, s0)
+    return task.weights[-1] * terminal_reward(task.terminal, s_T, alive_T, s0)
 
 
 def _scan(

@@ -1,7 +1,7 @@
 """One step of a rollout: its keys, reward and next state, the end of the episode and the terminal reward."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,14 @@ from diffmbrl.core import Policy, State, Stateful, Task, is_plan, is_stateful, w
 AdjointRule = Callable[[Int[Array, ""], State], State]
 # The state, whether the episode has not ended, and the policy's memory (None for a policy without).
 StepCarry = tuple[State, Bool[Array, ""], PyTree]
+
+
+@overload
+def step_keys(key: PRNGKeyArray, t: int | Int[Array, ""], count: int = 2) -> tuple[PRNGKeyArray, ...]: ...
+
+
+@overload
+def step_keys(key: PRNGKeyArray | None, t: int | Int[Array, ""], count: int = 2) -> tuple[PRNGKeyArray | None, ...]: ...
 
 
 def step_keys(key: PRNGKeyArray | None, t: int | Int[Array, ""], count: int = 2) -> tuple[PRNGKeyArray | None, ...]:
@@ -33,13 +41,15 @@ def step_keys(key: PRNGKeyArray | None, t: int | Int[Array, ""], count: int = 2)
     return (None,) * count if key is None else tuple(jax.random.split(jax.random.fold_in(key, t), count))
 
 
-def transition(task: Task, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> tuple[Float[Array, ""], State]:
+def transition(
+    task: Task, s: State, a: Float[Array, "*batch m"], key: PRNGKeyArray | None
+) -> tuple[Float[Array, "*batch"], State]:
     """Reward and next state of one action, with matrix products in full precision on every device.
 
     Args:
         task: Its reward and dynamics are evaluated.
-        s: One state.
-        a: One action, shape [m].
+        s: One state; a batch for a task whose reward and dynamics take a batch.
+        a: One action, shape [m], or a batch.
         key: Key of the dynamics' noise, `step_keys(key, t)[1]`; None for no noise.
 
     Returns:
@@ -67,20 +77,22 @@ def is_done(task: Task, s: State) -> Bool[Array, ""]:
     return jnp.zeros((), bool) if task.done is None else task.done(s)
 
 
-def terminal_reward(task: Task, s: State, earned: Bool[Array, ""], substitute: State) -> Float[Array, ""]:
-    """The terminal reward phi(s) if it is earned, else 0, whose gradient is 0 even if phi is undefined at s.
+def terminal_reward(
+    phi: Callable[[State], Float[Array, ""]], s: State, earned: Bool[Array, ""], substitute: State
+) -> Float[Array, ""]:
+    """The terminal reward phi(s) if it is earned, else 0, with a gradient of 0 even if phi is undefined at s.
 
     Args:
-        task: Its `terminal` is evaluated.
+        phi: The terminal reward as a function of the state, `task.terminal`.
         s: The last state.
         earned: Whether the terminal reward counts: the episode has lasted to the horizon.
         substitute: State at which phi is evaluated, and the result discarded, if it does not count.
 
     Returns:
-        The terminal reward, not weighted.
+        phi(s) or 0.
     """
-    phi = task.terminal(where(earned, s, jax.lax.stop_gradient(substitute)))
-    return jnp.where(earned, phi, jnp.zeros_like(phi))
+    value = phi(where(earned, s, jax.lax.stop_gradient(substitute)))
+    return jnp.where(earned, value, jnp.zeros_like(value))
 
 
 def rollout_start(policy: Policy | Stateful, task: Task, s0: State) -> StepCarry:
@@ -95,7 +107,7 @@ def rollout_start(policy: Policy | Stateful, task: Task, s0: State) -> StepCarry
         The state, whether the episode has not ended there already, and the policy's memory (None for a policy without).
     """
     alive = jnp.array(True) if task.done is None else ~task.done(s0)
-    return s0, alive, policy.start(task) if is_stateful(policy) else None
+    return s0, alive, cast(Stateful, policy).start(task) if is_stateful(policy) else None
 
 
 def stepping(
@@ -177,7 +189,7 @@ def check_shapes(policy: Policy | Stateful, task: Task, s0: State) -> None:
             )
         policy = jax.tree.map(lambda x: x[0], policy)
     # A policy with a memory may be expensive to trace; its action is checked when the scan traces it.
-    a = task.a_low if is_stateful(policy) else jax.eval_shape(lambda s: policy(s), s0)
+    a = task.a_low if is_stateful(policy) else jax.eval_shape(lambda s: cast(Policy, policy)(s), s0)
     check_action(a, task)
     r, s_next = jax.eval_shape(lambda s, a: (task.reward(s, a), task.dynamics(s, a)), s0, a)
     if r.shape != ():

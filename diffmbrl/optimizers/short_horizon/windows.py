@@ -1,8 +1,8 @@
-r"""Environments that step on from window to window, and the objective of one window, a function of the policy.
+r"""Environments that continue from window to window, and the objective of one window as a function of the policy.
 
-The windows of an episode are h steps long; what comes after is the critic's value. An episode ends at the horizon T, with the
-terminal reward, or when `task.done`, with nothing, and the environment goes on from the next start: inside a window, if that
-is where it ends.
+The windows of an episode are h steps long; the critic's value stands for the later rewards. An episode ends at the horizon T,
+with the terminal reward, or when `task.done`, without it. The environment then continues from the next start, also inside a
+window.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import State, Task, reweighted, where
+from diffmbrl.core import Policy, State, Task, reweighted, where
 from diffmbrl.optimizers.short_horizon.critic import inputs
 from diffmbrl.optimizers.short_horizon.cuts import stiffness
 from diffmbrl.optimizers.short_horizon.exploration import Entropy, StateNoise, acted
@@ -20,31 +20,51 @@ from diffmbrl.rollout import is_done, step_keys, terminal_reward, transition, we
 
 
 class Environments(NamedTuple):
-    """Where N environments are: their states, the step of the episode, and which start it began from."""
+    """The positions of N environments.
 
-    s: State  # [N, ...]
+    Args:
+        s: Their states, shape [N, ...].
+        t: Step of the episode, shape [N].
+        start: Number of the start state of the episode, shape [N].
+    """
+
+    s: State
     t: Int[Array, "*N"]
     start: Int[Array, "*N"]
 
 
 class Steps(NamedTuple):
-    """What the steps of a window leave for the critic, the temperature and the horizon; [N, h] each."""
+    """The steps of a window for the fits of the critic, the temperature and the horizon; [N, h] each.
 
-    x: Float[Array, "*N h k"]  # the critic's inputs before the step
-    r: Float[
-        Array, "*N h"
-    ]  # reward as the critic counts it: weighted, with the price of entropy and the terminal reward
-    ended: Bool[Array, "*N h"]  # the episode ended with this step
-    value_next: Float[Array, "*N h"]  # the critic's value after it
-    excess: Float[Array, "*N h"] | None  # entropy above its target
+    Args:
+        x: The critic's inputs before the step, shape [N, h, k].
+        r: Reward of the critic's regression: weighted, with the entropy bonus and the terminal reward.
+        ended: Whether the episode ended with this step.
+        value_next: The critic's value after the step.
+        excess: Entropy above its target; None without an entropy bonus.
+        stiffness: Stiffness of the step; None with a fixed horizon.
+    """
+
+    x: Float[Array, "*N h k"]
+    r: Float[Array, "*N h"]
+    ended: Bool[Array, "*N h"]
+    value_next: Float[Array, "*N h"]
+    excess: Float[Array, "*N h"] | None
     stiffness: Float[Array, "*N h"] | None
 
 
 def start_environments(s0: State, count: int, task: Task, *, staggered: bool = True) -> Environments:
-    """`count` environments from the starts `s0` [B, ...] in turn, the i-th at step i T / count of its first episode.
+    """Place environments on the start states in turn.
 
-    So every window sees all parts of an episode, the critic's as well as the policy's: in step they would see one after another
-    and forget the rest. Not `staggered` they all begin at 0.
+    Args:
+        s0: Start states, shape [B, ...].
+        count: Number of environments N.
+        task: The task.
+        staggered: Whether environment i begins at step i T / N of its first episode, so that every window covers all parts of
+            an episode; otherwise all begin at step 0, and the fits would see one part after another and forget the others.
+
+    Returns:
+        The environments.
     """
     number = jnp.arange(count, dtype=jnp.int32)
     start = number % jax.tree.leaves(s0)[0].shape[0]
@@ -53,7 +73,7 @@ def start_environments(s0: State, count: int, task: Task, *, staggered: bool = T
 
 
 def window(
-    policy: Any,
+    policy: Policy,
     task: Task,
     s0: State,
     environments: Environments,
@@ -69,12 +89,32 @@ def window(
     reach: Any = None,
     reach_state: Any = None,
 ) -> tuple[Float[Array, ""], tuple[Environments, Steps]]:
-    r"""The mean over environments of $\sum_k [\sum_{l<h_k} \gamma^l w\,r_l + \gamma^{h_k} V_k]$, `length` steps in segments k.
+    r"""The objective of one window, the mean over environments of the sum over the segments k of a window.
 
-    A segment ends with its episode, $V_k = w_T \phi(s_T)$ at the horizon and 0 where the task is done; else where `reach` cuts
-    it or with the window, $V_k = V(s, t)$, the critic's. With the policy's true value and $\gamma = 1$ its gradient, summed
-    over the windows of an episode, is that of J. `value` takes the critic's inputs.
-    Shapes: `s0` [B, ...]; `environments` [N, ...].
+    $$\sum_k \Big[\sum_{l<h_k} \gamma^l w\,r_l + \gamma^{h_k} V_k\Big]$$
+
+    A segment ends with its episode, where $V_k = w_T \phi(s_T)$ at the horizon and 0 if the task is done; or else where `reach`
+    cuts it or with the window, where $V_k$ is the critic's value. With the policy's true value and $\gamma = 1$ the gradient,
+    summed over the windows of an episode, is that of J.
+
+    Args:
+        policy: The policy.
+        task: The task.
+        s0: Start states, shape [B, ...].
+        environments: Positions of N environments at the beginning of the window.
+        value: The critic, a function of its inputs (`critic.inputs`).
+        length: Steps of the window.
+        discount: gamma within a segment.
+        key: Key of the noise; environment i uses key i of N. None for no noise.
+        spread: Exploration noise that depends on the state; None for the policy's own.
+        epsilon: Standard normal draws of the exploration noise, shape [N, h, m].
+        entropy: Entropy bonus; None for no bonus.
+        log_temperature: Log weight of the entropy bonus.
+        reach: Rule that ends a segment early; None for segments as long as the window.
+        reach_state: State of that rule.
+
+    Returns:
+        The objective, the environments after the window, and its steps (without a gradient).
     """
     N = environments.t.shape[0]
     axis = weights_axis(task, s0)
@@ -96,10 +136,10 @@ def window(
             following = (env.start + N) % jax.tree.leaves(s0)[0].shape[0]
             first, again = (jax.tree.map(lambda y, i=i: y[i], s0) for i in (env.start, following))
             timeout = t + 1 >= task.horizon
-            over = is_done(task, s)  # a start may be beyond the end already
+            over = is_done(task, s)  # A start may be beyond the end already.
             r = jnp.where(over, jnp.zeros_like(r), r)
             done = over | is_done(task, s_next)
-            r = r + discount * (w[-1] * terminal_reward(task, s_next, timeout & ~done, first))
+            r = r + discount * terminal_reward(lambda s: w[-1] * task.terminal(s), s_next, timeout & ~done, first)
             ended = timeout | done
             after = Environments(
                 where(ended, again, s_next),
@@ -132,7 +172,7 @@ def window(
 
 
 def first_starts(task: Task, s0: State, count: int) -> tuple[Task, State]:
-    """The first `count` starts, or all if there are fewer, and the task with their weights."""
+    """The first `count` starts (all if there are fewer), and the task with their weights."""
     if weights_axis(task, s0) is not None:
         task = reweighted(task, task.weights[:count])
     return task, jax.tree.map(lambda x: x[:count], s0)

@@ -1,36 +1,48 @@
-r"""A task cut short at a length that is a number, not a shape: one compiled program then serves every horizon.
+r"""A task shortened to a length that is a traced number, so that one compiled program serves every horizon.
 
 $$J_L(\pi) = \sum_{t<L} w_t\, r(s_t, a_t) + w_T\, \phi(s_L),\qquad L \le T$$
 
-The steps left are one more variable of the state; after the last the episode has ended, and the rollout masks it as it masks
-every ended episode (`rollout.py`): what a longer rollout would have run into afterwards can spoil nothing, its gradient
-included.
+The number of steps left is one more variable of the state. After the last step the episode has ended, and the rollout masks
+the remaining steps (`diffmbrl.rollout`): their values affect neither the return nor the gradient, even if they are not finite.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import State, Task, is_plan, is_stateful, where
+from diffmbrl.core import Policy, State, Stateful, Task, is_plan, is_stateful, where
 from diffmbrl.tasks.transforms.plant import OfState, remade
 
 
 class Counted(NamedTuple):
-    """A state and the steps left: a float, so that it may be linearised in all of it."""
+    """A state with the number of steps left.
+
+    Args:
+        s: The state.
+        left: The number of steps left, a float, so that the whole can be linearised.
+    """
 
     s: State
     left: Float[Array, "*batch"]
 
 
 def prefix(task: Task, length: Int[Array, ""]) -> Task:
-    r"""The first `length` of T steps, as a task of T + 1 steps on `Counted` states, whose starts come from `prefix_start`.
+    r"""Shorten a task of T steps to its first L steps, as a task of T + 1 steps on `Counted` states.
 
-    The terminal reward, with its own weight, is that of $s_L$: it is earned in one step more, without an action that matters.
-    `length` may be traced, from 1 to T. Each evaluation costs T + 1 steps whatever the length.
+    The terminal reward of $s_L$, with its own weight, is earned in one additional step, whose action has no effect.
+
+    Args:
+        task: The task.
+        length: The number of steps L, from 1 to T; may be traced.
+
+    Returns:
+        The shortened task, whose starts come from `prefix_start`.
+
+    Cost: T + 1 steps for each evaluation, whatever the length.
 
     >>> from diffmbrl import Linear, tasks, episode_return
     >>> task, s0 = tasks.lqr(horizon=20), jnp.array([1.0, 0.0])
@@ -42,36 +54,48 @@ def prefix(task: Task, length: Int[Array, ""]) -> Task:
     made = remade(
         task,
         task.horizon + 1,
-        dynamics=_Going(task.dynamics, elsewhere),
-        reward=_Paid(task.reward, task.terminal, elsewhere),
-        initial=_Begun(task.initial, length),
+        dynamics=_Dynamics(task.dynamics, elsewhere),
+        reward=_Reward(task.reward, task.terminal, elsewhere),
+        initial=_Initial(task.initial, length),
         features=OfState(task.features),
         along=OfState,
     )
     t = jnp.arange(task.horizon + 2, dtype=length.dtype)
     weights = jnp.where(t < length, jnp.pad(task.weights, (0, 1)), task.weights[-1])
-    done = _Over(task.done)
+    done = _Done(task.done)
     return eqx.tree_at(
         lambda x: (x.terminal, x.done, x.weights),
         made,
-        (_Nothing(), done, weights),
+        (_NoTerminal(), done, weights),
         is_leaf=lambda x: x is None,
     )
 
 
 def prefix_start(s0: State, length: Int[Array, ""]) -> Counted:
-    """The start of a prefix; `s0` with any batch axes in front, which `left` gets as `jax.vmap` would see them."""
+    """The start state of a prefix, with `length` steps left.
+
+    Args:
+        s0: A start state of the whole task.
+        length: The number of steps L, as in `prefix`.
+
+    Returns:
+        The start state of the prefix.
+    """
     leaf = jax.tree.leaves(s0)[0]
     return Counted(s0, length.astype(leaf.dtype))
 
 
 class Seeing(eqx.Module):
-    """A policy on `Counted` states, which knows nothing of the steps left.
+    """A policy on `Counted` states that ignores the number of steps left.
 
-    Raises: `ValueError` for a plan or a policy with a memory.
+    Args:
+        policy: A policy of the state alone.
+
+    Raises:
+        ValueError: For a plan or a policy with a memory.
     """
 
-    policy: Any
+    policy: Policy | Stateful
 
     def __check_init__(self):
         if is_plan(self.policy) or is_stateful(self.policy):
@@ -80,14 +104,14 @@ class Seeing(eqx.Module):
                 "memory"
             )
 
-    def __call__(self, state: Counted, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
-        return self.policy(state.s, key=key)
+    def __call__(self, s: Counted, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
+        return cast(Policy, self.policy)(s.s, key=key)
 
 
-class _Going(eqx.Module):
-    """f while steps are left. In the step that pays the terminal reward the state is held.
+class _Dynamics(eqx.Module):
+    """f while steps are left; the state is held in the step that earns the terminal reward.
 
-    What is not used is evaluated at a start: were it infinite where the state is, 0 * inf would come back from it.
+    A result that is not used is evaluated at a start state, since 0 * inf in the reverse pass would be NaN.
     """
 
     inner: Callable
@@ -99,8 +123,8 @@ class _Going(eqx.Module):
         return Counted(where(going, moved, state.s), state.left - 1)
 
 
-class _Paid(eqx.Module):
-    """r while steps are left, then once phi."""
+class _Reward(eqx.Module):
+    """r while steps are left, then phi once."""
 
     reward: Callable
     terminal: Callable
@@ -112,8 +136,8 @@ class _Paid(eqx.Module):
         return jnp.where(going, r, self.terminal(where(going, self.elsewhere, state.s)))
 
 
-class _Over(eqx.Module):
-    """Done as the task says, or when the terminal reward has been paid."""
+class _Done(eqx.Module):
+    """The task's end, or the end after the terminal reward has been earned."""
 
     inner: Callable | None
 
@@ -122,7 +146,7 @@ class _Over(eqx.Module):
         return over if self.inner is None else over | self.inner(state.s)
 
 
-class _Begun(eqx.Module):
+class _Initial(eqx.Module):
     inner: Callable
     length: Int[Array, ""]
 
@@ -130,6 +154,6 @@ class _Begun(eqx.Module):
         return prefix_start(self.inner(key), self.length)
 
 
-class _Nothing(eqx.Module):
+class _NoTerminal(eqx.Module):
     def __call__(self, state: Counted) -> Float[Array, ""]:
         return jnp.zeros_like(state.left)
