@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 import diffmbrl as d
 from benchmarks.record import path, save, table
 from diffmbrl.core import reweighted
-from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.diagnostics import in_double
 
 COSTS = [
     ("brax-inverted-pendulum", "generalized"),

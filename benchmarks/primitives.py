@@ -16,7 +16,7 @@ import diffmbrl as d
 from benchmarks.record import save, table
 from benchmarks.timing import compile_seconds, medians
 from benchmarks.trajectory_problems import PROBLEMS, problem
-from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.diagnostics import in_double
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.linearize import linearize
 from diffmbrl.second_order.riccati import riccati

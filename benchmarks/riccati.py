@@ -23,7 +23,7 @@ import diffmbrl as d
 from benchmarks.record import save, table
 from benchmarks.timing import compile_seconds, medians
 from benchmarks.trajectory_problems import PROBLEMS, problem
-from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.diagnostics import in_double
 from diffmbrl.planners import implicit
 from diffmbrl.second_order.linearize import Linearization, linearize
 from diffmbrl.second_order.parallel_riccati import parallel_riccati

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 import diffmbrl as d
 from benchmarks.record import save, table
-from diffmbrl.diagnostics.spectrum import in_double
+from diffmbrl.diagnostics import in_double
 
 HORIZONS = (10, 25, 50, 100, 200, 400, 800)
 TOLERANCE = 0.01

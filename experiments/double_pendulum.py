@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from diffmbrl.diagnostics.lyapunov import crossover_horizon, lyapunov_exponents
+from diffmbrl.diagnostics import crossover_horizon, lyapunov_exponents
 from diffmbrl.render.palette import MUTED
 from diffmbrl.report.figures import Series, key, name_ends, style_of
 from diffmbrl.tasks.double_pendulum import DoublePendulum

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl.diagnostics.jacobians import contributions
+from diffmbrl.diagnostics import contributions
 from diffmbrl.policies import Neural
 from diffmbrl.report.figures import Series, key, name_ends, style_of
 from diffmbrl.second_order.curvature import linearize_rollouts

@@ -21,9 +21,14 @@ import numpy as np
 import optax
 
 from diffmbrl.core import Task
-from diffmbrl.diagnostics.jacobians import jacobians, spectral_radius
-from diffmbrl.diagnostics.lyapunov import mean_exponents
-from diffmbrl.diagnostics.products import log_singular_values, log_spectral_radius, products
+from diffmbrl.diagnostics import (
+    jacobians,
+    log_singular_values,
+    log_spectral_radius,
+    mean_exponents,
+    products,
+    spectral_radius,
+)
 from diffmbrl.models import NetworkDynamics, Training, train
 from diffmbrl.models.buffer import Transition
 from diffmbrl.models.fit import holdout_split

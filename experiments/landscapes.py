@@ -20,7 +20,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl.core import Task, reweighted
-from diffmbrl.diagnostics.landscape import filter_normalised, landscape_line
+from diffmbrl.diagnostics import filter_normalised, landscape_line
 from diffmbrl.policies import Neural
 from diffmbrl.report.figures import Series, key, name_ends, style_of
 from diffmbrl.rollout import episode_return

@@ -18,9 +18,15 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl.core import reweighted
-from diffmbrl.diagnostics.jacobians import eigenvalues, jacobians, spectral_radius
-from diffmbrl.diagnostics.lyapunov import mean_exponents
-from diffmbrl.diagnostics.products import log_eigenvalues, log_spectral_radius, products
+from diffmbrl.diagnostics import (
+    eigenvalues,
+    jacobians,
+    log_eigenvalues,
+    log_spectral_radius,
+    mean_exponents,
+    products,
+    spectral_radius,
+)
 from diffmbrl.policies import Neural
 from diffmbrl.render.palette import MUTED
 from diffmbrl.report.figures import name_ends, style_of

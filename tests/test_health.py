@@ -9,12 +9,19 @@ from jax.flatten_util import ravel_pytree
 
 from diffmbrl import BPTT, Linear, Neural, OpenLoop, episode_return, mean_return, tasks
 from diffmbrl.core import Box, Task, parameter
+from diffmbrl.diagnostics import (
+    BiasTest,
+    Health,
+    SampleStatistics,
+    bias_test,
+    difference_error,
+    gradient_health,
+    gradient_samples,
+    log_singular_values,
+    products,
+    sample_statistics,
+)
 from diffmbrl.diagnostics import health as measuring
-from diffmbrl.diagnostics.bias import BiasTest, bias_test
-from diffmbrl.diagnostics.differences import difference_error
-from diffmbrl.diagnostics.health import Health, gradient_health
-from diffmbrl.diagnostics.products import log_singular_values, products
-from diffmbrl.diagnostics.sample_statistics import SampleStatistics, gradient_samples, sample_statistics
 from diffmbrl.diagnostics.verdict import least_z, verdict
 from diffmbrl.tasks.transforms.prefix import Seeing, prefix, prefix_start
 from diffmbrl.tasks.transforms.refined import refined

@@ -12,8 +12,17 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl import Affine, Gaussian, Neural, OpenLoop, rollout, tasks
-from diffmbrl.diagnostics.jacobians import contributions, eigenvalues, jacobians, singular_values, spectral_radius
-from diffmbrl.diagnostics.products import log_eigenvalues, log_singular_values, log_spectral_radius, products
+from diffmbrl.diagnostics import (
+    contributions,
+    eigenvalues,
+    jacobians,
+    log_eigenvalues,
+    log_singular_values,
+    log_spectral_radius,
+    products,
+    singular_values,
+    spectral_radius,
+)
 from diffmbrl.rollout import mean_return, split_keys
 from diffmbrl.tasks.transforms.plant import delayed
 from tests.problems import bent, changed, same

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from diffmbrl import Linear, tasks
-from diffmbrl.diagnostics.jacobians import jacobians
-from diffmbrl.diagnostics.lyapunov import (
+from diffmbrl.diagnostics import (
     closed_loop_exponents,
     crossover_horizon,
+    jacobians,
     lyapunov_exponents,
     mean_exponents,
+    products,
 )
-from diffmbrl.diagnostics.products import products
 from diffmbrl.tasks.double_pendulum import DoublePendulum
 from tests.problems import bent, same
 

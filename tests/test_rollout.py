@@ -24,7 +24,7 @@ from diffmbrl import (
     tasks,
 )
 from diffmbrl.core import Box, Task
-from diffmbrl.rollout import returns
+from diffmbrl.rollout import returns, step_keys, terminal_reward
 
 
 class Noisy(eqx.Module):
@@ -428,3 +428,19 @@ def test_new_numbers_do_not_recompile():
         policy = Neural.init(task, hidden=[4], key=jax.random.key(seed))
         results.add(float(J(policy, task, jnp.full((2, 4), 0.1), jax.random.key(seed))))
     assert len(results) == 4
+
+
+def test_the_key_rule_is_to_fold_in_the_step_then_split():
+    key = jax.random.key(5)
+    first = jax.random.split(jax.random.fold_in(key, 3), 4)
+    assert [bool(k == wanted) for k, wanted in zip(step_keys(key, 3, 4), first, strict=True)] == [True] * 4
+    assert step_keys(None, 3) == (None, None)
+
+
+def test_a_terminal_reward_that_is_not_earned_has_no_gradient():
+    def earned(s, alive):
+        return terminal_reward(lambda s: jnp.log(s[0]), s, jnp.asarray(alive), jnp.ones(1))
+
+    value, gradient = jax.value_and_grad(earned)(jnp.zeros(1), False)
+    assert value == 0 and gradient == 0
+    assert jax.grad(earned)(jnp.full(1, 2.0), True) == 0.5

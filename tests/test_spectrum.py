@@ -10,13 +10,13 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl import Gaussian, Neural, OpenLoop, tasks
-from diffmbrl.diagnostics import spectrum
-from diffmbrl.diagnostics.spectrum import (
+from diffmbrl.diagnostics import (
     curvature_eigenvalues,
     extreme_eigenvalues,
     in_double,
     smooth_density,
     spectral_density,
+    spectrum,
 )
 from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import fisher, gauss_newton, hessian
