@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffmbrl import Linear, Neural, OpenLoop, tasks
-from diffmbrl.diagnostics import filter_normalised, landscape_line
+from diffmbrl.diagnostics import filter_normalised, landscape_line, landscape_plane
 from diffmbrl.rollout import episode_returns
 from tests.problems import bent, changed, same
 

@@ -1,7 +1,7 @@
 """Collecting experience: the steps of a policy on environments that continue from call to call."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -328,6 +328,6 @@ def met(memory: PyTree) -> Int[Array, "*batch"]:
 def _fresh(policy: Policy | Stateful, system: System, key: PRNGKeyArray, episode: Int[Array, ""]) -> Place:
     key_s, key_seen = jax.random.split(key)
     s = system.plant.initial(key_s)
-    memory = policy.start(system.plant) if is_stateful(policy) else None
+    memory = cast(Stateful, policy).start(system.plant) if is_stateful(policy) else None
     zero = jnp.zeros((), jnp.int32)
     return Place(s, system.sensor(s, key_seen), memory, zero, episode, jnp.zeros((), system.plant.weights.dtype))
