@@ -17,7 +17,7 @@ below do not predict them.
 (4, 50, 2)
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,7 @@ def jacobians(policy: Policy | Stateful, task: Task, s0: State, key: PRNGKeyArra
 
     Cost: a rollout, n + m tangents of f and m cotangents of pi for each step, and one adjoint recursion.
     """
-    _refuse_memory(policy)
-    _, trajectory, lin, K = linearize_rollouts(policy, task, s0, key)
+    _, trajectory, lin, K = linearize_rollouts(_without_memory(policy), task, s0, key)
     g = adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
     A, B, K, g = (jnp.moveaxis(x, -1, 0) for x in (lin.A, lin.B, K, g))
     return Jacobians(A, B, K, -g, trajectory.alive.T)
@@ -107,8 +106,7 @@ def contributions(
     >>> contributions(Linear.zeros(task), task, task.starts(jax.random.key(0), 4)).shape
     (10, 3)
     """
-    _refuse_memory(policy)
-    _, trajectory, lin, K = linearize_rollouts(policy, task, s0, key)
+    _, trajectory, lin, K = linearize_rollouts(_without_memory(policy), task, s0, key)
     g = adjoint(lin.A, lin.B, K, lin.c_s, lin.c_a, lin.c_T)
     theta, unravel = ravel_pytree(policy)
     keys = split_keys(key, s0)
@@ -175,6 +173,7 @@ def spectral_radius(A: Float[Array, "*batch n n"]) -> np.ndarray:
     return np.abs(eigenvalues(A)[..., 0])
 
 
-def _refuse_memory(policy: Policy | Stateful) -> None:
+def _without_memory(policy: Policy | Stateful) -> Policy:
     if is_stateful(policy):
         raise TypeError(f"a policy with a memory ({type(policy).__name__}) has no gain K_t = dpi/ds in the state alone")
+    return cast(Policy, policy)
