@@ -3,15 +3,16 @@
 python -m tests.on_devices
 """
 
+import importlib
 import io
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import chex
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from diffmbrl import GaussNewton, Neural, OpenLoop, Sampling, solve, tasks
 from diffmbrl import devices as on
@@ -23,6 +24,7 @@ from diffmbrl.jobs.plan import PlanConfig, plan
 from diffmbrl.methods import METHODS
 from diffmbrl.optimizers import Krylov
 from diffmbrl.runs import metrics
+from diffmbrl.runs.checkpoint import restore_checkpoint, save_checkpoint, verify
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.solve.loop import iterate
 
@@ -58,7 +60,7 @@ def agree() -> dict:
     before = iterate._cache_size()
     four, _ = solve(solver, policy, TASK, divided, None, STEPS)
     out |= {"gauss-newton": gap(one, four), "programs of a solve": iterate._cache_size() - before}
-    out |= lanes() | agents(mesh) | population(mesh)
+    out |= lanes() | agents(mesh) | population(mesh) | checkpointed(mesh)
     return out
 
 
@@ -90,6 +92,23 @@ def agents(mesh) -> dict:
     return {"agents": gap(one.buffer.rows, four.buffer.rows), "buffers on": len(four.buffer.size.sharding.device_set)}
 
 
+def checkpointed(mesh) -> dict:
+    """A checkpoint of an array that lies on all devices, and of keys: the shards that orbax wrote, and the values read."""
+    x = jax.numpy.arange(16.0).reshape(8, 2)
+    tree = {
+        "x": on.shard(x, mesh, what="rows"),
+        "key": on.shard(jax.random.split(jax.random.key(0), 4), mesh, what="seeds"),
+    }
+    with tempfile.TemporaryDirectory() as place:
+        folder = save_checkpoint(Path(place) / "checkpoints", 1, tree, {})
+        with ocp.PyTreeCheckpointer() as orbax:
+            written = orbax.metadata(folder / "arrays").item_metadata.tree
+        back = restore_checkpoint(verify(folder), tree)
+    same = [np.array_equal(back["x"], x), bool(jax.numpy.all(back["key"] == tree["key"]))]
+    shapes = sorted(list(leaf.storage.write_shape) for leaf in written.values())
+    return {"checkpoint": same, "shards": shapes}
+
+
 def population(mesh) -> dict:
     """The samples of a planner: what goes around in an update, and runs on one device and on four."""
     planner, blank, s0 = Sampling(samples=8, mesh=mesh), OpenLoop.zeros(TASK), TASK.initial(jax.random.key(1))
@@ -113,5 +132,5 @@ def planned(devices: int) -> list:
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     for job in ("compare", "learn", "plan.run"):  # figures take long
-        sys.modules[f"diffmbrl.jobs.{job}"].rebuild = lambda folder: folder  # type: ignore[attr-defined]
+        importlib.import_module(f"diffmbrl.jobs.{job}").rebuild = lambda folder: folder  # type: ignore[attr-defined]
     print(json.dumps(agree()))

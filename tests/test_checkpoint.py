@@ -1,7 +1,6 @@
 """Checkpoints: what is saved comes back as it was, and what was damaged, forged or not written whole is found and named."""
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -17,7 +16,8 @@ import numpy as np
 import pytest
 
 from diffmbrl.info import Quadratic
-from diffmbrl.runs import checkpoint, metrics
+from diffmbrl.runs import manifest as manifests
+from diffmbrl.runs import metrics
 from diffmbrl.runs.checkpoint import newest_valid, restore_checkpoint, save_checkpoint, verify
 from diffmbrl.runs.session import Session, underway
 
@@ -141,8 +141,7 @@ def forged(folder: Path, **change) -> None:
     """A manifest that is whole in itself."""
     manifest = json.loads((folder / "manifest.json").read_text()) | change
     del manifest["own"]
-    manifest["own"] = hashlib.sha256(checkpoint._canonical(manifest)).hexdigest()
-    (folder / "manifest.json").write_bytes(checkpoint._canonical(manifest))
+    (folder / "manifest.json").write_bytes(manifests.sealed(manifest))
 
 
 def test_nothing_leads_out_of_the_folder(place):
@@ -187,7 +186,7 @@ def test_records_that_a_checkpoint_goes_on_from(place):
     assert newest_valid(place)[0].step == 3
     path.write_bytes(whole[:-1])
     kept, wrong = newest_valid(place)
-    assert kept.step == 2 and "the metrics.jsonl that it goes on from has" in wrong[0]
+    assert kept.step == 2 and "its metrics.jsonl has" in wrong[0]
     path.write_bytes(b"X" + whole[1:])
     with pytest.raises(ValueError, match=r"no checkpoint in .* is valid: checkpoint 3: .* checkpoint 2: .*SHA-256"):
         newest_valid(place)
@@ -270,7 +269,7 @@ def count(session: Session, arms: int, stop: tuple[int, int] | None = None, erro
 def test_a_session_goes_on_where_it_was(run):
     with pytest.raises(KeyboardInterrupt) as caught, underway(run, 2, report=str, stream=io.StringIO()) as session:
         count(session, 2, stop=(1, 2))
-    assert caught.value.__notes__ == [f"to go on: diffmbrl resume {run}"]
+    assert caught.value.__notes__ == [f"to continue: diffmbrl resume {run}"]
     with underway(run, 2, report=str, stream=io.StringIO(), resumed=True) as session:
         assert count(session, 2) == [(1, 3)]
     records = metrics.read_metrics(run / "metrics.jsonl")[0]
@@ -301,7 +300,7 @@ def test_damaged_ones_are_set_aside_and_told(run):
 
 def test_a_run_stops_on_a_full_disk(run, monkeypatch):
     said = (
-        r"checkpoint 2 cannot be written .*: No space left on device; checkpoint 1 is valid; when that is mended: diff"
+        r"checkpoint 2 cannot be written .*: No space left on device; checkpoint 1 is valid; free the disk, then: diff"
     )
     with pytest.raises(OSError, match=said), underway(run, 1, report=str, stream=io.StringIO(), every=0.0) as session:  # noqa: PT012
         session.save({"x": jnp.float32(1)}, done=1)

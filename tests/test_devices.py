@@ -51,6 +51,8 @@ def test_four_devices_agree_with_one():
     assert found["sent"] == [1, 0, True] and found["programs of a plan"] == 2  # on one device, and on four
     assert found["population"] < 1e-5
     assert found["policies"] < 1e-5 and found["plans"] < 1e-5 and found["agents"] < 1e-5
+    # Each device wrote its own rows: two of eight, one key of four.
+    assert found["checkpoint"] == [True, True] and found["shards"] == [[1, 2], [2, 2]]
     assert found["programs of a solve"] == 1 and found["buffers on"] == 4
 
 

@@ -60,7 +60,7 @@ CONFIGS = {
     "nan": ({"parameters": {"mass": "nan"}}, "mass of task 'lqr' must be a finite positive number, got nan"),
     "a job that has no checkpoints": ({"job": "diagnose"}, "a run of 'diagnose' cannot be resumed, only one of compare"),
     "a job out of its folder": ({"job": "../compare"}, "a run of '../compare' cannot be resumed"),
-    "another size": ({"horizon": 5}, "does not fit what this run is: for"),
+    "another size": ({"horizon": 5}, "does not fit this run: for"),
     "x64 in words": ({"x64": "yes"}, "x64 = 'yes'"),
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from diffmbrl.report import learn_text, rebuild
 from diffmbrl.report import learning_curves as courses
 from diffmbrl.report.learn_report import sentences
 from diffmbrl.runs import Progress, read_metrics
-from diffmbrl.runs.arrays import filled, read_arrays, save_arrays
+from diffmbrl.runs.arrays import fill, read_arrays, save_arrays
 from tests.problems import of
 
 SETTING = LearnConfig(
@@ -231,7 +231,7 @@ def test_any_tree_of_arrays_is_saved(tmp_path):
     tree = {"key": jax.random.key(3), "n": (jnp.int32(2), jnp.zeros((0, 3))), "yes": jnp.asarray(True)}
     save_arrays(tmp_path / "arrays", "tree", tree, of="a test")
     manifest, leaves = read_arrays(tmp_path / "arrays", "tree")
-    back = filled(jax.eval_shape(lambda: tree), leaves, "the tree")
+    back = fill(jax.eval_shape(lambda: tree), leaves, "the tree")
     assert manifest["of"] == "a test" and jax.tree.structure(back) == jax.tree.structure(tree)
     assert jax.random.uniform(back["key"]) == jax.random.uniform(tree["key"]) and back["n"][0] == 2 and back["yes"]
 
@@ -249,7 +249,7 @@ def test_interrupted_there_is_a_run_with_what_was_learned(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     words = "learn lqr --agent knows --real-steps 60 --horizon 10 --param mass=1.5 --seeds 2 --evaluations 0 --out run"
     assert cli.main(words.split()) == 130
-    assert capsys.readouterr().err == "diffmbrl: interrupted; to go on: diffmbrl resume run\n"
+    assert capsys.readouterr().err == "diffmbrl: interrupted; to continue: diffmbrl resume run\n"
     run = tmp_path / "run"
     assert json.loads((run / "status.json").read_text())["status"] == "interrupted"
     found, _ = read_metrics(run / "metrics.jsonl")

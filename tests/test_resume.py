@@ -240,7 +240,7 @@ def test_killed_and_resumed(folder, capsys):
     process.terminate()
     err = process.communicate()[1]
     assert process.returncode == 143, err.decode()
-    assert err.decode() == "diffmbrl: interrupted; to go on: diffmbrl resume run\n"
+    assert err.decode() == "diffmbrl: interrupted; to continue: diffmbrl resume run\n"
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("interrupted", "interrupted by SIGTERM")
     assert (run / "report.html").exists() and cli.main(["report", "run"]) == 0

@@ -150,7 +150,7 @@ def learn(
         records.append(record)
         if on_record is not None:
             on_record(record, Learned(lanes.carry, lanes.buffer, records, done))
-        checkpointer.save(to_local(lanes), done=done, iteration=iteration, spent=spent, worked=worked)
+        checkpointer.save(lanes, done=done, iteration=iteration, spent=spent, worked=worked)
 
     if (kept := checkpointer.restored) is None:
         warm = system.ready(_warm, agent, system, keys, capacity=capacity, in_axes=in_axes)

@@ -187,7 +187,7 @@ def _run_method(name: str, row: Method, task: Task, setting: CompareConfig, run:
         done += min(every, steps - done)
         train = _write_evaluation(write, name, rates, lanes, done, spent)
         progress.update(done, f"return {np.max(train):.4g}, {spent:.1f} s")
-        run.save(to_local(lanes.state), done=done, spent=spent)
+        run.save(lanes.state, done=done, spent=spent)
     stop = f"{steps} updates" if done >= steps else f"budget of {setting.budget:g} s after {done} of {steps} updates"
     _write_profiles(write, name, rates, lanes, "end")
     if isinstance(lanes, BatchedPolicyRuns):

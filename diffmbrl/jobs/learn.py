@@ -30,7 +30,7 @@ from diffmbrl.runs import (
     read_config,
     underway,
 )
-from diffmbrl.runs.arrays import filled, read_arrays, save_arrays
+from diffmbrl.runs.arrays import fill, read_arrays, save_arrays
 from diffmbrl.tasks import TASKS, make, noisy
 from diffmbrl.tasks.adapters import gymnasium
 from diffmbrl.tasks.registry import state_names
@@ -219,7 +219,7 @@ def restore_agent(folder: Path, name: str | None = None) -> Restored:
     agent, view = prepared.agents[name], prepared.system.view
     blank = jax.eval_shape(jax.vmap(lambda key: agent.init(view, key)), prepared.keys)
     leaves = read_arrays(Path(folder) / "agents", name)[1]
-    return Restored(agent, filled(blank, leaves, f"agent '{name}' of '{folder}'"), prepared.system, prepared.keys)
+    return Restored(agent, fill(blank, leaves, f"agent '{name}' of '{folder}'"), prepared.system, prepared.keys)
 
 
 def _run_agent(name: str, prepared: ResolvedLearn, setting: LearnConfig, run: Session) -> None:

@@ -11,7 +11,7 @@ from diffmbrl.core import Task
 from diffmbrl.policies import Neural
 from diffmbrl.report import summarise, verdict
 from diffmbrl.runs import read_config
-from diffmbrl.runs.arrays import filled, read_arrays, save_arrays
+from diffmbrl.runs.arrays import fill, read_arrays, save_arrays
 
 
 class Saved(NamedTuple):
@@ -54,7 +54,7 @@ def load_policy(place: str, task: Task) -> Saved:
     index = manifest["rates"].index(best[0]) if best and best[0] in manifest["rates"] else 0
     blank = jax.eval_shape(lambda key: Neural.init(task, hidden=config["hidden"], key=key), jax.random.key(0))
     chosen = {path: leaf[index, number] for path, leaf in leaves.items()}
-    policy = filled(blank, chosen, f"the policy of '{folder}' for task '{task.name}'")
+    policy = fill(blank, chosen, f"the policy of '{folder}' for task '{task.name}'")
     return Saved(policy, method, manifest["rates"][index], number)
 
 

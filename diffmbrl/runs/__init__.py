@@ -1,6 +1,6 @@
-"""A run on disk: its folder, config, provenance, metrics, checkpoints, progress and statistics. No algorithm in it.
+"""The store of a run: its folder, config, provenance, metrics, checkpoints, progress and statistics. No algorithm is in here.
 
-`folder`, `provenance` and `metrics` write what happened, `session` and `checkpoint` what it goes on from.
+`folder`, `provenance` and `metrics` record what happened; `session`, `checkpoint` and `arrays` save and restore state.
 """
 
 from diffmbrl.runs.config import config_from_json, read_config

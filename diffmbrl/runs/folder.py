@@ -1,12 +1,15 @@
 """The folder of a run: `runs/<task>-<job>-<hash>/`, and what is written in it before and after the work.
 
-    config.json      the resolved configuration        metrics.jsonl    one line per measurement (metrics.py)
-    provenance.json  what ran, on what (provenance.py) figures/         PNG and SVG
-    status.json      running, finished, failed, ...    report.html      one file to send (report.py)
-    policies/, agents/, buffers/   what it ended with, as plain arrays (saved.py)
-    checkpoints/     what it goes on from when it was interrupted, and its last state (checkpoint.py)
+    config.json      the resolved configuration
+    provenance.json  code, versions, device and seeds (provenance.py)
+    status.json      running, finished, failed or interrupted
+    metrics.jsonl    one line per measurement (metrics.py)
+    figures/         PNG and SVG
+    report.html      one self-contained page
+    policies/, agents/, buffers/   final arrays (arrays.py)
+    checkpoints/     states to resume from (checkpoint.py)
 
-Nothing is pickled. A file is written beside its name and renamed, so a reader never meets half of one.
+Nothing is pickled. A file is written under a temporary name and then renamed, so a reader never finds half of one.
 """
 
 import contextlib
@@ -29,10 +32,13 @@ STATUSES = ("running", "finished", "failed", "interrupted")
 
 
 def check_out(out: Path | None) -> None:
-    """Whether a run could be written to `out` (`None`: somewhere under `runs/`); leaves nothing behind.
+    """Check that a run can be written to a folder, and leave nothing behind.
 
-    Raises: `ValueError`, one line that names the path, if it is a file, holds something already, leads through a file, or
-    cannot be written.
+    Args:
+        out: The folder; None for a new one under `runs/`.
+
+    Raises:
+        ValueError: If `out` is a file, is not empty, leads through a file, or cannot be written; the text names the path.
     """
     path = ROOT if out is None else Path(out)
     try:
@@ -46,17 +52,27 @@ def check_out(out: Path | None) -> None:
             raise ValueError(
                 f"{str(path)!r} leads through {str(ancestor)!r}, which is not a folder: choose another path"
             )
-        # Asking for permission lies on read-only and virtual file systems and for root; trying does not.
+        # Permission bits are wrong on read-only and virtual file systems and for root, so try.
         os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=ancestor))
     except OSError as error:
         raise ValueError(f"cannot write to {str(path)!r} ({error.strerror}): choose another folder") from None
 
 
 def create(out: Path | None, task: str, job: str, config: dict[str, Any]) -> Path:
-    """Makes the folder of a run and records its configuration, provenance and start.
+    """Create the folder of a run and record its configuration, provenance and start.
 
-    The default name carries 8 hexadecimal digits of the configuration's SHA-256; a second run of the same one gets `-2`.
-    Raises: `ValueError` as `check_out`, before anything is written.
+    The default name ends with 8 hexadecimal digits of the configuration's SHA-256; a second run of the same one adds `-2`.
+
+    Args:
+        out: The folder; None for a new one under `runs/`.
+        task: The name of the task.
+        job: The name of the job.
+        config: The resolved configuration, fit for JSON.
+
+    Returns: the folder.
+
+    Raises:
+        ValueError: If `check_out` refuses `out`, before anything is written.
 
     >>> folder = create(None, "lqr", "compare", {"seeds": 5})  # doctest: +SKIP
     >>> folder  # doctest: +SKIP
@@ -76,7 +92,17 @@ def create(out: Path | None, task: str, job: str, config: dict[str, Any]) -> Pat
 
 
 def set_status(folder: Path, status: str, *, reason: str | None = None, **facts: Any) -> None:
-    """Records in `status.json` how the run stands, and what else there is to say of it; the time it started stays."""
+    """Record the status of a run in `status.json`; the time of its start is preserved.
+
+    Args:
+        folder: The folder of the run.
+        status: `running`, `finished`, `failed` or `interrupted`.
+        reason: The error of a run that failed or was interrupted.
+        **facts: Further entries.
+
+    Raises:
+        ValueError: If the status is unknown.
+    """
     if status not in STATUSES:
         raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status!r}")
     try:
@@ -89,9 +115,12 @@ def set_status(folder: Path, status: str, *, reason: str | None = None, **facts:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[dict[str, Any]]:
-    """Marks the run finished on leaving, interrupted on Ctrl-C or SIGTERM, failed with its reason on any other exception.
+    """Mark a run as finished at the end of the block, interrupted on Ctrl-C or SIGTERM, failed on any other exception.
 
-    What is put into the dictionary meanwhile is recorded beside.
+    Args:
+        folder: The folder of the run.
+
+    Yields: a dictionary; its entries are recorded in `status.json` too.
     """
     facts: dict[str, Any] = {}
     try:
@@ -107,18 +136,18 @@ def running(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _ended(folder: Path, status: str, reason: str, facts: dict[str, Any]) -> None:
-    """On a full disk the exception that is on its way says more than the one of its record."""
+    """Set the final status; on a full disk the run's own exception says more than a failure to record it."""
     with contextlib.suppress(OSError):
         set_status(folder, status, reason=reason, **facts)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, written atomically."""
+    """Write a value as indented JSON, atomically."""
     write_atomic(path, json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """All of the content or none of it, also through a crash: a temporary file, synced, then renamed."""
+    """Write all of the content or none of it, even in a crash: a temporary file, synced, then renamed."""
     data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -135,7 +164,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def _fresh(task: str, job: str, resolved: dict[str, Any]) -> Path:
-    """The first folder name of this configuration that is not taken, made."""
+    """Create a folder under the first free name of this configuration."""
     digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]
     stem = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.") for part in (task, job))
     number = 1
@@ -150,5 +179,5 @@ def _fresh(task: str, job: str, resolved: dict[str, Any]) -> Path:
 
 
 def now() -> str:
-    """The time, to the second."""
+    """Return the present time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,7 +1,7 @@
 r"""`metrics.jsonl`: append-only, one JSON object a line, each with a `kind`.
 
 A NaN or an infinity is a measurement, but not JSON: it is written as the string "nan", "inf" or "-inf" and read back as
-a float, everywhere but under the keys that hold words.
+a float, except under the keys that hold words.
 """
 
 import hashlib
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffmbrl.runs.manifest import CHANGED, sha256
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -23,16 +25,20 @@ WORDS = frozenset({"kind", "method", "label", "policy_kind", "when", "reason", "
 
 
 class Mark(NamedTuple):
-    """How far a file was: its first `bytes`, and their SHA-256."""
+    """The length of a file at some time, in bytes, and the SHA-256 of those bytes."""
 
     bytes: int
     sha256: str
 
 
 class Writer:
-    """Appends records to a file; each is flushed, so a killed run loses at most the line being written.
+    """Appends records to a file, one flushed line each: a killed run loses at most the line being written.
 
-    The file is locked while it is open. Raises: `ValueError` if another process has it open so.
+    Args:
+        path: The file, locked while it is open.
+
+    Raises:
+        ValueError: If another process writes it.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -51,13 +57,13 @@ class Writer:
             raise
         self.file.seek(0)
         present = self.file.read()
-        if present and not present.endswith(b"\n"):  # a killed run's last line: leave it alone, and apart from ours
+        if present and not present.endswith(b"\n"):  # end the last line of a killed run
             self.file.write(b"\n")
             present += b"\n"
         self.bytes, self.digest = len(present), hashlib.sha256(present)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line."""
+        """Append one record, which needs a `kind`."""
         if not isinstance(record.get("kind"), str):
             raise ValueError(f"a record needs a kind, got {record!r}")
         line = json.dumps(to_json(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -67,31 +73,31 @@ class Writer:
         self.digest.update(line)
 
     def mark(self) -> Mark:
-        """Everything that is written so far."""
+        """Return the length and SHA-256 of the lines written so far."""
         return Mark(self.bytes, self.digest.hexdigest())
 
     def sync(self) -> None:
-        """All of it on disk, not only with the system."""
+        """Force all lines to disk."""
         os.fsync(self.file.fileno())
 
     def cut(self, mark: Mark | None) -> None:
-        """Forget what was written after `mark` (None: everything). Raises: `ValueError` if the file does not begin so."""
+        """Delete the lines after `mark` (None: all lines); `ValueError` if the file does not begin as the mark says."""
         self.file.seek(0)
-        kept = b"" if mark is None else self.file.read(mark.bytes)
-        if mark is not None and (len(kept), hashlib.sha256(kept).hexdigest()) != mark:
+        head = b"" if mark is None else self.file.read(mark.bytes)
+        if mark is not None and (len(head), hashlib.sha256(head).hexdigest()) != mark:
             raise ValueError(f"{self.file.name} is not what was written up to byte {mark.bytes}")
-        self.file.truncate(len(kept))
-        self.bytes, self.digest = len(kept), hashlib.sha256(kept)
+        self.file.truncate(len(head))
+        self.bytes, self.digest = len(head), hashlib.sha256(head)
 
     def _lock(self) -> None:
-        """Two processes that write one run would spoil it; the lock goes with the process, however it ends."""
+        """Keep a second process from writing the same run; the system releases the lock when the process ends."""
         if fcntl is None:
             return
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             folder = Path(self.file.name).parent
-            raise ValueError(f"the run '{folder}' is under way in another process: wait for it, or stop it") from None
+            raise ValueError(f"the run '{folder}' is in progress in another process: wait for it, or stop it") from None
         except OSError:  # a file system without locks
             pass
 
@@ -106,7 +112,13 @@ class Writer:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The records, and a note on the lines that could not be read (None if all could)."""
+    """Read the records of a run.
+
+    Args:
+        path: The file.
+
+    Returns: the records, and a sentence on unreadable lines, None if there are none.
+    """
     records, broken = [], []
     lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -127,21 +139,19 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     return records, f"{Path(path).name}: unreadable lines left out: {', '.join(map(str, broken))}"
 
 
-def marked(path: Path, mark: Mark) -> str | None:
-    """What is wrong with a file that should begin as `mark` says; None if it does."""
+def mark_fault(path: Path, mark: Mark) -> str | None:
+    """Compare the beginning of a file with a mark; return the fault in words, None if they agree."""
     if path.is_symlink() or not path.is_file():
         return "is missing" if not path.is_symlink() else "is a symbolic link"
     with path.open("rb") as file:
         data = file.read(mark.bytes)
     if len(data) < mark.bytes:
         return f"has {len(data)} bytes, fewer than the {mark.bytes} that were written"
-    return (
-        None if hashlib.sha256(data).hexdigest() == mark.sha256 else "is not what was written: its SHA-256 is another"
-    )
+    return None if sha256(data) == mark.sha256 else CHANGED
 
 
 def to_json(value: Any) -> Any:
-    """The value in JSON's types: arrays as lists, paths and other objects as text, non-finite floats as strings."""
+    """Convert a value to JSON's types: arrays as lists, paths and other objects as text, non-finite floats as strings."""
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

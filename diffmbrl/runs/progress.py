@@ -1,4 +1,4 @@
-"""Progress of a run of several arms: live bars on a terminal, a plain line a second elsewhere, so that logs stay readable."""
+"""Progress of a run of several arms: live bars on a terminal, otherwise one plain line a second for readable logs."""
 
 import sys
 import time
@@ -9,7 +9,12 @@ INTERVAL = 1.0  # seconds between plain lines
 
 
 class Progress:
-    """Shows which arm runs, how far it is, and a word on how it goes.
+    """Shows the running arm, its number of updates and a short text.
+
+    Args:
+        total_arms: The number of arms.
+        stream: Where to write, standard output if None.
+        clock: Returns the time in seconds.
 
     >>> with Progress(1) as progress:
     ...     progress.arm("adam", 400)
@@ -26,7 +31,7 @@ class Progress:
         self.bar: Any = None
 
     def arm(self, name: str, steps: int) -> None:
-        """The next arm starts."""
+        """Begin the next arm, which makes `steps` updates."""
         self.number, self.name, self.steps, self.last = self.number + 1, name, steps, self.clock()
         if self.bars is None:
             self._line("")
@@ -34,7 +39,7 @@ class Progress:
             self.bar = self.bars.add_task(_plain(self._head()), total=steps, text="compiling")
 
     def update(self, step: int, text: str = "") -> None:
-        """The arm has made `step` updates; the last is always shown."""
+        """Show that the arm has made `step` updates; the last one is always shown."""
         if self.bars is not None:
             self.bars.update(self.bar, completed=step, text=_plain(text))
         elif step >= self.steps or self.clock() - self.last >= INTERVAL:
@@ -42,7 +47,7 @@ class Progress:
             self._line(f" {step}/{self.steps}" + (f"  {text}" if text else ""))
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that is not overwritten."""
         if self.bars is None:
             print(text, file=self.stream, flush=True)
         else:
@@ -65,7 +70,7 @@ class Progress:
 
 
 def _plain(text: str) -> str:
-    """Text that rich shows as it is: brackets are its markup."""
+    """Escape brackets, which are markup to rich."""
     from rich.markup import escape
 
     return escape(text)

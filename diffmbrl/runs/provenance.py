@@ -1,4 +1,4 @@
-"""What ran, on what: enough to tell two runs apart and to repeat one."""
+"""Provenance: code, versions, device, precision and command line, enough to distinguish two runs and to repeat one."""
 
 import importlib.metadata
 import os
@@ -14,7 +14,7 @@ ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS")
 
 
 def collect_provenance(*, seeds: Any = None, time: str | None = None) -> dict[str, Any]:
-    """Commit, versions, devices, precision, seeds, command line and time, all fit for JSON."""
+    """Return commit, versions, devices, precision, seeds, command line and time, all fit for JSON."""
     import jax
 
     devices = jax.devices()
@@ -34,7 +34,7 @@ def collect_provenance(*, seeds: Any = None, time: str | None = None) -> dict[st
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In words, what of two `collect_provenance`s makes numbers differ in their last digits, or more."""
+    """Return sentences on the differences of two provenances that can change numbers."""
 
     def of(facts: dict[str, Any]) -> dict[str, Any]:
         found = {name: (facts.get("versions") or {}).get(name) for name in PACKAGES}
@@ -47,7 +47,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def version(package: str) -> str | None:
-    """The installed version, or None."""
+    """Return the installed version of a package, None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -55,7 +55,7 @@ def version(package: str) -> str | None:
 
 
 def git(package: Path) -> dict[str, Any] | None:
-    """Commit of the package's source, and whether it differs from that; None when it is not run from a checkout.
+    """Return the commit of the package's source and whether files differ from it; None outside of a checkout.
 
     An installed copy may lie inside another repository (a `.venv`), so the source itself must be tracked.
     """
@@ -67,7 +67,7 @@ def git(package: Path) -> dict[str, Any] | None:
 
 
 def command(argv: list[str]) -> str:
-    """The line that repeats the run, without the folder that the program lies in."""
+    """Return the command line that repeats the run, without the folder of the program."""
     program = Path(argv[0])
     if program.name == "__main__.py":
         head = ["python", "-m", program.parent.name]

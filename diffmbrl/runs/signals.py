@@ -1,4 +1,4 @@
-"""Ends that come from outside: SIGTERM, as schedulers send it, is an exception like Ctrl-C, and neither disturbs a write."""
+"""Signals that end a run: SIGTERM, which schedulers send, raises an exception as Ctrl-C does; both wait for a write."""
 
 import contextlib
 import signal
@@ -6,16 +6,16 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-EXITS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 and the signal's number, as a shell has it
+EXITS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 plus the number of the signal, as in a shell
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+    """The process received SIGTERM."""
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated`, as Ctrl-C does `KeyboardInterrupt`. Outside of the main thread nothing is changed."""
+    """Raise `Terminated` on SIGTERM inside the block. Outside of the main thread nothing changes."""
 
     def stop(number: int, frame: Any) -> None:
         raise Terminated
@@ -26,7 +26,7 @@ def terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Both signals wait until the end of the block."""
+    """Delay both signals until the end of the block."""
     waiting: list[int] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
     with _handled(dict.fromkeys(kinds, lambda number, frame: waiting.append(number))):
@@ -36,7 +36,13 @@ def undisturbed() -> Iterator[None]:
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """What the process ends with."""
+    """Return the exit code of a process that was interrupted.
+
+    Args:
+        error: The exception of Ctrl-C or SIGTERM.
+
+    Returns: 130 for Ctrl-C, 143 for SIGTERM.
+    """
     return EXITS[signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT]
 
 

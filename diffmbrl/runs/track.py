@@ -1,9 +1,9 @@
-"""Where a run is followed beside `metrics.jsonl`: TensorBoard's event files, and Weights & Biases, offline.
+"""Sinks that receive a run's records in addition to `metrics.jsonl`: TensorBoard event files and offline Weights & Biases.
 
     <run>/tensorboard/   tensorboard --logdir runs            <run>/wandb/   wandb sync <run>/wandb/offline-run-*
 
-`metrics.jsonl` stays what reports are made of. A sink gets the numbers of its records by name and step, and can only fail by
-itself: the run warns once, and goes on without it. Both packages are in the extra `track`.
+Reports are made of `metrics.jsonl` alone. A sink receives the numbers of the records by name and step. If it fails, the run
+warns once and continues without it. Both packages are in the extra `track`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ STEPS = {
     "eval": "update",
     "iteration": "real_steps",
     "result": "start",
-}  # of each kind of record, what it is plotted against
+}  # the horizontal axis of each kind of record
 RETURNS = ("train", "test", "evaluation", "episodes")  # shown for each seed too
 
 
@@ -37,7 +37,7 @@ class TrackedPoint(NamedTuple):
 
 
 class Sink(Protocol):
-    """A place that points go to."""
+    """A destination of points."""
 
     def write(self, point: TrackedPoint) -> None: ...
 
@@ -91,7 +91,15 @@ SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"tensorboard": Tenso
 
 
 def check_sinks(names: Sequence[str]) -> None:
-    """Raises: `ValueError` for an unknown sink, or one that is named twice; `ModuleNotFoundError` if its package is missing."""
+    """Check the names of sinks and that their packages are installed.
+
+    Args:
+        names: Names of `--track`: `tensorboard`, `wandb`.
+
+    Raises:
+        ValueError: If a sink is unknown or named twice.
+        ModuleNotFoundError: If its package is not installed.
+    """
     for name in names:
         validate_choice("sink of --track", name, SINKS)
         if importlib.util.find_spec(PACKAGES[name]) is None:
@@ -102,13 +110,23 @@ def check_sinks(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def tracked(
-    write: Callable[[dict], None],
+    write: Callable[[dict[str, Any]], None],
     names: Sequence[str],
     folder: Path,
     config: dict[str, Any],
     note: Callable[[str], None],
-) -> Iterator[Callable[[dict], None]]:
-    """`write`, and what it writes to every sink too. What goes wrong with a sink is noted once, and the sink left."""
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Open sinks for the length of the block, and send them every record. A sink that fails is noted once and dropped.
+
+    Args:
+        write: Writes a record to `metrics.jsonl`.
+        names: Names of the sinks.
+        folder: The folder of the run.
+        config: The configuration of the run.
+        note: Shows a line to the user.
+
+    Yields: a function that writes a record to `metrics.jsonl` and to every sink.
+    """
     sinks: dict[str, Sink] = {}
 
     def tried(name: str, action: Callable[[], Any]) -> Any:
@@ -136,7 +154,7 @@ def tracked(
 
 
 def points(record: dict[str, Any]) -> list[TrackedPoint]:
-    """What of a record of metrics is plotted: nothing of most kinds.
+    """Return the numbers of a record that sinks plot; most kinds of records have none.
 
     Of several seeds the interquartile mean, and for returns each seed's own; of several starts or episodes their mean.
 
@@ -171,6 +189,6 @@ def _numbers(name: str, value: Any, *, each: bool) -> dict[str, float]:
     if not seeds:
         return {}
     known = np.array(list(seeds.values()))
-    # What is not finite is shown as it is, not as the worst of all.
+    # A number that is not finite is shown unchanged, not as minus infinity.
     mean = interquartile_mean(known) if np.all(np.isfinite(known)) else np.mean(known)
     return {name: float(mean)} | ({f"{name}/seed {k}": x for k, x in seeds.items()} if each else {})

@@ -122,9 +122,7 @@ def solve(
             break
         chunks = _merged(chunks)
         state = {"now": (policy, carry), "last": starts[-1][:2], "before": before, "infos": chunks}
-        checkpointer.save(
-            to_local(state), done=done, spent=spent, last=starts[-1][2], rows=[len(chunk.J) for chunk in chunks]
-        )
+        checkpointer.save(state, done=done, spent=spent, last=starts[-1][2], rows=[len(chunk.J) for chunk in chunks])
         # About five looks a second, whatever the problem's size.
         count = count * 2 if took < 0.1 else max(1, count // 2) if took > 0.4 else count
     info = jax.tree.map(lambda *xs: np.concatenate(xs), *chunks)

@@ -140,7 +140,7 @@ def _control(setting: PlanConfig, prepared: ResolvedPlan, run: Session) -> None:
         episodes = jax.block_until_ready(compiled(*given, starts, episodes, noise, jnp.int32(t), jnp.int32(count)))
         episodes, took = lay(starts, episodes), broadcast(time.perf_counter() - started)
         t, seconds = t + count, seconds + took
-        run.save(to_local(episodes), t=t, seconds=seconds)
+        run.save(episodes, t=t, seconds=seconds)
         progress.update(t, f"{seconds:.2f} s")
         count = count * 2 if took < LOOK else count
     trajectories, infos = jax.vmap(finish)(to_local(episodes))
