@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffmbrl import tasks
 from diffmbrl.render import shapes as drawing
-from diffmbrl.render.gif import gif
+from diffmbrl.render.animated_gif import gif
 from diffmbrl.render.html import animate, animation_page
 from diffmbrl.render.registry import frames
 from diffmbrl.render.scene import ROLES

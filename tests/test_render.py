@@ -15,7 +15,7 @@ from diffmbrl.jobs import compare, plan
 from diffmbrl.jobs import learn as race
 from diffmbrl.jobs.render import render
 from diffmbrl.render import solids as geometry
-from diffmbrl.render.gif import gif
+from diffmbrl.render.animated_gif import gif
 from diffmbrl.render.html import animate
 from diffmbrl.render.shapes import Line, Polygon, Rod
 from diffmbrl.report.plan_report import _shape, shape_record

@@ -12,7 +12,7 @@ from diffmbrl.agents.collect import Acting
 from diffmbrl.core import State, Task
 from diffmbrl.jobs.learn import restore_agent
 from diffmbrl.jobs.policies import load_policy
-from diffmbrl.render.gif import gif
+from diffmbrl.render.animated_gif import gif
 from diffmbrl.render.html import animate, animation_page
 from diffmbrl.render.page import escape, prose
 from diffmbrl.render.registry import frames

@@ -1,4 +1,4 @@
-"""Brax's bodies as shapes: capsules as lines, balls as circles, seen from the side, from above or askew."""
+"""Brax's bodies as shapes: capsules as lines, balls as circles, seen from the side, from above or obliquely."""
 
 from functools import cache
 from typing import Any
@@ -10,16 +10,16 @@ from diffmbrl.core import Task
 from diffmbrl.render.shapes import ACCENT, BODY, GROUND, TARGET, Circle, Line, Shape
 from diffmbrl.tasks.adapters.brax import Body, environment, seen
 
-SIDE = np.array([[1, 0, 0], [0, 0, 1]], float)  # of (x, y, z), what goes right and what goes up
+SIDE = np.array([[1, 0, 0], [0, 0, 1]], float)  # rows: the weights of (x, y, z) to the right and up
 ABOVE = np.array([[1, 0, 0], [0, 1, 0]], float)
-ASKEW = np.array([[1, 0.35, 0], [0, 0.35, 1]])
-VIEWS = {"reacher": ABOVE, "swimmer": ABOVE, "ant": ASKEW}
+OBLIQUE = np.array([[1, 0.35, 0], [0, 0.35, 1]])
+VIEWS = {"reacher": ABOVE, "swimmer": ABOVE, "ant": OBLIQUE}
 PLANE, SPHERE, CAPSULE = 0, 2, 3  # MuJoCo's kinds of geoms
 
 
 def bodies(task: Task, s: np.ndarray) -> list[Shape]:
-    """Every geom of the links, the target of a reacher, and the ground under a runner (2 m to either side of it)."""
-    starts: Any = getattr(task.initial, "inner", task.initial)  # inner: with late actions
+    """Return every geometry of the links, the target of a reacher, and the ground below a runner, 2 m to either side."""
+    starts: Any = getattr(task.initial, "inner", task.initial)  # inner: of a task with delayed actions
     body = starts.body
     view, model = VIEWS.get(body.env, SIDE), environment(body).sys.mj_model
     place, turn = _frames(body, s)
@@ -57,7 +57,7 @@ def _frames(body: Body, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _matrix(q: np.ndarray) -> np.ndarray:
-    """The rotation of a quaternion (w, x, y, z)."""
+    """Return the rotation matrix of a quaternion (w, x, y, z)."""
     w, x, y, z = q / np.linalg.norm(q)
     return np.array(
         [

@@ -1,14 +1,13 @@
-"""Animations of trajectories: HTML that needs nothing but itself. Shapes and numbers in, no task and no algorithm.
+"""Animations of trajectories as self-contained HTML, from shapes and numbers; no task and no algorithm is in here.
 
-A frame is a list of shapes as in `render/shapes.py`, those without a depth first, the others from the deepest on; below it,
-each action over time between its limits.
+A frame is a list of shapes (`render/shapes.py`). Shapes without a depth are drawn first, then the others from the deepest on.
+Below the drawing, each action is plotted over time between its limits.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,8 @@ from diffmbrl.render.scene import (
     ROLES,
     WIDTH,
     Array,
+    Frames,
+    Numbers,
     behind,
     checked,
     finite_limits,
@@ -27,17 +28,17 @@ from diffmbrl.render.scene import (
     span,
     view_of,
 )
-from diffmbrl.render.shapes import Circle, Polygon, Rod
+from diffmbrl.render.shapes import Circle, Polygon, Rod, Shape
 
 STRIP = 44  # pixels, the height of an action
-MOST = 400  # frames; a longer trajectory leaves some out
+MOST = 400  # frames at most: states are left out of longer trajectories
 STYLE = """.film { max-width: 560px; font: 13px/1.4 -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
 .film svg { display: block; width: 100%; height: auto; } .film svg * { vector-effect: non-scaling-stroke; }
 .film text { fill: var(--muted, #5d666f); font-size: 12px; }
 .film .bar { display: flex; gap: .7em; align-items: center; } .film input { flex: 1; min-width: 4em; }
 .film button { font: inherit; width: 4.5em; }
 .film output { width: 5.5em; text-align: right; font-variant-numeric: tabular-nums; }"""
-# Frames are whole tenths of a pixel, all moving numbers of one after those of the other.
+# Each frame is a list of the moving coordinates in tenths of a pixel.
 SCRIPT = """(() => {
 const film = document.getElementById("@id@"), data = @data@;
 const moving = [...film.querySelectorAll("[data-moves]")], cursors = [...film.querySelectorAll(".now")];
@@ -79,28 +80,39 @@ if (!matchMedia("(prefers-reduced-motion: reduce)").matches) play(true);
 
 
 def animate(
-    frames: Sequence[Sequence[Any]],
-    a: Any,
+    frames: Frames,
+    a: Numbers,
     *,
     dt: float,
-    a_low: Any,
-    a_high: Any,
+    a_low: Numbers,
+    a_high: Numbers,
     action_names: Sequence[str] | None = None,
     title: str = "",
 ) -> str:
-    """A piece of HTML: the drawing as SVG, a strip for each action, a button, a slider and the script that moves them.
+    """Compose the animation of a trajectory as a fragment of HTML: SVG, a strip for each action, controls and a script.
 
-    `frames` of T+1 states, `a` [T, m] in the units of its limits [m] (infinite ones are not drawn). It plays in real time,
-    unless the reader's system asks for less motion, and shows the first frame where scripts do not run. About 5 bytes a
-    moving coordinate and frame. Several can stand on one page.
+    It plays in real time unless the reader's system asks for less motion; without scripts it shows the first frame.
 
-    Raises: `ValueError` if frames and actions do not fit one another, or a coordinate is not finite.
+    Args:
+        frames: The shapes of each state, T+1 lists; all have the same kinds of shapes with as many points each.
+        a: Actions, shape [T, m].
+        dt: Seconds between two states.
+        a_low, a_high: Limits of the actions, shape [m] each; infinite ones are not drawn.
+        action_names: A name for each action; `action 1`, ... if None.
+        title: A heading, empty for none.
+
+    Returns: HTML; a page may contain several such fragments.
+
+    Raises:
+        ValueError: If frames and actions do not fit each other, or a coordinate is not finite.
+
+    Cost: about 5 bytes for each moving coordinate of each frame.
     """
     a, low, high, names = checked(frames, a, a_low, a_high, action_names)
     stride = math.ceil(len(a) / MOST)
     steps = [*range(0, len(a), stride), len(a)]
     view = view_of(frames)
-    first = behind(frames[0])  # the elements stand in this order in the page
+    first = behind(frames[0])  # the order of the elements in the page
     sorts = [tuple(first.index(i) for i in behind(frames[k])) for k in steps]
     orders = list(dict.fromkeys(sorts))
     pixels = [[np.rint(10 * _pixels(frames[k][i], view)).astype(int) for i in first] for k in steps]
@@ -139,16 +151,23 @@ def animate(
 
 
 def animation_page(title: str, fragment: str) -> str:
-    """The fragment as a file of its own."""
+    """Compose a page around an animation.
+
+    Args:
+        title: The title of the page.
+        fragment: HTML that `animate` returned.
+
+    Returns: one HTML document that refers to nothing outside itself.
+    """
     return page.document(title, fragment)
 
 
-def _pixels(shape: Any, view: tuple[float, float, float, float]) -> Array:
+def _pixels(shape: Shape, view: tuple[float, float, float, float]) -> Array:
     x, y, scale, _ = view
     return ((points_of(shape) - [x, y]) * [scale, -scale]).reshape(-1)
 
 
-def _element(shape: Any, pixels: Array, view: tuple[float, float, float, float], still: bool) -> str:
+def _element(shape: Shape, pixels: Array, view: tuple[float, float, float, float], still: bool) -> str:
     colour, width, opacity = ROLES[shape.role]
     moves = "" if still else f' data-moves="{pixels.size}"'
     if isinstance(shape, Circle):
@@ -158,11 +177,11 @@ def _element(shape: Any, pixels: Array, view: tuple[float, float, float, float],
     points = " ".join(f"{x / 10:g}" for x in pixels)
     if isinstance(shape, Rod):
         thick = 2 * view[2] * shape.radius
-        looks = [(EDGE, max(thick, 1.0)), (INSIDE[shape.role], max(thick - 2, 0.5))]
+        strokes = [(EDGE, max(thick, 1.0)), (INSIDE[shape.role], max(thick - 2, 0.5))]
         lines = "".join(
             f'<polyline points="{points}" style="fill:none;stroke:{c};stroke-width:{w:.4g};stroke-linecap:round;'
             'vector-effect:none"/>'
-            for c, w in looks
+            for c, w in strokes
         )
         return f"<g{moves}>{lines}</g>"
     if isinstance(shape, Polygon):

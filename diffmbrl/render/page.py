@@ -1,4 +1,4 @@
-"""A page in one file: its style, and the pieces of HTML that a report is made of. Whatever is text is escaped here."""
+"""One self-contained page: its style, and the pieces of HTML that reports use. All text is escaped here."""
 
 import html
 import re
@@ -82,7 +82,7 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
 
 
 def document(title: str, body: str) -> str:
-    """The whole page; it refers to nothing outside itself."""
+    """Compose a whole page, which refers to nothing outside itself."""
     style = STYLE
     for theme, colours in (("@light@", COLOURS), ("@dark@", DARK)):
         style = style.replace(theme, " ".join(f"--m{i}: {colour};" for i, colour in enumerate(colours)))
@@ -94,37 +94,37 @@ def document(title: str, body: str) -> str:
 
 
 def escape(text: object) -> str:
-    """Text fit for HTML, content or attribute."""
+    """Escape text for HTML, in content or attributes."""
     return html.escape(str(text), quote=True)
 
 
 def prose(text: object) -> str:
-    """Escaped text with true minus signs before numbers."""
+    """Escape text and write true minus signs before numbers."""
     return re.sub(r"(?<![\w-])-(?=\d|inf)", "\u2212", escape(text))
 
 
 def cell(value: str, *, below: str = "", kind: str = "", tag: str = "td") -> str:
-    """A table cell: a value, and something smaller below it. A lone hyphen means that there is none."""
+    """Compose a table cell: a value, and a smaller one below it. A lone hyphen means that there is no value."""
     shown = "\u2013" if value == "-" else prose(value)
     return f"<{tag}{attribute(kind)}>{shown}{f'<small>{prose(below)}</small>' if below else ''}</{tag}>"
 
 
 def attribute(kind: str) -> str:
-    """A class attribute, or nothing."""
+    """Compose a class attribute, empty for no class."""
     return f' class="{escape(kind.strip())}"' if kind.strip() else ""
 
 
 def items(texts: list[str], *, kind: str = "") -> str:
-    """A list."""
+    """Compose a list."""
     return f"<ul{attribute(kind)}>\n" + "\n".join(f"<li>{prose(text)}</li>" for text in texts) + "\n</ul>"
 
 
 def scroll(label: str, table: str) -> str:
-    """A table in a box that scrolls sideways by itself, with the keyboard too."""
+    """Put a table into a box that scrolls sideways, by keyboard too."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">\n{table}\n</div>'
 
 
 def facts_table(title: str, facts: dict[str, object]) -> str:
-    """Names and values, one under the other."""
+    """Compose a table of names and values."""
     rows = "\n".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts.items())
     return f"<div>\n<h3>{escape(title)}</h3>\n<table>\n{rows}\n</table>\n</div>"

@@ -1,6 +1,6 @@
-"""The table of drawings: task name to drawing, and the frames of a trajectory.
+"""The table of drawings by name of the task, and the frames of a trajectory.
 
-A task without a row is drawn as a phase plot.
+A task without a row is drawn as a phase plot. To add a drawing, write a function (task, s) -> shapes and add a row.
 """
 
 from collections.abc import Callable
@@ -50,16 +50,23 @@ DRAWINGS: dict[str, Callable[[Task, Array], list[Shape]]] = {
     "brax-hopper": bodies,
     "brax-walker2d": bodies,
     "brax-ant": bodies,
-    # Gymnasium's environments whose observations are known.
+    # Gymnasium environments whose observations have a known meaning.
     "gym:Pendulum-v1": _pendulum_observed,
     "gym:InvertedPendulum-v5": shapes.draw_cartpole,
 }
 
 
 def frames(task: Task, s: Array) -> list[list[Shape]]:
-    """The shapes of each state of a trajectory, `s` [T+1, n]: those of the task's or the environment's row, else a phase plot.
+    """Draw each state of a trajectory: with the drawing of its task, or as a phase plot if the task has none.
 
-    Raises: `ValueError` if the states do not fit the task.
+    Args:
+        task: The task.
+        s: States, shape [T+1, n].
+
+    Returns: T+1 lists of shapes.
+
+    Raises:
+        ValueError: If the states do not fit the task.
 
     >>> from diffmbrl import tasks
     >>> [[rod, *_]] = frames(tasks.pendulum(), np.zeros((1, 2)))

@@ -1,14 +1,18 @@
-"""What an animation draws, on a page or in a GIF: shapes in their order and colours, and how much of the world is seen."""
+"""The scene of an animation in HTML and GIF: colours and order of the shapes, and the visible part of the world."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffmbrl.render.palette import MUTED
+from diffmbrl.render.shapes import Shape
 
 Array = np.ndarray
+Numbers = ArrayLike | Sequence[Any]
+Frames = Sequence[Sequence[Shape]]
 WIDTH, TALLEST = 560, 400  # pixels
 ROLES = {  # colour, width of a line in pixels, opacity of a disc
     "ground": (MUTED, 1.0, 0.3),
@@ -23,12 +27,18 @@ INSIDE = {
     "obstacle": "#f0a27a",
     "body": "#aab4bf",
     "accent": "#6aaed6",
-}  # of solids
-EDGE = "#3a424b"  # and around them
+}  # colours of solids
+EDGE = "#3a424b"  # outline of solids
 
 
-def checked(frames: Any, a: Any, a_low: Any, a_high: Any, names: Any) -> tuple[Array, Array, Array, list[str]]:
-    """Actions, their limits and names as arrays. Raises: `ValueError` if frames and actions do not fit one another."""
+def checked(
+    frames: Frames, a: Numbers, a_low: Numbers, a_high: Numbers, names: Sequence[str] | None
+) -> tuple[Array, Array, Array, list[str]]:
+    """Convert actions, limits and names to arrays.
+
+    Raises:
+        ValueError: If frames and actions do not fit each other.
+    """
     a = np.asarray(a, np.float64)
     if a.ndim != 2 or len(a) < 1 or len(frames) != len(a) + 1:
         raise ValueError(f"expected actions [T, m] and T+1 frames, got {list(a.shape)} and {len(frames)} frames")
@@ -47,12 +57,13 @@ def checked(frames: Any, a: Any, a_low: Any, a_high: Any, names: Any) -> tuple[A
     return a, low, high, names
 
 
-def points_of(shape: Any) -> Array:
-    return np.asarray(shape[0], np.float64).reshape(-1, 2)  # centre or points
+def points_of(shape: Shape) -> Array:
+    """Return the points of a shape, or its centre, shape [k, 2]."""
+    return np.asarray(shape[0], np.float64).reshape(-1, 2)
 
 
-def view_of(frames: Any) -> tuple[float, float, float, float]:
-    """Left and top in metres, pixels a metre, height in pixels; as much is seen as all frames need."""
+def view_of(frames: Frames) -> tuple[float, float, float, float]:
+    """Return left and top in metres, pixels a metre and height in pixels of a view that contains all frames."""
     margins = [(points_of(shape), getattr(shape, "radius", 0.0)) for frame in frames for shape in frame]
     low = np.min([points.min(axis=0) - radius for points, radius in margins], axis=0)
     high = np.max([points.max(axis=0) + radius for points, radius in margins], axis=0)
@@ -63,12 +74,13 @@ def view_of(frames: Any) -> tuple[float, float, float, float]:
     return float(middle[0] - WIDTH / scale / 2), float(middle[1] + tall / scale / 2), scale, tall
 
 
-def behind(shapes: Sequence[Any]) -> list[int]:
-    """The order in which shapes are drawn: the deepest first, and before them those that have no depth."""
+def behind(shapes: Sequence[Shape]) -> list[int]:
+    """Return the order in which shapes are drawn: those without a depth, then the others from the deepest on."""
     return sorted(range(len(shapes)), key=lambda i: -getattr(shapes[i], "depth", math.inf))
 
 
 def span(a: Array, low: float, high: float) -> tuple[float, float]:
+    """Return the range of a plot of actions and their finite limits."""
     seen = [a.min(), a.max(), *finite_limits(low, high)]
     bottom, top = float(min(seen)), float(max(seen))
     pad = 0.06 * (top - bottom) or 1.0
@@ -76,4 +88,5 @@ def span(a: Array, low: float, high: float) -> tuple[float, float]:
 
 
 def finite_limits(*limits: float) -> list[float]:
+    """Return the finite ones of some limits."""
     return [float(x) for x in limits if np.isfinite(x)]

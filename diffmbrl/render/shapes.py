@@ -1,8 +1,8 @@
-"""What a state looks like: lines, circles and solids in metres, y up, for figures and animations (`render/html.py`).
+"""Drawings of states: lines, circles and solids in metres, y up, for figures and animations (`render/html.py`).
 
-A drawing is a function (task, s [n]) -> shapes, a field of the task's row. The number of shapes and of their points does not
-depend on the state. Lengths are read from the task's dynamics; one that has none, such as a learned model, is drawn with the
-defaults.
+A drawing is a function (task, s [n]) -> shapes, named in the table of `registry.py`. The number of shapes and of their points
+does not depend on the state. Lengths are read from the task's dynamics; dynamics without them, such as a learned model, are
+drawn with default lengths.
 """
 
 import math
@@ -17,33 +17,57 @@ GROUND, TARGET, OBSTACLE, BODY, ACCENT = ROLES = ("ground", "target", "obstacle"
 
 
 class Line(NamedTuple):
-    """A line through points; closed where the last is the first."""
+    """A line through points, closed if the last point is the first.
 
-    points: Array  # [k, 2]
+    Args:
+        points: Shape [k, 2], in metres.
+        role: `ground`, `target`, `obstacle`, `body` or `accent`: sets the colour.
+    """
+
+    points: Array
     role: str = BODY
 
 
 class Circle(NamedTuple):
-    """A disc."""
+    """A disc.
 
-    centre: Array  # [2]
+    Args:
+        centre: Shape [2], in metres.
+        radius: In metres.
+        role: `ground`, `target`, `obstacle`, `body` or `accent`: sets the colour.
+    """
+
+    centre: Array
     radius: float
     role: str = BODY
 
 
 class Rod(NamedTuple):
-    """A capsule seen from aside: as thick as it is, round at its ends. What is deeper is drawn behind."""
+    """A capsule seen from the side, with round ends.
 
-    points: Array  # [2, 2], its ends
+    Args:
+        points: The two ends, shape [2, 2], in metres.
+        radius: In metres.
+        role: `ground`, `target`, `obstacle`, `body` or `accent`: sets the colour.
+        depth: Distance along the line of sight; deeper shapes are drawn behind.
+    """
+
+    points: Array
     radius: float
     role: str = BODY
     depth: float = 0.0
 
 
 class Polygon(NamedTuple):
-    """A filled polygon. What is deeper is drawn behind."""
+    """A filled polygon.
 
-    points: Array  # [k, 2]
+    Args:
+        points: The corners, shape [k, 2], in metres.
+        role: `ground`, `target`, `obstacle`, `body` or `accent`: sets the colour.
+        depth: Distance along the line of sight; deeper shapes are drawn behind.
+    """
+
+    points: Array
     role: str = BODY
     depth: float = 0.0
 
@@ -52,7 +76,7 @@ Shape = Line | Circle | Rod | Polygon
 
 
 def phase(s: Array) -> list[list[Shape]]:
-    """The second state against the first (or the first against time), each scaled to [-1, 1], with a dot at the present."""
+    """Plot the second state against the first (or the first against time), scaled to [-1, 1], with a dot at the present."""
     columns = s[:, :2] if s.shape[1] > 1 else np.column_stack([np.arange(len(s)), s])
     finite = np.where(np.isfinite(columns), columns, np.nan)
     low, high = np.nanmin(finite, axis=0), np.nanmax(finite, axis=0)
@@ -61,12 +85,12 @@ def phase(s: Array) -> list[list[Shape]]:
 
 
 def draw_block(task: Task, s: Array) -> list[Shape]:
-    """The double integrator: a block on a table, and where it shall rest."""
+    """Double integrator: a block on a table and its target."""
     return [_level(-1.5, 1.5), Line(np.array([[0, 0], [0, 0.3]]), TARGET), Line(_box(s[0], 0.1, 0.3, 0.2))]
 
 
 def draw_pendulum(task: Task, s: Array) -> list[Shape]:
-    """A rod with its weight, and its pivot."""
+    """Pendulum: pivot, rod and weight."""
     length = _leaf(task, "l", 1.0)
     tip = length * _from_top(s[0])
     reach = _ring(length)
@@ -79,7 +103,7 @@ def draw_pendulum(task: Task, s: Array) -> list[Shape]:
 
 
 def draw_cartpole(task: Task, s: Array) -> list[Shape]:
-    """A cart on its rail, the pole and its weight."""
+    """Cart-pole: a cart on its rail, the pole and its weight."""
     pivot = np.array([s[0], 0.0])
     tip = pivot + _leaf(task, "l", 0.5) * _from_top(s[1])
     cart = Line(_box(s[0], -0.06, 0.3, 0.12))
@@ -87,7 +111,7 @@ def draw_cartpole(task: Task, s: Array) -> list[Shape]:
 
 
 def draw_rod_on_cart(task: Task, s: Array) -> list[Shape]:
-    """A cart on its rail and the whole of the rod."""
+    """Cart-pole with a uniform rod: a cart on its rail and the whole rod."""
     length, end = 2 * _leaf(task, "l", 0.5), float(getattr(task.dynamics, "end", 1.5))
     pivot = np.array([s[0], 0.0])
     rod = np.stack([pivot, pivot + length * _from_top(s[1] + _leaf(task, "lean", 0.0))])
@@ -96,7 +120,7 @@ def draw_rod_on_cart(task: Task, s: Array) -> list[Shape]:
 
 
 def draw_two_links(task: Task, s: Array) -> list[Shape]:
-    """Two links from a pivot, with their joints."""
+    """Double pendulum: two links from a pivot, with their joints."""
     elbow = _leaf(task, "l_1", 1.0) * _from_top(s[0])
     tip = elbow + _leaf(task, "l_2", 1.0) * _from_top(s[0] + s[1])
     length = _leaf(task, "l_1", 1.0) + _leaf(task, "l_2", 1.0)
@@ -105,7 +129,7 @@ def draw_two_links(task: Task, s: Array) -> list[Shape]:
 
 
 def draw_reacher(task: Task, s: Array) -> list[Shape]:
-    """The arm from above, its reach and the target, of the size of success."""
+    """Reacher from above: the arm, its reach, and the target in the size that counts as success."""
     l_1, l_2 = _leaf(task, "l_1", 0.5), _leaf(task, "l_2", 0.5)
     elbow = l_1 * _direction(s[0])
     tip = elbow + l_2 * _direction(s[0] + s[1])
@@ -114,7 +138,7 @@ def draw_reacher(task: Task, s: Array) -> list[Shape]:
 
 
 def draw_car(task: Task, s: Array) -> list[Shape]:
-    """The car from above, its rear axle's centre, the place to park and what the axle's centre must not enter."""
+    """Car from above: outline, centre of the rear axle, parking place, and the discs that the centre must not enter."""
     base = _leaf(task, "wheelbase", 2.5)
     outline = _box(base / 2, 0.0, 1.4 * base, 0.5 * base)
     turned = outline @ np.stack([_direction(s[2]), _direction(s[2] + math.pi / 2)]) + s[:2]
@@ -129,7 +153,7 @@ def draw_car(task: Task, s: Array) -> list[Shape]:
 
 
 def draw_quadrotor2d(task: Task, s: Array) -> list[Shape]:
-    """The beam with its two rotors, and where it shall hover."""
+    """Planar quadrotor: the beam with its two rotors, and the target."""
     arm = _leaf(task, "arm", 0.25)
     along, up = _direction(s[2]), _direction(s[2] + math.pi / 2)
     ends = [s[:2] + side * arm * along for side in (-1, 1)]
@@ -139,7 +163,7 @@ def draw_quadrotor2d(task: Task, s: Array) -> list[Shape]:
 
 
 def draw_quadrotor(task: Task, s: Array) -> list[Shape]:
-    """Seen from above and aside: arms (blue: ahead) and rotors, a plumb line to the level of the origin, the target."""
+    """Quadrotor in parallel projection: arms (blue: ahead), rotors, a plumb line to the level of the origin, the target."""
     target = np.asarray(getattr(task.reward, "target", np.zeros(3)), np.float64)
     R = _rotation(*s[3:6])
     turn = np.linspace(0, 2 * math.pi, 9)
@@ -154,44 +178,44 @@ def draw_quadrotor(task: Task, s: Array) -> list[Shape]:
 
 
 def draw_edge(task: Task, s: Array) -> list[Shape]:
-    """A ledge at 0, higher beyond, and who stands on it."""
+    """Heaviside: a ledge at 0 and a dot at the state."""
     ledge = np.array([[-1.5, 0.0], [0.0, 0.0], [0.0, 0.3], [1.5, 0.3]])
     return [Line(ledge, GROUND), Circle(np.array([s[0], 0.35 if s[0] >= 0 else 0.05]), 0.05, ACCENT)]
 
 
 def draw_ball_and_wall(task: Task, s: Array) -> list[Shape]:
-    """The wall, and the ball where it lies."""
+    """Ball and wall: the wall, and the ball on the ground."""
     wall = Line(np.array([[s[0], 0.0], [s[0], _leaf(task, "height", 0.02)]]), OBSTACLE)
     return [_level(0.0, 0.12), wall, Circle(np.array([s[1], 0.002]), 0.002, ACCENT)]
 
 
 def draw_pushing(task: Task, s: Array) -> list[Shape]:
-    """Two blocks, which touch at a distance of 1 m, and where the second shall be."""
+    """Pushing: two blocks, which touch at a distance of 1 m, and the target of the second."""
     blocks = [Line(_box(x, 0.2, 1.0, 0.4)) for x in s[:2]]
     return [_level(-1.0, 3.0), Line(np.array([[2.0, 0.0], [2.0, 0.4]]), TARGET), *blocks, _dot(s[1], 0.2)]
 
 
 def draw_friction(task: Task, s: Array) -> list[Shape]:
-    """A sled with a block on it, and where the block shall be."""
+    """Friction: a sled with a block on it, and the target of the block."""
     sled = Line(_box(s[0], 0.03, 2 * _leaf(task, "width", 0.1), 0.06))
     block = Line(_box(s[1], 0.11, 0.1, 0.1), ACCENT)
     return [_level(-0.5, 2.5), Line(np.array([[2.0, 0.0], [2.0, 0.3]]), TARGET), sled, block]
 
 
 def draw_bouncing(task: Task, s: Array) -> list[Shape]:
-    """A ball above the ground, and the height that it shall have."""
+    """Bouncing: a ball above the ground, and its target height."""
     return [_level(-1.0, 1.0), Line(np.array([[-0.3, 1.0], [0.3, 1.0]]), TARGET), _dot(0.0, s[0])]
 
 
 def draw_tennis(task: Task, s: Array) -> list[Shape]:
-    """The racket, the ball, and where it shall go."""
+    """Tennis: the racket, the ball, and the ball's target."""
     half = _leaf(task, "w", 0.15) * _direction(s[5])
     racket = np.array([s[4], 0.0]) + np.stack([-half, half])
     return [Circle(np.array([0.8, 0.4]), 0.2, TARGET), Line(racket), Circle(s[:2], 0.03, ACCENT)]
 
 
 def draw_math_test(task: Task, s: Array) -> list[Shape]:
-    """Home on the left, the desk with the sheet on the right, and who stands where; on the sheet both digits, once seen."""
+    """Math test: home on the left, the desk on the right, a dot at the position, and the digits of the sheet once seen."""
     house = np.array([[-1.25, 0.0], [-1.25, 0.4], [-1.0, 0.6], [-0.75, 0.4], [-0.75, 0.0]])
     desk = np.array([[0.75, 0.0], [0.75, 0.3], [1.25, 0.3], [1.25, 0.0]])
     sheet = Line(_box(1.0, 0.7, 0.7, 0.5), GROUND)
@@ -207,12 +231,12 @@ def draw_math_test(task: Task, s: Array) -> list[Shape]:
     ]
 
 
-# Which of the seven strokes make each digit: top, upper left and right, middle, lower left and right, bottom.
+# The strokes of each digit, 1 for those that are lit: top, upper left and right, middle, lower left and right, bottom.
 STROKES = ("1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011")
 
 
 def _digit(x: float, y: float, digit: float) -> list[Line]:
-    """A digit in strokes, those that are not lit shrunk to their middles; NaN shows none."""
+    """A digit of seven strokes; unlit strokes are shrunk to their middles. NaN lights none."""
     lit = "0000000" if not 0 <= digit + 0.5 < 10 else STROKES[int(digit + 0.5)]
     w, h = 0.08, 0.15
     top, middle, bottom = ([(-w, level), (w, level)] for level in (h, 0.0, -h))
@@ -228,7 +252,7 @@ def _dot(x: float, y: float) -> Circle:
 
 
 def _leaf(task: Task, name: str, default: float) -> float:
-    plant = getattr(task.dynamics, "inner", task.dynamics)  # of a task whose limits were moved into the plant
+    plant = getattr(task.dynamics, "inner", task.dynamics)  # the plant of dynamics that limit the actions
     return float(getattr(plant, name, default))
 
 

@@ -1,11 +1,11 @@
-"""Bodies of a Brax system as shapes (`drawing.py`): capsules, spheres, boxes and meshes, seen in parallel from above and aside.
+"""Bodies of a Brax system as shapes: capsules, spheres, boxes and meshes in parallel projection.
 
-    solids(sys)              what moves with which link, once
-    poses(sys, q)            where the links are, of generalized positions
-    draw(body, pos, rot)     the shapes of one state: positions [L, 3] and rotations [L, 4] of the links, a state's `x`
+    solids(sys)                    the geometries of each link, read once
+    poses(sys, q)                  poses of the links at generalized positions
+    solid_shapes(body, pos, rot)   the shapes of one state: positions [L, 3] and rotations [L, 4] of the links
 
-Of a system only its geometry is read, nothing of its dynamics. A body that can go away (its first link is free, or slides and
-turns in a plane) is followed: the ground moves below it.
+Only the geometry of a system is read, not its dynamics. The view follows a body that can leave (its first link is free, or
+slides and turns in a plane): the ground moves below it.
 """
 
 import math
@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffmbrl.render.shapes import ACCENT, BODY, GROUND, TARGET, Line, Polygon, Rod, Shape
 
 Array = np.ndarray
 PLANE, SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX, MESH = 0, 2, 3, 4, 5, 6, 7  # MuJoCo's numbers
-FREE = ("f", "3")  # types of a first link that leaves
+FREE = ("f", "3")  # types of a first link whose body the view follows
 CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)
 FACES = ((0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5))  # of CORNERS
 AROUND = np.stack([[math.cos(t), math.sin(t)] for t in np.arange(24) * math.pi / 12])
@@ -26,7 +27,7 @@ LINES = 2  # of the ground on each side of the middle
 
 
 class Solid(NamedTuple):
-    """One geometry: points in the frame of its link, of `radius` around a rod's two, else the corners of what is convex."""
+    """One geometry in the frame of its link: the two ends of a rod with its radius, or the corners of a convex body."""
 
     link: int  # -1: of the world
     kind: int
@@ -36,18 +37,18 @@ class Solid(NamedTuple):
 
 
 class Solids(NamedTuple):
-    """A system's geometries, and how it is looked at."""
+    """The geometries of a system, and the direction of the view."""
 
     each: tuple[Solid, ...]
-    level: float | None  # height of the ground, None where none is near
-    size: float  # of the whole at its first position, in metres
+    level: float | None  # height of the ground, None if no plane is near
+    size: float  # of the whole system at its first position, in metres
     follow: bool
     azimuth: float
     elevation: float
 
 
 def solids(sys: Any, *, azimuth: float = 0.4, elevation: float | None = None) -> Solids:
-    """What there is to draw of a Brax `System`. Without an `elevation` [rad] what lies flat is seen from above.
+    """Read the geometries of a Brax `System`. By default, flat systems are seen from above.
 
     >>> from diffmbrl.tasks.adapters.brax import Body, environment
     >>> ant = solids(environment(Body("ant", "positional")).sys)
@@ -80,19 +81,20 @@ def solids(sys: Any, *, azimuth: float = 0.4, elevation: float | None = None) ->
     return Solids(tuple(each), near[0] if near else None, size, sys.link_types[0] in FREE, azimuth, tilt)
 
 
-def poses(sys: Any, q: Any) -> tuple[Array, Array]:
-    """Positions [L, 3] and rotations [L, 4] of the links at generalized positions `q`."""
+def poses(sys: Any, q: ArrayLike) -> tuple[Array, Array]:
+    """Return positions [L, 3] and rotations [L, 4] of the links at generalized positions `q`."""
     from brax import kinematics
 
-    with jax.numpy_dtype_promotion("standard"):  # Brax adds numbers of unlike kinds
+    with jax.numpy_dtype_promotion("standard"):  # Brax adds arrays of different dtypes
         x, _ = jax.jit(kinematics.forward)(sys, np.asarray(q), np.zeros(sys.qd_size()))
     return np.asarray(x.pos, float), np.asarray(x.rot, float)
 
 
-def solid_shapes(body: Solids, pos: Any, rot: Any) -> list[Shape]:
-    """The shapes of one state; their number and that of their points do not depend on it.
+def solid_shapes(body: Solids, pos: ArrayLike, rot: ArrayLike) -> list[Shape]:
+    """Return the shapes of one state; their number and their numbers of points do not depend on it.
 
-    Raises: `ValueError` if positions and rotations are not those of the links.
+    Raises:
+        ValueError: If positions and rotations do not fit the links.
     """
     pos, rot = np.asarray(pos, float), np.asarray(rot, float)
     links = 1 + max(solid.link for solid in body.each)
@@ -112,19 +114,19 @@ def solid_shapes(body: Solids, pos: Any, rot: Any) -> list[Shape]:
         elif solid.kind == BOX:
             shapes += [Polygon(seen[list(face)], solid.role, float(depth[list(face)].mean())) for face in FACES]
         else:
-            # The farthest point in each of 24 directions: an outline with as many points, whichever way it is turned.
+            # The farthest point in each of 24 directions: the outline has 24 points in every pose.
             shapes.append(Polygon(seen[np.argmax(seen @ AROUND.T, axis=0)], solid.role, float(depth.mean())))
     return shapes
 
 
-def frames(sys: Any, pos: Any, rot: Any) -> list[list[Shape]]:
-    """The shapes of each state of a trajectory: `pos` [T+1, L, 3], `rot` [T+1, L, 4]."""
+def frames(sys: Any, pos: ArrayLike, rot: ArrayLike) -> list[list[Shape]]:
+    """Return the shapes of each state of a trajectory: `pos` [T+1, L, 3], `rot` [T+1, L, 4]."""
     body = solids(sys)
     return [solid_shapes(body, p, r) for p, r in zip(np.asarray(pos), np.asarray(rot), strict=True)]
 
 
 def rotated(points: Array, rotation: Array) -> Array:
-    """Points [k, 3] turned by a quaternion [4], its real part first."""
+    """Rotate points [k, 3] by a quaternion [4], its real part first."""
     w, u = rotation[0], rotation[1:]
     return points + 2 * np.cross(u, np.cross(u, points) + w * points)
 
@@ -134,7 +136,7 @@ def _placed(solid: Solid, pos: Array, rot: Array) -> Array:
 
 
 def _local(sys: Any, g: int, kind: int, size: Array) -> tuple[Array, float]:
-    """Points of a geometry in its own frame, and the radius around them."""
+    """Return the points of a geometry in its own frame, and the radius around them."""
     if kind == SPHERE:
         return np.zeros((2, 3)), float(size[0])
     if kind == CAPSULE:
@@ -158,7 +160,7 @@ def _local(sys: Any, g: int, kind: int, size: Array) -> tuple[Array, float]:
 
 
 def _axes(body: Solids) -> tuple[Array, Array, Array]:
-    """To the right and up in the picture, and into it."""
+    """Return the directions to the right, up, and into the picture."""
     azimuth, elevation = body.azimuth, body.elevation
     right = np.array([math.cos(azimuth), math.sin(azimuth), 0.0])
     ahead = np.array([-math.sin(azimuth), math.cos(azimuth), 0.0])
@@ -171,7 +173,7 @@ def _axes(body: Solids) -> tuple[Array, Array, Array]:
 
 
 def _ground(body: Solids, away: Array) -> list[Line]:
-    """Lines of a grid that stands in the world, as far as they are near the middle."""
+    """Return the lines of a grid that is fixed in the world, near the middle of the picture."""
     if body.level is None:
         return []
     step = 2.0 ** math.floor(math.log2(body.size))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffmbrl.render import page, palette
-from diffmbrl.render.gif import gif
+from diffmbrl.render.animated_gif import gif
 from diffmbrl.render.html import animate
 from diffmbrl.render.page import cell, escape, prose
 from diffmbrl.render.shapes import Circle, Line, Polygon, Rod

@@ -4,44 +4,73 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffmbrl.render.palette import INK, MUTED, PALETTE, blank, dress
-from diffmbrl.render.scene import EDGE, INSIDE, ROLES, WIDTH, Array, behind, checked, finite_limits, span, view_of
+from diffmbrl.render.scene import (
+    EDGE,
+    INSIDE,
+    ROLES,
+    WIDTH,
+    Array,
+    Frames,
+    Numbers,
+    behind,
+    checked,
+    finite_limits,
+    span,
+    view_of,
+)
 from diffmbrl.render.shapes import Circle, Polygon, Rod
+
+if TYPE_CHECKING:
+    import matplotlib.axes
 
 
 def gif(
     path: str | Path,
-    frames: Sequence[Sequence[Any]],
-    a: Any,
+    frames: Frames,
+    a: Numbers,
     *,
     dt: float,
-    a_low: Any,
-    a_high: Any,
+    a_low: Numbers,
+    a_high: Numbers,
     action_names: Sequence[str] | None = None,
     title: str = "",
     most_frames: int = 101,
 ) -> None:
-    """As `animate`, a GIF that repeats, in real time to the hundredth of a second that the format knows.
+    """Write the animation of a trajectory as a repeating GIF in real time, to hundredths of a second.
 
-    About 2 kB a frame, and slow to draw, 50 ms a frame and more. Raises: `ValueError` as `animate`, or for fewer than 2 frames.
+    Args:
+        path: The file.
+        frames: The shapes of each state, T+1 lists; all have the same kinds of shapes with as many points each.
+        a: Actions, shape [T, m].
+        dt: Seconds between two states.
+        a_low, a_high: Limits of the actions, shape [m] each; infinite ones are not drawn.
+        action_names: A name for each action; `action 1`, ... if None.
+        title: A heading, empty for none.
+        most_frames: The maximum number of frames; states are left out of longer trajectories.
+
+    Raises:
+        ValueError: If frames and actions do not fit each other, a coordinate is not finite, or `most_frames` is below 2.
+
+    Cost: at least 50 ms and about 2 kB a frame.
     """
     from PIL import Image
 
     a, low, high, names = checked(frames, a, a_low, a_high, action_names)
     if most_frames < 2:
         raise ValueError(f"most_frames must be at least 2, got {most_frames}")
-    # A frame is shown for 2/100 s at least: what asks for less, browsers show for 10.
+    # Browsers show a frame that asks for less than 2/100 s for 10/100 s.
     stride = max(math.ceil(len(a) / (most_frames - 1)), math.ceil(0.02 / dt - 1e-9))
     steps = [*range(0, len(a), stride), len(a)]
     painter = _Painter(frames, a, dt, low, high, names, title)
-    # One palette without dithering: what rests is then the same in each frame, and is stored once.
+    # One palette without dithering: pixels at rest are then equal in all frames and stored once.
     pictures = [Image.fromarray(painter.paint(k)) for k in steps]
     colours = np.array(pictures[len(steps) // 2].quantize(32, Image.Quantize.MAXCOVERAGE).getpalette()).reshape(-1, 3)
-    colours[colours.min(axis=1) > 240] = 255  # the paper, which has been mixed with the edges of letters
+    colours[colours.min(axis=1) > 240] = 255  # the paper, blended with the edges of letters
     palette = Image.new("P", (1, 1))
     palette.putpalette(colours.ravel().tolist())
     images = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
@@ -53,9 +82,9 @@ def gif(
 
 
 class _Painter:
-    """A matplotlib figure that is drawn again for each frame, only what moves being changed."""
+    """A matplotlib figure that is redrawn for each frame after its moving parts are changed."""
 
-    def __init__(self, frames: Any, a: Array, dt: float, low: Array, high: Array, names: Sequence[str], title: str):
+    def __init__(self, frames: Frames, a: Array, dt: float, low: Array, high: Array, names: Sequence[str], title: str):
         from matplotlib.lines import Line2D
         from matplotlib.patches import Circle as Disc
         from matplotlib.patches import Polygon as Patch
@@ -78,10 +107,10 @@ class _Painter:
             colour = INK if colour.startswith("var") else colour
             if isinstance(shape, Rod):
                 thick = 2 * scale * shape.radius
-                looks = [(EDGE, max(thick, 1.0)), (INSIDE[shape.role], max(thick - 2, 0.5))]
+                strokes = [(EDGE, max(thick, 1.0)), (INSIDE[shape.role], max(thick - 2, 0.5))]
                 # Markers for its ends: a line of no length, a sphere, would not be drawn.
                 ends = {"solid_capstyle": "butt", "marker": "o", "markeredgewidth": 0}
-                drawn = [Line2D([], [], color=c, linewidth=0.72 * w, markersize=0.72 * w, **ends) for c, w in looks]
+                drawn = [Line2D([], [], color=c, linewidth=0.72 * w, markersize=0.72 * w, **ends) for c, w in strokes]
             elif isinstance(shape, Polygon):
                 drawn = [Patch(shape.points, closed=True, facecolor=INSIDE[shape.role], edgecolor=EDGE, linewidth=0.7)]
             elif isinstance(shape, Circle):
@@ -105,7 +134,7 @@ class _Painter:
         self.clock = self.figure.text(0.98, 1 - 0.2 / total, "", fontsize=8, ha="right", va="center", color=MUTED)
 
     def paint(self, k: int) -> Array:
-        """Frame k, [height, width, 3]."""
+        """Return the pixels of frame k, shape [height, width, 3]."""
         for rank, i in enumerate(behind(self.frames[k])):
             shape = self.frames[k][i]
             for artist in self.artists[i]:
@@ -123,6 +152,6 @@ class _Painter:
         return np.asarray(self.figure.canvas.buffer_rgba())[..., :3].copy()
 
 
-def _limits(axis: Any, low: float, high: float) -> None:
+def _limits(axis: "matplotlib.axes.Axes", low: float, high: float) -> None:
     for limit in finite_limits(low, high):
         axis.axhline(limit, color="#d55e00", linestyle=(0, (4, 3)), linewidth=0.8)
