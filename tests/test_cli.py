@@ -220,7 +220,7 @@ def test_compare_and_report(folder, capsys):
 def test_by_default_all_methods_that_are_marked(folder, monkeypatch):
     seen = []
     monkeypatch.setattr("diffmbrl.jobs.compare.compare", lambda setting, **_: seen.append(setting) or folder)
-    monkeypatch.setattr("diffmbrl.report.summarise", lambda folder: (_ for _ in ()).throw(ValueError("enough")))
+    monkeypatch.setattr("diffmbrl.report.summary_text", lambda folder: (_ for _ in ()).throw(ValueError("enough")))
     assert cli.main(["compare", "cartpole-balance"]) == 2
     [setting] = seen
     assert setting.methods == tuple(name for name, row in METHODS.items() if row.default)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from diffmbrl.jobs.diagnose import DiagnoseConfig, prepare
 from diffmbrl.jobs.policies import load_policy, save_policies
 from diffmbrl.report import rebuild
 from diffmbrl.report.health_report import headline, text
-from diffmbrl.report.plan_report import of_kind
+from diffmbrl.report.skeleton import RunData, of_kind
 from diffmbrl.runs import metrics
 
 SETTING = DiagnoseConfig("lqr", (3, 6), None, None, (4,), {}, 64, 0.1, 0)
@@ -148,4 +149,4 @@ def test_scale_is_of_the_last_layer():
 
 
 def test_a_diagnosis_cut_short_says_so():
-    assert text({}, []) == headline([]) == "The diagnosis has not ended."
+    assert text(RunData({}, {}, [], [], Path("figures"))) == headline([]) == "The diagnosis has not ended."

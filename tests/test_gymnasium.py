@@ -20,7 +20,7 @@ from diffmbrl.agents.registry import make_agent
 from diffmbrl.jobs.learn import LearnConfig, learn_agents, restore_agent
 from diffmbrl.models import EndModel, RewardModel
 from diffmbrl.policies import Neural
-from diffmbrl.report import learn_text
+from diffmbrl.report import summary_text
 from diffmbrl.rollout import episode_return
 from diffmbrl.runs import read_metrics
 from diffmbrl.tasks.adapters.gymnasium import KNOWN, NotGiven, environment
@@ -265,7 +265,7 @@ def test_a_run_and_its_report(tmp_path):
     assert of(records, "scene")[0]["state_names"] == list(KNOWN["Pendulum-v1"].states)
     assert "reward_error" in of(records, "iteration")[-1]["said"]
     assert json.loads((folder / "config.json").read_text())["given"] == ["end"]
-    assert "random ends with a return" in learn_text(folder)
+    assert "random ends with a return" in summary_text(folder)
     assert "gym:Pendulum-v1" in (folder / "report.html").read_text()
     restored = restore_agent(folder)
     assert restored.system.view.done is None and isinstance(restored.agent, WithLearnedReward)

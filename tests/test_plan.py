@@ -1,6 +1,7 @@
 """`diffmbrl plan`: plans and controllers end to end, records against Riccati, and a report that is a function of its data."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from diffmbrl.cli import main as cli
 from diffmbrl.jobs.plan import PlanConfig, prepare
 from diffmbrl.methods import METHODS
 from diffmbrl.render.shapes import Circle, Line
-from diffmbrl.report.plan_report import _shape, of_kind, sentence, shape_record, text
+from diffmbrl.report.plan_report import _shape, sentence, shape_record, text
+from diffmbrl.report.skeleton import RunData, of_kind
 from diffmbrl.runs import metrics
 from tests.problems import riccati
 
@@ -126,6 +128,6 @@ def test_shapes_survive_their_record():
 
 def test_a_run_without_results_says_so():
     config = {"planner": "ilqr", "starts": 1, "mpc": False}
-    assert text(config, []) == sentence(config, []) == "No start has ended."
+    assert text(RunData(config, {}, [], [], Path("figures"))) == sentence(config, []) == "No start has ended."
     result = {"return": float("nan"), "success": None, "model_return": None}
     assert "return of -" in sentence(config, [result])

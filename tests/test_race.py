@@ -19,8 +19,7 @@ from diffmbrl.jobs import diagnose as diagnosing
 from diffmbrl.jobs import learn as racing
 from diffmbrl.jobs.learn import LearnConfig, learn_agents, prepare, restore_agent
 from diffmbrl.policies import Linear
-from diffmbrl.report import learn_text, rebuild
-from diffmbrl.report import learning_curves as courses
+from diffmbrl.report import learning_curves, rebuild, summary_text
 from diffmbrl.report.learn_report import sentences
 from diffmbrl.runs import Progress, read_metrics
 from diffmbrl.runs.arrays import fill, read_arrays, save_arrays
@@ -143,12 +142,12 @@ def test_progress_is_shown_live(run):
 
 
 def test_the_table_and_what_it_says(run):
-    text = learn_text(run[0])
-    rows = courses.summarise(courses.collect_curves(read_metrics(run[0] / "metrics.jsonl")[0]))
-    assert {row.course.label for row in rows} == {"random", "knows"} and "95% bootstrap interval" in text
+    text = summary_text(run[0])
+    rows = learning_curves.summarise(learning_curves.collect_curves(read_metrics(run[0] / "metrics.jsonl")[0]))
+    assert {row.agent.label for row in rows} == {"random", "knows"} and "95% bootstrap interval" in text
     best = max(rows, key=lambda row: row.final.value)
-    assert f"{best.course.label} has the highest return" in text
-    assert "The rollouts of knows's model are from the truth" in text
+    assert f"{best.agent.label} has the highest return" in text
+    assert "Error of the rollouts of knows's model" in text
     assert max(len(line) for line in text.split("\n\n")[0].splitlines()) < 112
 
 
@@ -256,7 +255,7 @@ def test_interrupted_there_is_a_run_with_what_was_learned(tmp_path, monkeypatch,
     assert of(found, "stop")[0]["reason"] == "interrupted after 40 of 60 real steps"
     assert restore_agent(run).carry["pi"].K[0, 0, 0] == -0.5
     page = (run / "report.html").read_bytes()
-    assert b"knows was ended: interrupted after 40 of 60 real steps." in page and b"of the latest episodes" in page
+    assert b"knows ended early: interrupted after 40 of 60 real steps." in page and b"of the latest episodes" in page
     assert cli.main(["report", str(run)]) == 0 and (run / "report.html").read_bytes() == page
 
 
@@ -266,7 +265,7 @@ def test_a_budget_ends_an_agent(tmp_path):
     found, _ = read_metrics(folder / "metrics.jsonl")
     assert [row["real_steps"] for row in of(found, "iteration")] == [20, 40]
     assert of(found, "stop")[0]["reason"] == "budget of 1e-09 s after 40 of 60 real steps"
-    assert "random was ended" in (folder / "report.html").read_text()
+    assert "random ended early" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -336,9 +335,9 @@ def lines(**agents):
 def test_who_got_there_first():
     """To 90% of the way from 0 to 100: one at 20 real steps, one at 40, one never."""
     quick, good = [[0, 0], [92, 92], [80, 80], [96, 96]], [[0, 0], None, [50, 50], [100, 100]]
-    found = courses.collect_curves(list(lines(quick=quick, good=good, bad=[[0, 0], None, None, [9, 9]])))
-    rows = courses.summarise(found)
-    assert courses.target(found) == 90 and courses.leader(found).method == "good"
+    found = learning_curves.collect_curves(list(lines(quick=quick, good=good, bad=[[0, 0], None, None, [9, 9]])))
+    rows = learning_curves.summarise(found)
+    assert learning_curves.target(found) == 90 and learning_curves.leader(found).method == "good"
     assert [row.there for row in rows] == [(20.0, 1.0), (40.0, 3.0), None]
     assert [row.best for row in rows] == [96, 100, 9] and [row.rejected for row in rows] == [6, 6, 6]
     said = " ".join(sentences(rows))
@@ -351,18 +350,19 @@ def test_who_got_there_first():
 
 def test_without_evaluations_the_latest_episodes_count():
     """From where every seed has had one; a seed without a new one keeps its last."""
-    [course] = courses.collect_curves(list(lines(plain=[None] * 4)))
-    x, y = course.curve
+    [agent] = learning_curves.collect_curves(list(lines(plain=[None] * 4)))
+    x, y = agent.curve
     assert x.tolist() == [30, 40] and y.tolist() == [[2, 9], [3, 9]]
 
 
 def test_seeds_that_broke_count_as_the_worst(tmp_path):
-    [course] = courses.collect_curves(list(lines(broken=[[1, 2], [3, math.nan]])))
-    [row] = courses.summarise([course])
-    assert row.final.value == -math.inf and math.isnan(courses.target([course]))
+    [agent] = learning_curves.collect_curves(list(lines(broken=[[1, 2], [3, math.nan]])))
+    [row] = learning_curves.summarise([agent])
+    assert row.final.value == -math.inf and math.isnan(learning_curves.target([agent]))
     assert (
-        courses.text([row])
-        and courses.summarise(courses.collect_curves([{"kind": "agent", "method": "empty"}]))[0].there is None
+        learning_curves.text([row])
+        and learning_curves.summarise(learning_curves.collect_curves([{"kind": "agent", "method": "empty"}]))[0].there
+        is None
     )
 
 

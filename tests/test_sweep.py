@@ -17,7 +17,7 @@ from diffmbrl.jobs.compare import CompareConfig
 from diffmbrl.jobs.sweep import runner, sweep
 from diffmbrl.jobs.sweep.groups import groups
 from diffmbrl.jobs.sweep.points import parse
-from diffmbrl.report import rebuild, sweep_report, sweep_text
+from diffmbrl.report import rebuild, skeleton, summary_text, sweep_report
 from diffmbrl.runs import read_metrics as read_records
 
 SETTING = {"task": "lqr", "method": "adam", "horizon": 5, "hidden": [3], "seeds": 2, "starts": 3, "steps": 4}
@@ -191,7 +191,7 @@ def test_the_report_is_made_of_its_data_alone_and_escaped(ran, tmp_path):
     sweep(found, out=place, processes=0, say=lambda _: None)
     page = (place / "report.html").read_bytes()
     assert rebuild(place).read_bytes() == page
-    text = sweep_text(place)
+    text = summary_text(place)
     assert "Of 4 points the best is" in text and "Points differ in param.mass" in page.decode()
     assert {path.name for path in (place / "figures").iterdir()} == {"returns.png", "returns.svg"}
     config = {"name": "n", "of": "compare", "varied": ["method"], "task": "n", "job": "sweep"}
@@ -201,7 +201,8 @@ def test_the_report_is_made_of_its_data_alone_and_escaped(ran, tmp_path):
         {"kind": "point", "point": evil, "setting": {"method": m}, "status": "failed", "reason": evil, "last": last}
         for m, last in zip((evil, "b"), lasts, strict=True)
     ]
-    made = sweep_report.compose(config, {}, records, [], tmp_path / "figures")
+    data = skeleton.RunData(config, {}, records, [], tmp_path / "figures")
+    made = skeleton.compose_page(data, sweep_report.contents(data))
     assert evil not in made and "&lt;script&gt;" in made and "counts as minus infinity" in made
 
 

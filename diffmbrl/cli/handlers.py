@@ -52,10 +52,9 @@ def _compare(command: Compare) -> int:
 
 
 def _compared(folder: Path, stream: Any = None) -> int:
-    from diffmbrl.report import summarise, table, verdict
+    from diffmbrl.report import summary_text
 
-    summary = summarise(folder)
-    return _shown(folder, f"{table.text(summary)}\n\n" + "\n".join(verdict.sentences(summary)), stream)
+    return _shown(folder, summary_text(folder), stream)
 
 
 def _plan(command: Plan) -> int:
@@ -84,16 +83,16 @@ def _plan(command: Plan) -> int:
 
 
 def _planned(folder: Path, stream: Any = None) -> int:
-    from diffmbrl.report import plan_text
+    from diffmbrl.report import summary_text
 
-    return _shown(folder, plan_text(folder), stream)
+    return _shown(folder, summary_text(folder), stream)
 
 
 def _diagnose(command: Diagnose) -> int:
     configure(True)
     from diffmbrl.choices import validate_choice
     from diffmbrl.jobs.diagnose import DiagnoseConfig, diagnose
-    from diffmbrl.report import health_text
+    from diffmbrl.report import summary_text
     from diffmbrl.tasks import TASKS
 
     row = TASKS[validate_choice("task", command.task, TASKS)]
@@ -111,7 +110,7 @@ def _diagnose(command: Diagnose) -> int:
         key=command.key,
     )
     folder = diagnose(setting, out=command.out)
-    return _shown(folder, health_text(folder))
+    return _shown(folder, summary_text(folder))
 
 
 def _learn(command: Learn) -> int:
@@ -190,9 +189,9 @@ def _race(command: Compare) -> int:
 
 
 def _learned(folder: Path, stream: Any = None) -> int:
-    from diffmbrl.report import learn_text
+    from diffmbrl.report import summary_text
 
-    return _shown(folder, learn_text(folder), stream)
+    return _shown(folder, summary_text(folder), stream)
 
 
 def _resume(command: Resume) -> int:
@@ -232,14 +231,14 @@ def _sweep(command: Sweep) -> int:
     asked = read_sweep(command.file)
     configure(asked.x64)
     from diffmbrl.jobs.sweep import sweep
-    from diffmbrl.report import sweep_text
+    from diffmbrl.report import summary_text
 
     given = (
         None if command.slurm is None else parse_pairs(command.slurm, "--slurm", "name=value, such as timeout_min=60")
     )
     slurm = None if given is None else {name: int(x) if x.isdecimal() else x for name, x in given.items()}
     folder, complete = sweep(asked, out=command.out, processes=command.processes, slurm=slurm)
-    _shown(folder, sweep_text(folder))
+    _shown(folder, summary_text(folder))
     return 0 if complete or slurm is not None else 1
 
 

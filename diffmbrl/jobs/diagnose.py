@@ -13,8 +13,7 @@ from diffmbrl.diagnostics.verdict import BATCH, FLOAT32, TAIL, least_z, total_gr
 from diffmbrl.jobs.learn import restore_agent
 from diffmbrl.jobs.policies import load_policy, parse
 from diffmbrl.policies import Neural
-from diffmbrl.report import learning_curves as courses
-from diffmbrl.report import rebuild
+from diffmbrl.report import learning_curves, rebuild
 from diffmbrl.runs import Progress, Writer, check_out, create, read_config, read_metrics, running
 from diffmbrl.tasks import make
 
@@ -94,7 +93,7 @@ def _trained(place: str, task: Task) -> tuple[Any, str]:
         return saved.policy, f"{saved.method}{rate}, seed {saved.seed}"
     if config["task"] != task.name:
         raise ValueError(f"the policy of '{folder}' is of task '{config['task']}', not '{task.name}'")
-    leader = courses.leader(courses.collect_curves(read_metrics(folder / "metrics.jsonl")[0]))
+    leader = learning_curves.leader(learning_curves.collect_curves(read_metrics(folder / "metrics.jsonl")[0]))
     name = name or (config["agents"][0] if leader is None else leader.method)
     with jax.enable_x64(bool(config["x64"])):  # what is measured is turned into both precisions
         restored = restore_agent(folder, name)

@@ -16,9 +16,8 @@ from diffmbrl.render.animated_gif import gif
 from diffmbrl.render.html import animate, animation_page
 from diffmbrl.render.page import escape, prose
 from diffmbrl.render.registry import frames
-from diffmbrl.report import learning_curves as courses
-from diffmbrl.report import words
-from diffmbrl.report.plan_report import of_kind
+from diffmbrl.report import learning_curves, words
+from diffmbrl.report.skeleton import of_kind
 from diffmbrl.rollout import returns, rollout
 from diffmbrl.runs import read_config
 from diffmbrl.runs.folder import write_atomic
@@ -124,12 +123,14 @@ def _of_comparison(run: Path, config: dict[str, Any], method: str | None, seed: 
 
 
 def _of_agents(run: Path, config: dict[str, Any], method: str | None, seed: int | None, start: int) -> Film:
-    found = [course for course in courses.collect_curves(read_metrics(run / "metrics.jsonl")[0]) if course.measured]
-    leader = courses.leader(found)
+    found = [
+        agent for agent in learning_curves.collect_curves(read_metrics(run / "metrics.jsonl")[0]) if agent.measured
+    ]
+    leader = learning_curves.leader(found)
     name = method or (config["agents"][0] if leader is None else leader.method)
     restored = restore_agent(run, name)
     if seed is None:
-        ends = [course.curve[1][-1] for course in found if course.method == name]
+        ends = [agent.curve[1][-1] for agent in found if agent.method == name]
         seed = int(np.argmax(np.nan_to_num(ends[0], nan=-np.inf))) if ends else 0
     if not 0 <= seed < len(restored.keys):
         raise ValueError(f"the run has seeds 0 to {len(restored.keys) - 1}, got {seed}")

@@ -1,5 +1,8 @@
-"""What a run's data say: statistics, tables, verdicts, figures and the report. No algorithm in it."""
+"""Reports of runs: statistics, tables, verdicts, figures and one HTML page. No algorithm is in here.
 
-from diffmbrl.report.report import health_text, learn_text, plan_text, rebuild, summarise, sweep_text
+`report.rebuild` writes the page of any job; each job fills in the same skeleton.
+"""
 
-__all__ = ["health_text", "learn_text", "plan_text", "rebuild", "summarise", "sweep_text"]
+from diffmbrl.report.report import rebuild, summarise, summary_text
+
+__all__ = ["rebuild", "summarise", "summary_text"]

@@ -1,4 +1,4 @@
-"""From the lines of `metrics.jsonl` to arms: one method at one learning rate, its measurements as arrays."""
+"""Arms of a comparison: the records of one method at one learning rate as arrays."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from diffmbrl.runs.statistics import interquartile_mean
 
-SHARED = ("update", "seconds", "lanes")  # one number an evaluation
+SHARED = ("update", "seconds", "lanes")  # one number for each evaluation
 MODEL = ("agreement", "gap", "curvature", "lowest", "negative", "damping")  # of a second-order method's quadratic model
 SPREAD = (
     "spread_norm",
@@ -24,7 +24,7 @@ Array = np.ndarray
 
 @dataclass
 class Arm:
-    """A method at one rate. Work and seconds are cumulative; arrays run over evaluations (E) and seeds (S)."""
+    """A method at one learning rate. Work and seconds are cumulative; arrays run over evaluations (E) and seeds (S)."""
 
     method: str
     rate: float | None
@@ -54,7 +54,7 @@ class Arm:
 
     @property
     def plans(self) -> bool:
-        """Whether it plans each start anew instead of learning one policy for all."""
+        """Whether the method plans each start separately instead of learning one policy for all."""
         return self.policy_kind == "plan"
 
     @property
@@ -63,17 +63,17 @@ class Arm:
 
     @property
     def dynamics(self) -> Float[np.ndarray, "E S"]:
-        """Dynamics evaluations of all kinds."""
+        """Dynamics evaluations: forward, jvp and vjp."""
         return self["forward"] + self["jvp"] + self["vjp"]
 
     @property
     def score(self) -> float:
-        """What the best rate is chosen by: the interquartile mean of the final training return."""
+        """The criterion of the best rate: the interquartile mean of the final training return."""
         return float(interquartile_mean(self["train"][-1])) if self.measured else -math.inf
 
 
 def collect_arms(records: list[dict[str, Any]]) -> list[Arm]:
-    """The arms in the order in which they were first met; an arm of which only some records exist is still an arm."""
+    """Collect the records of each arm, in order of appearance; some kinds of records may be missing."""
     arms: dict[tuple[str, float | None], Arm] = {}
     evaluations: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
     for record in records:
@@ -103,7 +103,7 @@ def collect_arms(records: list[dict[str, Any]]) -> list[Arm]:
 
 
 def best_rates(arms: list[Arm]) -> list[Arm]:
-    """One arm a method, at its best rate: the highest interquartile mean of the final training return."""
+    """Return one arm for each method: the highest interquartile mean of the final training return."""
     best: dict[str, Arm] = {}
     for arm in arms:
         if arm.method not in best or arm.score > best[arm.method].score:
@@ -112,7 +112,7 @@ def best_rates(arms: list[Arm]) -> list[Arm]:
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, Array]:
-    """Evaluations as arrays; what a record lacks is NaN."""
+    """Convert evaluations to arrays; a missing number is NaN."""
     seeds = max(np.size(row.get("train", math.nan)) for row in rows)
     columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in SHARED}
     for name in PER_SEED:

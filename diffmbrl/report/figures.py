@@ -1,17 +1,20 @@
-"""Plots: functions of arrays and an axis. Nothing is computed here that a reader would want to quote.
+"""Plots: functions of arrays and an axis. No quoted number is computed here.
 
-Colours are Okabe and Ito's, told apart with any colour vision; each method also has its own marker and its name beside its
-curve. matplotlib is imported where it is used, so that a run that draws nothing does not pay for it.
+Colours are Okabe and Ito's, which people with any colour vision can distinguish; each method also has a marker and its name
+at the end of its curve. matplotlib is imported on first use, since a run without figures does not need it.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from diffmbrl.render.palette import INK, MUTED, PALETTE, PAPER, blank, dress
 
-MINUS = "\u2212"  # as wide as a plus, which a hyphen is not
+if TYPE_CHECKING:
+    import matplotlib.axes
+
+MINUS = "\u2212"  # unlike a hyphen, as wide as a plus
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 SIZE = (6.0, 3.9)  # inches
 RIGHT = 0.76  # where the axis ends and the names begin
@@ -19,7 +22,7 @@ Array = np.ndarray
 
 
 class Style(NamedTuple):
-    """A method's looks, the same in every figure."""
+    """Name, colour and marker of a method, the same in every figure."""
 
     label: str
     colour: str
@@ -27,7 +30,7 @@ class Style(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Returns of one method along some measure of effort: interquartile means, with the held-out one's interval."""
+    """Returns of one method against a measure of effort: interquartile means, and the interval of the held-out return."""
 
     style: Style
     x: Array
@@ -58,12 +61,12 @@ class RatePoint(NamedTuple):
 
 
 def style_of(label: str, *, index: int) -> Style:
-    """The looks of the `index`-th method of a run."""
+    """Return the style of the `index`-th method of a run."""
     return Style(label, PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)])
 
 
 def canvas() -> tuple[Any, Any]:
-    """A figure and its one axis."""
+    """Return a figure and its one axis."""
     figure = blank(SIZE)
     axis = figure.add_axes((0.135, 0.14, RIGHT - 0.135, 0.81))
     dress(axis)
@@ -71,14 +74,16 @@ def canvas() -> tuple[Any, Any]:
 
 
 def settings(salt: str) -> Any:
-    """Matplotlib's for every figure. The salt makes the ids in the SVG, and so its bytes, the same each time; text stays text,
-    searchable and light."""
-    looks = {"svg.hashsalt": salt, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
-    return looks | {"text.color": INK, "axes.labelcolor": INK}
+    """Return matplotlib's settings for every figure.
+
+    The salt makes the ids in the SVG, and so its bytes, reproducible; text is saved as text, searchable and small.
+    """
+    found = {"svg.hashsalt": salt, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    return found | {"text.color": INK, "axes.labelcolor": INK}
 
 
-def plot_returns(axis: Any, curves: list[Curve], *, xlabel: str) -> None:
-    """Held-out return, thick with its band, and training return, thin, against a measure of effort."""
+def plot_returns(axis: "matplotlib.axes.Axes", curves: list[Curve], *, xlabel: str) -> None:
+    """Plot held-out return, thick with its band, and training return, thin, against a measure of effort."""
     sign = return_axis(axis, [y for curve in curves for y in (curve.train, curve.test)])
     effort_axis(axis, [curve.x for curve in curves], xlabel)
     ends = []
@@ -96,22 +101,29 @@ def plot_returns(axis: Any, curves: list[Curve], *, xlabel: str) -> None:
     name_ends(axis, ends)
 
 
-def plot_profile(axis: Any, lines: list[Series], *, ylabel: str, limits: tuple[float, float] | None) -> None:
-    """|dJ/da_t| against the time step t."""
+def plot_profile(
+    axis: "matplotlib.axes.Axes", lines: list[Series], *, ylabel: str, limits: tuple[float, float] | None
+) -> None:
+    """Plot |dJ/da_t| against the time step t."""
     _lines(axis, lines, limits, xlabel="time step t", ylabel=ylabel)
 
 
-def spectrum(axis: Any, lines: list[Series], *, limits: tuple[float, float] | None) -> None:
-    """Positive eigenvalues of the Gauss-Newton matrix, largest first; both axes logarithmic, since they fall that fast."""
+def spectrum(axis: "matplotlib.axes.Axes", lines: list[Series], *, limits: tuple[float, float] | None) -> None:
+    """Plot positive eigenvalues of the Gauss-Newton matrix, largest first, on logarithmic axes."""
     _lines(axis, lines, limits, xlabel="eigenvalue number", ylabel="eigenvalue of the Gauss-Newton matrix")
     longest = max((line.y.size for line in lines), default=1)
     log_axis(axis.xaxis, (1.0, float(max(longest, 2))))
 
 
 def model(
-    axis: Any, thick: list[Series], thin: list[Series], *, ylabel: str, limits: tuple[float, float] | None
+    axis: "matplotlib.axes.Axes",
+    thick: list[Series],
+    thin: list[Series],
+    *,
+    ylabel: str,
+    limits: tuple[float, float] | None,
 ) -> None:
-    """What second-order methods say of their models against the number of updates."""
+    """Plot a metric of second-order methods' quadratic models against the number of updates."""
     _lines(axis, thick, limits, xlabel="iterations", ylabel=ylabel)
     for line in thin:
         axis.plot(line.x, np.where(line.y > 0, line.y, np.nan), color=line.style.colour, linewidth=0.9)
@@ -119,26 +131,26 @@ def model(
         key(axis, [("largest curvature", {"linewidth": 2.0}), ("damping", {"linewidth": 0.9})])
 
 
-def path(axis: Any, series: list[tuple[Series, Array]]) -> None:
-    """Predicted (dashed) and true improvement of each candidate against its damping."""
+def path(axis: "matplotlib.axes.Axes", series: list[tuple[Series, Array]]) -> None:
+    """Plot predicted (dashed) and true improvement of each candidate against its damping."""
     drawn = [y[y > 0] for line, true in series for y in (line.y, true)]
     log_axis(axis.xaxis, (min(line.x.min() for line, _ in series), max(line.x.max() for line, _ in series)))
     log_axis(axis.yaxis, (min(y.min() for y in drawn if y.size), max(y.max() for y in drawn if y.size)))
     axis.set_xlabel("damping")
     axis.set_ylabel("improvement of the return")
     for line, true in series:
-        looks = {"color": line.style.colour, "marker": line.style.marker, "markersize": 4}
-        # A method with several paths has the dampings of one after those of the other: no line from end to start.
+        line_style = {"color": line.style.colour, "marker": line.style.marker, "markersize": 4}
+        # Several damping grids are concatenated: draw no line from the end of one to the start of the next.
         ends = np.flatnonzero(np.diff(line.x) < 0) + 1
         for x, predicted, improved in zip(*(np.split(column, ends) for column in (line.x, line.y, true)), strict=True):
-            axis.plot(x, np.where(predicted > 0, predicted, np.nan), linestyle="--", linewidth=0.9, **looks)
-            axis.plot(x, np.where(improved > 0, improved, np.nan), linewidth=2.0, **looks)
+            axis.plot(x, np.where(predicted > 0, predicted, np.nan), linestyle="--", linewidth=0.9, **line_style)
+            axis.plot(x, np.where(improved > 0, improved, np.nan), linewidth=2.0, **line_style)
     key(axis, [("true", {"linewidth": 2.0}), ("predicted", {"linewidth": 0.9, "linestyle": "--"})])
     name_ends(axis, [Series(line.style, line.x, true) for line, true in series])
 
 
-def plot_rates(axis: Any, series: list[tuple[Style, list[RatePoint]]]) -> None:
-    """Final return against the learning rate: held-out filled with its interval, training hollow, the chosen one ringed."""
+def plot_rates(axis: "matplotlib.axes.Axes", series: list[tuple[Style, list[RatePoint]]]) -> None:
+    """Plot final returns against the learning rate: held-out filled with its interval, training hollow, the best ringed."""
     columns = [[p.train, p.test] for _, points in series for p in points]
     sign = return_axis(axis, [np.array(column) for column in columns])
     axis.set_xscale("log")
@@ -167,8 +179,8 @@ def plot_rates(axis: Any, series: list[tuple[Style, list[RatePoint]]]) -> None:
     name_ends(axis, ends)
 
 
-def return_axis(axis: Any, values: list[Array]) -> float:
-    """Sets up the y axis so that -300 and -0.8 can both be read; returns the factor on returns, -1 where costs are shown."""
+def return_axis(axis: "matplotlib.axes.Axes", values: list[Array]) -> float:
+    """Set up the y axis for returns of any magnitude; return the factor on returns, -1 if costs are shown."""
     finite = np.concatenate([y[np.isfinite(y)] for y in values]) if values else np.array([])
     if finite.size and finite.max() < 0:
         axis.set_ylabel(f"cost ({MINUS}return), lower is better")
@@ -182,8 +194,8 @@ def return_axis(axis: Any, values: list[Array]) -> float:
     return 1.0
 
 
-def effort_axis(axis: Any, values: list[Array], xlabel: str) -> None:
-    """A logarithmic x axis that still shows the start, at zero."""
+def effort_axis(axis: "matplotlib.axes.Axes", values: list[Array], xlabel: str) -> None:
+    """Set up a logarithmic x axis that includes zero."""
     axis.set_xlabel(xlabel)
     positive = np.concatenate([x[x > 0] for x in values] or [np.array([])])
     if positive.size == 0:
@@ -200,7 +212,7 @@ def effort_axis(axis: Any, values: list[Array], xlabel: str) -> None:
 
 
 def log_axis(side: Any, limits: tuple[float, float]) -> None:
-    """A logarithmic axis with plain numbers, about four or more of them whatever the range."""
+    """Set up a logarithmic axis with at least about four plain numbers."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = limits
@@ -217,7 +229,7 @@ def log_axis(side: Any, limits: tuple[float, float]) -> None:
 
 
 def compact(x: float) -> str:
-    """A tick label: `0.03`, `300`, `20k`, `3M`, `10⁻⁸`."""
+    """Format a tick label: `0.03`, `300`, `20k`, `3M`, `10⁻⁸`."""
     if x and not 1e-4 < abs(x) < 1e12:
         mantissa, exponent = f"{x:.0e}".split("e")
         power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
@@ -228,17 +240,17 @@ def compact(x: float) -> str:
     return f"{x:g}".replace("-", MINUS)
 
 
-def key(axis: Any, entries: list[tuple[str, dict[str, Any]]]) -> None:
-    """A small legend of line kinds, in grey: colours are explained by the names beside the curves."""
+def key(axis: "matplotlib.axes.Axes", entries: list[tuple[str, dict[str, Any]]]) -> None:
+    """Add a small grey legend of line styles: the names at the curves explain the colours."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=MUTED, label=label, **looks) for label, looks in entries]
+    handles = [Line2D([], [], color=MUTED, label=label, **style) for label, style in entries]
     legend = axis.legend(handles=handles, fontsize=8.5, labelcolor=INK, frameon=True, framealpha=0.85, borderpad=0.4)
     legend.get_frame().set(facecolor=PAPER, edgecolor="none")
 
 
-def name_ends(axis: Any, lines: list[Series]) -> None:
-    """Each curve's name in its colour right of the axis, moved apart where they would collide, with a thread to its end."""
+def name_ends(axis: "matplotlib.axes.Axes", lines: list[Series]) -> None:
+    """Write each curve's name right of the axis, linked to its end; names that would overlap are moved apart."""
     gap = 0.066
     ends = []
     for line in lines:
@@ -277,7 +289,9 @@ def name_ends(axis: Any, lines: list[Series]) -> None:
         )
 
 
-def _lines(axis: Any, lines: list[Series], limits: tuple[float, float] | None, *, xlabel: str, ylabel: str) -> None:
+def _lines(
+    axis: "matplotlib.axes.Axes", lines: list[Series], limits: tuple[float, float] | None, *, xlabel: str, ylabel: str
+) -> None:
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     if limits is not None:
@@ -286,9 +300,9 @@ def _lines(axis: Any, lines: list[Series], limits: tuple[float, float] | None, *
         y = np.where(line.y > 0, line.y, np.nan)
         width = 1.5 + min(0.9, 2.5 / len(lines)) * (
             len(lines) - 1 - i
-        )  # lines that coincide are seen one inside the other
-        looks = {"marker": line.style.marker, "markersize": 3.5} if line.y.size < 40 else {}
-        axis.plot(line.x, y, color=line.style.colour, linewidth=width, **looks)
+        )  # coinciding lines are visible inside each other
+        markers = {"marker": line.style.marker, "markersize": 3.5} if line.y.size < 40 else {}
+        axis.plot(line.x, y, color=line.style.colour, linewidth=width, **markers)
     name_ends(axis, lines)
 
 

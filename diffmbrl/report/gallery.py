@@ -1,4 +1,4 @@
-"""Which figures a run has, what each shows, and their files: `figures/<name>.png` and `.svg`, the same bytes each time."""
+"""The figures of a comparison, and saving any figure as `figures/<name>.png` and `.svg` with reproducible bytes."""
 
 import io
 import re
@@ -16,7 +16,7 @@ from diffmbrl.report.table import Summary
 from diffmbrl.runs.folder import write_atomic
 from diffmbrl.runs.statistics import interquartile_mean, interval
 
-BAND = 2000  # bootstrap resamples of a band: drawn, not quoted
+BAND = 2000  # bootstrap resamples of a band, which is drawn and not quoted
 FLOOR = 1e-12  # eigenvalues and gradients below this share of the largest are rounding
 
 
@@ -31,7 +31,7 @@ class Picture(NamedTuple):
 
 
 def comparison_figures(summary: Summary, folder: Path) -> list[Picture]:
-    """Draws what the data allow, saves it, and returns it for the report."""
+    """Draw and save every figure that the summary allows."""
     styles = styles_of(summary)
     arms = [row.arm for row in summary.rows if row.measured]
     pictures = [
@@ -47,7 +47,7 @@ def comparison_figures(summary: Summary, folder: Path) -> list[Picture]:
 
 
 def styles_of(summary: Summary) -> dict[str, Style]:
-    """Method -> looks, in the order of the rows."""
+    """Return the style of each method, in the order of the rows."""
     return {row.arm.method: figures.style_of(row.arm.label, index=i) for i, row in enumerate(summary.rows)}
 
 
@@ -58,7 +58,7 @@ def _returns(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
     if not arms:
         return []
     curves = {arm.method: _curve(arm, styles[arm.method]) for arm in arms}
-    shared = [f"{arm.label} ({arm['lanes'][-1]:.0f} lanes)" for arm in arms if arm["lanes"][-1] > arm.seeds]
+    shared = [f"{arm.label} ({arm['lanes'][-1]:.0f} replicas)" for arm in arms if arm["lanes"][-1] > arm.seeds]
     clock = f" One clock ran for all rates at once: {words.join_words(shared)}." if shared else ""
     stages = (
         " Hollow markers: the discount of the objective was raised." if any(arm.continuation for arm in arms) else ""
@@ -68,7 +68,7 @@ def _returns(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
             "sequential",
             "sequential rollouts per seed",
             "Return against sequential depth",
-            "Rollouts that must run one after another: the time left on a machine wide enough for the rest. "
+            "Rollouts that must run one after another: the time that remains on a machine that runs all else in parallel. "
             "Curves further left need less depth for the same return.",
         ),
         (
@@ -82,14 +82,14 @@ def _returns(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
             "dynamics evaluations per seed (forward + jvp + vjp)",
             "Return against work",
             "Every step of the dynamics, and every tangent and cotangent pushed through one, counts as one. "
-            "What leads here but not against time is paying for something other than dynamics.",
+            "A method that leads here but not against time spends time on other computations.",
         ),
         (
             "iterations",
             "iterations",
             "Return against iterations",
             "An iteration of a second-order method costs far more than one of a first-order method: this shows stability, "
-            "not speed. Look for a thick curve that leaves its thin one (overfitting) and for jumps." + stages,
+            "not speed. A thick curve far from its thin one is overfitting." + stages,
         ),
     ]
 
@@ -120,7 +120,7 @@ def _profiles(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
     captions = {
         "start": "RMS over starts and seeds, before the first update. A slope is a gradient that grows or vanishes on its "
         "way back through time: a factor of 1,000 between the ends is a badly conditioned problem.",
-        "end": "The same after training, on the same scale: a good policy calms the closed loop, and the profile flattens.",
+        "end": "The same after training, on the same scale: a good policy stabilises the closed loop and flattens it.",
     }
     lines = {w: [(r.arm, r.arm.profiles[w]) for r in summary.rows if w in r.arm.profiles] for w in captions}
 
@@ -137,20 +137,21 @@ def _profiles(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
 
 
 def _spreads(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
-    """How the gradients of single rollouts spread along the run: medians over seeds."""
+    """Plot the spread of single rollouts' gradients along the run: medians over seeds."""
     kinds = [
         (
             "snr",
             "signal-to-noise ratio of one rollout",
             "Signal and noise",
             "Of the BPTT gradient of the full objective, over the training starts: the size of the mean against the spread. "
-            "Its inverse is the batch at which both are of one size. It falls towards an optimum, and where starts pull apart.",
+            "Its inverse is the batch size at which both are equal. It falls towards an optimum, and where starts disagree.",
         ),
         (
             "tail",
             "share of variance in the top 1% of starts",
             "Heavy tail",
-            "Near 1 a start or two own the gradient: clipping, trust or more starts. `diffmbrl diagnose` looks closer.",
+            "Near 1 one or two starts dominate the gradient: clip it, limit the step, or use more starts. `diffmbrl diagnose` "
+            "shows details.",
         ),
     ]
     sketches: list[Sketch] = []
@@ -188,20 +189,20 @@ def _spectra(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
 
 
 def _models(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
-    """What second-order methods said of their quadratic models along the run: medians over updates and seeds."""
+    """Plot metrics of second-order methods' quadratic models along the run: medians over updates and seeds."""
     kinds = [
         (
             "gap",
             "projection gap",
             "Projection gap",
             "How much of the planner's step the policy's step misses, in the metric of M: 0 when the policy follows iLQR "
-            "around its own closed loop, 1 when the step does nothing of it.",
+            "around its own closed loop, 1 when the step contains nothing of it.",
         ),
         (
             "agreement",
             "true over predicted improvement",
             "Model against truth",
-            "Of the step taken: 1 where the quadratic model is right, below it where the return falls short of it.",
+            "Of the step taken: 1 where the quadratic model is right, below it where the true improvement is smaller.",
         ),
         (
             "curvature",
@@ -214,7 +215,7 @@ def _models(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
             "negative",
             "share of negative curvature",
             "Negative curvature",
-            "The negative Ritz values' share of the sum of absolute values, of the methods that see the true Hessian.",
+            "The negative Ritz values' share of the sum of absolute values, for methods that use the true Hessian.",
         ),
     ]
     sketches: list[Sketch] = []
@@ -229,16 +230,14 @@ def _models(arms: list[Arm], styles: dict[str, Style]) -> list[Sketch]:
     paths = [arm for arm in arms if arm.path and np.sum(arm.path["predicted"] > 0) > 1]
     if paths:
         caption = (
-            "The candidates of the first update, from the first seed: the improvement that the model promises, dashed, and the "
-            "true one. Where they part, the step has left the region that the model describes; the best true one is taken."
+            "The candidates of the first update, from the first seed: the predicted improvement, dashed, and the true "
+            "one. Where they differ, the step has left the region that the model describes; the best true one is taken."
         )
         series = [
             (Series(styles[arm.method], arm.path["dampings"], arm.path["predicted"]), arm.path["improved"])
             for arm in paths
         ]
-        sketches.append(
-            ("model-path", "Model", "The path of dampings", caption, lambda axis: figures.path(axis, series))
-        )
+        sketches.append(("model-path", "Model", "The damping grid", caption, lambda axis: figures.path(axis, series)))
     return sketches
 
 
@@ -248,7 +247,7 @@ def _model_sketch(thick: list[Series], thin: list[Series], ylabel: str) -> Calla
 
 
 def _middle(values: np.ndarray) -> np.ndarray:
-    """Medians over seeds; NaN where no seed has a number."""
+    """Return medians over seeds; NaN where no seed has a number."""
     out = np.full(len(values), np.nan)
     seen = np.isfinite(values).any(axis=1)
     out[seen] = np.nanmedian(np.where(np.isfinite(values[seen]), values[seen], np.nan), axis=1)
@@ -276,13 +275,13 @@ def _sweep(summary: Summary, styles: dict[str, Style]) -> list[Sketch]:
 
 
 def _above_rounding(eigenvalues: np.ndarray) -> np.ndarray:
-    """Eigenvalues, largest first, down to where rounding in float64 hides them."""
+    """Return the eigenvalues, largest first, that exceed the rounding of float64."""
     finite = eigenvalues[np.isfinite(eigenvalues)]
     return finite[finite > max(1e-14 * finite.max(initial=0.0), 0.0)]
 
 
 def _limits(values: list[np.ndarray]) -> tuple[float, float] | None:
-    """The common range of positive values, without the rounding below `FLOOR`."""
+    """Return the common range of positive values above the rounding of `FLOOR`."""
     finite = np.concatenate([y[np.isfinite(y) & (y > 0)] for y in values]) if values else np.array([])
     if finite.size == 0:
         return None
@@ -291,7 +290,7 @@ def _limits(values: list[np.ndarray]) -> tuple[float, float] | None:
 
 
 def plot(folder: Path, name: str, group: str, title: str, caption: str, paint: Callable[[Any], None]) -> Picture:
-    """A figure of one axis, painted and saved."""
+    """Draw and save a figure with one axis."""
 
     def make() -> Any:
         figure, axis = figures.canvas()
@@ -302,7 +301,7 @@ def plot(folder: Path, name: str, group: str, title: str, caption: str, paint: C
 
 
 def save_figure(folder: Path, name: str, group: str, title: str, caption: str, make: Callable[[], Any]) -> Picture:
-    """The figure that `make` returns, as files in `folder` and for the page."""
+    """Save the figure that `make` returns in a folder, and return it for the page."""
     import matplotlib
 
     with matplotlib.rc_context(figures.settings(name)):
@@ -317,7 +316,7 @@ def save_figure(folder: Path, name: str, group: str, title: str, caption: str, m
 
 
 def inline(svg: str, *, name: str, title: str) -> str:
-    """An SVG to set into a page: no prolog, no metadata, ids of its own, and colours that follow the page's theme."""
+    """Prepare an SVG for a page: no prolog, no metadata, unique ids, and colours of the page's theme."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<title>.*?</title>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")

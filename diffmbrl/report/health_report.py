@@ -1,20 +1,15 @@
-"""The report of a diagnosis: the verdict, the numbers behind it horizon by horizon, and their figures."""
+"""The report of a diagnosis: the verdict, the numbers behind it for each horizon, and their figures."""
 
 import math
-from pathlib import Path
-from typing import Any
 
-from diffmbrl.render import page
-from diffmbrl.render.page import cell, escape, prose
-from diffmbrl.report import frame, health_figures, words
-from diffmbrl.report.plan_report import of_kind
+from diffmbrl.render.page import cell, escape
+from diffmbrl.report import health_figures, skeleton, words
+from diffmbrl.report.skeleton import Contents, Record, RunData, of_kind
 from diffmbrl.report.table import aligned
 
-Record = dict[str, Any]
-
-# Name on the terminal, name and explanation in the report, key of the record, how it is written.
+# Name on the terminal, name and explanation in the report, key of the record, formatter.
 COLUMNS = (
-    ("state", "state", "the first thing that is wrong, or good", "state", str),
+    ("state", "state", "the first fault that was found, or good", "state", str),
     ("|g|", "|gradient|", "of the mean over the starts", "plain_norm", words.format_number),
     ("SNR", "SNR", "signal-to-noise of one rollout's gradient: |mean|² over the trace of its covariance", "plain_snr", None),
     ("top 1%", "top 1%", "share of that variance in the top 1% of samples", "plain_tail", words.format_share),
@@ -29,40 +24,32 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def compose(config: Record, provenance: Record, records: list[Record], remarks: list[str], folder: Path) -> str:
-    """The page; draws `folder` on the way."""
-    task, job = str(config.get("task", "run")), str(config.get("job", "run"))
-    rows, verdicts = of_kind(records, "health"), of_kind(records, "verdict")
-    parts = [frame.header(task, job, config, provenance), f'<p class="lead">{prose(headline(records))}</p>']
-    if verdicts:
-        parts.append(page.items([str(reason) for reason in verdicts[0]["reasons"]], kind="more"))
-        parts.append(f'<p class="note">{prose(_suggested(config, verdicts[0]))}</p>')
-    if remarks:
-        parts.append(f'<aside class="care">\n<h3>To bear in mind</h3>\n{page.items(remarks)}\n</aside>')
-    if rows:
-        parts += ["<h2>Each horizon</h2>", _table(rows)]
-        pictures = health_figures.health_pictures(rows, verdicts[0] if verdicts else {}, folder)
-        shown = "\n".join(frame.figure(picture) for picture in pictures)
-        parts += ["<h2>Figures</h2>", f'<div class="figures">\n{shown}\n</div>']
-    parts += ["<h2>To repeat it</h2>", frame.reproduce(config, provenance)]
-    parts += ["<h2>Configuration and provenance</h2>", frame.facts(config, provenance)]
-    return page.document(f"{task} \u00b7 {job}", "\n".join(parts))
+def contents(run: RunData) -> Contents:
+    """Tabulate the horizons and draw their figures."""
+    rows, verdicts = run.of_kind("health"), run.of_kind("verdict")
+    found = verdicts[0] if verdicts else {}
+    return Contents(
+        lead=[headline(run.records), *map(str, found.get("reasons", []))],
+        note=_suggested(run.config, found) if found else "",
+        tables=[("Each horizon", _table(rows))] if rows else [],
+        pictures=health_figures.health_pictures(rows, found, run.figures) if rows else [],
+    )
 
 
 def headline(records: list[Record]) -> str:
-    """The verdict in a sentence or two."""
+    """Return the verdict in a sentence or two."""
     verdicts = of_kind(records, "verdict")
     return str(verdicts[0]["headline"]) if verdicts else "The diagnosis has not ended."
 
 
-def text(config: Record, records: list[Record]) -> str:
-    """A screen for the terminal: the numbers, the verdict, its reasons."""
-    rows, verdicts = of_kind(records, "health"), of_kind(records, "verdict")
+def text(run: RunData) -> str:
+    """Return the table for the terminal, then the verdict and its reasons."""
+    rows, verdicts = run.of_kind("health"), run.of_kind("verdict")
     if not rows or not verdicts:
-        return headline(records)
+        return headline(run.records)
     lines = [["T", *(name for name, *_ in COLUMNS)], *([str(r["horizon"]), *_cells(r)] for r in rows)]
     reasons = [f"* {reason}" for reason in verdicts[0]["reasons"]]
-    return "\n".join([aligned(lines), "", headline(records), *reasons, "", _suggested(config, verdicts[0])])
+    return "\n".join([aligned(lines), "", headline(run.records), *reasons, "", _suggested(run.config, verdicts[0])])
 
 
 def _suggested(config: Record, verdict: Record) -> str:
@@ -72,7 +59,7 @@ def _suggested(config: Record, verdict: Record) -> str:
         f"Suggested: {verdict['estimator']}{window}. Safe horizon (float32 right to {verdict['float32_bound']:.0%}, gradient "
         "above the "
         f"noise of {verdict['batch']} rollouts): {safe}. Policy: {config.get('of')}. {words.seconds(verdict['seconds'])} in "
-        "all."
+        "total."
     )
 
 
@@ -81,7 +68,7 @@ def _cells(row: Record) -> list[str]:
 
 
 def _short(x: float | None) -> str:
-    """Two or three digits, whatever the size."""
+    """Format with two or three digits."""
     if x is None or math.isnan(x):
         return words.NONE
     if math.isinf(x):
@@ -90,10 +77,7 @@ def _short(x: float | None) -> str:
 
 
 def _table(rows: list[Record]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("T", *(name for _, name, *_ in COLUMNS)))
-    body = "\n".join(
-        f"<tr><th>{escape(str(row['horizon']))}</th>{''.join(cell(x) for x in _cells(row))}</tr>" for row in rows
-    )
+    head = skeleton.columns(("T", *(name for _, name, *_ in COLUMNS)))
+    lines = [f"<tr><th>{escape(str(row['horizon']))}</th>{''.join(cell(x) for x in _cells(row))}</tr>" for row in rows]
     note = "; ".join(f"{name}: {meaning}" for _, name, meaning, *_ in COLUMNS) + ". A dash: not measured."
-    shown = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-    return page.scroll("Each horizon", shown) + f'<p class="note">{prose(note[0].upper() + note[1:])}</p>'
+    return skeleton.table("Each horizon", head, lines, note[0].upper() + note[1:])

@@ -1,8 +1,8 @@
-"""The figures of agents that learned: return against real steps and time, what they say, and what their models foresee."""
+"""The figures of learning agents: return against real steps and time, their own metrics, and their models' rollouts."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,23 +13,26 @@ from diffmbrl.report.learning_curves import AgentCurve
 from diffmbrl.report.plans import panels
 from diffmbrl.runs.statistics import interquartile_mean, interval
 
+if TYPE_CHECKING:
+    import matplotlib.axes
+
 Array = np.ndarray
 Picture = gallery.Picture
-NAMED = {  # what an agent may say: title, name of the axis, what it is
+NAMED = {  # metrics of agents with a figure of their own: title, label of the axis, caption
     "model_error": (
         "Model error",
         "hold-out error of the model",
-        "Of the model on transitions that it was not fitted to, as the agent measures it at each fit: in the loss of its own "
-        "model, which agents may not have in common. Of a probabilistic model it is the negative log-likelihood.",
+        "Loss of the model on transitions that it was not fitted to, measured by the agent at each fit. Agents may have "
+        "different losses; for a probabilistic model it is the negative log-likelihood.",
     ),
     "disagreement": (
         "Disagreement of the ensemble",
         "disagreement of the members",
-        "How far the members' predictions are apart: where it is small and the model wrong, the members are wrong together.",
+        "Distance of the members' predictions. Where it is small and the model wrong, all members make the same error.",
     ),
 }
-SAID = 12  # numbers that an agent says drawn at most
-POINTS = 300  # of a curve, at most
+OTHERS = 12  # other metrics drawn at most
+POINTS = 300  # points of a curve at most
 
 
 class Band(NamedTuple):
@@ -42,31 +45,31 @@ class Band(NamedTuple):
     high: Array
 
 
-def learn_pictures(courses: list[AgentCurve], scene: dict[str, Any], folder: Path) -> list[Picture]:
-    """Draws what the data allow, saves it, and returns it for the report."""
+def learn_pictures(agents: list[AgentCurve], scene: dict[str, Any], folder: Path) -> list[Picture]:
+    """Draw and save every figure that the records allow."""
     folder.mkdir(exist_ok=True)
-    looks = {course.method: figures.style_of(course.label, index=i) for i, course in enumerate(courses)}
-    measured = [course for course in courses if course.measured]
-    pictures = _returns(measured, looks, folder)
-    pictures += [picture for name in NAMED for picture in _said(name, courses, looks, folder)]
-    pictures += _foresight(courses, looks, scene, folder)
-    return pictures + [picture for course in courses for picture in _rest(course, looks[course.method], folder)]
+    styles = {agent.method: figures.style_of(agent.label, index=i) for i, agent in enumerate(agents)}
+    measured = [agent for agent in agents if agent.measured]
+    pictures = _returns(measured, styles, folder)
+    pictures += [picture for name in NAMED for picture in _metric(name, agents, styles, folder)]
+    pictures += _model_rollouts(agents, styles, scene, folder)
+    return pictures + [picture for agent in agents for picture in _rest(agent, styles[agent.method], folder)]
 
 
-def _returns(courses: list[AgentCurve], looks: dict[str, Style], folder: Path) -> list[Picture]:
-    if not courses:
+def _returns(agents: list[AgentCurve], styles: dict[str, Style], folder: Path) -> list[Picture]:
+    if not agents:
         return []
-    thin = any(course.evaluated.any() and course.trained[0].size > 1 for course in courses)
+    thin = any(agent.evaluated.any() and agent.trained[0].size > 1 for agent in agents)
     caption = (
         "Interquartile mean over seeds, with its 95% bootstrap interval, of evaluations without exploration"
         + (", thick; thin, of the episodes from which the agent learns" if thin else "")
         + ". Real steps are those of one seed."
     )
-    where = {course.method: course.curve[0] for course in courses}
-    clock = {course.method: _at(course, course.curve[0]) for course in courses}
+    where = {agent.method: agent.curve[0] for agent in agents}
+    clock = {agent.method: _at(agent, agent.curve[0]) for agent in agents}
 
     def paint(along: dict[str, Array], xlabel: str, also: bool) -> Callable[[Any], None]:
-        return lambda axis: _return_bands(axis, courses, looks, along, xlabel, also)
+        return lambda axis: _return_bands(axis, agents, styles, along, xlabel, also)
 
     on_steps, on_time = paint(where, "real steps", True), paint(clock, "seconds of learning, all seeds together", False)
     time = "The same against the seconds of updates and real steps, without compiling and evaluating."
@@ -75,39 +78,44 @@ def _returns(courses: list[AgentCurve], looks: dict[str, Style], folder: Path) -
 
 
 def _return_bands(
-    axis: Any, courses: list[AgentCurve], looks: dict[str, Style], along: dict[str, Array], xlabel: str, also: bool
+    axis: "matplotlib.axes.Axes",
+    agents: list[AgentCurve],
+    styles: dict[str, Style],
+    along: dict[str, Array],
+    xlabel: str,
+    also: bool,
 ) -> None:
-    earned = {c.method: c.trained for c in courses if also and c.evaluated.any() and c.trained[0].size > 1}
+    earned = {c.method: c.trained for c in agents if also and c.evaluated.any() and c.trained[0].size > 1}
     thin = {m: (x[_few(x)], interquartile_mean(y[_few(x)])) for m, (x, y) in earned.items()}
-    sign = figures.return_axis(axis, [*(course.means for course in courses), *(y for _, y in thin.values())])
+    sign = figures.return_axis(axis, [*(agent.means for agent in agents), *(y for _, y in thin.values())])
     lines = []
-    for course in courses:
-        y, style = course.curve[1], looks[course.method]
+    for agent in agents:
+        y, style = agent.curve[1], styles[agent.method]
         low, high = interval(y, resamples=gallery.BAND)
-        lines.append(_band(axis, Band(style, along[course.method], *(sign * z for z in (course.means, low, high)))))
+        lines.append(_band(axis, Band(style, along[agent.method], *(sign * z for z in (agent.means, low, high)))))
     for method, (x, y) in thin.items():
-        axis.plot(x, _shown(sign * y), color=looks[method].colour, linewidth=0.9, alpha=0.85)
+        axis.plot(x, _shown(sign * y), color=styles[method].colour, linewidth=0.9, alpha=0.85)
     axis.set_xlabel(xlabel)
     axis.set_xlim(left=0)
     axis.xaxis.set_major_formatter(lambda x, _: figures.compact(x))
     figures.name_ends(axis, lines)
 
 
-def _said(name: str, courses: list[AgentCurve], looks: dict[str, Style], folder: Path) -> list[Picture]:
-    """Something that agents say under a name of `NAMED`, of all that do."""
+def _metric(name: str, agents: list[AgentCurve], styles: dict[str, Style], folder: Path) -> list[Picture]:
+    """Draw one metric of `NAMED` for all agents that report it."""
     title, ylabel, caption = NAMED[name]
-    saying = [(course, course.said[name]) for course in courses if name in course.said]
-    if not saying:
+    reporting = [(agent, agent.metrics[name]) for agent in agents if name in agent.metrics]
+    if not reporting:
         return []
 
-    def paint(axis: Any) -> None:
+    def paint(axis: "matplotlib.axes.Axes") -> None:
         bands = []
-        for course, values in saying:
-            spoken = np.flatnonzero(~np.isnan(values).all(axis=1))
-            spoken = spoken[_few(spoken)]
-            low, high = interval(values[spoken], resamples=gallery.BAND)
-            middle = interquartile_mean(values[spoken])
-            bands.append(Band(looks[course.method], course.steps[spoken], middle, low, high))
+        for agent, values in reporting:
+            given = np.flatnonzero(~np.isnan(values).all(axis=1))
+            given = given[_few(given)]
+            low, high = interval(values[given], resamples=gallery.BAND)
+            middle = interquartile_mean(values[given])
+            bands.append(Band(styles[agent.method], agent.steps[given], middle, low, high))
         _positive(axis, [y for band in bands for y in (band.y, band.low, band.high)])
         lines = [_band(axis, band) for band in bands]
         axis.set_xlabel("real steps")
@@ -119,17 +127,17 @@ def _said(name: str, courses: list[AgentCurve], looks: dict[str, Style], folder:
     return [gallery.plot(folder, name.replace("_", "-"), "Model", title, caption, paint)]
 
 
-def _foresight(
-    courses: list[AgentCurve], looks: dict[str, Style], scene: dict[str, Any], folder: Path
+def _model_rollouts(
+    agents: list[AgentCurve], styles: dict[str, Style], scene: dict[str, Any], folder: Path
 ) -> list[Picture]:
-    """Errors of the models' rollouts, and one trajectory of each beside the true one."""
-    seeing = [(course, course.foresight) for course in courses if course.foresight is not None]
-    if not seeing:
+    """Draw the errors of the models' rollouts, and one trajectory of each with the true one."""
+    modelling = [(agent, agent.model_rollouts) for agent in agents if agent.model_rollouts is not None]
+    if not modelling:
         return []
 
-    def paint(axis: Any) -> None:
+    def paint(axis: "matplotlib.axes.Axes") -> None:
         bands, spreads = [], []
-        for course, found in seeing:
+        for agent, found in modelling:
             error, spread = (np.asarray(found[name], float) for name in ("error", "spread"))
             k = np.arange(1, error.shape[1] + 1)
             going = ~np.isnan(error).any(axis=0)
@@ -137,9 +145,9 @@ def _foresight(
                 np.median(error[:, going], axis=0),
                 (error[:, going].min(axis=0), error[:, going].max(axis=0)),
             )
-            bands.append(Band(looks[course.method], k[going], middle, *ends))
-            if np.any(spread > 0):  # a model without noise, planned on at its mean, has none
-                spreads.append((looks[course.method], k[going], np.median(spread[:, going], axis=0)))
+            bands.append(Band(styles[agent.method], k[going], middle, *ends))
+            if np.any(spread > 0):  # a deterministic model at its mean has no spread
+                spreads.append((styles[agent.method], k[going], np.median(spread[:, going], axis=0)))
         _positive(axis, [*(y for band in bands for y in (band.low, band.high)), *(y for *_, y in spreads)])
         for style, k, y in spreads:
             axis.plot(k, _shown(np.where(y > 0, y, np.nan)), color=style.colour, linewidth=1.1, linestyle="--")
@@ -153,21 +161,21 @@ def _foresight(
     caption = (
         "Rollouts of the final model from starts of the task, under the actions of the true episodes: the distance of the "
         "particles' mean from the truth (median over seeds, and their range), and the particles' own spread. A spread below "
-        "the error is a model that is surer than it should be."
+        "the error shows an overconfident model."
     )
     pictures = [gallery.plot(folder, "foresight-error", "Model", "Error of the model's rollouts", caption, paint)]
-    for course, found in seeing:
+    for agent, found in modelling:
         true, low, middle, high = (np.asarray(found[name], float) for name in ("s", "low", "middle", "high"))
         names = list(scene.get("state_names") or [])
         names = names if len(names) == true.shape[1] else [f"state {i + 1}" for i in range(true.shape[1])]
-        title = "Predicted and true trajectories" + (f", {course.label}" if len(courses) > 1 else "")
+        title = "Predicted and true trajectories" + (f", {agent.label}" if len(agents) > 1 else "")
         caption = (
             "True states, dark, and the model's under the same actions, coloured: median of the particles, and the range from "
-            "5% to 95% of them. The panels show the truth whole: what leaves them is far from it."
+            "5% to 95% of them. The panels span the true states: curves that leave them are far off."
         )
         dt = float(scene.get("dt", 1.0))
-        make = _trajectories(true, (low, middle, high), names, dt, looks[course.method])
-        pictures.append(gallery.save_figure(folder, f"foresight-{course.method}", "Model", title, caption, make))
+        make = _trajectories(true, (low, middle, high), names, dt, styles[agent.method])
+        pictures.append(gallery.save_figure(folder, f"foresight-{agent.method}", "Model", title, caption, make))
     return pictures
 
 
@@ -192,31 +200,31 @@ def _trajectories(
     return make
 
 
-def _rest(course: AgentCurve, style: Style, folder: Path) -> list[Picture]:
-    """Whatever else an agent says, each in a panel."""
-    said = {name: x for name, x in course.said.items() if name not in NAMED}
-    if not said or len(course.steps) < 3:
+def _rest(agent: AgentCurve, style: Style, folder: Path) -> list[Picture]:
+    """Draw the other metrics of an agent, one panel each."""
+    metrics = {name: x for name, x in agent.metrics.items() if name not in NAMED}
+    if not metrics or len(agent.steps) < 3:
         return []
 
     def make() -> Any:
-        figure, axes = panels(min(len(said), SAID), xlabel="real steps")
-        for axis, (name, values) in zip(axes, said.items(), strict=False):
+        figure, axes = panels(min(len(metrics), OTHERS), xlabel="real steps")
+        for axis, (name, values) in zip(axes, metrics.items(), strict=False):
             axis.set_title(name.replace("_", " "), loc="left", fontsize=8.5, pad=4, parse_math=False)
-            few, looks = _few(values), {"color": style.colour, "linewidth": 1.1, "alpha": max(0.3, course.seeds**-0.5)}
-            axis.plot(course.steps[few], _shown(values[few]), **looks)
+            few, line = _few(values), {"color": style.colour, "linewidth": 1.1, "alpha": max(0.3, agent.seeds**-0.5)}
+            axis.plot(agent.steps[few], _shown(values[few]), **line)
             axis.xaxis.set_major_formatter(lambda x, _: figures.compact(x))
             axis.yaxis.set_major_formatter(lambda x, _: figures.compact(round(x, 12)))
         return figure
 
-    caption = "As the agent gives it at each update, one line a seed."
-    caption += f" {len(said) - SAID} more are in metrics.jsonl." if len(said) > SAID else ""
+    caption = "As the agent reports it at each update, one line a seed."
+    caption += f" {len(metrics) - OTHERS} more are in metrics.jsonl." if len(metrics) > OTHERS else ""
     return [
-        gallery.save_figure(folder, f"said-{course.method}", "What the agents say", f"{course.label}", caption, make)
+        gallery.save_figure(folder, f"said-{agent.method}", "Metrics of the agents", f"{agent.label}", caption, make)
     ]
 
 
-def _band(axis: Any, band: Band) -> Series:
-    """The curve with its interval; a marker where there is one point alone."""
+def _band(axis: "matplotlib.axes.Axes", band: Band) -> Series:
+    """Draw a curve with its interval, and a marker at its end."""
     style, y = band.style, _shown(band.y)
     axis.fill_between(band.x, _shown(band.low), _shown(band.high), color=style.colour, alpha=0.16, linewidth=0)
     axis.plot(band.x, y, color=style.colour, linewidth=2.0)
@@ -224,20 +232,20 @@ def _band(axis: Any, band: Band) -> Series:
     return Series(style, band.x, y)
 
 
-def _positive(axis: Any, values: list[Array]) -> None:
-    """A logarithmic axis around what is positive, if all of it is."""
+def _positive(axis: "matplotlib.axes.Axes", values: list[Array]) -> None:
+    """Set a logarithmic axis if all values are positive and span a range."""
     finite = np.concatenate([y[np.isfinite(y)] for y in values])
     if finite.size and finite.min() > 0 and finite.max() > 3 * finite.min():
         figures.log_axis(axis.yaxis, (float(finite.min()), float(finite.max())))
 
 
-def _at(course: AgentCurve, steps: Array) -> Array:
-    """Seconds of learning at so many real steps."""
-    return course.seconds[np.searchsorted(course.steps, steps)]
+def _at(agent: AgentCurve, steps: Array) -> Array:
+    """Return the seconds of learning at each number of real steps."""
+    return agent.seconds[np.searchsorted(agent.steps, steps)]
 
 
 def _few(values: Array) -> Array:
-    """Which of the values are drawn: all, or some at even distances with the first and the last."""
+    """Return the indices of at most `POINTS` values at even distances, with the first and the last."""
     return np.unique(np.linspace(0, len(values) - 1, min(POINTS, len(values))).astype(int))
 
 

@@ -1,35 +1,39 @@
-"""A plan as a figure: states, actions between their limits, and how strong its feedback is, over time; of arrays alone."""
+"""Figures of plans from arrays: states, actions with their limits, and the norm of the feedback gains, over time."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffmbrl.render.palette import INK, MUTED, PALETTE, blank, dress
 from diffmbrl.report.figures import log_axis
+
+if TYPE_CHECKING:
+    import matplotlib.axes
 
 Array = np.ndarray
 PANEL = (2.9, 1.55)  # inches
 
 
 def plan_figure(
-    s: Any,
-    a: Any,
-    K: Any = None,
+    s: ArrayLike,
+    a: ArrayLike,
+    K: ArrayLike | None = None,
     *,
-    a_low: Any,
-    a_high: Any,
+    a_low: ArrayLike | Sequence[float],
+    a_high: ArrayLike | Sequence[float],
     dt: float,
     state_names: Sequence[str] | None = None,
     action_names: Sequence[str] | None = None,
 ) -> Any:
-    """One panel for each of n states, m actions and, with gains, for |K_t|; several plans lie over one another.
+    """Plot n states, m actions and, with gains, |K_t|, one panel each; several plans are overlaid.
 
     Shapes: `s` [*batch, T+1, n], `a` [*batch, T, m], `K` [*batch, T, m, n], limits [m], names of length n and m. Infinite
     limits are not drawn. Values that are not finite leave a gap, and their panel says how many there were.
 
-    Raises: `ValueError` if shapes or names do not fit one another.
+    Raises: `ValueError` if shapes or names do not fit each other.
 
     >>> figure = plan_figure(np.zeros((6, 2)), np.ones((5, 1)), a_low=[-1.0], a_high=[1.0], dt=0.1)
     >>> [axis.get_title(loc="left") for axis in figure.axes]
@@ -42,15 +46,15 @@ def plan_figure(
     s, a = s.reshape(-1, T + 1, n), a.reshape(-1, T, m)
     time = dt * np.arange(T + 1)
     figure, axes = panels(n + m + (K is not None))
-    looks = {"alpha": max(0.25, 1 / math.sqrt(len(s))), "linewidth": 1.5 if len(s) < 4 else 1.0}
+    line = {"alpha": max(0.25, 1 / math.sqrt(len(s))), "linewidth": 1.5 if len(s) < 4 else 1.0}
     for axis, name, values in zip(axes, state_names, np.moveaxis(s, -1, 0), strict=False):
         _title(axis, name, values)
-        axis.plot(time, _shown(values).T, color=PALETTE[0], **looks)
+        axis.plot(time, _shown(values).T, color=PALETTE[0], **line)
     for j, name in enumerate(action_names):
         axis, values = axes[n + j], a[..., j]
         _title(axis, name, values)
         for action in _shown(values):
-            axis.stairs(action, time, baseline=None, color=PALETTE[2], **looks)
+            axis.stairs(action, time, baseline=None, color=PALETTE[2], **line)
         for limit in (low[j], high[j]):
             if np.isfinite(limit):
                 axis.axhline(limit, color=PALETTE[1], linewidth=1.0, linestyle=(0, (4, 3)))
@@ -60,14 +64,14 @@ def plan_figure(
         shown = np.where(_shown(norms) > 0, norms, np.nan)
         if np.any(np.isfinite(shown)):
             log_axis(axes[-1].yaxis, (float(np.nanmin(shown)), float(np.nanmax(shown))))
-        axes[-1].plot(time[:-1], shown.T, color=PALETTE[3], **looks)
+        axes[-1].plot(time[:-1], shown.T, color=PALETTE[3], **line)
     for axis in axes:
         axis.set_xlim(0, time[-1])
     return figure
 
 
 def panels(count: int, *, xlabel: str = "time [s]") -> tuple[Any, list[Any]]:
-    """A figure of so many small panels side by side, in rows, the lowest with a name below."""
+    """Return a figure of small panels in rows, with a label below the lowest ones."""
     columns = 3 if count > 4 else 2
     rows = math.ceil(count / columns)
     figure = blank((columns * PANEL[0], rows * PANEL[1] + 0.35))
@@ -87,7 +91,7 @@ def _panel(figure: Any, i: int, rows: int, columns: int, xlabel: str | None) -> 
     return axis
 
 
-def _title(axis: Any, name: str, values: Array) -> None:
+def _title(axis: "matplotlib.axes.Axes", name: str, values: Array) -> None:
     bad = int(np.sum(~np.isfinite(values)))
     axis.set_title(name, loc="left", fontsize=8.5, color=INK, pad=4, parse_math=False)
     if bad:
@@ -99,7 +103,13 @@ def _shown(values: Array) -> Array:
 
 
 def _named(
-    s: Array, a: Array, K: Any, low: Array, high: Array, state_names: Any, action_names: Any
+    s: Array,
+    a: Array,
+    K: ArrayLike | None,
+    low: Array,
+    high: Array,
+    state_names: Sequence[str] | None,
+    action_names: Sequence[str] | None,
 ) -> tuple[Sequence[str], Sequence[str]]:
     if s.ndim < 2 or a.ndim != s.ndim or s.shape[:-2] != a.shape[:-2] or s.shape[-2] != a.shape[-2] + 1:
         raise ValueError(

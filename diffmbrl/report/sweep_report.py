@@ -1,80 +1,75 @@
-"""The report of a sweep: every point with its return, what each setting is worth, and the returns drawn against it."""
+"""The report of a sweep: the return of every point, the effect of each setting, and the returns against it."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from diffmbrl.render import page, palette
-from diffmbrl.render.page import cell, escape, prose
-from diffmbrl.report import figures, frame, gallery, words
-from diffmbrl.report.plan_report import of_kind
+from diffmbrl.render import palette
+from diffmbrl.render.page import cell, escape
+from diffmbrl.report import figures, gallery, skeleton, words
 from diffmbrl.report.plans import panels
+from diffmbrl.report.skeleton import Contents, Record, RunData, of_kind
 from diffmbrl.report.table import UNKNOWN, aligned
 from diffmbrl.runs.statistics import Estimate, estimate
 
-Record = dict[str, Any]
-SHOWN, PRINTED = 300, 20  # points of the page's table and the terminal's: the rest are in the data
+if TYPE_CHECKING:
+    import matplotlib.axes
+
+SHOWN, PRINTED = 300, 20  # points in the tables of the page and the terminal: the others are in the data
 COLUMNS = ("return", "training return", "success", "steps", "in", "state")
-VALUES = 12  # of one setting, compared at most
+VALUES = 12  # values of one setting compared at most
 NOTE = (
     "Return: on held-out starts or in evaluations, of planners on their own starts; interquartile mean over seeds [95% "
-    "bootstrap interval]. Steps: updates, or real steps of each seed; the seconds are of all points that ran beside it."
+    "bootstrap interval]. Steps: updates, or real steps of each seed; seconds: of all points that ran in the same program."
 )
 
 
 class PointSummary(NamedTuple):
-    """A point's summary."""
+    """The row of one point."""
 
     name: str
-    setting: Record  # what points differ in
-    earned: np.ndarray  # [S]: on held-out starts or evaluations, or of planners the starts planned from
+    setting: Record  # the varied settings
+    earned: np.ndarray  # [S]: returns on held-out starts or evaluations; of planners, on their own starts
     final: Estimate
     train: Estimate
     success: float
     steps: float  # updates, or real steps
-    seconds: float  # of its group
+    seconds: float  # of all points that ran in the same program
     nonfinite: float
     state: str
     commit: str | None
 
 
-def compose(config: Record, provenance: Record, records: list[Record], remarks: list[str], folder: Path) -> str:
-    """The page; draws `folder` on the way."""
-    name, rows = str(config.get("name", "sweep")), ranked(records)
-    first, *rest = sentences(config, rows)
-    shown = {key: value for key, value in config.items() if key != "points"} | {"points": len(rows)}
-    parts = [
-        frame.header(name, f"sweep of {config.get('of')}", shown, provenance),
-        f'<p class="lead">{prose(first)}</p>',
-    ]
-    parts += [page.items(rest, kind="more")] if rest else []
-    if remarks := [*remarks, *_cautions(rows, provenance)]:
-        parts.append(f'<aside class="care">\n<h3>To bear in mind</h3>\n{page.items(remarks)}\n</aside>')
-    varied = [str(key) for key in config.get("varied", [])]
-    if rows:
-        parts += ["<h2>Every point</h2>", _table(rows, varied)]
+def contents(run: RunData) -> Contents:
+    """Rank the points and draw their returns."""
+    rows, varied = ranked(run.records), [str(key) for key in run.config.get("varied", [])]
+    tables = [("Every point", _table(rows, varied))] if rows else []
     if effects := _effects(rows, varied):
-        parts += ["<h2>Setting by setting</h2>", effects]
-    if pictures := _draw(rows, varied, folder):
-        parts += ["<h2>Returns</h2>", f'<div class="figures">\n{"".join(map(frame.figure, pictures))}\n</div>']
-    parts += ["<h2>To repeat it</h2>", frame.reproduce(config, provenance)]
-    parts += ["<h2>Configuration and provenance</h2>", frame.facts(shown, provenance)]
-    return page.document(f"{name} \u00b7 sweep", "\n".join(parts))
+        tables.append(("Setting by setting", effects))
+    return Contents(
+        lead=sentences(rows),
+        cautions=_cautions(rows),
+        tables=tables,
+        pictures=_draw(rows, varied, run.figures),
+        heading=str(run.config.get("name", "sweep")),
+        kind=f"sweep of {run.config.get('of')}",
+        facts={key: value for key, value in run.config.items() if key != "points"} | {"points": len(rows)},
+    )
 
 
-def text(config: Record, records: list[Record]) -> str:
-    """The table on the terminal, best first, with the sentences."""
-    rows, varied = ranked(records), [str(key) for key in config.get("varied", [])]
+def text(run: RunData) -> str:
+    """Return the table for the terminal, best first, then the sentences."""
+    rows, varied = ranked(run.records), [str(key) for key in run.config.get("varied", [])]
     lines = [["", *varied, *COLUMNS], *([str(i + 1), *_cells(row, varied)] for i, row in enumerate(rows[:PRINTED]))]
     more = f"\n... and {len(rows) - PRINTED} more points, in the report" if len(rows) > PRINTED else ""
-    return f"{aligned(lines)}{more}\n\n{NOTE}\n\n" + "\n".join(sentences(config, rows))
+    return f"{aligned(lines)}{more}\n\n{NOTE}\n\n" + "\n".join(sentences(rows))
 
 
 def ranked(records: list[Record]) -> list[PointSummary]:
-    """The points, task by task, the highest return first and those without one last."""
+    """Sort the points by task, the highest return first and points without one last."""
     rows = [_row(record) for record in of_kind(records, "point")]
     order = {task: i for i, task in enumerate(dict.fromkeys(row.setting.get("task") for row in rows))}
 
@@ -84,8 +79,8 @@ def ranked(records: list[Record]) -> list[PointSummary]:
     return sorted(rows, key=key)
 
 
-def sentences(config: Record, rows: list[PointSummary]) -> list[str]:
-    """What came out, the headline first."""
+def sentences(rows: list[PointSummary]) -> list[str]:
+    """State the results in sentences, the headline first."""
     measured = [row for row in rows if not math.isnan(row.final.value)]
     if not measured:
         return ["No point has a return."]
@@ -110,7 +105,7 @@ def _told(row: PointSummary) -> str:
 
 
 def _edges(best: PointSummary, rows: list[PointSummary]) -> list[tuple[str, str]]:
-    """The numbers of the best point that nothing lies beyond; of those with at least three values tried."""
+    """Return the settings of the best point at an edge of at least three tried values, and which edge."""
     out = []
     for name, value in best.setting.items():
         tried = sorted({row.setting[name] for row in rows if _is_number(row.setting.get(name))})
@@ -119,7 +114,7 @@ def _edges(best: PointSummary, rows: list[PointSummary]) -> list[tuple[str, str]
     return out
 
 
-def _cautions(rows: list[PointSummary], provenance: Record) -> list[str]:
+def _cautions(rows: list[PointSummary]) -> list[str]:
     out = []
     for state in dict.fromkeys(row.state for row in rows if row.state != "finished"):
         count = sum(row.state == state for row in rows)
@@ -135,8 +130,6 @@ def _cautions(rows: list[PointSummary], provenance: Record) -> list[str]:
     problem = [name for name in rows[0].setting if name == "horizon" or name.startswith("param.")] if rows else []
     if problem:
         out.append(f"Points differ in {words.join_words(problem)}: returns of different problems, ranked together.")
-    if (provenance.get("git") or {}).get("dirty"):
-        out.append("The code had changes that are not in the commit.")
     return out
 
 
@@ -174,8 +167,7 @@ def _cells(row: PointSummary, varied: list[str]) -> list[str]:
 
 
 def _table(rows: list[PointSummary], varied: list[str]) -> str:
-    names = ["", *varied, *COLUMNS[:4], "seconds of its group", "state"]
-    head = "".join(f"<th{page.attribute('left' if name == 'state' else '')}>{escape(name)}</th>" for name in names)
+    names = ["", *varied, *COLUMNS[:4], "seconds of its program", "state"]
     lines = []
     for i, row in enumerate(rows[:SHOWN]):
         own = "".join(cell(_value(row.setting.get(key))) for key in varied)
@@ -187,13 +179,11 @@ def _table(rows: list[PointSummary], varied: list[str]) -> str:
         cells = own + final + train + "".join(map(cell, numbers)) + cell(row.state, kind="left wrap")
         lines.append(f"<tr><th>{i + 1}<small>{escape(row.name)}</small></th>{cells}</tr>")
     more = f" {len(rows) - SHOWN} more points are in metrics.jsonl." if len(rows) > SHOWN else ""
-    body = "\n".join(lines)
-    shown = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-    return page.scroll("Every point", shown) + f'<p class="note">{prose(NOTE + more)}</p>'
+    return skeleton.table("Every point", skeleton.columns(names, left="state"), lines, NOTE + more)
 
 
 def _effects(rows: list[PointSummary], varied: list[str]) -> str:
-    """For each value of each setting: the best point that has it, and the interquartile mean over all of them."""
+    """Tabulate for each value of each setting the best point with it, and the mean over all points with it."""
     lines = []
     for name in varied:
         values = list(dict.fromkeys(_value(row.setting.get(name)) for row in rows))
@@ -211,33 +201,33 @@ def _effects(rows: list[PointSummary], varied: list[str]) -> str:
                 f"<tr><th>{escape(name)}</th>{cells}"
                 f"{cell(words.format_value(pooled), below=words.format_interval(pooled))}</tr>"
             )
-    # Returns of different tasks are no numbers to average.
+    # Returns of different tasks must not be averaged.
     if not lines or "task" in varied:
         return ""
-    head = "".join(f"<th>{name}</th>" for name in ("setting", "value", "points", "best point", "all points"))
+    head = skeleton.columns(("setting", "value", "points", "best point", "all points"))
     note = (
         "All points: interquartile mean over the seeds of all points with this value, and its 95% bootstrap interval."
     )
-    body = "\n".join(lines)
-    shown = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-    return page.scroll("Setting by setting", shown) + f'<p class="note">{note}</p>'
+    return skeleton.table("Setting by setting", head, lines, note)
 
 
 def _draw(rows: list[PointSummary], varied: list[str], folder: Path) -> list[gallery.Picture]:
-    """Return against each setting, coloured by the first that is text."""
+    """Draw the return against each setting, coloured by the first setting with text values."""
     drawn = [row for row in rows if row.earned.size and math.isfinite(row.final.value)]
     names = [name for name in varied if len({_value(row.setting.get(name)) for row in drawn}) > 1 and name != "task"]
     if not names:
         return []
     folder.mkdir(exist_ok=True)
     by = next((name for name in names if isinstance(drawn[0].setting.get(name), str)), None)
-    names = [name for name in names if name != by] or names  # it is told by the colours
+    names = [name for name in names if name != by] or names  # the colours show it
     out = []
     for task in dict.fromkeys(row.setting.get("task") for row in drawn):
         own = [row for row in drawn if row.setting.get("task") == task]
         title = "Return against each setting" + (f", {task}" if task else "")
         caption = "Cost is minus the return. " if all(row.final.value < 0 for row in own) else ""
-        caption += "Interquartile mean over seeds and 95% bootstrap interval of each point; a line joins the best ones."
+        caption += (
+            "Interquartile mean over seeds and 95% bootstrap interval of each point; a line joins the best points."
+        )
         file = "returns" if task is None else f"returns-{task}"
         out.append(gallery.save_figure(folder, file, "Returns", title, caption, _panels(own, names, by)))
     return out
@@ -247,18 +237,18 @@ def _panels(rows: list[PointSummary], names: list[str], by: str | None) -> Calla
     def make() -> Any:
         figure, axes = panels(len(names), xlabel="") if len(names) > 1 else _alone()
         kinds = list(dict.fromkeys(_value(row.setting.get(by)) if by else "" for row in rows))
-        looks = {kind: figures.style_of(kind, index=i) for i, kind in enumerate(kinds)}
+        styles = {kind: figures.style_of(kind, index=i) for i, kind in enumerate(kinds)}
         for axis, name in zip(axes, names, strict=True):
             axis.tick_params(labelbottom=True)
             axis.set_title(name, loc="left", fontsize=8.5, pad=4, parse_math=False)
             sign = figures.return_axis(axis, [row.earned for row in rows])
             axis.set_ylabel("return" if sign > 0 else "cost", fontsize=8.5)
             place = _places(axis, [row.setting.get(name) for row in rows])
-            for kind, style in looks.items():
+            for kind, style in styles.items():
                 own = [row for row in rows if not by or _value(row.setting.get(by)) == kind]
                 _points(axis, own, [place(row.setting.get(name)) for row in own], sign, style)
-        if len(looks) > 1:
-            handles = [_handle(style) for style in looks.values()]
+        if len(styles) > 1:
+            handles = [_handle(style) for style in styles.values()]
             axes[0].legend(
                 handles=handles, loc="upper right", fontsize=7, labelcolor=palette.INK, frameon=True, framealpha=0.85
             )
@@ -272,11 +262,13 @@ def _alone() -> tuple[Any, list[Any]]:
     return figure, [axis]
 
 
-def _points(axis: Any, rows: list[PointSummary], x: list[float], sign: float, style: figures.Style) -> None:
+def _points(
+    axis: "matplotlib.axes.Axes", rows: list[PointSummary], x: list[float], sign: float, style: figures.Style
+) -> None:
     for place, row in zip(x, rows, strict=True):
         ends = sorted(sign * end for end in (row.final.low, row.final.high))
         if all(map(math.isfinite, ends)):
-            axis.vlines(place, *ends, color=style.colour, linewidth=1.0, alpha=0.35)
+            axis.vlines(place, ends[0], ends[1], color=style.colour, linewidth=1.0, alpha=0.35)
     y = [sign * row.final.value for row in rows]
     axis.plot(x, y, style.marker, color=style.colour, markersize=3.5, alpha=0.75)
     best: dict[float, float] = {}
@@ -287,8 +279,8 @@ def _points(axis: Any, rows: list[PointSummary], x: list[float], sign: float, st
         axis.plot(*zip(*line, strict=True), color=style.colour, linewidth=1.2, alpha=0.9)
 
 
-def _places(axis: Any, values: list[Any]) -> Callable[[Any], float]:
-    """Where a value stands on the x axis: at itself, on a logarithmic axis if they span more than a decade, or in turn."""
+def _places(axis: "matplotlib.axes.Axes", values: list[Any]) -> Callable[[Any], float]:
+    """Set up the x axis, logarithmic if the values span a decade; return the position of a value, its rank if it is text."""
     if all(map(_is_number, values)):
         low, high = min(values), max(values)
         if low > 0 and high / low >= 10:
@@ -313,7 +305,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _value(x: Any) -> str:
-    """A setting's value as it was written."""
+    """Format the value of a setting."""
     if isinstance(x, list):
         return "x".join(map(str, x))
     return f"{x:g}" if isinstance(x, float) else "-" if x is None else str(x)

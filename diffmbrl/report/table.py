@@ -1,4 +1,4 @@
-"""The summary: one row a method at its best rate, as text for a terminal and as cells for the report."""
+"""The summary of a comparison: one row for each method at its best rate, and its text for the terminal."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 class TargetReached(NamedTuple):
-    """What an arm had spent when its training return (interquartile mean) first was as good as the target."""
+    """The work of an arm until its training return (interquartile mean) first reached the target."""
 
     update: float
     seconds: float
@@ -24,7 +24,7 @@ class TargetReached(NamedTuple):
 
 @dataclass
 class MethodSummary:
-    """A method's summary. Work is per seed (the mean over seeds); seconds are the arm's own clock, all lanes together."""
+    """The row of a method. Work is the mean over seeds; seconds are of the whole arm, all replicas together."""
 
     arm: Arm
     train: Estimate
@@ -37,7 +37,7 @@ class MethodSummary:
     jvp: float
     vjp: float
     seconds: float
-    lanes: float
+    replicas: float
     nonfinite: float  # over all seeds
     reach: TargetReached | None
 
@@ -56,7 +56,7 @@ class MethodSummary:
 
 @dataclass
 class Summary:
-    """The table: rows, all arms behind them, and the best first-order arm, whose final return is the target."""
+    """The table: a row for each method, all arms, and the best first-order arm, whose final return is the target."""
 
     rows: list[MethodSummary]
     arms: list[MethodSummary]
@@ -68,7 +68,7 @@ class Summary:
 
 
 def summarise(arms: list[Arm]) -> Summary:
-    """Rows for the best rate of each method and for every arm, against the best first-order training return."""
+    """Summarise every arm, and each method at its best rate, against the best first-order training return."""
     first = [arm for arm in arms if arm.order == 1 and arm.measured and not arm.plans and math.isfinite(arm.score)]
     reference = max(first, key=lambda arm: arm.score, default=None)
     best = {id(arm) for arm in best_rates(arms)}
@@ -77,7 +77,7 @@ def summarise(arms: list[Arm]) -> Summary:
 
 
 def row_of(arm: Arm, target: float) -> MethodSummary:
-    """One arm's summary."""
+    """Summarise one arm."""
     nan = math.nan
     if not arm.measured:
         return MethodSummary(arm, UNKNOWN, UNKNOWN, UNKNOWN, nan, nan, nan, nan, nan, nan, nan, nan, nan, None)
@@ -93,7 +93,7 @@ def row_of(arm: Arm, target: float) -> MethodSummary:
         success=nan if np.isnan(success).all() else float(np.nanmean(success)),
         iterations=float(arm["update"][-1]),
         seconds=float(arm["seconds"][-1]),
-        lanes=float(arm["lanes"][-1]),
+        replicas=float(arm["lanes"][-1]),
         nonfinite=float(np.nansum(arm["nonfinite"][-1])),
         reach=reach_of(arm, target),
         **final,
@@ -101,7 +101,7 @@ def row_of(arm: Arm, target: float) -> MethodSummary:
 
 
 def reach_of(arm: Arm, target: float) -> TargetReached | None:
-    """The first evaluation at which the training return is as good as the target."""
+    """Return the work until the first evaluation whose training return reaches the target, None if none does."""
     there = np.flatnonzero(interquartile_mean(arm["train"]) >= target)
     if there.size == 0:
         return None
@@ -111,12 +111,12 @@ def reach_of(arm: Arm, target: float) -> TargetReached | None:
 
 
 def name(arm: Arm) -> str:
-    """The label, with the rate if there is one."""
+    """Return the label of an arm, with its rate if it has one."""
     return arm.label if arm.rate is None else f"{arm.label}, rate {arm.rate:g}"
 
 
 def text(summary: Summary) -> str:
-    """Two tables of at most about 110 columns, quality and cost, with the notes that they need."""
+    """Format two tables for the terminal, quality and cost, at most about 110 columns wide, with their notes."""
     if not summary.rows:
         return "No arm was recorded."
     quality = [["method", "return on training starts", "on held-out starts", "success", "best visited"]]
@@ -144,12 +144,12 @@ def text(summary: Summary) -> str:
         target = f"{name(summary.reference)}, {words.format_number(summary.target)} on training starts"
         notes.append(f"Reached: the best first-order return ({target}).")
     if any(row.arm.plans for row in summary.rows):
-        notes.append("* plans each start anew, instead of learning one policy for all.")
+        notes.append("* plans each start separately, instead of learning one policy for all.")
     return "\n\n".join([aligned(quality), aligned(cost), "\n".join(notes)])
 
 
 def aligned(lines: list[list[str]]) -> str:
-    """Columns of text: the first to the left, the others to the right."""
+    """Align columns of text: the first to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     first, *rest = widths
     out = [

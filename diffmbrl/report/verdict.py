@@ -1,15 +1,15 @@
-"""What a run says, in sentences computed from its summary and from nothing else."""
+"""The results of a comparison in sentences, computed from its summary alone."""
 
 import math
 
 from diffmbrl.report import words
 from diffmbrl.report.table import MethodSummary, Summary, name
 
-OVERFIT = 1.5  # held-out cost above this multiple of the training cost is said to overfit
+OVERFIT = 1.5  # a held-out cost above this multiple of the training cost counts as overfitting
 
 
 def sentences(summary: Summary) -> list[str]:
-    """The headline first; then speed, sequential depth, planners and what the numbers do not show."""
+    """State the results: the headline, then speed, sequential depth, planners, overfitting and few seeds."""
     policies = [row for row in summary.rows if row.measured and not row.arm.plans]
     if not policies:
         return ["No policy was evaluated, so there is nothing to compare.", *_planners(summary, policies)]
@@ -18,13 +18,13 @@ def sentences(summary: Summary) -> list[str]:
 
 
 def leader(summary: Summary) -> MethodSummary | None:
-    """The policy with the best held-out return."""
+    """Return the policy with the best held-out return."""
     rows = [row for row in summary.rows if row.measured and not row.arm.plans and not math.isnan(row.test.value)]
     return max(rows, key=lambda row: row.test.value, default=None)
 
 
 def fastest(summary: Summary) -> MethodSummary | None:
-    """The policy method that reached the best first-order return in the least time."""
+    """Return the policy method that reached the best first-order return in the least time."""
     rows = [(row.reach.seconds, row) for row in summary.rows if row.reach is not None and not row.arm.plans]
     return min(rows, key=lambda pair: pair[0], default=(0.0, None))[1]
 
@@ -53,7 +53,7 @@ def _best(policies: list[MethodSummary]) -> str:
 def _fastest(summary: Summary, policies: list[MethodSummary]) -> list[str]:
     reference, quickest = summary.reference, fastest(summary)
     if reference is None or quickest is None or quickest.reach is None:
-        return ["No first-order method was evaluated, so there is no return to race to."]
+        return ["No first-order method was evaluated, so there is no target return."]
     others = {row.arm.method: row for row in policies}
     own = others[reference.method]
     goal = f"the best first-order return ({words.format_number(summary.target)} on training starts, {name(reference)})"
@@ -82,7 +82,7 @@ def _spent(row: MethodSummary) -> str:
 
 
 def _depth(policies: list[MethodSummary]) -> list[str]:
-    """Rollouts one after another: the time left on a machine wide enough to run everything else at once."""
+    """Compare sequential rollouts: the time that remains on a machine that runs everything else in parallel."""
     ranked = sorted(
         ((row.reach.sequential, row) for row in policies if row.reach is not None and row.reach.sequential > 0),
         key=lambda pair: pair[0],
@@ -91,8 +91,8 @@ def _depth(policies: list[MethodSummary]) -> list[str]:
         return []
     (low, first), (high, last) = ranked[0], ranked[-1]
     return [
-        f"In rollouts that must run one after another, which is what counts on an accelerator, {first.arm.label} needed the "
-        f"fewest to get there: {words.format_count(low)}, {words.times(high / low)} fewer than "
+        f"{first.arm.label} needed the fewest sequential rollouts, which count on an accelerator: "
+        f"{words.format_count(low)}, {words.times(high / low)} fewer than "
         f"{last.arm.label} ({words.format_count(high)})."
     ]
 
@@ -105,7 +105,7 @@ def _planners(summary: Summary, policies: list[MethodSummary]) -> list[str]:
             sense = "above every policy" if row.test.value > best else "below the best policy"
             tail = "" if best == -math.inf else f": {sense}"
             out.append(
-                f"For reference, {row.arm.label}, which plans each start anew and learns no policy, gets "
+                f"For reference, {row.arm.label}, which plans each start separately and learns no policy, gets "
                 f"{words.format_estimate(row.test)} on the held-out starts{tail}."
             )
     return out

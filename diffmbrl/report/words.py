@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: three significant digits, no more decimals than that, no exponent where none is needed."""
+"""Numbers for readers: three significant digits, and an exponent only where one is needed."""
 
 import math
 
@@ -8,7 +8,7 @@ NONE = "-"
 
 
 def format_number(x: float | int | None, *, decimals: int | None = None) -> str:
-    """Three significant digits, at most four decimals; or as many decimals as asked for.
+    """Format a number with three significant digits and at most four decimals, or with a given number of decimals.
 
     >>> format_number(-0.81234), format_number(-27000.0), format_number(1.2e9), format_number(math.nan)
     ('-0.812', '-27,000', '1.2e+09', '-')
@@ -23,7 +23,7 @@ def format_number(x: float | int | None, *, decimals: int | None = None) -> str:
 
 
 def format_estimate(e: Estimate) -> str:
-    """Value and interval; the value alone where there is no interval.
+    """Format a value and its interval, the value alone if there is no interval.
 
     >>> format_estimate(Estimate(-0.812, -0.9041, -0.7)), format_estimate(Estimate(149.12, 148.9, 149.2))
     ('-0.812 [-0.904, -0.700]', '149.1 [148.9, 149.2]')
@@ -32,19 +32,19 @@ def format_estimate(e: Estimate) -> str:
 
 
 def format_value(e: Estimate) -> str:
-    """The value, with the decimals that its interval needs."""
+    """Format the value with the decimals that its interval needs."""
     return format_number(e.value, decimals=_shared(e))
 
 
 def format_interval(e: Estimate) -> str:
-    """The interval in brackets, empty where there is none."""
+    """Format the interval in brackets, empty if there is none."""
     if math.isnan(e.low) or math.isnan(e.high):
         return ""
     return f"[{format_number(e.low, decimals=_shared(e))}, {format_number(e.high, decimals=_shared(e))}]"
 
 
 def format_count(x: float | int | None) -> str:
-    """A count, shortened from 10,000 on.
+    """Format a count, shortened from 10,000 on.
 
     >>> format_count(400), format_count(12345), format_count(3.1e8)
     ('400', '12.3k', '310M')
@@ -58,7 +58,7 @@ def format_count(x: float | int | None) -> str:
 
 
 def seconds(x: float | int | None) -> str:
-    """Seconds, with the unit.
+    """Format seconds, with the unit.
 
     >>> seconds(0.1234), seconds(31.26), seconds(421.0)
     ('0.12 s', '31.3 s', '421 s')
@@ -69,30 +69,28 @@ def seconds(x: float | int | None) -> str:
 
 
 def few(seeds: int) -> list[str]:
-    """What to bear in mind with fewer than five seeds, in a sentence; nothing with more.
+    """Warn of intervals from fewer than five seeds, in one sentence; an empty list for more.
 
     >>> few(1), few(5)
     (['One seed: no interval, and no claim beyond this seed.'], [])
     """
     if seeds == 1:
         return ["One seed: no interval, and no claim beyond this seed."]
-    return (
-        [f"With {seeds} seeds an interval is the range that was seen, and covers less than 95%."] if seeds < 5 else []
-    )
+    return [f"With {seeds} seeds an interval is the observed range and covers less than 95%."] if seeds < 5 else []
 
 
 def format_share(x: float | int | None) -> str:
-    """A share as a percentage."""
+    """Format a share as a percentage."""
     return NONE if x is None or not math.isfinite(x) else f"{100 * x:.0f}%"
 
 
 def times(x: float) -> str:
-    """A ratio in words: `3.2 times`, `40 times`."""
+    """Format a ratio: `3.2 times`, `40 times`."""
     return f"{x:.1f} times" if x < 10 else f"{x:.0f} times"
 
 
 def join_words(items: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Join words: `a`, `a and b`, `a, b and c`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
@@ -101,7 +99,7 @@ def _decimals(x: float | int) -> int:
 
 
 def _shared(e: Estimate) -> int | None:
-    """Decimals that show three digits of the value and one of the interval's width; None where it has none."""
+    """Return the decimals that show three digits of the value and one of the width; None if the value has none."""
     width = e.high - e.low
     if not math.isfinite(e.value) or abs(e.value) < 1e-3:
         return None
