@@ -8,16 +8,21 @@ WORKERS ?= 2
 TASK ?= cartpole-balance
 
 .DEFAULT_GOAL := help
-.PHONY: bench clean compare experiment format help lint setup test tests types
+.PHONY: bench clean compare experiment format help lint setup test test-all tests types
 
 compare: $(VENV)/installed  ## compare first- and second-order methods on one task: TASK=cartpole-balance
 	$(BIN)/diffmbrl compare $(TASK) $(ARGS)
 
-test: lint types tests  ## lint, types and tests
+test: lint types tests  ## lint, types and tests: ten minutes on two cores
 
-# One worker for all tests of a file: what one test has compiled, the others use.
+test-all: SELECT :=
+test-all: lint types tests  ## the same with the slow tests: an hour
+
+# One worker for all tests of a file, for what one test has compiled, the others use. Files in their order: docstrings,
+# of a second each, come last, so that no worker waits for another.
+SELECT := -m "not slow"
 tests: $(VENV)/installed-dev  ## the tests alone; ARGS goes to pytest
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(SELECT) $(ARGS)
 
 lint: $(VENV)/installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -43,7 +48,7 @@ clean:  ## remove .venv, caches and builds; runs stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Stamps, so that an installation is redone only when what it depends on has changed.
 $(VENV)/created:
