@@ -45,6 +45,7 @@ AGENTS = [
         ),
         model=True,
         tolerance=1e-3,
+        slow=True,  # test_mbpo.py
     ),
     Row(
         "model-ppo",
@@ -72,6 +73,7 @@ AGENTS = [
         lambda task: make_agent("mpc", task, STEPS | {"seconds": 0.2, "members": 2, "units": 8}),
         model=True,
         tolerance=1e-2,
+        slow=True,  # test_mpc_agent.py
     ),
     Row("bptt", lambda task: make_agent("bptt", task, STEPS | {"updates": 2}), model=True, tolerance=1e-3),
     Row(

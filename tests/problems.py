@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.linalg
 
 from diffmbrl import Neural, Task, tasks
@@ -159,6 +160,13 @@ def small(key: Any, starts: int) -> tuple[Neural, Task, Any]:
 def update(solver, policy, carry, task, s0):
     """One update without noise."""
     return solver.update(policy, carry, task, s0, key=None)
+
+
+def some_slow(rows: Any, *slow: Any) -> list[Any]:
+    """The rows of a parametrisation, of which some are slow: another row or file would show the same fault."""
+    unknown = set(slow) - set(rows)
+    assert not unknown, unknown
+    return [pytest.param(row, marks=pytest.mark.slow) if row in slow else row for row in rows]
 
 
 def changed(task: Task, **leaves: Any) -> Task:

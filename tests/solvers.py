@@ -58,14 +58,14 @@ SOLVERS = [
     Row("adam", ADAM, models=False),
     Row("clipped adam", OptaxSolver(clipped_adam, learning_rate=3e-2, max_norm=0.5), models=False, slow=True),
     Row("annealed adam", OptaxSolver(optax.adam, learning_rate=6e-2, anneal=30.0), models=False, slow=True),
-    Row("muon", OptaxSolver(clipped_muon, learning_rate=3e-2), models=False),
-    Row("soap", OptaxSolver(soap, learning_rate=3e-2, every=2), models=False),
-    Row("sgd", OptaxSolver(optax.sgd, learning_rate=3e-2), models=False),
+    Row("muon", OptaxSolver(clipped_muon, learning_rate=3e-2), models=False, slow=True),
+    Row("soap", OptaxSolver(soap, learning_rate=3e-2, every=2), models=False, slow=True),
+    Row("sgd", OptaxSolver(optax.sgd, learning_rate=3e-2), models=False, slow=True),
     Row("lbfgs", OptaxSolver(optax.lbfgs, memory_size=5), monotone=True, models=False),
     Row("gauss-newton", GaussNewton(), monotone=True, exact_on_lqr=True),
     Row("gauss-newton, chunked", GaussNewton(system=Krylov(8), chunk=3), monotone=True, slow=True),
     Row("gauss-newton, damped", GaussNewton(damping=LevenbergMarquardt()), monotone=True, slow=True),
-    Row("dense gauss-newton", GaussNewton(system=Dense()), monotone=True, exact_on_lqr=True),
+    Row("dense gauss-newton", GaussNewton(system=Dense()), monotone=True, exact_on_lqr=True, slow=True),
     Row(
         "dense gauss-newton, damped",
         GaussNewton(system=Dense(), damping=LevenbergMarquardt()),
@@ -73,7 +73,7 @@ SOLVERS = [
         slow=True,
     ),
     Row("square root gauss-newton", GaussNewton(system=SquareRoot()), monotone=True, exact_on_lqr=True, slow=True),
-    Row("sigma-metric", GaussNewton(system=Sigma(rank=8)), monotone=True),
+    Row("sigma-metric", GaussNewton(system=Sigma(rank=8)), monotone=True, slow=True),
     Row("preconditioned gauss-newton", GaussNewton(system=Preconditioned(rank=4)), monotone=True, slow=True),
     Row(
         "gauss-newton in its blocks' metric",
@@ -90,12 +90,13 @@ SOLVERS = [
         slow=True,
     ),
     Row("krylov-newton", KrylovNewton(rank=12, structured=12), monotone=True, exact_on_lqr=True),
-    Row("consensus", Consensus(rank=8), monotone=True),
-    Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2]), models=False, slow=True),
+    Row("consensus", Consensus(rank=8), monotone=True, slow=True),
+    Row("continued adam", Continuation(ADAM, discounts=[0.8, 1.0], lengths=[2, 2]), models=False),
     Row(
         "continued lbfgs",
         Continuation(OptaxSolver(optax.lbfgs, memory_size=5), discounts=[0.8, 1.0], lengths=[2, 2]),
         models=False,
+        slow=True,
     ),
     Row(
         "continued gauss-newton",
@@ -107,6 +108,7 @@ SOLVERS = [
         Continuation(
             GaussNewton(system=Krylov(8)), discounts=[0.8, 1.0, 1.0], lengths=[2, 1, 1], trusts=[2.0, 2.0, jnp.inf]
         ),
+        slow=True,
     ),
     Row(
         "raced gauss-newton",
@@ -127,7 +129,7 @@ SOLVERS = [
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
     Row("ddp", DDP(), "plan", monotone=True, exact_on_lqr=True, models=False, slow=True),
     Row("multiple shooting", MultipleShooting(), "plan", exact_on_lqr=True, models=False),
-    Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan", models=False),
+    Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan", models=False, slow=True),
     Row(
         "random shooting",
         Sampling(ArgMax(), draw=Uniform(), samples=64, std=1.0),

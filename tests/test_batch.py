@@ -14,7 +14,13 @@ from tests.problems import bent, changed, same
 
 KEY = jax.random.key(0)
 SCHEDULES = {"one by one": OneByOne(), "together": Together(chunk=3, smallest=2)}
-each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
+each_schedule = pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(made, id=name, marks=[pytest.mark.slow] * (name == "one by one"))
+        for name, made in SCHEDULES.items()
+    ],
+)
 
 
 @pytest.fixture

@@ -125,6 +125,7 @@ def test_a_gradient_is_central_differences(x64):
     check_grads(f, arguments, order=1, modes=["rev"], eps=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_masses_is_a_vmap_and_another_mass_compiles_nothing():
     task = spring()
     s, a, traced = task.initial(KEY), jnp.asarray([0.3]), []
@@ -200,6 +201,7 @@ def test_names_and_drawings_fit_the_states():
     assert state_names(spring()) == [f"state {i + 1}" for i in range(26)]
 
 
+@pytest.mark.slow
 def test_a_pole_is_drawn_where_it_is():
     task = tasks.make("brax-inverted-pendulum")
     [shapes] = frames(task, np.asarray([[0.3, np.pi / 2, 0, 0]]))

@@ -242,6 +242,7 @@ def test_interrupted(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == "diffmbrl: interrupted\n"
 
 
+@pytest.mark.slow
 def test_as_a_program(folder):
     """The module as a process of its own, from another folder."""
     root = os.path.dirname(os.path.dirname(diffmbrl.__file__))

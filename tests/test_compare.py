@@ -24,8 +24,8 @@ from diffmbrl.rollout import episode_returns
 from diffmbrl.runs import read_metrics
 from tests.problems import of
 
-# Swept over rates, sequential in its seeds, with a path of dampings, with two, with a trust region, and a planner.
-ROWS = {name: METHODS[name] for name in ("adam", "lbfgs", "gauss-newton", "krylov-newton", "newton-cg", "ilqr")}
+# Swept over rates, sequential in its seeds, with a path of dampings, and a planner.
+ROWS = {name: METHODS[name] for name in ("adam", "lbfgs", "gauss-newton", "ilqr")}
 SETTING = CompareConfig(
     task="lqr",
     methods=tuple(ROWS),
@@ -229,6 +229,7 @@ def test_the_table_names_every_method(run):
     assert all(name in text for name in ROWS)
 
 
+@pytest.mark.slow
 def test_the_same_setting_is_the_same_run(run, records, tmp_path):
     again = compare(SETTING._replace(methods=("adam", "ilqr")), out=tmp_path / "again", stream=io.StringIO())
     for method, rate in [("adam", 1e-2), ("ilqr", None)]:
@@ -258,6 +259,7 @@ class Stairs(eqx.Module):
         return -jnp.floor(1000 * jnp.abs(a[0])) / 1000
 
 
+@pytest.mark.slow
 def test_estimators_side_by_side_where_only_they_can_climb(tmp_path, monkeypatch):
     def stepped(name, *, horizon, **parameters):
         task = tasks.lqr(horizon=horizon)

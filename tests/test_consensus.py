@@ -71,6 +71,7 @@ def test_at_a_high_price_it_is_gradient_descent_in_the_metric_of_the_policy(x64)
         assert np.max(np.abs(moved)) < 100 / rho  # beyond any price nothing moves
 
 
+@pytest.mark.slow
 def test_its_fixed_point_is_the_stationary_gain(x64):
     task = tasks.lqr(horizon=120)
     K, s0 = stationary_gain(task), task.starts(KEY, 4)

@@ -194,7 +194,9 @@ def test_the_units_of_the_reward_do_not_matter(rule):
     close(scaled_choice.damping, 1e3 * choice.damping)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(rule, id=name, marks=[pytest.mark.slow] * (name == "path")) for name, rule in RULES.items()]
+)
 def test_nor_do_they_in_the_solver(rule, x64):
     rule = jax.tree.map(lambda x: x.astype(float), rule)
     task = bent()

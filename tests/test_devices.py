@@ -77,6 +77,7 @@ def both(run: Path, command: str) -> str:
 LEARN = "learn lqr --agent random --horizon 10 --seeds 4 --real-steps 300 --devices 4 --out run"
 
 
+@pytest.mark.slow
 def test_two_processes_learn_together_and_checkpoint(tmp_path):
     """The checkpoint has all seeds, those of the other process too."""
     run = tmp_path / "run"

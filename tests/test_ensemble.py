@@ -40,7 +40,7 @@ def through(dynamics, task=TASK):
     return eqx.tree_at(lambda t: t.dynamics, task, dynamics)
 
 
-@pytest.mark.parametrize("propagation", [Mean(), TS1()])
+@pytest.mark.parametrize("propagation", [Mean(), pytest.param(TS1(), marks=pytest.mark.slow)])
 def test_an_ensemble_of_equals_is_one(propagation):
     ensemble = Ensemble(draw(NetworkDynamics, equal=True), propagation)
     alone = episode_return(PLAN, through(ensemble.member(0)), S0)
@@ -144,7 +144,7 @@ def test_every_sequence_meets_the_same_members_and_noise():
     same(J[0], alone, rtol=1e-5)
 
 
-@pytest.mark.parametrize("propagation", [TS1(), TSInfinity()])
+@pytest.mark.parametrize("propagation", [TS1(), pytest.param(TSInfinity(), marks=pytest.mark.slow)])
 def test_sampling_and_shooting_plan_through_particles(propagation):
     task = through(Ensemble(draw(NetworkDynamics), propagation))
     cloud = particles(task, 4), replicate_start(S0, task, 4)
@@ -167,6 +167,7 @@ def _one(planner, task):
     return plan, info
 
 
+@pytest.mark.slow
 def test_derivatives_plan_through_the_mean_and_through_particles():
     """iLQR and multiple shooting, which must end at the same plan."""
     task = through(Ensemble(draw(NetworkDynamics), Mean()))

@@ -258,6 +258,7 @@ def test_what_is_said_of_constant_jacobians(x64: None) -> None:
     assert "errs by 10.0% in the change of the state and 20.0% in its Jacobian" in said and "(T = 40)" in said
 
 
+@pytest.mark.slow
 def test_parts_in_time_are_of_the_gradient(x64: None) -> None:
     size = early_actions.QUICK._replace(horizons=(6,), seeds=2, starts=3, hidden=(3,))
     found = early_actions._profiles("lqr", 6, size)

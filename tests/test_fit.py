@@ -143,6 +143,7 @@ def test_each_member_ends_by_itself_with_its_own_best_weights():
         np.testing.assert_allclose(jnp.mean(jax.vmap(f.row_loss)(judged)), curves.holdout[e], rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_while_training_goes_on_to_worse_ones():
     """Few rows of pure noise: the loss held out falls and rises again."""
     noise = data(30)
@@ -156,6 +157,7 @@ def test_the_best_weights_are_kept_while_training_goes_on_to_worse_ones():
         assert curves.train[e, -1] < 0.5 * curves.train[e, 0]
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_size_are_no_data_and_nothing_compiles_while_a_buffer_grows():
     members, full = draw(), data(ROWS)
     run = jax.jit(chex.assert_max_traces(lambda *arguments: train(*arguments), n=1))
@@ -177,6 +179,7 @@ def test_equal_keys_are_equal_bit_for_bit_and_others_differ():
     assert all(np.any(x != y) for x, y in zip(jax.tree.leaves(one.net), jax.tree.leaves(other.net), strict=True))
 
 
+@pytest.mark.slow
 def test_members_are_trained_as_if_alone_and_together_alike():
     """Side by side, one after another, and vmapped over seeds."""
     members, rows, training = draw(), data(ROWS), Training(**STANDARD)
@@ -210,6 +213,7 @@ def test_a_share_is_held_out_and_stays_so_as_the_rows_grow():
     assert int(holdout_split(10, jnp.int32(2), jnp.asarray(0.0))[1]) == 0
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_trained_members():
     rows, training = data(ROWS), Training(**STANDARD)
     first, curves = train(draw(), rows, ROWS, KEY, training)

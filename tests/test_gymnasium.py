@@ -89,6 +89,7 @@ def test_both_systems_are_real():
     assert isinstance(pendulum(), Real) and isinstance(System(tasks.lqr()), Real)
 
 
+@pytest.mark.slow
 def test_runs_repeat_and_evaluations_have_the_same_starts():
     system, agent = pendulum(horizon=20), RandomAgent(warmup=20, every=20)
     learned = learn(agent, system, KEYS, real_steps=60, evaluations=2)
@@ -183,6 +184,7 @@ def test_an_end_and_a_time_limit_are_told_apart():
     np.testing.assert_allclose(np.abs(found.steps.a).max(), 0.3, atol=0.02)
 
 
+@pytest.mark.slow
 def test_reward_and_end_are_learned_from_the_steps():
     plain = tasks.cartpole_continuous(horizon=50)
     blank = eqx.tree_at(
@@ -209,6 +211,7 @@ def test_reward_and_end_are_learned_from_the_steps():
     assert np.mean(jax.vmap(models["end"])(rows.s_next) == rows.done) > 0.98 and rows.done.any()
 
 
+@pytest.mark.slow
 def test_a_planner_plans_with_the_reward_as_it_is_learned():
     """The agent has a reward of its own, which its plans are for: it is the fitted one too."""
     system = pendulum(horizon=20)

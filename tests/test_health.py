@@ -71,6 +71,7 @@ def examined(task, policy):
     return health, verdict(health)
 
 
+@pytest.mark.slow
 def test_a_stable_system_takes_plain_bptt():
     health, found = examined(*sick())
     assert found.estimator == "bptt" and found.states == ("good",) * 3 and found.safe == T
@@ -259,6 +260,7 @@ def test_spread_counts_what_is_not_finite_and_does_not_overflow():
     assert one.tail > 0.99
 
 
+@pytest.mark.slow
 def test_the_test_of_bias_holds_its_level(x64):
     """z is standard normal without a bias, in any dimension and with any covariance; a bias is found and measured."""
     keys = jax.random.split(jax.random.key(0), 2000)
@@ -293,7 +295,7 @@ def test_differences_see_a_wrong_gradient(x64):
     np.testing.assert_allclose(error(policy, task, s0, 1.1 * gradient, jax.random.key(2)), 0.1 / 1.1, rtol=1e-3)
 
 
-@pytest.mark.parametrize("make", [tasks.cartpole_swingup, tasks.lqr])
+@pytest.mark.parametrize("make", [pytest.param(tasks.cartpole_swingup, marks=pytest.mark.slow), tasks.lqr])
 def test_a_prefix_is_the_shorter_task(make, x64):
     long, key = make(horizon=12), jax.random.key(0)
     policy = Neural.init(long, hidden=(4,), key=key)

@@ -311,6 +311,7 @@ def test_the_damping_is_bounded_and_falls_along_a_receding_horizon():
     assert damping == 0
 
 
+@pytest.mark.slow
 def test_a_controller_at_rest_is_still_awake_when_something_happens():
     """Balanced for a hundred steps, and then pushed: no damping has piled up meanwhile that keeps the plan as it is."""
     task = tasks.pets_cartpole(horizon=160)

@@ -150,6 +150,7 @@ def test_derivatives_in_the_start_are_differences(x64):
     close(gradient(plan, task, start())[1], wanted)
 
 
+@pytest.mark.slow
 def test_forward_and_reverse_agree_under_vmap_and_jit(x64):
     task, plan = bent_plan()
 
@@ -308,6 +309,7 @@ def test_leaves_that_are_not_float_have_no_derivative(x64):
     close(found.dynamics.bent.mass, gradient(plan, task, start())[0].dynamics.mass)
 
 
+@pytest.mark.slow
 def test_fixed_noise_is_part_of_the_problem(x64):
     task, key = changed(bent(), noise=0.3), jax.random.key(3)
 

@@ -48,6 +48,7 @@ def test_a_schedule_that_leads_away_gives_back_what_it_was_given(problem):
     same(history.info.J, np.full(4, mean_return(trained, task, s0)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_handed_on_it_begins_from_there(problem):
     """In a relay the walk starts at the handover, not at the first policy."""
     policy, task, s0 = problem

@@ -32,13 +32,13 @@ from diffmbrl.second_order.dense import dense
 from diffmbrl.second_order.linearize import linearize
 from diffmbrl.second_order.riccati import riccati as riccati_sweep
 from diffmbrl.tasks import TASKS
-from tests.problems import LINEAR, bent, changed, optimal_actions, riccati, same, stationary_gain
+from tests.problems import LINEAR, bent, changed, optimal_actions, riccati, same, some_slow, stationary_gain
 from tests.solvers import SOLVERS
 
 KEY = jax.random.key(0)
 UNDAMPED = {"dampings": [0.0]}
 
-every_linear_task = pytest.mark.parametrize("name", LINEAR)
+every_linear_task = pytest.mark.parametrize("name", some_slow(LINEAR, "double integrator", "stable 12x4"))
 close = partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8)
 
 
@@ -82,7 +82,9 @@ def test_ilqr_is_riccati_for_a_discounted_task(x64):
     close(evaluate(plan, task, s0), riccati(task).J(s0))
 
 
-@pytest.mark.parametrize("name", ["double integrator", "unstable 3x1", "stable 12x4"])
+@pytest.mark.parametrize(
+    "name", some_slow(["double integrator", "unstable 3x1", "stable 12x4"], "double integrator", "stable 12x4")
+)
 def test_gauss_newton_on_a_plan_is_the_lqr_step(name, x64):
     horizon = 8
     task = LINEAR[name](horizon)
@@ -122,7 +124,7 @@ def dense_step(policy, task, s0):
 
 
 @pytest.mark.parametrize("row", [row for row in SOLVERS if row.exact_on_lqr], ids=lambda row: row.name)
-@pytest.mark.parametrize("name", ["double integrator", "marginal 5x2"])
+@pytest.mark.parametrize("name", some_slow(["double integrator", "marginal 5x2"], "double integrator"))
 def test_one_update_of_a_plan_is_optimal(row, name, x64):
     task = LINEAR[name](5)
     s0 = task.initial(KEY)
@@ -132,7 +134,9 @@ def test_one_update_of_a_plan_is_optimal(row, name, x64):
     np.testing.assert_allclose(evaluate(plan, task, s0), riccati(task).J(s0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["double integrator", "unstable 3x1", "marginal 5x2"])
+@pytest.mark.parametrize(
+    "name", some_slow(["double integrator", "unstable 3x1", "marginal 5x2"], "unstable 3x1", "marginal 5x2")
+)
 def test_the_fixed_point_of_a_linear_policy_is_the_stationary_gain(name, x64):
     """Over a horizon at whose end nothing is left to control, the best constant gain is the infinite horizon's."""
     task = LINEAR[name](200)
@@ -151,7 +155,18 @@ def test_the_fixed_point_of_a_linear_policy_is_the_stationary_gain(name, x64):
 # The gradient.
 
 
-@pytest.mark.parametrize("name", [name for name, row in TASKS.items() if row.differentiable_reward])
+# Of each kind of state one: on a line, with contact, with an end, a body that turns.
+MODELLED = {"cartpole-balance", "tennis", "cartpole-continuous", "quadrotor2d"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in MODELLED else pytest.param(name, marks=pytest.mark.slow)
+        for name, row in TASKS.items()
+        if row.differentiable_reward
+    ],
+)
 def test_the_gradient_of_the_quadratic_model_is_bptt(name, x64):
     task = changed_weights(tasks.make(name, horizon=10))
     policy = Neural.init(task, hidden=[5], key=KEY, output_scale=1.0)
@@ -237,7 +252,7 @@ class Problem:
         return run(self.policy, vectors)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", some_slow(PROBLEMS, "linear policy", "plan with feedback"))
 def test_products_dense_and_explicit_matrices_agree(name, x64):
     problem = Problem(name)
     by_products, N = problem.products(jnp.eye(problem.P))
@@ -250,6 +265,7 @@ def test_products_dense_and_explicit_matrices_agree(name, x64):
     assert np.linalg.eigvalsh(N).min() > -1e-12 * scale
 
 
+@pytest.mark.slow
 def test_the_problem_with_termination_has_one_and_the_projection_has_work():
     task = bent(ends=True)
     alive = rollouts(neural(task), task, task.starts(jax.random.key(2), 3)).alive
@@ -258,13 +274,20 @@ def test_the_problem_with_termination_has_one_and_the_projection_has_work():
     assert np.linalg.eigvalsh(H).min() < -0.1
 
 
-@pytest.mark.parametrize("name, chunk", [("network", 1), ("network", 100), ("plan", 3), ("noisy policy", 3)])
+@pytest.mark.parametrize(
+    "name, chunk",
+    [
+        *[("network", 1), ("plan", 3)],
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in [("network", 100), ("noisy policy", 3)]),
+    ],
+)
 def test_chunks_do_not_change_products(name, chunk, x64):
     problem = Problem(name)
     vectors = jax.random.normal(KEY, (2, problem.P), float)
     close(problem.products(vectors, chunk=chunk)[0], problem.products(vectors)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_on_a_linear_quadratic_task_it_is_the_hessian(x64):
     """Of an open-loop plan: then the model is exact."""
     task = LINEAR["unstable 3x1"](5)

@@ -26,6 +26,7 @@ from diffmbrl.optimizers import Krylov
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.solve.loop import CHUNK
 from diffmbrl.tasks import squashed
+from tests.problems import some_slow
 
 TASK = tasks.cartpole_balance(horizon=6)
 HIDDEN, SEEDS, STARTS, HELD_OUT, STEPS = (3,), 2, 3, 5, 4
@@ -83,7 +84,7 @@ SOLVERS = {
 }
 
 
-@pytest.fixture(scope="module", params=SOLVERS)
+@pytest.fixture(scope="module", params=some_slow(SOLVERS, "lbfgs", "gauss-newton"))
 def run(request):
     solvers, sequential = SOLVERS[request.param]
     lanes = BatchedPolicyRuns(solvers, TASK, HIDDEN, DRAWS, sequential=sequential)
@@ -139,6 +140,7 @@ def test_evaluation(run):
     assert np.all(np.isnan(begun["J"])) and np.all(begun["forward"] == 0)
 
 
+@pytest.mark.slow
 def test_profiles(run):
     _, lanes, _ = run
     rate = lanes.rates - 1
@@ -238,6 +240,7 @@ def test_held_out_starts_are_planned_as_far(plans):
     assert 0 <= fields["success"].min() <= fields["success"].max() <= 1
 
 
+@pytest.mark.slow
 def test_profiles_of_plans(plans):
     assert plans.profile(0).shape == (TASK.horizon,)
     assert plans.spectrum(0).shape == (TASK.horizon,)

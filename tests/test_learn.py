@@ -96,6 +96,7 @@ def test_an_update_that_is_not_finite_is_refused_and_counted():
     assert learned.carry.tolist() == [2, 2]
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_equal_seeds_are_equal():
     task, agent = tasks.pendulum(horizon=20), RandomAgent(warmup=20, every=20)
     both = learn(agent, task, KEYS, real_steps=60, evaluations=3)

@@ -29,7 +29,7 @@ from diffmbrl.gradients import (
     ValueBaseline,
 )
 from diffmbrl.rollout import episode_returns, rollouts
-from tests.problems import bent, changed, gaussian_return, same, same_tree, z_scores
+from tests.problems import bent, changed, gaussian_return, same, same_tree, some_slow, z_scores
 
 KEY = jax.random.key(0)
 CALLS, STARTS, BOUND = 40_000, 4, 4.5
@@ -92,7 +92,7 @@ def calls(name):
     return np.asarray(J), flat(gradient)
 
 
-@pytest.mark.parametrize("name", UNBIASED)
+@pytest.mark.parametrize("name", some_slow(UNBIASED, "pathwise", "episode, fitted", "episode, leave-one-out"))
 def test_an_unbiased_estimator_is_the_exact_gradient_on_average(name):
     J, gradient = exact()
     found, gradients = calls(name)
@@ -112,6 +112,7 @@ def test_the_mean_as_a_baseline_shrinks_the_gradient_by_one_in_b(name):
     np.testing.assert_allclose(gradients * STARTS / (STARTS - 1), others, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_less_noise_less_variance():
     """In one batch of 2,000 starts: what was earned before, and what others and the state predict, is noise."""
     task, policy, _ = problem()
@@ -153,6 +154,7 @@ def one_step(reward):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_variance_in_one_step_is_its_closed_form():
     # g = -a^2/2 eps / sigma with a = theta + sigma eps, and the moments of a normal number up to the sixth.
     theta, sigma, N = 0.7, 0.3, 400_000
@@ -181,7 +183,10 @@ def test_of_a_step_the_pathwise_gradient_is_exactly_zero_and_the_score_functions
     assert np.abs(z_scores(gradient.a, jax.scipy.stats.norm.pdf(z) / sigma)) < BOUND
 
 
-@pytest.mark.parametrize("credit", [TotalReturn(), RewardToGo()], ids=["episode", "reward to go"])
+@pytest.mark.parametrize(
+    "credit",
+    [pytest.param(TotalReturn(), marks=pytest.mark.slow, id="episode"), pytest.param(RewardToGo(), id="reward to go")],
+)
 def test_it_is_the_sum_over_steps_of_score_times_credit(credit, x64):
     # With weights for each start, episodes that end, noise in the dynamics: against a loop.
     weights = jnp.linspace(0.5, 1.0, 6)[:, None] * 0.9 ** jnp.arange(9.0)
@@ -252,7 +257,7 @@ def test_what_it_cannot_do_is_refused():
         LikelihoodRatio()(noisy, reweighted(task, jnp.ones((3, 3))), task.starts(KEY, 2), KEY)
 
 
-@pytest.mark.parametrize("plan", [False, True])
+@pytest.mark.parametrize("plan", some_slow([False, True], True))
 def test_many_states_go_through_the_policy_a_few_steps_at_a_time(plan, x64):
     # Of 100 starts, 3 of 8 steps at a time: the last turn has 2.
     task = changed(bent(ends=True), noise=0.3)

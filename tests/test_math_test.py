@@ -164,6 +164,7 @@ def maze() -> tuple[Task, Finite]:
     return task, Finite(s, a, r, following, [i == goal for i in range(len(s))])
 
 
+@pytest.mark.slow
 def test_planning_finds_suttons_maze_in_a_fraction_of_the_real_steps() -> None:
     """Sutton and Barto 2018, figure 8.2: the shortest way is 14 steps (here: 16 will do); planning needs a fraction of them."""
     task, finite = maze()
@@ -181,6 +182,7 @@ def test_planning_finds_suttons_maze_in_a_fraction_of_the_real_steps() -> None:
     assert np.mean(reached(0, 15_000)) >= 0.7
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_repeat_and_one_alone_is_one_of_many(finite: Finite) -> None:
     agent = DynaQ(planning=2)
     many, again = learned(agent, finite, 300), learned(agent, finite, 300)
@@ -266,6 +268,7 @@ def test_every_value_of_the_figure_is_enumerations() -> None:
         assert np.all(((curve + 1000) % 30 == 0) | (curve == 0))
 
 
+@pytest.mark.slow
 def test_the_figures_values_are_measured_anew(finite: Finite) -> None:
     saved = json.loads((record.RESULTS / "math_test.json").read_text())["numbers"]
     assert record.rounded(math_test.exact(TASK, finite)) == saved["exact"]

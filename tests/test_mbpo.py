@@ -103,6 +103,7 @@ def test_what_the_model_makes_non_finite_is_not_kept_and_ends_its_branch():
     assert np.all(rows.last[3:]) and np.all(np.isfinite(rows.s))
 
 
+@pytest.mark.slow
 def test_an_empty_buffer_is_an_error_and_one_smaller_than_a_batch_is_not():
     empty = Buffer.empty(TASK, 8)
     with pytest.raises(ValueError, match="the buffer is empty"):

@@ -102,6 +102,7 @@ def test_mean_is_the_gradient_of_a_linear_gaussian_system(estimator):
     assert np.all(np.abs(z) < Z), z
 
 
+@pytest.mark.slow
 def test_weights_that_know_their_samples_bias_the_mean():
     """The price of `folds = 1`: of the order of 1/B, many standard errors here, and small beside the spread of one call."""
     task, policy = linear_gaussian()
@@ -253,6 +254,7 @@ def at_step(estimator, **choices):
     return jax.jit(lambda *x: Smoothed(estimator, std=SIGMA)(*x)[1])(*heaviside(**choices)).a.item()
 
 
+@pytest.mark.slow
 def test_at_a_step_what_claims_to_be_robust_is_the_score_function():
     score = at_step(SCORE)
     assert abs(score - scipy.stats.norm.pdf(THETA, 0, SIGMA)) < 0.5  # nearly four standard errors
@@ -325,6 +327,7 @@ class Prize(eqx.Module):
         return jnp.where(s[0] >= 0, self.size, jnp.zeros_like(self.size))
 
 
+@pytest.mark.slow
 def test_what_has_no_gradient_is_found_late_in_a_rollout():
     """The jump comes at the end of ten steps of noise: variance shows it, the score function is too noisy to."""
     task = unlimited(dynamics=Walk(), reward=Effort(), terminal=Prize(jnp.array(1.0)), horizon=10)
@@ -343,6 +346,7 @@ def test_what_has_no_gradient_is_found_late_in_a_rollout():
     assert found(Agreement())[1] < 0.2
 
 
+@pytest.mark.slow
 def test_total_propagation_varies_least_where_chaos_comes_through_the_policy():
     task = unlimited(dynamics=Follows(), reward=Bounded(), horizon=20)
     policy, keys = Map(jnp.array([1.5, 2.0])), jax.random.split(KEY, 64)

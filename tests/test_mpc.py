@@ -52,7 +52,7 @@ class Fresh(ILQR):
 # Known answers.
 
 
-@pytest.mark.parametrize("horizon", [12, 15])
+@pytest.mark.parametrize("horizon", [12, pytest.param(15, marks=pytest.mark.slow)])
 def test_to_the_end_of_a_linear_task_it_is_riccatis_feedback(horizon, x64):
     task = linear()
     s0 = task.initial(jax.random.key(0))
@@ -64,6 +64,7 @@ def test_to_the_end_of_a_linear_task_it_is_riccatis_feedback(horizon, x64):
     same(trajectory.a, np.einsum("tmn,tn->tm", riccati(task).K, trajectory.s), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_short_window_on_a_linear_task_is_its_first_gain(x64):
     task, H = linear(), 4
     s0 = task.initial(jax.random.key(0))
@@ -87,6 +88,7 @@ def test_its_value_takes_the_place_of_the_terminal_reward(x64):
     same(trajectory.a[:-1], trajectory.s[:-1] @ K.T, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_converged_on_its_own_model_it_follows_the_open_loop_optimum(x64):
     task = bent(horizon=10)
     s0 = jnp.array([1.0, 0.3])
@@ -111,6 +113,7 @@ def test_weights_are_those_of_the_task_it_is_evaluated_on(x64):
 # Plants that differ from the model.
 
 
+@pytest.mark.slow
 def test_it_beats_the_open_loop_plan_where_the_model_is_wrong():
     model = tasks.cartpole_balance(horizon=60)
     plant = tasks.cartpole_balance(horizon=60, m_c=1.3, l=0.6)
@@ -172,6 +175,7 @@ def test_predicting_through_a_delay_it_is_the_optimum_of_the_late_plant(x64):
     assert earn(unaware, plant, s0) < earn(knowing, plant, s0) - 1e-3
 
 
+@pytest.mark.slow
 def test_noise_follows_the_key():
     plant, mpc = noisy(bent(), std=0.1), MPC.init(ILQR(), bent(), horizon=4)
     s0 = jnp.array([0.7, -0.2])
@@ -187,6 +191,7 @@ def test_noise_follows_the_key():
 # The contract.
 
 
+@pytest.mark.slow
 def test_many_are_as_one_at_a_time(x64):
     task = tasks.pendulum_swingup(horizon=8)
     mpc = MPC.init(ILQR(), task, horizon=6, iterations=2)
@@ -226,6 +231,7 @@ def test_one_trace_for_all_steps_and_numbers():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_the_controllers_loop_from_python_is_the_scan(x64):
     task = bent()
     mpc = MPC.init(ILQR(), task, horizon=4)

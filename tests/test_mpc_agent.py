@@ -16,7 +16,7 @@ from diffmbrl.agents.collect import collect_steps, reset_places
 from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
 from diffmbrl.models import TS1, Ensemble, GaussianDynamics, NetworkDynamics, Training, TSInfinity
 from diffmbrl.planners import CEM, MPC, MPPI, ArgMax, Coloured, Normal, Receding, Uniform
-from tests.problems import replaced, same_tree
+from tests.problems import replaced, same_tree, some_slow
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 TASK = tasks.cartpole_balance(horizon=12)
@@ -57,6 +57,7 @@ def is_ensemble(x: Any) -> bool:
     return isinstance(x, Ensemble)
 
 
+@pytest.mark.slow
 def test_equal_seeds_are_equal_and_different_ones_differ():
     found = learned()
     again = learn(agent(), TASK, KEYS, real_steps=60, evaluations=2, evaluate_every=10)
@@ -80,6 +81,7 @@ def test_the_three_versions_are_settings_of_one_program():
     assert shapes[0] == shapes[1] == shapes[2]
 
 
+@pytest.mark.slow
 def test_version_half_fits_once():
     once = learn(agent(fits=1), TASK, KEYS, real_steps=60)
     first = learn(agent(), TASK, KEYS, real_steps=36)
@@ -144,7 +146,11 @@ PLANNERS = {
 }
 
 
-@pytest.mark.parametrize("name", PLANNERS)
+# Of each kind one: by derivatives and drawn, through networks and through Gaussians.
+THROUGH = {"ilqr, limits in the sweep", "cem on gaussians"}
+
+
+@pytest.mark.parametrize("name", some_slow(PLANNERS, *(set(PLANNERS) - THROUGH)))
 def test_every_planner_acts_through_the_ensemble(name):
     planner, propagation = PLANNERS[name]
     gaussians = EnsembleTrainer(WORLD.training, members=3, elites=2, hidden=(8,), model=GaussianDynamics.init)
@@ -173,6 +179,7 @@ def test_a_gaussian_ensemble_is_planned_through_at_its_mean_by_what_does_not_dra
 # What is not as it should be.
 
 
+@pytest.mark.slow
 def test_models_that_become_non_finite_are_rejected_and_counted():
     world = EnsembleTrainer(
         Training(epochs=3, learning_rate=1e30), members=2, elites=2, hidden=(8,), model=NetworkDynamics.init
@@ -217,6 +224,7 @@ def test_steps_with_rewards_of_nan_are_left_out_and_counted():
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found.carry.members))
 
 
+@pytest.mark.slow
 def test_episodes_of_one_step_are_episodes():
     task = replaced(TASK, done=Always())
     with pytest.raises(ValueError, match="none could be kept"):

@@ -7,6 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from diffmbrl.nets import GRU, LSTM, MLP
+from tests.problems import some_slow
 
 KEY = jax.random.key(0)
 
@@ -17,7 +18,7 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", some_slow(NETS, "lstm"))
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
 def test_every_leaf_is_a_float_array(name, double):
     init, size = NETS[name]

@@ -23,6 +23,7 @@ from diffmbrl.report import rebuild
 from diffmbrl.runs import metrics
 from diffmbrl.tasks import TASKS
 from tests.agents import AGENTS
+from tests.problems import some_slow
 
 STEP = 3
 NEVER = 1000
@@ -140,14 +141,14 @@ def said(folder: Path) -> str:
 NAMES = {"dynamics": f"s[{STEP + 1}]", "reward": f"r[{STEP}]", "policy": f"a[{STEP}]"}
 
 
-@pytest.mark.parametrize("what", NAMES)
+@pytest.mark.parametrize("what", some_slow(NAMES, "dynamics"))
 def test_compare_stops_the_lane_and_names_it(what, tmp_path, patched):
     compared(tmp_path / "run", **{what: STEP})
     assert f"nonfinite: {NAMES[what]} of start 0, seed 0; the others: 3 updates" in said(tmp_path / "run")
 
 
 @pytest.mark.parametrize("mpc", [False, True], ids=["plan", "mpc"])
-@pytest.mark.parametrize("what", NAMES)
+@pytest.mark.parametrize("what", some_slow(NAMES, "dynamics"))
 def test_plan_stops_and_a_controller_goes_on_and_both_name_it(what, mpc, tmp_path, patched):
     if what == "policy":  # a plan has no features: its planner spoils it
         honest = plan.setting.solver
@@ -191,6 +192,7 @@ def test_learn_stops_or_rejects_and_names_it(what, nonfinite, tmp_path, patched)
     assert first in said(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_learn_refuses_a_model_that_comes_out_not_finite_and_names_the_leaf(tmp_path, patched):
     """The fit after 40 of 80 real steps is spoilt: the agent stays as it was, and goes on at the next."""
     [row] = [row for row in AGENTS if row.name == "bptt"]

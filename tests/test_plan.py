@@ -51,6 +51,7 @@ def test_plans_are_riccatis_and_the_report_is_rebuilt(folder, capsys):
     assert (run / "report.html").read_bytes() == page
 
 
+@pytest.mark.slow
 def test_a_controller_on_a_late_and_noisy_plant(folder, capsys):
     words = "plan cartpole-balance --mpc --steps 5 --horizon 4 --starts 2 --noise 0.01 --delay 2 --out run"
     assert cli.main(words.split()) == 0

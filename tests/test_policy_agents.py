@@ -106,6 +106,7 @@ def test_seeds_differ_and_equal_seeds_are_equal(name: str) -> None:
     np.testing.assert_array_equal(learned.records[-1]["evaluation"], again.records[-1]["evaluation"])
 
 
+@pytest.mark.slow
 def test_a_new_hyperparameter_does_not_recompile() -> None:
     carry, buffer = blank("adam"), filled()
     first, _ = improve(AGENTS["adam"](), carry, VIEW, buffer)
@@ -181,6 +182,7 @@ def test_with_the_true_dynamics_it_is_the_solver_itself() -> None:
     np.testing.assert_allclose(said["J_model"], J[-1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_on_a_linear_system_gauss_newton_finds_riccatis_gain_through_a_model_that_it_learned() -> None:
     """A linear policy on `lqr`, whose model is a network without hidden layers: the learned optimum is the true one."""
     task = tasks.lqr(horizon=20)

@@ -169,6 +169,7 @@ def map_numpy(tree):
     return jax.tree.map(np.asarray, tree)
 
 
+@pytest.mark.slow
 def test_without_curvature_it_is_the_identity_and_several_at_once_are_a_loop(x64):
     """Every maker, over a problem and one whose rewards are linear."""
     problems = [set_up(horizon=2, batch=2, seed=seed) for seed in range(2)]

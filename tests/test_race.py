@@ -366,6 +366,7 @@ def test_seeds_that_broke_count_as_the_worst(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_compare_learned_and_learn_from_the_command_line(folder, capsys):
     words = "compare lqr --learned --methods random --real-steps 200 --horizon 10 --seeds 1 --x64 --param mass=2"
     assert cli.main(words.split()) == 0

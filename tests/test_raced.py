@@ -71,6 +71,7 @@ def test_entrants_see_other_starts_at_each_update_and_all_starts_judge(problem):
     assert info is not None and info.work.forward == 6 * (2 * 2 * 14 + 3 * 6)
 
 
+@pytest.mark.slow
 def test_a_policy_that_was_trained_wins_its_race(problem):
     policy, task, s0 = problem
     trained, _ = solve(INNER, policy, task, s0, None, steps=20)
@@ -99,6 +100,7 @@ def test_plans_do_not_race():
         MultiStart(ILQR())
 
 
+@pytest.mark.slow
 def test_one_entrant_is_the_solver_itself(problem):
     policy, task, s0 = problem
     alone, _ = solve(INNER, policy, task, s0, None, steps=4)

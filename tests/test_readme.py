@@ -1,5 +1,6 @@
 """What the README shows is run."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def run(example: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_policies_of_the_example_learn(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(EXAMPLES[0], capsys)
     assert [line.split(":")[0] for line in lines] == ["L-BFGS", "Gauss-Newton"]
@@ -25,6 +27,7 @@ def test_policies_of_the_example_learn(capsys: pytest.CaptureFixture[str]) -> No
     assert all(float(re.search(r"(-\d+\.\d+) on held-out", line).group(1)) > -60 for line in lines)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_plans_of_the_example_reach_their_goal(capsys: pytest.CaptureFixture[str]) -> None:
     ends, state = run(EXAMPLES[1], capsys)
     assert "nonfinite" not in ends and float(re.findall(r"cost (\d\.\d+)", ends)[0]) < 1.5, ends
@@ -39,10 +42,18 @@ def test_estimators_of_the_example_differ(capsys: pytest.CaptureFixture[str]) ->
     assert same_J == J and exact != windows and spread > 0
 
 
+@pytest.mark.slow
 def test_agents_of_the_example_learn_from_real_steps(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(EXAMPLES[3], capsys)
     assert [int(line.split()[0]) for line in lines] == [200, 250, 300]
     assert all("model error" in line for line in lines[1:])
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_what_an_example_imports_exists(number: int) -> None:
+    imports = [part for part in ast.parse(EXAMPLES[number]).body if isinstance(part, ast.Import | ast.ImportFrom)]
+    assert imports
+    exec(compile(ast.Module(imports, []), "README.md", "exec"), {})
 
 
 def test_tables_are_those_of_the_registries() -> None:

@@ -74,6 +74,7 @@ def test_a_search_that_is_lost_is_handed_on_at_once(problem):
     assert history.updates == 4 and history.info.nonfinite.tolist() == [0, 0, 1, 0]
 
 
+@pytest.mark.slow
 def test_the_updates_are_a_leaf(problem):
     """So that a sweep over the handover is a `vmap`."""
     policy, task, s0 = problem

@@ -28,6 +28,7 @@ from diffmbrl.planners import ILQR, MPC, control
 from diffmbrl.planners.episode import finish, proceed, start
 from diffmbrl.runs import Session, metrics
 from tests.agents import AGENTS
+from tests.problems import some_slow
 
 TIMES = {"seconds", "cpu_seconds", "compile_seconds", "wall"}
 COMPARE = compare.CompareConfig(
@@ -123,7 +124,7 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", some_slow(JOBS, "learn"))
 def test_an_interrupted_run_goes_on_to_the_same_numbers(name, tmp_path, monkeypatch, undrawn):
     """From a look of its first arm, and from one of its second."""
     agent("mbpo", monkeypatch)
@@ -223,6 +224,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(folder, capsys):
     """kill -9, SIGTERM, and then to the end: the numbers of a run in one piece."""
     assert cli.main([*WORDS.split(), "--out", "whole"]) == 0

@@ -15,6 +15,7 @@ import pytest
 from diffmbrl.report import arms, report, table, verdict, words
 from diffmbrl.runs import folder, metrics, provenance, statistics
 from diffmbrl.runs.progress import Progress
+from tests.problems import some_slow
 
 STAGES = [[0.8, 20], [0.9, 20], [0.95, 20], [0.98, 20], [1.0, 120]]
 CONFIG = {"horizon": 100, "seeds": 5, "starts": 32, "held_out": 256, "x64": False, "methods": ["adam", "gauss-newton"]}
@@ -440,7 +441,11 @@ def test_text_is_escaped(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    "case", ["one seed", "two seeds", "positive", "mixed", "non-finite", "no success", "one evaluation"]
+    "case",
+    some_slow(
+        ["one seed", "two seeds", "positive", "mixed", "non-finite", "no success", "one evaluation"],
+        *("two seeds", "positive", "mixed", "no success", "one evaluation"),
+    ),
 )
 def test_unusual_runs_have_a_report(case, tmp_path):
     seeds = {"one seed": 1, "two seeds": 2}.get(case, 5)

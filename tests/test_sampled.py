@@ -55,6 +55,7 @@ def test_weights_of_each_start_go_with_them(problem):
     same_tree(got[0], wanted[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_around_a_continuation_it_gives_every_stage_fresh_starts(problem):
     policy, task, s0 = problem
     stages = Continuation(INNER, discounts=[0.8, 1.0], lengths=[EVERY, EVERY])

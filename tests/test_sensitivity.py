@@ -11,14 +11,16 @@ from diffmbrl import ILQR, Continuation, GaussNewton, Linear, Neural, OpenLoop, 
 from diffmbrl.second_order.curvature import gauss_newton
 from diffmbrl.second_order.dense import dense
 from diffmbrl.second_order.sensitivity import growth, sensitivity, trust
-from tests.problems import LINEAR, bent, changed, matrices, same
+from tests.problems import LINEAR, bent, changed, matrices, same, some_slow
 
 KEY = jax.random.key(5)
 
 measured = jax.jit(sensitivity)
 
 
-@pytest.mark.parametrize("name", ["double integrator", "unstable 3x1", "stable 12x4"])
+@pytest.mark.parametrize(
+    "name", some_slow(["double integrator", "unstable 3x1", "stable 12x4"], "double integrator", "stable 12x4")
+)
 def test_on_a_linear_system_it_is_the_variance_of_the_cost(name, x64):
     task = LINEAR[name](8)
     A, B, Q, R, Q_T = matrices(task)
@@ -107,6 +109,7 @@ def test_an_infinite_bound_trusts_everything_and_what_is_not_finite_is_not_trust
     np.testing.assert_array_equal(trust(jnp.ones((1, 2)), jnp.float32(1.0)), np.ones((2, 2)))  # a single step
 
 
+@pytest.mark.slow
 def test_a_trusting_stage_is_its_weights():
     """An update of a trusting Gauss-Newton is Gauss-Newton's with those weights over time; in the last stage the task's own."""
     task = bent(horizon=8)

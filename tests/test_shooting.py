@@ -24,6 +24,7 @@ def test_the_optimum_of_a_linear_quadratic_task():
     assert history.info.gradient_norm[-1] < 1e-3 * history.info.gradient_norm[0]
 
 
+@pytest.mark.slow
 def test_it_reaches_ilqrs_optimum(x64):
     """On the task where iLQR, DDP and multiple shooting agree (test_ilqr.py, test_multiple_shooting.py)."""
     task, s0 = bent(horizon=8), jnp.asarray([0.9, -0.3])
@@ -63,6 +64,7 @@ def test_variables_are_the_inverse_of_actions(limits):
     assert 2.99 < float(beyond[0, 0]) <= 3.0 and float(beyond[0, 1]) == 4.0
 
 
+@pytest.mark.slow
 def test_several_starts_find_what_one_does_not():
     """From rest at the bottom, where the gradient in the torque vanishes with the angle."""
     task, s0 = tasks.pendulum_swingup(horizon=40), jnp.asarray([jnp.pi - 1e-3, 0.0])
@@ -73,6 +75,7 @@ def test_several_starts_find_what_one_does_not():
     assert returns[8] > returns[1] + 0.05, returns
 
 
+@pytest.mark.slow
 def test_the_plan_given_is_one_of_the_starts():
     task, s0 = tasks.lqr(horizon=6), jnp.asarray([1.0, -0.5])
     best = OpenLoop(jnp.asarray(optimal_actions(task, s0), jnp.float32))

@@ -105,6 +105,7 @@ def test_a_critic_is_held_where_no_target_was(x64):
     same(jax.grad(critic.held)(far), np.zeros(3))
 
 
+@pytest.mark.slow
 def test_an_unstable_system_does_not_end_the_search():
     """Its critic was infinite after three updates, in a state of 150, and every update from then on was rejected."""
     task = tasks.random_lqr(jax.random.key(0), 8, 3, stability="unstable", horizon=50)
@@ -307,6 +308,7 @@ def test_weights_of_each_start_are_its_own(x64):
 # How far the gradient reaches.
 
 
+@pytest.mark.slow
 def test_cut_behind_every_step_the_gradient_is_that_of_windows_of_one(x64):
     task = bent(horizon=12)
     policy, s0 = network(task), task.starts(KEY, 1)
@@ -370,12 +372,14 @@ def one_step(rate: float, temperature: float, target: float):
     return curvature, np.asarray(std), float(jnp.exp(carry.log_temperature))
 
 
+@pytest.mark.slow
 def test_at_a_fixed_price_noise_ends_where_entropy_is_worth_its_cost():
     curvature, std, temperature = one_step(0.0, 0.05, -0.5)
     assert temperature == pytest.approx(0.05, rel=1e-5)
     np.testing.assert_allclose(std, np.sqrt(temperature / curvature), rtol=0.15)
 
 
+@pytest.mark.slow
 def test_the_temperature_ends_where_entropy_is_its_target():
     wanted = np.exp(-0.7 - 0.5 * np.log(2 * np.pi * np.e))
     curvature, std, temperature = one_step(0.05, 0.001, -0.7)

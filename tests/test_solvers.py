@@ -61,7 +61,7 @@ def case(row: Row, *, double: bool = False, seed: int = 0) -> Case:
 def of_planners() -> list[Any]:
     """Those whose own tests have no horizon of one step are not slow."""
     rows = [row for row in SOLVERS if row.kind == "plan" and not isinstance(row.solver, Continuation)]
-    return [row if row.name == "shooting" else pytest.param(row, marks=pytest.mark.slow) for row in rows]
+    return [row if row.name == "icem" else pytest.param(row, marks=pytest.mark.slow) for row in rows]
 
 
 TRACES: list[Any] = []
@@ -152,17 +152,7 @@ def test_without_jit_it_does_the_same(row, x64):
 
 # Rows with a control flow of their own: the others are made of these.
 VMAPPED = {
-    *(
-        "adam",
-        "lbfgs",
-        "gauss-newton",
-        "dense gauss-newton",
-        "newton-cg",
-        "krylov-newton",
-        "consensus",
-        "short-horizon",
-    ),
-    *("trusting gauss-newton", "ilqr", "multiple shooting", "growing ilqr", "icem", "shooting"),
+    *("adam", "lbfgs", "gauss-newton", "ilqr", "icem"),
 }
 
 
@@ -305,6 +295,10 @@ def test_what_is_not_finite_is_rejected_and_counted(row, what):
             same_tree(resumed, undisturbed, rtol=1e-5, atol=1e-5)
 
 
+# The loop is the same for every solver: a rule, a line search, a system, a plan, and one without a gradient.
+NAMED = {"adam", "lbfgs", "gauss-newton", "ilqr", "icem"}
+
+
 def test_the_return_is_finite_where_only_its_gradient_is_not():
     _, policy, _, task, s0 = case(ROWS["adam"])
     task, _ = BAD["gradient"](task, s0)
@@ -313,7 +307,11 @@ def test_the_return_is_finite_where_only_its_gradient_is_not():
     assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(gradient))
 
 
-@every_solver
+@pytest.mark.parametrize(
+    "row",
+    [row if row.name in NAMED else pytest.param(row, marks=pytest.mark.slow) for row in SOLVERS],
+    ids=list(ROWS),
+)
 def test_solve_stops_and_names_what_is_not_finite(row):
     solver, policy, _, task, s0 = case(row)
     # A force divided by no mass, for a method that does not see the gradient of the kink.

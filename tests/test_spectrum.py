@@ -21,7 +21,7 @@ from diffmbrl.diagnostics import (
 from diffmbrl.rollout import mean_return
 from diffmbrl.second_order.curvature import fisher, gauss_newton, hessian
 from diffmbrl.second_order.dense import dense
-from tests.problems import bent, changed
+from tests.problems import bent, changed, some_slow
 
 KEY = jax.random.key(0)
 TASK = bent()
@@ -60,7 +60,7 @@ def test_small_eigenvalues_are_told_from_rounding_as_float32_would_not() -> None
     assert 0 < values[6] < 1e-4 * values[0]
 
 
-@pytest.mark.parametrize("of", MATRICES)
+@pytest.mark.parametrize("of", some_slow(MATRICES, *MATRICES[1:]))
 def test_beyond_a_size_lanczos_finds_the_ends_and_says_how_well(of: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = np.linalg.eigvalsh(formed(of))
     monkeypatch.setattr(spectrum, "DENSE", 1)
@@ -86,6 +86,7 @@ def test_ritz_values_are_as_many_as_the_rank(monkeypatch: pytest.MonkeyPatch) ->
     assert ritz.shape == (4,) and ritz[0] == pytest.approx(np.linalg.eigvalsh(formed(gauss_newton))[-1], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_space_that_closes_early_leaves_no_ritz_value_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan's M on LQR is positive definite; of a space of more dimensions than it has distinct eigenvalues, zeros remain."""
     task = tasks.lqr(horizon=6)

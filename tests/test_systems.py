@@ -11,7 +11,7 @@ from diffmbrl.second_order.curvature import curve, gauss_newton, planner_step
 from diffmbrl.second_order.dense import dense, square_root
 from diffmbrl.second_order.projection import projection_gap
 from diffmbrl.second_order.riccati import closed_loop, riccati
-from tests.problems import bent, same
+from tests.problems import bent, same, some_slow
 
 KEY = jax.random.key(3)
 BATCH, T = 3, 6
@@ -73,6 +73,7 @@ def test_the_square_root_squared_is_the_matrix(problem, x64):
         same(space.step(jnp.asarray(damping))[0], wanted, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_in_float32_the_square_root_keeps_eigenvalues_that_the_matrix_loses(problem):
     policy, task, s0, m = problem
     single = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (policy, task, s0))
@@ -86,7 +87,7 @@ def test_in_float32_the_square_root_keeps_eigenvalues_that_the_matrix_loses(prob
     assert np.max(np.abs(plain[lost] / true[lost] - 1)) > 0.5
 
 
-@pytest.mark.parametrize("sigma", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("sigma", some_slow([1e-3, 1.0, 1e3], 1e-3, 1e3))
 def test_the_sigma_metric_is_the_dense_one(problem, x64, sigma):
     policy, task, s0, m = problem
     space = solved(Sigma(sigma, rank=len(m.N)), policy, task, s0)
@@ -99,6 +100,7 @@ def test_the_sigma_metric_is_the_dense_one(problem, x64, sigma):
     same(space.step(jnp.asarray(damping))[0], wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_at_its_ends_the_sigma_metric_is_gauss_newton_and_imitation(problem, x64):
     policy, task, s0, m = problem
     large, small = (solved(Sigma(sigma, rank=len(m.N)), policy, task, s0) for sigma in (1e9, 1e-9))
@@ -198,7 +200,13 @@ def test_no_step_follows_nothing(problem, x64):
 
 
 @pytest.mark.parametrize(
-    "solver", [GaussNewton(system=Dense()), KrylovNewton(rank=20), NewtonCG()], ids=lambda s: type(s).__name__
+    "solver",
+    [
+        pytest.param(GaussNewton(system=Dense()), marks=pytest.mark.slow),
+        pytest.param(KrylovNewton(rank=20), marks=pytest.mark.slow),
+        NewtonCG(),
+    ],
+    ids=lambda s: type(s).__name__,
 )
 def test_what_an_update_reports_of_its_model(solver, problem, x64):
     policy, task, s0, m = problem

@@ -20,12 +20,15 @@ from diffmbrl.tasks.integrate import rk4
 from diffmbrl.tasks.parameters import accept
 from diffmbrl.tasks.pendulum import GymPendulum
 from diffmbrl.tasks.quadrotor2d import Quadrotor2d
-from tests.problems import lagrangian_acceleration
+from tests.problems import lagrangian_acceleration, some_slow
 
 KEY = jax.random.key(0)
 close = partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 every_task = pytest.mark.parametrize("name", TASKS)
-differentiable = pytest.mark.parametrize("name", [name for name, row in TASKS.items() if row.differentiable_reward])
+DIFFERENTIABLE = [name for name, row in TASKS.items() if row.differentiable_reward]
+differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
+# Their equations of motion are held against Lagrange's in test_bodies.py.
+DEAR = ("quadrotor", "quadrotor-waypoint", "acrobot", "reacher", "double-pendulum")
 DECISIONS = ("heaviside", "ball-and-wall", "math-test")  # of one step or two
 SURVIVAL = ("cartpole-continuous", "inverted-pendulum", "brax-inverted-pendulum")  # 1 a step while the rod stands
 # Steps and a start with which bodies meet, if nobody pushes them apart.
@@ -148,7 +151,7 @@ class Gradients:
 gradients = cache(Gradients)
 
 
-@differentiable
+@pytest.mark.parametrize("name", some_slow(DIFFERENTIABLE, *(set(DIFFERENTIABLE) - {"pendulum", "tennis", "car"})))
 def test_bptt_is_the_adjoint_recursion(name, x64):
     problem = gradients(name)
 
@@ -165,7 +168,7 @@ def test_bptt_is_the_adjoint_recursion(name, x64):
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(bptt))
 
 
-@every_task
+@pytest.mark.parametrize("name", some_slow(TASKS, *DEAR))
 def test_gradients_are_central_differences(name, x64):
     problem = gradients(name)
     order = 2 if TASKS[name].smooth else 1

@@ -8,7 +8,7 @@ import pytest
 
 from diffmbrl import Linear, OpenLoop, tasks
 from diffmbrl.gradients import BPTT, Clipped, Decayed, Truncated
-from tests.problems import bent, changed, matrices, same, same_tree
+from tests.problems import bent, changed, matrices, same, same_tree, some_slow
 
 KEY = jax.random.key(0)
 STOP = jax.lax.stop_gradient
@@ -23,7 +23,7 @@ def gradient(rule, policy, task, s0, remat=1):
     return jax.jit(lambda rule, *x: BPTT(rule, remat=remat)(*x, None))(rule, policy, task, s0)
 
 
-@pytest.mark.parametrize("remat", [None, 1, 3])
+@pytest.mark.parametrize("remat", some_slow([None, 1, 3], 1))
 @pytest.mark.parametrize(
     "rule", [Truncated(8), Clipped(jnp.inf), Decayed(1.0)], ids=["truncated", "clipped", "decayed"]
 )
@@ -49,7 +49,7 @@ def by_hand(at_entry, policy, task, s0):
 
 
 @pytest.mark.parametrize("plan", [False, True])
-@pytest.mark.parametrize("k", [1, 2, 3, 7])
+@pytest.mark.parametrize("k", some_slow([1, 2, 3, 7], 1, 2))
 def test_truncation_is_a_stopped_gradient_at_every_kth_state(k, plan, x64):
     task = changed(bent(), weights=jnp.linspace(1.0, 0.3, 9))
     policy, s0 = policy_and_starts(task)

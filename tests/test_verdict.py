@@ -8,11 +8,14 @@ from diffmbrl.agents.registry import AGENTS
 from diffmbrl.agents.registry import make_agent as make_agent
 from diffmbrl.tasks import make
 from experiments import verdict
+from tests.problems import some_slow
 
 TINY = verdict.Size(("pendulum",), (verdict.RANDOM,), 300, 2, 3, 2)
 
 
-@pytest.mark.parametrize("row", [row for row in verdict.ROWS if verdict.ROWS[row].agent in AGENTS])
+@pytest.mark.parametrize(
+    "row", some_slow([row for row in verdict.ROWS if verdict.ROWS[row].agent in AGENTS], "1.5: MPC")
+)
 def test_every_row_makes_its_agent(row: str) -> None:
     given = verdict.ROWS[row]
     agent = make_agent(given.agent, make("pendulum"), given.options(9))
