@@ -87,7 +87,7 @@ def test_it_is_an_agent_of_arrays(row):
     assert agent.warmup >= agent.every >= 1 and agent.every % agent.environments == 0
 
 
-@each
+@ran
 def test_another_value_of_a_hyperparameter_traces_nothing(row):
     """All leaves at once: a sweep is a vmap, and a new value does not compile."""
     agent, *rest = lane(row, System(task()), jax.random.key(0))
@@ -108,7 +108,7 @@ def test_what_is_learned_keeps_its_type(row):
     assert all(x.shape == () for x in said.values()) and "refused" not in said
 
 
-@each
+@ran
 def test_in_double_precision(row, x64):
     agent, carry, *rest = lane(row, System(task()), jax.random.key(0))
     after, said = jax.eval_shape(agent.update, carry, *rest)

@@ -76,7 +76,7 @@ def dense(task: Task, s0: jax.Array) -> scipy.optimize.OptimizeResult:
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("n, m", [(1, 1), pytest.param(5, 2, marks=pytest.mark.slow), (12, 4)])
+@pytest.mark.parametrize("n, m", [*(pytest.param(*size, marks=pytest.mark.slow) for size in [(1, 1), (12, 4)]), (5, 2)])
 def test_one_update_solves_a_linear_quadratic_task(name, n, m, x64):
     task = tasks.random_lqr(jax.random.key(n), n, m, stability="unstable", horizon=15)
     planner, s0 = in_double(EVERY[name]), task.initial(KEY)

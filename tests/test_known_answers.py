@@ -123,7 +123,10 @@ def dense_step(policy, task, s0):
     return -jnp.linalg.solve(dense(model, policy, task), model.gradient)
 
 
-@pytest.mark.parametrize("row", [row for row in SOLVERS if row.exact_on_lqr], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for row in SOLVERS if row.exact_on_lqr],
+)
 @pytest.mark.parametrize("name", some_slow(["double integrator", "marginal 5x2"], "double integrator"))
 def test_one_update_of_a_plan_is_optimal(row, name, x64):
     task = LINEAR[name](5)

@@ -18,6 +18,7 @@ from diffmbrl.core import Box, Task
 from diffmbrl.second_order.linearize import Linearization, feedback, flat_states, linearize, project
 from diffmbrl.second_order.riccati import adjoint, closed_loop, respond, riccati
 from diffmbrl.second_order.small_matrices import INLINE, SUMMED, matmul, matvec
+from tests.problems import some_slow
 
 close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 
@@ -95,7 +96,7 @@ class Along:
         return (None, None) if self.key is None else jax.random.split(jax.random.fold_in(self.key, t))
 
 
-@pytest.fixture(params=PROBLEMS)
+@pytest.fixture(params=some_slow(PROBLEMS, "crane"))
 def along(request, x64):
     return once(request.param)
 

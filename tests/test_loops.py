@@ -41,7 +41,9 @@ def rounding(of: ClosedJaxpr) -> set[str]:
     return {eqn.primitive.name for eqn in floats} - EXACT - nested
 
 
-@pytest.mark.parametrize("row", SOLVERS, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for row in SOLVERS]
+)
 def test_no_loop_of_a_solver_computes_in_its_condition(row):
     solver, *lane, task, s0 = case(row)
     assert not rounding(jax.make_jaxpr(lambda p, c: solver.update(p, c, task, s0, key=KEY))(*lane))

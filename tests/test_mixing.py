@@ -91,7 +91,15 @@ CALLS = 3000
 Z = 4.17
 
 
-@pytest.mark.parametrize("estimator", UNBIASED.values(), ids=UNBIASED.keys())
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        pytest.param(
+            made, id=name, marks=[pytest.mark.slow] * (name in ("per parameter, covariance", "tested, explained"))
+        )
+        for name, made in UNBIASED.items()
+    ],
+)
 def test_mean_is_the_gradient_of_a_linear_gaussian_system(estimator):
     task, policy = linear_gaussian()
     s0 = task.starts(KEY, 8)

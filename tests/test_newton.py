@@ -48,7 +48,9 @@ def candidates(H, N, F, g, dampings):
     return np.stack(out)
 
 
-@pytest.mark.parametrize("rank", [None, 40], ids=["all eigenvectors", "full Krylov space"])
+@pytest.mark.parametrize(
+    "rank", [pytest.param(None, marks=pytest.mark.slow), 40], ids=["all eigenvectors", "full Krylov space"]
+)
 @pytest.mark.parametrize("margin", [1.0, 1e6], ids=["the best of all", "the Hessian last"])
 def test_it_takes_the_best_step_of_the_three_paths(problem, rank, margin, x64):
     policy, task, s0 = problem

@@ -167,7 +167,7 @@ def test_a_controller_rejects_what_its_model_says_and_names_the_steps(tmp_path, 
     assert "nonfinite: rollouts of the model at 3 steps, the first of them 1, were rejected" in said(tmp_path / "run")
 
 
-@pytest.mark.parametrize("nonfinite", ["reject", "stop"])
+@pytest.mark.parametrize("nonfinite", some_slow(["reject", "stop"], "stop"))
 @pytest.mark.parametrize("what", NAMES)
 def test_learn_stops_or_rejects_and_names_it(what, nonfinite, tmp_path, patched):
     agent = "numbed" if what == "policy" else "random"

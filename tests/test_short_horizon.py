@@ -175,7 +175,7 @@ def test_the_critic_learns_values_over_several_orders_of_magnitude():
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
-@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("ends", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_window_of_the_whole_episode_is_bptt(noise, ends, x64):
     task = changed(bent(horizon=8, ends=ends), noise=noise, weights=0.95 ** np.arange(9))
     policy, s0 = network(task), task.starts(KEY, 5)

@@ -23,7 +23,7 @@ def gradient(rule, policy, task, s0, remat=1):
     return jax.jit(lambda rule, *x: BPTT(rule, remat=remat)(*x, None))(rule, policy, task, s0)
 
 
-@pytest.mark.parametrize("remat", some_slow([None, 1, 3], 1))
+@pytest.mark.parametrize("remat", some_slow([None, 1, 3], 1, 3))
 @pytest.mark.parametrize(
     "rule", [Truncated(8), Clipped(jnp.inf), Decayed(1.0)], ids=["truncated", "clipped", "decayed"]
 )
