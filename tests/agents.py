@@ -75,7 +75,9 @@ AGENTS = [
         tolerance=1e-2,
         slow=True,  # test_mpc_agent.py
     ),
-    Row("bptt", lambda task: make_agent("bptt", task, STEPS | {"updates": 2}), model=True, tolerance=1e-3),
+    Row(
+        "bptt", lambda task: make_agent("bptt", task, STEPS | {"updates": 2}), model=True, tolerance=1e-3, slow=True
+    ),  # test_policy_agents.py
     Row(
         "second-order",
         lambda task: make_agent("second-order", task, STEPS | {"updates": 1, "continued": 0}),

@@ -46,6 +46,12 @@ hypothesis.settings.load_profile("diffmbrl")
 gc.set_threshold(50_000, 20, 50)
 
 
+def pytest_collection_finish() -> None:
+    """Leave what the imports have made out of every later collection of garbage: most of the objects, and all to stay."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is held against every task is slow for Brax's: each takes tens of seconds to compile. test_brax.py is not."""
     for item in items:

@@ -47,7 +47,7 @@ class Row(NamedTuple):
     exact_on_lqr: bool = False  # one update of a plan reaches the optimum of a linear-quadratic task
     models: bool = True  # it reports its quadratic model
     gradients: bool = True  # it takes any: otherwise one that is not finite is nothing to it
-    slow: bool = False  # its parts stand in other rows: not repeated in continuous integration
+    slow: bool = False  # its parts are in other rows, or it has a file of tests of its own
 
 
 ADAM = OptaxSolver(optax.adam, learning_rate=3e-2)
@@ -81,7 +81,7 @@ SOLVERS = [
         monotone=True,
         slow=True,
     ),
-    Row("newton-cg", NewtonCG(), monotone=True),
+    Row("newton-cg", NewtonCG(), monotone=True, slow=True),
     Row("newton-cg of gauss-newton", NewtonCG(curvature=gauss_newton), monotone=True, slow=True),
     Row(
         "newton-cg of gauss-newton, preconditioned",
@@ -117,7 +117,7 @@ SOLVERS = [
         slow=True,
     ),
     # Windows of half an episode, at all its phases, so that one in two environments meets the end.
-    Row("short-horizon", ShortHorizon(ADAM, **SHORT), models=False),
+    Row("short-horizon", ShortHorizon(ADAM, **SHORT), models=False, slow=True),
     Row(
         "short-horizon with noise, entropy and an adaptive horizon",
         ShortHorizon(ADAM, noise=Noise(0.1, entropy=Entropy(temperature=1e-3)), reach=REACH, **SHORT),
@@ -128,7 +128,7 @@ SOLVERS = [
     Row("adam, then gauss-newton", Sequential(ADAM, GaussNewton(system=Krylov(8)), updates=2), models=False, slow=True),
     Row("ilqr", ILQR(), "plan", monotone=True, exact_on_lqr=True, models=False),
     Row("ddp", DDP(), "plan", monotone=True, exact_on_lqr=True, models=False, slow=True),
-    Row("multiple shooting", MultipleShooting(), "plan", exact_on_lqr=True, models=False),
+    Row("multiple shooting", MultipleShooting(), "plan", exact_on_lqr=True, models=False, slow=True),
     Row("growing ilqr", Continuation.growing(ILQR(), 4, horizon=8), "plan", models=False, slow=True),
     Row(
         "random shooting",
@@ -170,5 +170,6 @@ SOLVERS = [
         Shooting(OptaxSolver(optax.adam, learning_rate=0.1), starts=3, spread=0.3),
         "plan",
         models=False,
+        slow=True,
     ),
 ]

@@ -188,6 +188,7 @@ def test_help(arguments, words, capsys):
     assert all(word in out for word in words)
 
 
+@pytest.mark.slow
 def test_compare_and_report(folder, capsys):
     arguments = "compare lqr --methods ilqr --horizon 5 --seeds 2 --starts 3 --steps 2 --param mass=2 --x64 --key 7"
     assert cli.main(arguments.split()) == 0

@@ -145,6 +145,7 @@ def test_every_sequence_meets_the_same_members_and_noise():
 
 
 @pytest.mark.parametrize("propagation", [TS1(), pytest.param(TSInfinity(), marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_sampling_and_shooting_plan_through_particles(propagation):
     task = through(Ensemble(draw(NetworkDynamics), propagation))
     cloud = particles(task, 4), replicate_start(S0, task, 4)

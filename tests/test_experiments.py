@@ -167,6 +167,7 @@ def test_every_arm_of_imitation_makes_a_solver() -> None:
             assert isinstance(made, d.Continuation) and made.discounts[0] == np.float32(0.8)
 
 
+@pytest.mark.slow
 def test_imitation_of_a_gradient_step_regresses_onto_it(x64: None) -> None:
     task = d.tasks.lqr(horizon=6)
     policy = d.Linear(jnp.array([[0.1, -0.2]]), jnp.array([0.3]))

@@ -222,6 +222,7 @@ def test_training_goes_on_from_trained_members():
     assert np.all(more.holdout <= curves.holdout * (1 + 1e-4))
 
 
+@pytest.mark.slow
 def test_windows_are_trained_on_by_the_models_own_rollouts(x64):
     """The loss of a window is that of predictions fed back; on data with wrong middles only the ends can teach."""
     f = jax.tree.map(lambda x: x[0], draw(hidden=(), count=1, output_scale=1.0))

@@ -25,7 +25,7 @@ from diffmbrl.planners.quadratic_models import costates, hamiltonian
 from diffmbrl.second_order.linearize import linearize
 from diffmbrl.second_order.parallel_riccati import PARALLEL, SCAN, choose
 from diffmbrl.second_order.riccati import riccati
-from tests.problems import bent, matrices, same, same_tree
+from tests.problems import bent, matrices, same, same_tree, some_slow
 from tests.problems import riccati as textbook
 
 KEY = jax.random.key(0)
@@ -87,7 +87,7 @@ def test_one_update_solves_a_linear_quadratic_task(name, n, m, x64):
     np.testing.assert_allclose(episode_return(plan, task, s0), optimum.J(s0), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", some_slow(EVERY, *(set(EVERY) - {"ilqr", "ddp"})))
 def test_all_reach_the_same_optimum(name, x64):
     """The residual of the optimality conditions vanishes, and so does the gradient by automatic differentiation."""
     task = bent(horizon=8)

@@ -10,7 +10,7 @@ from diffmbrl import tasks
 from diffmbrl.models import GaussianDynamics, NetworkDynamics, Normalizer, particles
 from diffmbrl.models.buffer import Transition
 from diffmbrl.tasks.registry import TASKS
-from tests.problems import same
+from tests.problems import same, some_slow
 
 KEY = jax.random.key(0)
 ANGLES = {
@@ -42,7 +42,11 @@ def fitted(normalizer, s, a, s_next, data):
     return normalizer.fitted(Transition(s, a, jnp.zeros(len(s)), s_next, none, none), data)
 
 
-@pytest.mark.parametrize("name", TASKS)
+# Without angles, with one, with two, and of a body that turns.
+ANGLED = {"lqr", "pendulum", "cartpole-swingup", "acrobot", "quadrotor2d", "pets-cartpole"}
+
+
+@pytest.mark.parametrize("name", some_slow(TASKS, *(set(TASKS) - ANGLED)))
 def test_angles_are_what_the_features_see_as_angles(name):
     turn = jax.jit(lambda task: Normalizer.init(task).turn)(tasks.make(name))  # parameters of the features are traced
     assert list(np.flatnonzero(turn)) == ANGLES.get(name, [])

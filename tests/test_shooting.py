@@ -44,7 +44,9 @@ def test_one_start_is_descend_on_the_plan():
     assert np.array_equal(history.info.work.vjp, other.info.work.vjp)
 
 
-@pytest.mark.parametrize("rule, limits", [(LBFGS, Tanh()), (LBFGS, Projection()), (ADAM, Projection())])
+@pytest.mark.parametrize(
+    "rule, limits", [pytest.param(LBFGS, Tanh(), marks=pytest.mark.slow), (LBFGS, Projection()), (ADAM, Projection())]
+)
 def test_limits_are_kept_and_reached(rule, limits):
     """Gymnasium's pendulum one step after rest: the torque belongs on its limit."""
     task, s0 = tasks.pendulum(horizon=8), jnp.asarray([1.0, 0.0])

@@ -22,6 +22,7 @@ def test_every_row_makes_its_agent(row: str) -> None:
     assert agent.warmup >= agent.every >= 1
 
 
+@pytest.mark.slow
 def test_a_run_has_all_looks_and_the_same_starts_each_time() -> None:
     run = verdict._learn("pendulum", verdict.ROWS[verdict.RANDOM], TINY)
     assert run["steps"] == [100, 200, 300]
