@@ -1,4 +1,4 @@
-"""The tables of README.md: what each registry has, a line each.
+"""The tables of README.md, one row for each entry of a registry.
 
 python -m diffmbrl.cli.tables              print them
 python -m diffmbrl.cli.tables README.md    put them between the two markers of the file
@@ -16,7 +16,11 @@ BEGIN, END = "<!-- from the registries: python -m diffmbrl.cli.tables README.md 
 
 
 def registry_tables() -> str:
-    """Tasks, solvers, planners, estimators and agents by their names, as Markdown."""
+    """Tabulate tasks, solvers, planners, estimators and agents.
+
+    Returns:
+        Markdown.
+    """
     rows = {
         "task": {name: (row.make.__doc__ or "").strip().splitlines()[0].rstrip(".") for name, row in TASKS.items()},
         "solver of policies": {name: row.description for name, row in METHODS.items() if row.kind == "policy"},
@@ -28,9 +32,16 @@ def registry_tables() -> str:
 
 
 def written(text: str) -> str:
-    """The text with the tables between its markers.
+    """Replace the tables between the two markers of a text.
 
-    Raises: `ValueError` if they are not there, once each and in this order.
+    Args:
+        text: The text.
+
+    Returns:
+        The text with new tables.
+
+    Raises:
+        ValueError: If the markers are missing, repeated or in the wrong order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the file needs one line {BEGIN!r} and after it one line {END!r}")

@@ -1,4 +1,4 @@
-"""What is settled before anything is computed."""
+"""Process-wide JAX configuration."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,12 @@ DEFAULT_CACHE = Path("~/.cache/diffmbrl/xla")
 
 
 def configure(x64: bool, devices: int = 1) -> None:
-    """Precision, devices, and a compilation cache that outlives the process."""
+    """Set the precision, the devices and a persistent compilation cache, before JAX computes anything.
+
+    Args:
+        x64: Compute in float64.
+        devices: The number of devices.
+    """
     import jax
 
     from diffmbrl.devices import init_distributed

@@ -1,10 +1,11 @@
-"""The policies of a comparison's methods, as its run keeps them, and the one that `RUN:method:seed` names."""
+"""Save the policies of a comparison, and load the one that `RUN:method:seed` names."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jaxtyping import PyTree
 
 from diffmbrl.choices import validate_choice
 from diffmbrl.core import Task
@@ -15,7 +16,14 @@ from diffmbrl.runs.arrays import fill, read_arrays, save_arrays
 
 
 class Saved(NamedTuple):
-    """A policy and where it came from."""
+    """A policy of a run.
+
+    Args:
+        policy: The policy.
+        method: The method that trained it.
+        rate: The method's learning rate, None if it has none.
+        seed: The seed.
+    """
 
     policy: Neural
     method: str
@@ -23,17 +31,34 @@ class Saved(NamedTuple):
     seed: int
 
 
-def save_policies(folder: Path, method: str, policies: Any, *, rates: Sequence[float | None], seeds: int) -> None:
-    """Write the policies of a method, whose leaves have a leading axis of rates times seeds."""
+def save_policies(folder: Path, method: str, policies: PyTree, *, rates: Sequence[float | None], seeds: int) -> None:
+    """Save the policies of a method.
+
+    Args:
+        folder: The run folder.
+        method: The method.
+        policies: Policies whose leaves have a leading axis of rates times seeds.
+        rates: The learning rates.
+        seeds: The number of seeds.
+    """
     apart = jax.tree.map(lambda x: x.reshape(len(rates), seeds, *x.shape[1:]), policies)
     save_arrays(folder / "policies", method, apart, rates=list(rates), seeds=seeds)
 
 
 def load_policy(place: str, task: Task) -> Saved:
-    """The policy that `RUN`, `RUN:method` or `RUN:method:seed` names, for a task of the same name.
+    """Load the policy that `RUN`, `RUN:method` or `RUN:method:seed` names.
 
-    Without a method the one with the best held-out return, without a seed the first; of several learning rates the best.
-    Raises: `ValueError` if there is none, if it is of another task, or if its file is not what was written.
+    By default it is of the method with the highest held-out return and of the first seed, always of the best learning rate.
+
+    Args:
+        place: The run folder, the method and the seed.
+        task: A task of the same name.
+
+    Returns:
+        The policy and its origin.
+
+    Raises:
+        ValueError: If there is none, if it is of another task, or if its file is damaged.
     """
     folder, method, number = parse(place)
     config = read_config(folder)
@@ -59,7 +84,17 @@ def load_policy(place: str, task: Task) -> Saved:
 
 
 def parse(place: str) -> tuple[Path, str | None, int]:
-    """RUN[:method[:seed]]; a folder whose own name has colons is one all the same."""
+    """Split RUN[:method[:seed]]; the folder's own name may contain colons.
+
+    Args:
+        place: The text.
+
+    Returns:
+        The folder, the method if it is named, and the seed, by default 0.
+
+    Raises:
+        ValueError: If the folder does not exist or the seed is not a number.
+    """
     if Path(place).is_dir():
         return Path(place), None, 0
     name, *rest = place.rsplit(":", 2) if Path(place.rsplit(":", 2)[0]).is_dir() else place.rsplit(":", 1)
