@@ -10,7 +10,7 @@ def validate_choice(what: str, name: str, names: Any) -> str:
         return name
     if what == "task" and name.startswith("gym:"):
         raise ValueError(
-            f"'{name}' is a real system, whose dynamics cannot be called: `diffmbrl learn` and `compare --learned` take it"
+            f"'{name}' is a real system, whose dynamics cannot be called: `diffmbrl learn` and `diffmbrl race` take it"
         )
     if not names:
         raise ValueError(f"unknown {what} '{name}': there are none")

@@ -20,7 +20,8 @@ from diffmbrl.agents import RandomAgent
 from diffmbrl.agents.learn import learn
 from diffmbrl.core import Task
 from diffmbrl.jobs.batch import BatchedPlanRuns, BatchedPolicyRuns, draw_starts, shared
-from diffmbrl.jobs.plan import PlanConfig, plan
+from diffmbrl.jobs.configs import PlanConfig, RunOptions
+from diffmbrl.jobs.plan import make_plan
 from diffmbrl.methods import METHODS
 from diffmbrl.optimizers import Krylov
 from diffmbrl.runs import metrics
@@ -124,7 +125,7 @@ def planned(devices: int) -> list:
     """States and actions of a run of `diffmbrl plan`."""
     setting = PlanConfig("lqr", "cem", False, 4, None, 2, {}, {}, 0.01, 0, 1, 0, False, devices)
     with tempfile.TemporaryDirectory() as place:
-        folder = plan(setting, out=Path(place) / "run", stream=io.StringIO())
+        folder = make_plan(setting, RunOptions(out=Path(place) / "run", stream=io.StringIO()))
         records = metrics.read_metrics(folder / "metrics.jsonl")[0]
     return [[np.asarray(x["s"]), np.asarray(x["a"])] for x in records if x["kind"] == "trajectory"]
 

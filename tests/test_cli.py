@@ -11,7 +11,9 @@ import pytest
 
 import diffmbrl
 from diffmbrl.cli import main as cli
-from diffmbrl.cli.commands import Tasks
+from diffmbrl.jobs.compare import resolve
+from diffmbrl.jobs.configs import CompareConfig, DiagnoseConfig, LearnConfig, PlanConfig, RunOptions
+from diffmbrl.jobs.table import JOBS
 from diffmbrl.methods import METHODS
 from diffmbrl.tasks import TASKS
 
@@ -28,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 BAD = {
     "no command": (
         "",
-        "expected a command: compare, plan, diagnose, learn, resume, sweep, report, render, agents, tasks, doctor; see",
+        "expected a command: compare, plan, diagnose, learn, race, resume, sweep, report, render, agents, tasks, doctor; see",
     ),
     "unknown command": ("comapre lqr", "unknown command 'comapre'; did you mean 'compare'?"),
     "no task": ("compare", "TASK"),
@@ -156,6 +158,7 @@ def test_tasks(folder, capsys):
                 "plan",
                 "diagnose",
                 "learn",
+                "race",
                 "resume",
                 "sweep",
                 "report",
@@ -218,27 +221,30 @@ def test_compare_and_report(folder, capsys):
     assert (run / "report.html").read_bytes() == page
 
 
-def test_by_default_all_methods_that_are_marked(folder, monkeypatch):
-    seen = []
-    monkeypatch.setattr("diffmbrl.jobs.compare.compare", lambda setting, **_: seen.append(setting) or folder)
-    monkeypatch.setattr("diffmbrl.report.summary_text", lambda folder: (_ for _ in ()).throw(ValueError("enough")))
-    assert cli.main(["compare", "cartpole-balance"]) == 2
-    [setting] = seen
-    assert setting.methods == tuple(name for name, row in METHODS.items() if row.default)
-    assert (setting.horizon, setting.hidden, setting.seeds, setting.starts) == (
-        100,
-        TASKS["cartpole-balance"].hidden,
-        3,
-        128,
-    )
-    assert (setting.continuation, setting.rates, setting.steps, setting.x64) == ("default", (), None, False)
+def test_by_default_all_methods_that_are_marked():
+    config = resolve(CompareConfig("cartpole-balance")).config
+    assert config.methods == tuple(name for name, row in METHODS.items() if row.default)
+    hidden = tuple(TASKS["cartpole-balance"].hidden)
+    assert (config.horizon, config.hidden, config.seeds, config.starts) == (100, hidden, 3, 128)
+    assert resolve(config).config == config
+
+
+def test_the_options_of_a_command_are_the_fields_of_its_config(folder, monkeypatch):
+    """Every default of the command line is the config's own."""
+    found = []
+    for name in JOBS:
+        monkeypatch.setitem(cli.RUN, name, lambda *configs: found.append(configs) or 0)
+    assert cli.main(["compare", "lqr"]) == cli.main(["plan", "lqr"]) == cli.main(["diagnose", "lqr"]) == 0
+    assert cli.main(["race", "lqr"]) == cli.main(["learn", "lqr", "--agent", "mpc"]) == 0
+    wanted = [CompareConfig("lqr"), PlanConfig("lqr"), DiagnoseConfig("lqr"), LearnConfig("lqr")]
+    assert found == [(config, RunOptions()) for config in [*wanted, LearnConfig("lqr", agents=("mpc",))]]
 
 
 def test_interrupted(folder, monkeypatch, capsys):
-    def interrupt(command):
+    def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.RUN, Tasks, interrupt)
+    monkeypatch.setitem(cli.RUN, "tasks", interrupt)
     assert cli.main(["tasks"]) == 130
     assert capsys.readouterr().err == "diffmbrl: interrupted\n"
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,7 +12,8 @@ import pytest
 
 from diffmbrl import Neural, tasks
 from diffmbrl.cli import main as cli
-from diffmbrl.jobs.diagnose import DiagnoseConfig, prepare
+from diffmbrl.jobs.configs import DiagnoseConfig
+from diffmbrl.jobs.diagnose import resolve
 from diffmbrl.jobs.policies import load_policy, save_policies
 from diffmbrl.report import rebuild
 from diffmbrl.report.health_report import headline, text
@@ -83,7 +85,7 @@ def test_end_to_end(folder, capsys):
 )
 def test_bad_settings(change, message, folder):
     with pytest.raises(ValueError) as refused:
-        prepare(SETTING._replace(**change))
+        resolve(replace(SETTING, **change))
     assert message in str(refused.value)
 
 
@@ -137,13 +139,13 @@ def test_policies_that_are_not_what_they_should_be(run):
 
 def test_scale_and_policy_exclude_each_other(folder, capsys):
     with pytest.raises(ValueError, match="--scale is of a random first policy"):
-        prepare(SETTING._replace(policy="run", scale=0.1))
+        resolve(replace(SETTING, policy="run", scale=0.1))
     assert cli.main(["diagnose", "lqr", "--policy", "run", "--hidden", "4"]) == 2
     assert "--hidden is of a random first policy" in capsys.readouterr().err
 
 
 def test_scale_is_of_the_last_layer():
-    default, small = (prepare(SETTING._replace(scale=scale))[1] for scale in (None, 0.01))
+    default, small = (resolve(replace(SETTING, scale=scale)).policy for scale in (None, 0.01))
     np.testing.assert_allclose(small.net.weights[-1], 0.01 * default.net.weights[-1], rtol=1e-6)
     np.testing.assert_array_equal(small.net.weights[0], default.net.weights[0])
 

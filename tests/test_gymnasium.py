@@ -17,7 +17,8 @@ from diffmbrl import tasks
 from diffmbrl.agents import HostSystem, RandomAgent, System, WithLearnedReward, learn, learnable, with_learned_reward
 from diffmbrl.agents.collect import Acting, Real
 from diffmbrl.agents.registry import make_agent
-from diffmbrl.jobs.learn import LearnConfig, learn_agents, restore_agent
+from diffmbrl.jobs.configs import LearnConfig, RunOptions
+from diffmbrl.jobs.learn import race_agents, restore_agent
 from diffmbrl.models import EndModel, RewardModel
 from diffmbrl.policies import Neural
 from diffmbrl.report import summary_text
@@ -262,7 +263,7 @@ SETTING = LearnConfig(
 
 
 def test_a_run_and_its_report(tmp_path):
-    folder = learn_agents(SETTING, out=tmp_path / "run", stream=io.StringIO())
+    folder = race_agents(SETTING, RunOptions(out=tmp_path / "run", stream=io.StringIO()))
     records, _ = read_metrics(folder / "metrics.jsonl")
     assert [row["real_steps"] for row in of(records, "iteration")] == [20, 40, 60]
     assert of(records, "scene")[0]["state_names"] == list(KNOWN["Pendulum-v1"].states)

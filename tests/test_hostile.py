@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from diffmbrl.cli import main as cli
 from diffmbrl.jobs import learn as race
+from diffmbrl.jobs.configs import LearnConfig
 from diffmbrl.report import rebuild
 from diffmbrl.runs import config as configs
 from diffmbrl.runs import folder as folders
@@ -171,8 +173,6 @@ def test_a_report_of_what_no_run_writes(tmp_path):
 
 
 def test_types_of_a_setting():
-    setting = race.LearnConfig(
-        "lqr", ("a",), {"x": "1"}, None, float("inf"), 2, {"a": 3}, 5, {"m": 1.0}, 0.0, 0.1, 7, True
-    )
-    written = json.loads(json.dumps(metrics.to_json({"task": "lqr", "job": "learn", **setting._asdict()})))
-    assert configs.config_from_json(race.LearnConfig, written) == setting
+    setting = LearnConfig("lqr", ("a",), {"x": "1"}, None, float("inf"), 2, {"a": 3}, 5, {"m": 1.0}, 0.0, 0.1, 7, True)
+    written = json.loads(json.dumps(metrics.to_json({"task": "lqr", "job": "learn", **asdict(setting)})))
+    assert configs.config_from_json(LearnConfig, written) == setting

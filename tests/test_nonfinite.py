@@ -19,6 +19,7 @@ from diffmbrl.cli import main as cli
 from diffmbrl.core import Task
 from diffmbrl.jobs import compare, plan
 from diffmbrl.jobs import learn as race
+from diffmbrl.jobs.configs import CompareConfig, LearnConfig, PlanConfig, RunOptions
 from diffmbrl.report import rebuild
 from diffmbrl.runs import metrics
 from diffmbrl.tasks import TASKS
@@ -105,30 +106,29 @@ def patched(monkeypatch) -> Any:
     monkeypatch.setitem(TASKS, "clocked", TASKS["lqr"]._replace(make=clocked, states=("x [m]", "clock [1]")))
     monkeypatch.setitem(REGISTRY, "random", AgentRow(lambda task: RandomAgent(warmup=12, every=12), "", 36))
     monkeypatch.setitem(REGISTRY, "numbed", AgentRow(lambda task: Numbed(warmup=12, every=12), "", 36))
-    for job in ("compare", "learn"):
-        monkeypatch.setattr(f"diffmbrl.jobs.{job}.rebuild", lambda folder: folder)
+    monkeypatch.setattr("diffmbrl.jobs.job.rebuild", lambda folder: folder)
     return monkeypatch
 
 
 def compared(out: Path, **spoils: int) -> None:
-    setting = compare.CompareConfig(
+    setting = CompareConfig(
         "clocked", ("adam",), 6, spoils, (4,), 2, 2, 3, 100.0, (1e-2,), "none", False, 0
     )  # fmt: skip
-    compare.compare(setting, out=out, stream=io.StringIO())
+    compare.compare_methods(setting, RunOptions(out=out, stream=io.StringIO()))
 
 
 def planned(out: Path, *, mpc: bool = False, mismatch: float = 1.0, **spoils: int) -> None:
     factors = {} if mismatch == 1 else {"dynamics": mismatch}
     horizon, steps = (4, 6) if mpc else (6, None)
-    setting = plan.PlanConfig("clocked", "ilqr", mpc, horizon, steps, 3, spoils, factors, 0.0, 0, 1, 0, False)
-    plan.plan(setting, out=out, stream=io.StringIO())
+    setting = PlanConfig("clocked", "ilqr", mpc, horizon, steps, 3, spoils, factors, 0.0, 0, 1, 0, False)
+    plan.make_plan(setting, RunOptions(out=out, stream=io.StringIO()))
 
 
 def learned(out: Path, agent: str = "random", nonfinite: str = "reject", real_steps: int = 36, **spoils: int) -> None:
-    setting = race.LearnConfig(
+    setting = LearnConfig(
         "clocked", (agent,), {}, real_steps, 100.0, 2, 0, 6, spoils, 0.0, 0.0, 0, False, nonfinite=nonfinite
     )  # fmt: skip
-    race.learn_agents(setting, out=out, stream=io.StringIO())
+    race.race_agents(setting, RunOptions(out=out, stream=io.StringIO()))
 
 
 def said(folder: Path) -> str:
@@ -178,7 +178,7 @@ def test_learn_stops_or_rejects_and_names_it(what, nonfinite, tmp_path, patched)
     first = f"{NAMES[what]} of episode {3 if what == 'policy' else 0}, seed 0"
     status = tmp_path / "run" / "status.json"
     if nonfinite == "stop":
-        with pytest.raises(FloatingPointError, match="met a value that is not finite"):
+        with pytest.raises(FloatingPointError, match="met a non-finite value"):
             job()
         ended = json.loads(status.read_text())
         assert ended["status"] == "failed" and first in ended["reason"]
@@ -219,6 +219,6 @@ def test_the_command_says_so_in_one_line_and_fails(patched, capsys, folder):
     assert cli.main([*words.split(), "stop", "--out", "run"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert err.startswith(f"diffmbrl: agent 'random' met a value that is not finite: r[{STEP}] of episode 0, seed 0")
+    assert err.startswith(f"diffmbrl: agent 'random' met a non-finite value: r[{STEP}] of episode 0, seed 0")
     assert cli.main([*words.split(), "ignore"]) == 2
     assert "ignore" in capsys.readouterr().err

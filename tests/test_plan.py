@@ -1,6 +1,7 @@
 """`diffmbrl plan`: plans and controllers end to end, records against Riccati, and a report that is a function of its data."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,7 +11,8 @@ from jax.sharding import Mesh
 
 from diffmbrl import tasks
 from diffmbrl.cli import main as cli
-from diffmbrl.jobs.plan import PlanConfig, prepare
+from diffmbrl.jobs.configs import PlanConfig
+from diffmbrl.jobs.plan import resolve
 from diffmbrl.methods import METHODS
 from diffmbrl.render.shapes import Circle, Line
 from diffmbrl.report.plan_report import _shape, sentence, shape_record, text
@@ -88,13 +90,13 @@ def test_a_controller_on_a_late_and_noisy_plant(folder, capsys):
 )
 def test_bad_settings(change, message):
     with pytest.raises(ValueError) as refused:
-        prepare(SETTING._replace(**change))
+        resolve(replace(SETTING, **change))
     assert message in str(refused.value)
 
 
 def test_mismatch_and_parameters_multiply():
-    prepared = prepare(
-        SETTING._replace(task="cartpole-balance", parameters={"m_p": 0.2}, mismatch={"m_p": 1.5, "l": 2.0})
+    prepared = resolve(
+        replace(SETTING, task="cartpole-balance", parameters={"m_p": 0.2}, mismatch={"m_p": 1.5, "l": 2.0})
     )
     model, plant = prepared.model.dynamics, prepared.plant.dynamics.inner
     assert float(model.m_p) == pytest.approx(0.2) and float(plant.m_p) == pytest.approx(0.3)
@@ -111,13 +113,13 @@ def test_what_devices_cannot_share_is_refused(monkeypatch):
         ({"planner": "cem"}, "256 samples cannot be shared out evenly among 3 devices; the nearest that can: 255"),
     ]:
         with pytest.raises(ValueError) as refused:
-            prepare(SETTING._replace(devices=3, **change))
+            resolve(replace(SETTING, devices=3, **change))
         assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.kind == "plan"])
 def test_every_planner_is_offered(name):
-    assert prepare(SETTING._replace(planner=name.replace("-", "_"))).solver.kind == "plan"
+    assert resolve(replace(SETTING, planner=name.replace("-", "_"))).solver.kind == "plan"
 
 
 def test_shapes_survive_their_record():

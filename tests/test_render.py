@@ -13,7 +13,8 @@ from PIL import Image
 
 from diffmbrl.jobs import compare, plan
 from diffmbrl.jobs import learn as race
-from diffmbrl.jobs.render import render
+from diffmbrl.jobs.configs import CompareConfig, LearnConfig, PlanConfig, RenderConfig, RunOptions
+from diffmbrl.jobs.render import render_run
 from diffmbrl.render import solids as geometry
 from diffmbrl.render.animated_gif import gif
 from diffmbrl.render.html import animate
@@ -22,7 +23,7 @@ from diffmbrl.report.plan_report import _shape, shape_record
 from diffmbrl.runs import read_metrics
 from tests.problems import of
 
-COMPARE = compare.CompareConfig(
+COMPARE = CompareConfig(
     task="lqr",
     methods=("adam",),
     horizon=5,
@@ -37,7 +38,7 @@ COMPARE = compare.CompareConfig(
     x64=False,
     key=0,
 )
-LEARN = race.LearnConfig(
+LEARN = LearnConfig(
     task="lqr",
     agents=("random",),
     options={"warmup": 20, "every": 20},
@@ -52,7 +53,7 @@ LEARN = race.LearnConfig(
     key=0,
     x64=False,
 )
-PLAN = plan.PlanConfig(
+PLAN = PlanConfig(
     task="lqr",
     planner="ilqr",
     mpc=False,
@@ -71,11 +72,11 @@ PLAN = plan.PlanConfig(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    place, quiet = tmp_path_factory.mktemp("runs"), {"stream": io.StringIO(), "track": ["tensorboard"]}
+    place, quiet = tmp_path_factory.mktemp("runs"), {"stream": io.StringIO(), "track": ("tensorboard",)}
     return {
-        "compare": compare.compare(COMPARE, out=place / "compare", **quiet),
-        "learn": race.learn_agents(LEARN, out=place / "learn", **quiet),
-        "plan": plan.plan(PLAN, out=place / "plan", **quiet),
+        "compare": compare.compare_methods(COMPARE, RunOptions(out=place / "compare", **quiet)),
+        "learn": race.race_agents(LEARN, RunOptions(out=place / "learn", **quiet)),
+        "plan": plan.make_plan(PLAN, RunOptions(out=place / "plan", **quiet)),
     }
 
 
@@ -138,7 +139,7 @@ def film(path) -> dict:
 
 @pytest.mark.parametrize(("job", "steps"), [("compare", 5), ("learn", 10), ("plan", 8)])
 def test_every_run_is_drawn(runs, job, steps):
-    path = render(runs[job])
+    path = render_run(RenderConfig(runs[job]))
     assert path == runs[job] / "animation.html"
     data = film(path)
     assert data["steps"] == list(range(steps + 1)) and len(data["actions"]) == steps
@@ -146,7 +147,7 @@ def test_every_run_is_drawn(runs, job, steps):
 
 
 def test_the_plan_that_is_drawn_is_the_one_that_was_kept(runs):
-    data = film(render(runs["plan"]))
+    data = film(render_run(RenderConfig(runs["plan"])))
     [kept] = of(read_metrics(runs["plan"] / "metrics.jsonl")[0], "trajectory")
     np.testing.assert_allclose(
         [float(a[0].replace("\u2212", "-")) for a in data["actions"]], np.ravel(kept["a"]), rtol=6e-3
@@ -154,19 +155,19 @@ def test_the_plan_that_is_drawn_is_the_one_that_was_kept(runs):
 
 
 def test_what_is_drawn_can_be_chosen(runs, tmp_path):
-    default = film(render(runs["compare"], out=tmp_path / "a.html"))
-    other = film(render(runs["compare"], out=tmp_path / "b.html", method="adam", seed=1, start=3))
+    default = film(render_run(RenderConfig(runs["compare"], out=tmp_path / "a.html")))
+    other = film(render_run(RenderConfig(runs["compare"], out=tmp_path / "b.html", method="adam", seed=1, start=3)))
     assert default["frames"] != other["frames"]
     assert (
         "adam at rate" in (tmp_path / "b.html").read_text() and "seed 1, start 3" in (tmp_path / "b.html").read_text()
     )
-    assert film(render(runs["learn"], out=tmp_path / "c.html")) != film(
-        render(runs["learn"], out=tmp_path / "d.html", seed=1, start=1)
+    assert film(render_run(RenderConfig(runs["learn"], out=tmp_path / "c.html"))) != film(
+        render_run(RenderConfig(runs["learn"], out=tmp_path / "d.html", seed=1, start=1))
     )
 
 
 def test_a_gif(runs):
-    path = render(runs["plan"], as_gif=True)
+    path = render_run(RenderConfig(runs["plan"], gif=True))
     with Image.open(path) as image:
         assert image.format == "GIF" and image.n_frames == 9 and image.info["loop"] == 0
 
@@ -185,18 +186,18 @@ def test_a_gif(runs):
 )
 def test_what_a_run_does_not_have(runs, job, options, message):
     with pytest.raises(ValueError, match=message):
-        render(runs[job], **options)
+        render_run(RenderConfig(runs[job], **options))
 
 
 def test_runs_that_leave_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="is not a run"):
-        render(tmp_path)
+        render_run(RenderConfig(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"job": "diagnose"}))
     with pytest.raises(ValueError, match="a run of 'diagnose': only plan, compare, learn leave"):
-        render(tmp_path)
+        render_run(RenderConfig(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"job": "compare", "task": "lqr"}))
     with pytest.raises(ValueError, match="whose plans are not kept: `diffmbrl plan lqr`"):
-        render(tmp_path)
+        render_run(RenderConfig(tmp_path))
 
 
 # Bodies.

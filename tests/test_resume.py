@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -22,7 +23,8 @@ from diffmbrl.agents.registry import AgentRow
 from diffmbrl.cli import main as cli
 from diffmbrl.jobs import compare, plan
 from diffmbrl.jobs import learn as race
-from diffmbrl.jobs.resume import resume
+from diffmbrl.jobs.configs import CompareConfig, LearnConfig, PlanConfig, RunOptions
+from diffmbrl.jobs.resume import resume_run
 from diffmbrl.methods import METHODS
 from diffmbrl.planners import ILQR, MPC, control
 from diffmbrl.planners.episode import finish, proceed, start
@@ -31,7 +33,7 @@ from tests.agents import AGENTS
 from tests.problems import some_slow
 
 TIMES = {"seconds", "cpu_seconds", "compile_seconds", "wall"}
-COMPARE = compare.CompareConfig(
+COMPARE = CompareConfig(
     task="lqr",
     methods=("gauss-newton", "cem"),  # lanes with a model's report, and planners that draw
     horizon=10,
@@ -46,9 +48,9 @@ COMPARE = compare.CompareConfig(
     x64=False,
     key=0,
 )
-PLAN = plan.PlanConfig("pendulum-swingup", "ilqr", False, 20, None, 5, {}, {}, 0.01, 0, 2, 0, False)
-MPC_RUN = plan.PlanConfig("cartpole-balance", "cem", True, 4, 5, None, {}, {}, 0.01, 2, 2, 0, False)
-LEARN = race.LearnConfig(
+PLAN = PlanConfig("pendulum-swingup", "ilqr", False, 20, None, 5, {}, {}, 0.01, 0, 2, 0, False)
+MPC_RUN = PlanConfig("cartpole-balance", "cem", True, 4, 5, None, {}, {}, 0.01, 2, 2, 0, False)
+LEARN = LearnConfig(
     task="pendulum",
     agents=("random", "small"),
     options={},
@@ -112,15 +114,14 @@ def stopped_at(look: int, job, patch: pytest.MonkeyPatch, error=KeyboardInterrup
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures take most of the time of a small run."""
-    for job in ("compare", "learn", "plan.run"):
-        monkeypatch.setattr(f"diffmbrl.jobs.{job}.rebuild", lambda folder: folder)
+    monkeypatch.setattr("diffmbrl.jobs.job.rebuild", lambda folder: folder)
 
 
 JOBS = {
-    "compare": (lambda **places: compare.compare(COMPARE, stream=io.StringIO(), **places), (1, 8)),
-    "plan": (lambda **places: plan.plan(PLAN, stream=io.StringIO(), **places), (1, 3)),
-    "mpc": (lambda **places: plan.plan(MPC_RUN, stream=io.StringIO(), **places), (2,)),
-    "learn": (lambda **places: race.learn_agents(LEARN, stream=io.StringIO(), **places), (2, 4)),
+    "compare": (lambda **places: compare.compare_methods(COMPARE, RunOptions(stream=io.StringIO(), **places)), (1, 8)),
+    "plan": (lambda **places: plan.make_plan(PLAN, RunOptions(stream=io.StringIO(), **places)), (1, 3)),
+    "mpc": (lambda **places: plan.make_plan(MPC_RUN, RunOptions(stream=io.StringIO(), **places)), (2,)),
+    "learn": (lambda **places: race.race_agents(LEARN, RunOptions(stream=io.StringIO(), **places)), (2, 4)),
 }
 
 
@@ -132,38 +133,42 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(name, tmp_path, monkeypa
     whole = job(out=tmp_path / "whole")
     for look in looks:
         folder = tmp_path / f"at-{look}"
-        stopped_at(look, lambda folder=folder: job(out=folder, every=1e9), monkeypatch)
+        stopped_at(look, lambda folder=folder: job(out=folder, checkpoint_every=1e9), monkeypatch)
         status = json.loads((folder / "status.json").read_text())
         assert (status["status"], status["reason"]) == ("interrupted", "interrupted by the user")
         # Only the last look is kept: nothing was due before.
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["1"]
         printed = io.StringIO()
-        resume(folder, stream=printed)
+        resume_run(folder, RunOptions(stream=printed))
         assert "resumed from checkpoint 1" in printed.getvalue()
         same(folder, whole)
         [entry] = json.loads((folder / "provenance.json").read_text())["resumed"]
         assert entry["checkpoint"] == 1 and entry["remarks"] == [] and entry["versions"]["jax"] == jax.__version__
         with pytest.raises(ValueError, match="is finished: there is nothing to resume"):
-            resume(folder)
+            resume_run(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", AGENTS, ids=lambda row: row.name)
 def test_every_agent_goes_on_to_the_same_numbers(row, tmp_path, monkeypatch, undrawn):
     agent(row.name, monkeypatch)
-    setting = LEARN._replace(agents=("small",), real_steps=row.real_steps)
-    whole = race.learn_agents(setting, out=tmp_path / "whole", stream=io.StringIO())
-    stopped_at(2, lambda: race.learn_agents(setting, out=tmp_path / "cut", stream=io.StringIO()), monkeypatch)
-    same(resume(tmp_path / "cut", stream=io.StringIO()), whole)
+    setting = replace(LEARN, agents=("small",), real_steps=row.real_steps)
+    whole = race.race_agents(setting, RunOptions(out=tmp_path / "whole", stream=io.StringIO()))
+    stopped_at(
+        2, lambda: race.race_agents(setting, RunOptions(out=tmp_path / "cut", stream=io.StringIO())), monkeypatch
+    )
+    same(resume_run(tmp_path / "cut", RunOptions(stream=io.StringIO())), whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in COMPARE.methods])
 def test_every_method_goes_on_to_the_same_numbers(name, tmp_path, monkeypatch, undrawn):
-    setting = COMPARE._replace(methods=(name,))
-    whole = compare.compare(setting, out=tmp_path / "whole", stream=io.StringIO())
-    stopped_at(1, lambda: compare.compare(setting, out=tmp_path / "cut", stream=io.StringIO()), monkeypatch)
-    same(resume(tmp_path / "cut", stream=io.StringIO()), whole)
+    setting = replace(COMPARE, methods=(name,))
+    whole = compare.compare_methods(setting, RunOptions(out=tmp_path / "whole", stream=io.StringIO()))
+    stopped_at(
+        1, lambda: compare.compare_methods(setting, RunOptions(out=tmp_path / "cut", stream=io.StringIO())), monkeypatch
+    )
+    same(resume_run(tmp_path / "cut", RunOptions(stream=io.StringIO())), whole)
 
 
 def test_an_episode_in_pieces_is_the_episode():
@@ -238,7 +243,7 @@ def test_killed_and_resumed(folder, capsys):
     process = program(folder, "resume run --checkpoint-every 0")
     wait_for((run / "checkpoints" / "8").exists, process)
     with pytest.raises(ValueError, match="under way in another process"):
-        resume(run)
+        resume_run(run)
     process.terminate()
     err = process.communicate()[1]
     assert process.returncode == 143, err.decode()

@@ -13,7 +13,7 @@ import pytest
 
 from diffmbrl.cli import main as cli
 from diffmbrl.jobs import compare
-from diffmbrl.jobs.compare import CompareConfig
+from diffmbrl.jobs.configs import CompareConfig, RunOptions
 from diffmbrl.jobs.sweep import runner, sweep
 from diffmbrl.jobs.sweep.groups import groups
 from diffmbrl.jobs.sweep.points import parse
@@ -156,8 +156,10 @@ def test_a_point_is_the_run_alone(ran, tmp_path):
     assert [record["status"] for record in records] == ["finished"] * 4
     [point] = [p for p in found.points if p.setting["lr"] == 0.1 and p.setting["param.mass"] == 2.0]
     given = {**SETTING, "budget": 1e9, "x64": False, "key": 0, "rates": (0.1,), "methods": ("adam",), "hidden": (3,)}
-    given = {name: x for name, x in given.items() if name in CompareConfig._fields}
-    alone = compare.compare(CompareConfig(parameters={"mass": 2.0}, **given), out=tmp_path / "alone")
+    given = {name: x for name, x in given.items() if name in CompareConfig.__dataclass_fields__}
+    alone = compare.compare_methods(
+        CompareConfig(parameters={"mass": 2.0}, **given), RunOptions(out=tmp_path / "alone")
+    )
     last = [record for record in read_records(alone / "metrics.jsonl")[0] if record["kind"] == "eval"][-1]
     [own] = [record["last"] for record in records if record["point"] == point.name]
     for name in ("train", "test", "success", "update"):

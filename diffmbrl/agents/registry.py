@@ -27,7 +27,7 @@ class AgentRow(NamedTuple):
     description: str  # what it is, in a line
     real_steps: int  # by default
     evaluations: int = 8  # starts of each evaluation; 0 where its episodes show it as it is, and acting is expensive
-    default: bool = True  # whether `compare --learned` runs it unasked
+    default: bool = True  # whether `diffmbrl race` runs it by default
 
 
 def _random(task: Task, *, warmup: int = 100, every: int = 100) -> RandomAgent:

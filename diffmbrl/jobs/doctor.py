@@ -1,4 +1,4 @@
-"""Whether this installation computes what it should, and on what."""
+"""Check an installation: versions, devices, precision, compilation cache and a gradient."""
 
 import os
 import platform
@@ -21,12 +21,16 @@ from diffmbrl.runs import provenance
 from diffmbrl.xla import OPTION, THRESHOLD
 
 PACKAGES = ("jax", "jaxlib", "equinox", "jaxtyping", "optax", "numpy", "brax", "orbax-checkpoint")
-# Of the gradient, relative to its norm. Accelerators multiply matrices in less than float32 unless told otherwise.
+# Relative to the norm of the gradient. By default, accelerators multiply matrices in less than float32.
 TOLERANCES = {"float32": 1e-2, "float64": 1e-6}
 
 
-def diagnose() -> tuple[bool, str]:
-    """Whether the gradient test passes, and a report: versions, devices, precision, compilation, gradient."""
+def check_installation() -> tuple[bool, str]:
+    """Check a gradient, and report versions, devices, precision and compilation.
+
+    Returns:
+        Whether the gradient is right, and the report.
+    """
     checks = [_gradient(precision) for precision in dict.fromkeys([_precision(), "float64"])]
     facts = provenance.collect_provenance()
     devices, host = facts["device"], facts["host"]
@@ -52,9 +56,16 @@ def diagnose() -> tuple[bool, str]:
 
 
 def cache_state(folder: str | None) -> str:
-    """Where compiled programs are kept, how many and how large, and whether more can be."""
+    """Describe the compilation cache: its folder, size and whether it can be written.
+
+    Args:
+        folder: The folder, None if there is no cache.
+
+    Returns:
+        One line.
+    """
     if not folder:
-        return "off: every run compiles anew; set JAX_COMPILATION_CACHE_DIR"
+        return "off: every run compiles again; set JAX_COMPILATION_CACHE_DIR"
     path = Path(folder).expanduser()
     try:
         sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()] if path.exists() else []
@@ -67,7 +78,15 @@ def cache_state(folder: str | None) -> str:
 
 
 def small_loops(flags: str, backend: str) -> str:
-    """What XLA_FLAGS says of loops over time (see `xla.py`)."""
+    """Describe how XLA compiles loops over time (see `xla.py`).
+
+    Args:
+        flags: The value of XLA_FLAGS.
+        backend: The platform.
+
+    Returns:
+        One line.
+    """
     if backend != "cpu":
         return f"compiled as {backend} does; the option is for CPUs"
     value = flags.partition(f"{OPTION}=")[2].split(",")[0].split(" ")[0].strip("'\"")
@@ -83,19 +102,26 @@ def _precision() -> str:
 
 
 def _gradient(precision: str) -> tuple[bool, str]:
-    """Autodiff in one precision against central differences in float64."""
+    """Compare automatic differentiation in one precision with central differences in float64."""
     tolerance = TOLERANCES[precision]
     what = f"{precision} against central differences, cartpole-balance T = 20"
     try:
         error = gradient_error(precision)
-    except Exception as problem:  # a report is wanted whatever goes wrong
+    except Exception as problem:  # the report must appear whatever fails
         return False, f"{what}: {type(problem).__name__}: {str(problem).splitlines()[0]} FAIL"
     passed = bool(error <= tolerance)
     return passed, f"{what}: relative error {error:.1e}, at most {tolerance:.0e} {'PASS' if passed else 'FAIL'}"
 
 
 def gradient_error(precision: str) -> float:
-    """|autodiff - central differences| / |central differences| of dJ/dtheta, a small network balancing a cart-pole."""
+    """Relative error of dJ/dtheta against central differences, for a small network that balances a cart-pole.
+
+    Args:
+        precision: `float32` or `float64`.
+
+    Returns:
+        |autodiff - central differences| / |central differences|.
+    """
     with jax.enable_x64(precision == "float64"):
         problem = _problem()
         gradient = np.asarray(_by_autodiff(*problem), np.float64)
@@ -105,7 +131,7 @@ def gradient_error(precision: str) -> float:
 
 
 def _problem() -> tuple[Neural, Task, Any]:
-    # Drawn in float32 whatever the precision of the run: one problem for all.
+    # Sampled in float32 in every precision, so that the problem is the same.
     with jax.enable_x64(False):
         task = tasks.cartpole_balance(horizon=20)
         drawn = Neural.init(task, hidden=[4], key=jax.random.key(0)), task, task.starts(jax.random.key(1), 4)

@@ -1,4 +1,4 @@
-"""The best policy of a run, or its plan, moving: what `diffmbrl render` writes, one file that needs nothing else."""
+"""Animate the best policy of a run, or its plan, in one self-contained file (`diffmbrl render`)."""
 
 import math
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 
 from diffmbrl.agents.collect import Acting
 from diffmbrl.core import State, Task
+from diffmbrl.jobs.configs import RenderConfig
 from diffmbrl.jobs.learn import restore_agent
 from diffmbrl.jobs.policies import load_policy
 from diffmbrl.render.animated_gif import gif
@@ -26,16 +27,33 @@ from diffmbrl.tasks import TASKS, make
 
 
 class Film(NamedTuple):
-    """A trajectory to be drawn, and what it is."""
+    """A trajectory to be drawn.
+
+    Args:
+        task: The task.
+        s: States, shape [T+1, n].
+        a: Actions, shape [T, m].
+        title: The policy, the start and the return, in words.
+    """
 
     task: Task
-    s: np.ndarray  # [T+1, n]
-    a: np.ndarray  # [T, m]
+    s: np.ndarray
+    a: np.ndarray
     title: str
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    """The configuration of a run. Raises: `ValueError` if it is none, or of a job that leaves nothing to draw."""
+    """Read the config of a run that can be animated.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The entries of its `config.json`.
+
+    Raises:
+        ValueError: If it is no run, or of a job that leaves nothing to draw.
+    """
     config = read_config(run)
     if config.get("job") not in FILMS:
         raise ValueError(
@@ -44,49 +62,47 @@ def config_of(run: Path) -> dict[str, Any]:
     return config
 
 
-def render(
-    run: Path,
-    *,
-    out: Path | None = None,
-    as_gif: bool = False,
-    method: str | None = None,
-    seed: int | None = None,
-    start: int = 0,
-) -> Path:
-    """Writes `animation.html` (or `.gif`) in the run's folder, or to `out`, and returns its path.
+def render_run(config: RenderConfig) -> Path:
+    """Animate the best policy of a run, or its plan.
 
-    Of a comparison or of agents it is the one with the best return, unless `method` names another, from start number `start`;
-    of a plan the trajectory that was kept from there. A trajectory ends where its episode does, or before the first state that
-    is not finite.
+    A comparison or agents show the policy with the highest return, unless `method` names another; a plan shows its trajectory
+    from the start. The animation ends with the episode, or before the first non-finite state.
 
-    Raises: `ValueError` for a folder that is no such run, for what the run does not have, and if its precision is another than
-    the one in force.
+    Args:
+        config: The run folder, the policy, the start and the file.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: If the folder is no such run, if it lacks what is asked for, or if it has another precision than the present
+            one.
     """
-    run = Path(run)
-    config = config_of(run)
-    if start < 0:
-        raise ValueError(f"start must be at least 0, got {start}")
+    run = Path(config.run)
+    written = config_of(run)
+    if config.start < 0:
+        raise ValueError(f"start must be at least 0, got {config.start}")
     try:
-        film = FILMS[config["job"]](run, config, method, seed, start)
+        film = FILMS[written["job"]](run, written, config.method, config.seed, config.start)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"'{run}' does not hold what a run of {config['job']!r} writes ({what})") from error
-    path = run / f"animation.{'gif' if as_gif else 'html'}" if out is None else Path(out)
+        raise ValueError(f"'{run}' does not hold what a run of {written['job']!r} writes ({what})") from error
+    path = run / f"animation.{'gif' if config.gif else 'html'}" if config.out is None else Path(config.out)
     length = int(np.argmin(np.append(np.isfinite(film.s).all(1), False)))  # states before the first that is not finite
     if length < 2:
         raise ValueError(f"{film.title}: the first step is not finite, so there is nothing to draw")
     shapes = frames(film.task, film.s[:length])
     low, high = (np.asarray(limit, float) for limit in (film.task.a_low, film.task.a_high))
     row = TASKS.get(film.task.name)
-    looks = {"dt": film.task.dt, "a_low": low, "a_high": high, "action_names": None if row is None else row.actions}
+    layout = {"dt": film.task.dt, "a_low": low, "a_high": high, "action_names": None if row is None else row.actions}
     a = film.a[: length - 1]
-    if as_gif:
-        gif(path, shapes, a, title=f"{config['task']}: {film.title}", **looks)
+    if config.gif:
+        gif(path, shapes, a, title=f"{written['task']}: {film.title}", **layout)
     else:
         note = f'<p class="note">{prose(film.title)}</p>'
-        heading = f'<p class="kicker">diffmbrl {escape(config["job"])}</p>\n<h1>{escape(config["task"])}</h1>\n{note}'
+        heading = f'<p class="kicker">diffmbrl {escape(written["job"])}</p>\n<h1>{escape(written["task"])}</h1>\n{note}'
         write_atomic(
-            path, animation_page(f"{config['task']} \u00b7 {film.title}", f"{heading}\n{animate(shapes, a, **looks)}")
+            path, animation_page(f"{written['task']} \u00b7 {film.title}", f"{heading}\n{animate(shapes, a, **layout)}")
         )
     return path
 
@@ -156,7 +172,7 @@ def _named(run: Path, task: Task, method: str | None) -> str:
 
 
 def _key(config: dict[str, Any], start: int) -> Any:
-    """Of a start that no method was trained on."""
+    """The key of a start state outside the training set."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config["key"]), 2**31 - 2), start)
 
 

@@ -1,43 +1,58 @@
-"""Going on with a run that was interrupted: what `diffmbrl resume` runs."""
+"""Resume a run that was interrupted."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from diffmbrl.jobs import compare, plan
-from diffmbrl.jobs import learn as race
-from diffmbrl.runs import EVERY, check_sinks, read_config
+from diffmbrl.jobs.configs import RunOptions
+from diffmbrl.jobs.job import resume_job
+from diffmbrl.jobs.table import RESUMABLE
+from diffmbrl.runs import check_sinks, read_config
 
-JOBS = {"compare": compare.resume, "learn": race.resume, "plan": plan.resume}
 
+def resume_run(folder: Path, options: RunOptions | None = None) -> Path:
+    """Resume a run from its newest valid checkpoint; on a CPU its numbers equal those of an uninterrupted run.
 
-def resume(folder: Path, *, stream: Any = None, every: float = EVERY, track: Sequence[str] = ()) -> Path:
-    """Go on with a run from its newest valid checkpoint, on a CPU to the numbers of a run in one piece.
+    Records after the checkpoint are removed and made again. Without a checkpoint the run starts again, and so does an agent on
+    a system that is stepped on the host, since its state cannot be saved.
 
-    What was recorded after the checkpoint is cut off and made again. A killed run that has no checkpoint yet begins anew, and
-    an agent on a system that is stepped on the host does, whose state cannot be kept.
-    Raises: `ValueError` if `folder` is not a run that can go on, or is one whose precision is not the one in force, whose
-    config the installed code does not know, whose checkpoints are all damaged, or that another process runs.
+    Args:
+        folder: The run folder.
+        options: The checkpoints and the trackers; `out` is not used.
+
+    Returns:
+        The run folder, with figures and report.
+
+    Raises:
+        ValueError: If `folder` is no run that can be resumed: it is finished, of another precision, has a config that the
+            installed code does not know, has only damaged checkpoints, or is being run by another process.
     """
-    check_sinks(track)
-    folder = Path(folder)
+    folder, options = Path(folder), options or RunOptions()
+    check_sinks(options.track)
     config = read_config(folder)
     if is_finished(folder):
         raise ValueError(f"'{folder}' is finished: there is nothing to resume")
     job = config.get("job")
-    if job not in JOBS:
-        raise ValueError(f"a run of {job!r} cannot be resumed, only one of {', '.join(JOBS)}: start it anew")
+    if job not in RESUMABLE:
+        raise ValueError(
+            f"a run of {job!r} cannot be resumed, only one of {', '.join(RESUMABLE)}: start it again in a new folder"
+        )
     x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
     if config.get("x64") != x64:
         raise ValueError(f"'{folder}' has x64 = {config.get('x64')!r}, and jax_enable_x64 is {x64}: set it first")
-    return JOBS[job](folder, config, stream=stream, every=every, track=track)
+    return resume_job(RESUMABLE[job], folder, config, options)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run's status says so."""
+    """Whether the status of a run is `finished`.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        False if it is not, or if there is no status that can be read.
+    """
     try:
         return json.loads((folder / "status.json").read_text(encoding="utf-8")).get("status") == "finished"
     except (OSError, ValueError, AttributeError):

@@ -1,6 +1,6 @@
-"""`diffmbrl plan`: planning and control from a few starts."""
+"""Plan and control from start states."""
 
-from diffmbrl.jobs.plan.run import plan, resume
-from diffmbrl.jobs.plan.setting import FIRST, WINDOW, PlanConfig, ResolvedPlan, prepare
+from diffmbrl.jobs.plan.run import FUNCTIONS, make_plan
+from diffmbrl.jobs.plan.setting import FIRST, WINDOW, ResolvedPlan, resolve
 
-__all__ = ["FIRST", "WINDOW", "PlanConfig", "ResolvedPlan", "plan", "prepare", "resume"]
+__all__ = ["FIRST", "FUNCTIONS", "WINDOW", "ResolvedPlan", "make_plan", "resolve"]

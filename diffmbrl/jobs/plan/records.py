@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike
 
-from diffmbrl.core import State, Task
-from diffmbrl.jobs.plan.setting import PlanConfig, ResolvedPlan
+from diffmbrl.core import State, Task, Trajectory
+from diffmbrl.info import Info
+from diffmbrl.jobs.plan.setting import ResolvedPlan
 from diffmbrl.policies import squash
 from diffmbrl.render.registry import frames
 from diffmbrl.report.plan_report import shape_record
@@ -18,10 +20,17 @@ from diffmbrl.tasks import TASKS
 from diffmbrl.tasks.registry import state_names
 from diffmbrl.tasks.transforms.plant import Delayed
 
+Write = Callable[[dict[str, Any]], None]
 
-def write_scene(setting: PlanConfig, prepared: ResolvedPlan, write: Callable[[dict], None]) -> None:
-    """What the figures need to know of the task."""
-    row, model = TASKS[setting.task], prepared.model
+
+def write_scene(resolved: ResolvedPlan, write: Write) -> None:
+    """Write the record of the task that the figures need.
+
+    Args:
+        resolved: The planning job.
+        write: Writes a record.
+    """
+    row, model = TASKS[resolved.config.task], resolved.model
     write(
         {
             "kind": "scene",
@@ -34,16 +43,46 @@ def write_scene(setting: PlanConfig, prepared: ResolvedPlan, write: Callable[[di
     )
 
 
-def write_result(write: Callable[[dict], None], index: int, model: Task, plant: Task, trajectory: Any, last: dict):
-    """One row of the table."""
+def write_result(
+    write: Write,
+    index: int,
+    model: Task,
+    plant: Task,
+    trajectory: Trajectory,
+    last: dict[str, Any],
+) -> None:
+    """Write one row of the table.
+
+    Args:
+        write: Writes a record.
+        index: The number of the start.
+        model: The planner's task.
+        plant: The task with the real dynamics.
+        trajectory: The trajectory on the plant.
+        last: Further entries: the end, seconds and counts.
+    """
     success = None if plant.success is None else bool(plant.success(trajectory.s_T))
     write({"kind": "result", "start": index, "return": float(returns(trajectory, plant)), "success": success} | last)
 
 
 def write_trajectory(
-    write: Callable[[dict], None], index: int, model: Task, trajectory: Any, real: bool, gains: Any
+    write: Write,
+    index: int,
+    model: Task,
+    trajectory: Trajectory,
+    real: bool,
+    gains: ArrayLike | None,
 ) -> None:
-    """States [T+1, n], the actions that the plant felt [T, m], a plan's gains da/ds [T, m, n]; the first start is drawn."""
+    """Write a trajectory: states [T+1, n], actions of the plant [T, m], gains da/ds of a plan [T, m, n]; draw the first start.
+
+    Args:
+        write: Writes a record.
+        index: The number of the start.
+        model: The planner's task.
+        trajectory: The trajectory on the plant.
+        real: Whether its actions are within the limits; otherwise they are before the squashing.
+        gains: Gains of the plan, None without feedback.
+    """
     states, last = trajectory.s, trajectory.s_T
     late = isinstance(states, Delayed)
     a = np.asarray(states.queue[:, 0] if late else trajectory.a)
@@ -61,16 +100,24 @@ def write_trajectory(
         write({"kind": "frames", "start": index, "frames": drawn})
 
 
-def ended(trajectory: Any, info: Any) -> str:
-    """How an episode ended, and what was not finite on its way: on the plant, and in the model's rollouts."""
-    said = [f"{len(trajectory.r)} steps, {float(np.mean(np.asarray(info.accepted))):.0%} of last updates accepted"]
+def ended(trajectory: Trajectory, info: Info) -> str:
+    """Describe the end of an episode, and the non-finite values on the plant and in the model's rollouts.
+
+    Args:
+        trajectory: The trajectory on the plant.
+        info: The planner's `Info` of each step.
+
+    Returns:
+        One line.
+    """
+    words = [f"{len(trajectory.r)} steps, {float(np.mean(np.asarray(info.accepted))):.0%} of last updates accepted"]
     if (found := named(jax.tree.map(lambda x: x[None], trajectory))) is not None:
-        said.insert(0, f"nonfinite: {found[0]}[{found[1]}] of the plant")
+        words.insert(0, f"nonfinite: {found[0]}[{found[1]}] of the plant")
     if (met := np.flatnonzero(np.asarray(info.nonfinite))).size:
-        said.append(f"nonfinite: rollouts of the model at {met.size} steps, the first of them {met[0]}, were rejected")
-    return "; ".join(said)
+        words.append(f"nonfinite: rollouts of the model at {met.size} steps, the first of them {met[0]}, were rejected")
+    return "; ".join(words)
 
 
-def _flat(states: State) -> Any:
+def _flat(states: State) -> Array:
     leaves = jax.tree.leaves(states)
     return jnp.concatenate([x.reshape(x.shape[0], -1) for x in leaves], axis=1)

@@ -12,14 +12,13 @@ import numpy as np
 
 from diffmbrl.agents.collect import System
 from diffmbrl.agents.learn import Agent
-from diffmbrl.choices import validate_choice
 from diffmbrl.core import Solver, Task, keeps_limits
 from diffmbrl.jobs import compare
 from diffmbrl.jobs import learn as race
-from diffmbrl.jobs.sweep.points import SweepFile, SweepPoint
+from diffmbrl.jobs.configs import CompareConfig, LearnConfig
+from diffmbrl.jobs.sweep.points import SweepFile, SweepPoint, point_config
 from diffmbrl.methods import Method, solver
 from diffmbrl.policies import Neural
-from diffmbrl.tasks import TASKS, make
 from diffmbrl.tasks.transforms.squash import squashed
 
 
@@ -30,7 +29,7 @@ class MethodPoint(NamedTuple):
     solver: Solver
     task: Task
     plant: Task  # what a planner plans on: action limits moved into it, unless the planner keeps them
-    setting: compare.CompareConfig
+    setting: CompareConfig
     steps: int
 
 
@@ -39,7 +38,7 @@ class AgentPoint(NamedTuple):
 
     agent: Agent
     system: System
-    setting: race.LearnConfig
+    setting: LearnConfig
     real_steps: int
     evaluations: int
 
@@ -58,7 +57,8 @@ class Group(NamedTuple):
 def prepare(sweep: SweepFile, point: SweepPoint) -> MethodPoint | AgentPoint:
     """What a point means. Raises: `ValueError` naming the value that is wrong, as `compare` and `learn` do."""
     try:
-        return (_policies if sweep.job == "compare" else _agents)(sweep, dict(point.setting))
+        config = point_config(sweep.job, sweep.x64, point.setting)
+        return _policies(config) if sweep.job == "compare" else _agents(config)
     except ValueError as error:
         shown = ", ".join(f"{name} = {point.setting[name]}" for name in sweep.varied)
         raise ValueError(f"{error}{f' (at {shown})' if shown else ''}") from None
@@ -85,65 +85,28 @@ def groups(sweep: SweepFile, points: list[SweepPoint]) -> list[Group]:
     return out
 
 
-def _policies(sweep: SweepFile, given: dict[str, Any]) -> MethodPoint:
-    named, parameters = _named(given, "param")
-    validate_choice("task", named["task"], TASKS)
-    task = make(named["task"], horizon=named.pop("horizon", None), **parameters)
-    name, rate, estimator = named.pop("method"), named.pop("lr", None), named.pop("estimator", None)
-    setting = compare.CompareConfig(
-        methods=(name,),
-        horizon=task.horizon,
-        parameters=parameters,
-        hidden=tuple(named.pop("hidden", TASKS[named["task"]].hidden)),
-        rates=() if rate is None else (rate,),
-        estimators=() if estimator is None else (estimator,),
-        x64=sweep.x64,
-        **{"seeds": 3, "starts": 128, "steps": None, "budget": float("inf"), "continuation": "default", "key": 0}
-        | named,
-    )
-    task, [(_, row)] = compare.prepare(setting)
+def _policies(config: CompareConfig) -> MethodPoint:
+    resolved = compare.resolve(config)
+    setting, task, [(name, row)] = resolved
     if bool(row.rates) != bool(setting.rates):
         wants = f"needs a learning rate: lr = {row.rates[0]:g}" if row.rates else "takes no lr: leave it out"
         raise ValueError(f"method {name} {wants}")
     steps = setting.steps or row.steps
+    rate = setting.rates[0] if setting.rates else None
     made = solver(row, task, rate=rate, steps=steps, continuation=setting.continuation)
     return MethodPoint(
         row, made, task, task if keeps_limits(made) or row.kind == "policy" else squashed(task), setting, steps
     )
 
 
-def _agents(sweep: SweepFile, given: dict[str, Any]) -> AgentPoint:
-    named, parameters = _named(given, "param")
-    named, options = _named(named, "option")
-    agent = named.pop("agent")
-    defaults = {
-        "real_steps": None,
-        "budget": float("inf"),
-        "seeds": 3,
-        "evaluations": None,
-        "horizon": None,
-        "noise": 0.0,
-    }
-    setting = race.LearnConfig(
-        agents=(agent,),
-        options=options,
-        parameters=parameters,
-        x64=sweep.x64,
-        **defaults | {"sensor_noise": 0.0, "key": 0} | named,
-    )
-    prepared = race.prepare(setting)
-    [(name, made)] = prepared.agents.items()
-    if prepared.evaluations[name] < 1:
+def _agents(config: LearnConfig) -> AgentPoint:
+    resolved = race.resolve(config)
+    [(name, made)] = resolved.agents.items()
+    if resolved.evaluations[name] < 1:
         raise ValueError("evaluations must be at least 1: they are what a sweep compares")
-    if not isinstance(prepared.system, System):
-        raise ValueError(f"a sweep's points are lanes of one program; '{setting.task}' is stepped on the host")
-    return AgentPoint(made, prepared.system, setting, prepared.real_steps, prepared.evaluations[name])
-
-
-def _named(given: dict[str, Any], table: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is not of a table, and what is."""
-    own = {key.partition(".")[2]: value for key, value in given.items() if key.startswith(f"{table}.")}
-    return {key: value for key, value in given.items() if not key.startswith(f"{table}.")}, own
+    if not isinstance(resolved.system, System):
+        raise ValueError(f"a sweep's points are lanes of one program; '{config.task}' is stepped on the host")
+    return AgentPoint(made, resolved.system, resolved.config, resolved.real_steps, resolved.evaluations[name])
 
 
 def _structure(member: MethodPoint | AgentPoint) -> Any:

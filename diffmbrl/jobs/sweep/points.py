@@ -26,27 +26,40 @@ import json
 import math
 import re
 import tomllib
+import types
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 import numpy as np
 
 from diffmbrl.choices import validate_choice
+from diffmbrl.jobs.configs import CompareConfig, LearnConfig, options_of
 
-COMMON = {"task": str, "horizon": int, "seeds": int, "budget": float, "key": int}
-METHODS = {
-    "method": str,
-    "estimator": str,
-    "hidden": list,
-    "starts": int,
-    "steps": int,
-    "lr": float,
-    "continuation": str,
-}
-AGENTS = {"agent": str, "real_steps": int, "evaluations": int, "noise": float, "sensor_noise": float}
-JOBS: dict[str, dict[str, type]] = {"compare": COMMON | METHODS, "learn": COMMON | AGENTS}
-TABLES = {"compare": ("param",), "learn": ("param", "option")}  # whose entries have names of their own
+CONFIGS: dict[str, type[Any]] = {"compare": CompareConfig, "learn": LearnConfig}
+# A sweep compares equal numbers of updates: no time limit, unless its file sets one.
+DEFAULTS = {"budget": math.inf}
+
+
+def _keys(config: type[Any]) -> dict[str, type]:
+    """The keys of a sweep and the types of their values: the options of a job, one element of those that are tuples."""
+    found: dict[str, type] = {}
+    for name, (option, kind) in options_of(config).items():
+        parts = [part for part in get_args(kind) if part is not type(None)]
+        if option.swept and get_origin(kind) is not dict:
+            scalar = parts[0] if get_origin(kind) in (Union, types.UnionType) or option.single else kind
+            found[option.single or name] = list if get_origin(scalar) is tuple else scalar
+    return found
+
+
+def _tables(config: type[Any]) -> dict[str, str]:
+    """The tables of a sweep, whose entries have names of their own, and their fields."""
+    found = options_of(config).items()
+    return {option.flag or name: name for name, (option, kind) in found if option.swept and get_origin(kind) is dict}
+
+
+JOBS = {job: _keys(config) for job, config in CONFIGS.items()}
+TABLES = {job: tuple(_tables(config)) for job, config in CONFIGS.items()}
 NEEDED = {"compare": ("task", "method"), "learn": ("task", "agent")}
 TOP = ("job", "name", "x64", "lanes", "setting", "grid", "random")
 RANGE = ("low", "high", "scale")
@@ -225,3 +238,30 @@ def make_point(job: str, x64: bool, setting: dict[str, Any]) -> SweepPoint:
     """A setting under its name."""
     text = json.dumps({"job": job, "x64": x64} | dict(sorted(setting.items())), sort_keys=True)
     return SweepPoint(hashlib.sha256(text.encode()).hexdigest()[:12], setting)
+
+
+def point_config(job: str, x64: bool, setting: dict[str, Any]) -> Any:
+    """Make the config of a point, as the job itself takes it.
+
+    Args:
+        job: The job of the sweep.
+        x64: Whether the sweep computes in float64.
+        setting: The point's values, by flat names.
+
+    Returns:
+        An instance of the job's config class.
+
+    >>> point_config("compare", False, {"task": "lqr", "method": "adam", "lr": 0.1, "param.mass": 2.0}).rates
+    (0.1,)
+    """
+    config, tables = CONFIGS[job], _tables(CONFIGS[job])
+    values: dict[str, Any] = {"x64": x64} | DEFAULTS | {name: {} for name in tables.values()}
+    fields = {option.single or name: (name, option) for name, (option, _) in options_of(config).items()}
+    for key, value in setting.items():
+        table, dot, inner = key.partition(".")
+        if dot:
+            values[tables[table]][inner] = value
+        else:
+            name, option = fields[key]
+            values[name] = (value,) if option.single else tuple(value) if isinstance(value, list) else value
+    return config(**values)
