@@ -80,7 +80,7 @@ def test_end_to_end(folder, capsys):
         ({"hidden": (0,)}, "hidden needs at least one layer of at least one unit, got [0]"),
         ({"key": -1}, "key must be a whole number from 0"),
         ({"parameters": {"mas": 1.0}}, "did you mean 'mass'?"),
-        ({"policy": "nowhere"}, "'nowhere' is not a run: expected RUN, RUN:method or RUN:method:seed"),
+        ({"policy": "nowhere", "hidden": ()}, "'nowhere' is not a run: expected RUN, RUN:method or RUN:method:seed"),
     ],
 )
 def test_bad_settings(change, message, folder):
@@ -138,10 +138,10 @@ def test_policies_that_are_not_what_they_should_be(run):
 
 
 def test_scale_and_policy_exclude_each_other(folder, capsys):
-    with pytest.raises(ValueError, match="--scale is of a random first policy"):
-        resolve(replace(SETTING, policy="run", scale=0.1))
+    with pytest.raises(ValueError, match="--scale is for a random initial policy"):
+        resolve(replace(SETTING, policy="run", scale=0.1, hidden=()))
     assert cli.main(["diagnose", "lqr", "--policy", "run", "--hidden", "4"]) == 2
-    assert "--hidden is of a random first policy" in capsys.readouterr().err
+    assert "--hidden is for a random initial policy" in capsys.readouterr().err
 
 
 def test_scale_is_of_the_last_layer():

@@ -16,7 +16,7 @@ def row(text: str, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def report():
-    return doctor.diagnose()
+    return doctor.check_installation()
 
 
 def test_a_healthy_installation(report):
@@ -35,7 +35,7 @@ def test_a_healthy_installation(report):
 
 
 def test_in_double_precision_one_gradient_is_enough(x64):
-    healthy, text = doctor.diagnose()
+    healthy, text = doctor.check_installation()
     assert healthy
     assert "float64 (x64 on)" in row(text, "precision")
     assert row(text, "gradient").count("PASS") == 1
@@ -52,7 +52,7 @@ def test_the_errors_are_those_of_the_precision(precision, at_most):
 def test_a_wrong_gradient_is_found(wrong, monkeypatch, capsys):
     right = doctor._by_autodiff
     monkeypatch.setattr(doctor, "_by_autodiff", lambda *problem: wrong(right(*problem)))
-    healthy, text = doctor.diagnose()
+    healthy, text = doctor.check_installation()
     assert not healthy
     assert row(text, "gradient").count("FAIL") == 2
     assert "do not trust" in text
@@ -65,7 +65,7 @@ def test_an_error_on_the_way_is_reported(monkeypatch):
         raise RuntimeError("no such instruction\nin the middle of something")
 
     monkeypatch.setattr(doctor, "_by_autodiff", broken)
-    healthy, text = doctor.diagnose()
+    healthy, text = doctor.check_installation()
     assert not healthy
     assert "RuntimeError: no such instruction FAIL" in row(text, "gradient")
 

@@ -181,7 +181,7 @@ def test_what_was_learned_comes_back(run, records):
 
 def test_a_policy_that_was_learned_is_diagnosed(run, monkeypatch):
     folder, _ = run
-    blank = {"horizons": (2, 5), "scale": None, "hidden": (4,), "parameters": {}, "starts": 64, "std": 0.1, "key": 0}
+    blank = {"horizons": (2, 5), "scale": None, "hidden": (), "parameters": {}, "starts": 64, "std": 0.1, "key": 0}
     setting = DiagnoseConfig(task="lqr", policy=f"{folder}:knows:1", **blank)
     _, task, policy, origin = diagnosing.resolve(setting)
     assert origin == "knows, seed 1" and isinstance(policy, Linear) and task.horizon == 5
