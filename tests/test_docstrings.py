@@ -11,8 +11,15 @@ from typing import Any
 import pytest
 
 FACES = (
-    *("diffmbrl", "diffmbrl.agents", "diffmbrl.core", "diffmbrl.diagnostics", "diffmbrl.gradients", "diffmbrl.methods"),
-    *("diffmbrl.models", "diffmbrl.optimizers", "diffmbrl.planners", "diffmbrl.rollout", "diffmbrl.second_order"),
+    *("diffmbrl", "diffmbrl.agents", "diffmbrl.contrib", "diffmbrl.core", "diffmbrl.diagnostics", "diffmbrl.gradients"),
+    *(
+        "diffmbrl.methods",
+        "diffmbrl.models",
+        "diffmbrl.optimizers",
+        "diffmbrl.planners",
+        "diffmbrl.rollout",
+        "diffmbrl.second_order",
+    ),
     *("diffmbrl.solve", "diffmbrl.tasks", "diffmbrl.jobs", "diffmbrl.runs", "diffmbrl.report", "diffmbrl.render"),
 )
 SECTIONS = ("Args", "Returns", "Raises", "Yields", "Cost", "Reference", "References", "Example", "Examples", "Note")

@@ -126,9 +126,9 @@ def trust(m: Float[Array, "T B"], bound: Float[Array, ""]) -> Float[Array, "B T1
     Returns:
         The weights; the terminal reward has that of the last step.
 
-    >>> m = jnp.array([[1.0, 1.0, 1.0], [1.0, 1.0, 100.0], [1.0, 1.0, 100.0]])
-    >>> trust(m, jnp.array(10.0)).round(2).tolist()
-    [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.1, 0.1]]
+    >>> m = jnp.array([[1.0, 1.0, 1.0], [1.0, 1.0, 40.0], [1.0, 1.0, 40.0]])
+    >>> trust(m, jnp.array(10.0)).tolist()
+    [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.25, 0.25]]
     """
     peak = jax.lax.cummax(jnp.where(jnp.isnan(m), jnp.inf, m), axis=0)
     peak = jnp.concatenate(
