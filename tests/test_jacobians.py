@@ -271,6 +271,12 @@ def test_states_that_are_not_flat_are_flattened(x64: None) -> None:
 class Remembers(eqx.Module):
     is_stateful: ClassVar[bool] = True
 
+    def start(self, task):
+        return jnp.zeros(task.m)
+
+    def step(self, memory, s, *, key=None):
+        return memory, memory
+
 
 @pytest.mark.parametrize("of", [jacobians, contributions])
 def test_a_policy_with_a_memory_is_refused(of: Any) -> None:

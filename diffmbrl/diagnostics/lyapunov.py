@@ -14,6 +14,7 @@ average over somewhat less than the whole time.
 Reference: Benettin et al. 1980 (QR along the trajectory); Eckmann and Ruelle 1985; Das and Yorke 2018 (the weight).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,8 @@ from diffmbrl.core import Policy, State, Task
 from diffmbrl.diagnostics.jacobians import jacobians
 from diffmbrl.diagnostics.products import products
 
-BLOCKS = 10  # of time, for the error estimate
+BLOCKS = 10  # blocks of time for the error estimate
+Numbers = ArrayLike | Sequence[int | float]
 
 
 class LyapunovExponents(NamedTuple):
@@ -116,7 +118,7 @@ def closed_loop_exponents(policy: Policy, task: Task, s0: State, key: PRNGKeyArr
     return jax.vmap(lambda A, alive: lyapunov_exponents(A, task.dt, alive))(found.loop, found.alive[:, :-1])
 
 
-def crossover_horizon(horizons: ArrayLike, pathwise: ArrayLike, score: ArrayLike) -> float:
+def crossover_horizon(horizons: Numbers, pathwise: Numbers, score: Numbers) -> float:
     """The horizon beyond which the pathwise gradient has a larger variance than the score function, at all horizons measured.
 
     Between the last horizon at which it is not larger and the next one, log variance is interpolated linearly in log horizon.
