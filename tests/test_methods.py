@@ -17,6 +17,12 @@ every_method = pytest.mark.parametrize("name", METHODS)
 TASK = tasks.lqr(horizon=7)
 
 
+def test_short_names():
+    assert [method(name) for name in ("newton", "auto")] == [
+        (name, METHODS[name]) for name in ("krylov-newton", "explored-newton")
+    ]
+
+
 @every_method
 def test_the_contract_of_a_row(name):
     row = METHODS[name]

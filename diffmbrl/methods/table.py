@@ -282,15 +282,26 @@ METHODS: dict[str, Method] = {
 }
 
 
+ALIASES = {"newton": "krylov-newton", "auto": "explored-newton"}  # short names for the two that are tried first
+
+
 def method(name: str) -> tuple[str, Method]:
-    """A row of METHODS by name; `gauss_newton` is `gauss-newton`.
+    """A row of METHODS by its name or its alias (`newton`, `auto`); `gauss_newton` is `gauss-newton`.
 
-    Raises: `ValueError` naming the nearest for an unknown one.
+    Args:
+        name: The method's name, with hyphens or underscores.
 
-    >>> method("gauss_newton")[0]
-    'gauss-newton'
+    Returns:
+        The method's name in METHODS, and its row.
+
+    Raises:
+        ValueError: If the name is unknown; the message says which is nearest.
+
+    >>> method("gauss_newton")[0], method("auto")[0]
+    ('gauss-newton', 'explored-newton')
     """
-    name = validate_choice("method", name.replace("_", "-"), METHODS)
+    name = name.replace("_", "-")
+    name = validate_choice("method", ALIASES.get(name, name), METHODS)
     return name, METHODS[name]
 
 
