@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from diffmbrl.core import Policy, State, Stateful, Task, all_finite, is_plan, is_stateful
 from diffmbrl.models.buffer import Transition
+from diffmbrl.planners.mpc import Memory
 from diffmbrl.policies import centre_and_half
 from diffmbrl.rollout import is_done, step_keys, terminal_reward, transition
 from diffmbrl.tasks.transforms.plant import accept_std, perturbed
@@ -321,8 +322,7 @@ def _step(policy: Any, system: System, place: Place, keys: tuple[Any, ...], coun
 
 def met(memory: PyTree) -> Int[Array, "*batch"]:
     """Number of values that were not finite in a planning policy's last rollouts; 0 for a policy that does not plan."""
-    info = getattr(memory, "info", None)
-    return jnp.zeros((), jnp.int32) if info is None else info.nonfinite.astype(jnp.int32)
+    return memory.info.nonfinite.astype(jnp.int32) if isinstance(memory, Memory) else jnp.zeros((), jnp.int32)
 
 
 def _fresh(policy: Policy | Stateful, system: System, key: PRNGKeyArray, episode: Int[Array, ""]) -> Place:

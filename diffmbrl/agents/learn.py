@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from diffmbrl.agents.collect import Acting, Axes, Collected, Real, System
 from diffmbrl.agents.nonfinite import spoilt, steps_named, update_named
-from diffmbrl.core import Task
+from diffmbrl.core import Dynamics, Task
 from diffmbrl.devices import broadcast, shard_like, to_local
 from diffmbrl.models.buffer import Buffer, Transition, flat
 from diffmbrl.solve.checkpointer import Checkpointer, NoCheckpoints
@@ -32,9 +32,6 @@ class Agent(Protocol):
     """A module whose leaves are hyperparameters; what it learns is in the carry, a pytree of arrays.
 
     `task` has dynamics that raise when called: reward, end, features, limits and starts are given, the dynamics are not.
-
-    An agent that learns a model may show it by one method more, `model(carry, task) -> Dynamics | None`: reports then follow it
-    beside the truth (`foresight.py`). An agent without a model leaves the method out.
     """
 
     @property
@@ -64,6 +61,10 @@ class Agent(Protocol):
 
     def best(self, carry: Any, task: Task) -> Any:
         """What is evaluated: the same without exploration."""
+        ...
+
+    def model(self, carry: Any, task: Task) -> Dynamics | None:
+        """The learned dynamics, which reports compare with the true ones; None for an agent that learns none."""
         ...
 
     def update(

@@ -64,9 +64,8 @@ class WithLearnedReward(eqx.Module):
         return informed(self.inner, carry).best(carry.inner, informed(task, carry))
 
     def model(self, carry: JudgedCarry, task: Task) -> Any:
-        """The agent's own, if it shows one."""
-        shown = getattr(self.inner, "model", None)
-        return None if shown is None else shown(carry.inner, informed(task, carry))
+        """The inner agent's."""
+        return self.inner.model(carry.inner, informed(task, carry))
 
     def update(
         self, carry: JudgedCarry, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray

@@ -45,6 +45,9 @@ class OffPolicy(eqx.Module):
     def best(self, carry: Any, task: Task) -> Any:
         return self.learner.best(carry, task)
 
+    def model(self, carry: Any, task: Task) -> None:
+        """It learns no model."""
+
     def update(
         self, carry: Any, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
     ) -> tuple[Any, dict[str, Array]]:
@@ -84,6 +87,9 @@ class OnPolicy(eqx.Module):
 
     def best(self, carry: Any, task: Task) -> Any:
         return self.learner.best(carry, task)
+
+    def model(self, carry: Any, task: Task) -> None:
+        """It learns no model."""
 
     def update(
         self, carry: Any, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from diffmbrl.agents.collect import RandomActions
-from diffmbrl.core import Task
+from diffmbrl.core import Dynamics, Task
 from diffmbrl.models.buffer import Buffer, Transition
 
 
@@ -33,6 +33,10 @@ class RandomAgent(eqx.Module):
 
     def best(self, carry: Any, task: Task) -> RandomActions:
         return RandomActions(task)
+
+    def model(self, carry: Any, task: Task) -> Dynamics | None:
+        """It learns no model."""
+        return None
 
     def update(
         self, carry: Any, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray

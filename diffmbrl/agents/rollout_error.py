@@ -27,7 +27,7 @@ def model_rollout_error(agent: Agent, system: Real, learned: Learned, keys: Key[
 
     Cost: 4 episodes of at most 50 steps of each seed, and 20 rollouts of the model for each.
     """
-    if getattr(agent, "model", None) is None:
+    if jax.eval_shape(jax.vmap(lambda carry: agent.model(carry, system.view)), learned.carry) is None:
         return None
     episodes, draws = system.ready(_episodes, agent, system, learned.carry, keys)(agent, system, learned.carry, keys)
     found = _rollouts(agent, system.view, learned.carry, episodes, draws)
@@ -64,7 +64,7 @@ def _rollouts(
     H = found.t.shape[2]
 
     def one(carry: Any, found: Collected, key: PRNGKeyArray):
-        model = agent.model(carry, view)  # type: ignore[attr-defined]
+        model = agent.model(carry, view)
         if model is None:
             return None
         steps, cloud = found.steps, ParticleDynamics(model, None)

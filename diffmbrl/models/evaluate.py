@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from diffmbrl.core import Dynamics
 from diffmbrl.models.ensemble import Ensemble
+from diffmbrl.models.recurrent import DynamicsWithMemory
 
 
 def step_errors(
@@ -25,14 +26,13 @@ def step_errors(
     >>> step_errors(f, jnp.zeros((5, 4, 2)), jnp.zeros((5, 3, 1)), jnp.ones(2)).tolist()
     [0.0, 0.0, 0.0]
     """
-    start = getattr(f, "start", lambda s: s)
 
     def one(s, a):
         def step(state, a):
             state = f(state, a)
-            return state, getattr(state, "s", state)
+            return state, _observed(f, state)
 
-        return jax.lax.scan(step, start(s[0]), a)[1] - s[1:]
+        return jax.lax.scan(step, _start(f, s[0]), a)[1] - s[1:]
 
     known = scale > 0
     error = jax.vmap(one)(s, a) / jnp.where(known, scale, 1)
@@ -75,11 +75,9 @@ def coverage(
 
 def model_jacobians(f: Dynamics, s: Float[Array, " n"], a: Float[Array, " m"]) -> Float[Array, "n n+m"]:
     """[A, B] = df/d(s, a), of a model with a memory at an empty one."""
-    start = getattr(f, "start", lambda s: s)
 
     def next_state(s, a):
-        state = f(start(s), a)
-        return getattr(state, "s", state)
+        return _observed(f, f(_start(f, s), a))
 
     return jnp.concatenate(jax.jacfwd(next_state, argnums=(0, 1))(s, a), axis=1)
 
@@ -100,3 +98,13 @@ def jacobian_error(
         return jnp.sum((F * scale / scale[:n, None]) ** 2)
 
     return jnp.sqrt(size(mine - theirs) / size(theirs - stays))
+
+
+def _start(f: Dynamics, s: Float[Array, " n"]) -> Any:
+    """The state of f at s, with an empty memory if it has one."""
+    return f.start(s) if isinstance(f, DynamicsWithMemory) else s
+
+
+def _observed(f: Dynamics, state: Any) -> Float[Array, " n"]:
+    """The state of f without its memory."""
+    return state.s if isinstance(f, DynamicsWithMemory) else state

@@ -6,7 +6,7 @@ It is a task like any other, of states [P, ...], so whatever plans for one state
 methods, iLQR and sampling alike. With an `Ensemble` each particle follows the members as its propagation says.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -24,6 +24,15 @@ class Cloud(NamedTuple):
     s0: State  # [P, ...]; where functions are evaluated instead of at a state past its end
 
 
+@runtime_checkable
+class ManyDynamics(Dynamics, Protocol):
+    """Dynamics that step particles together, as an ensemble does, whose particles share its members."""
+
+    def many(self, s: State, a: Array, *, key: PRNGKeyArray | None = None) -> State:
+        """The next states of particles [P, ...] under one action."""
+        ...
+
+
 class ParticleDynamics(eqx.Module):
     """The dynamics of each particle, with noise of its own; an ensemble's `many` where there is one."""
 
@@ -37,9 +46,8 @@ class ParticleDynamics(eqx.Module):
         return Cloud(moved, s.alive * _going(self.done, moved), s.s0)
 
     def _step(self, s: State, a: Array, key: PRNGKeyArray | None) -> State:
-        many = getattr(self.inner, "many", None)
-        if many is not None:
-            return many(s, a, key=key)
+        if isinstance(self.inner, ManyDynamics):
+            return self.inner.many(s, a, key=key)
         keys = None if key is None else jax.random.split(key, jax.tree.leaves(s)[0].shape[0])
         return jax.vmap(lambda s, k: self.inner(s, a, key=k), in_axes=(0, None if key is None else 0))(s, keys)
 

@@ -5,14 +5,14 @@ task on such states, in which whatever rolls out, plans or differentiates goes t
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from diffmbrl.core import State, Task
+from diffmbrl.core import Dynamics, State, Task
 from diffmbrl.models.buffer import Transition
 from diffmbrl.models.normalizer import Normalizer
 from diffmbrl.nets import GRU
@@ -24,6 +24,15 @@ class Remembered(NamedTuple):
 
     s: State
     h: PyTree
+
+
+@runtime_checkable
+class DynamicsWithMemory(Dynamics, Protocol):
+    """Dynamics whose state is `Remembered`: the true state and a memory of the steps before."""
+
+    def start(self, s: Float[Array, " n"]) -> Remembered:
+        """A state before which nothing is remembered."""
+        ...
 
 
 class RecurrentDynamics(eqx.Module):
