@@ -20,7 +20,7 @@ import numpy as np
 import diffmbrl as d
 from benchmarks.record import save, table
 from benchmarks.timing import medians
-from diffmbrl.core import Task, keeps_limits
+from diffmbrl.core import Task, is_planner
 from diffmbrl.jobs.batch import BatchedPlanRuns
 from diffmbrl.jobs.plan import FIRST, WINDOW
 from diffmbrl.methods import METHODS, solver
@@ -116,7 +116,7 @@ def returns(
     plans, inside = planned(made, task, s0, updates)
     rows = []
     for label, plant in plants.items():
-        outside = plant if keeps_limits(made) else d.tasks.squashed(plant)
+        outside = plant if not is_planner(made) or made.keeps_limits else d.tasks.squashed(plant)
         bare, fed = follow_plans(plans, inside, outside, s0)
         loops = [np.median(jax.jit(d.episode_returns)(mpc, plant, s0)) for mpc in controllers.values()]
         cells = [float(x) for x in (np.median(bare), np.median(fed), *loops)]

@@ -68,7 +68,7 @@ def _ours(planner: Any, task: Task) -> tuple[Any, float]:
 
     SOLVES of them, one after another in that program, as the rollouts are: the call from Python is no part of either.
     """
-    plan, s0 = planner.start(task), task.initial(jax.random.key(0))
+    plan, s0 = planner.first_plan(task), task.initial(jax.random.key(0))
 
     @jax.jit
     def iterate(planner, plan, task, s0, count):

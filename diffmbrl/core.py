@@ -14,7 +14,7 @@ optax take it as it is. Write for one stream, `vmap` for many.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -43,16 +43,38 @@ class Policy(Protocol):
 
 
 @runtime_checkable
-class Stateful(Protocol):
-    """A policy with a memory: a receding-horizon controller, a recurrent network. Marked by `is_stateful = True`.
+class PlanPolicy(Policy, Protocol):
+    """A policy whose leaves have a leading time axis, so that step t uses slice t (`OpenLoop`, `Affine`).
 
-    `start(task)` is the memory before the first step of an episode of `task`; `step` acts and remembers. The memory is a
-    pytree of arrays whose shapes stay. Whatever evaluates policies (`rollout`, `value`, `expected` ...) takes it as it is.
+    Declared by `is_plan: ClassVar[bool] = True`; a wrapper of policies forwards it. A policy that does not declare it is none.
     """
 
-    def start(self, task: Any) -> PyTree: ...
+    @property
+    def is_plan(self) -> bool:
+        """Whether the leaves have a leading time axis."""
+        ...
 
-    def step(self, memory: PyTree, s: State, *, key: PRNGKeyArray | None = None) -> tuple[Array, PyTree]: ...
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A policy with a memory, such as a receding-horizon controller or a recurrent network.
+
+    Declared by `is_stateful: ClassVar[bool] = True`. The memory is a pytree of arrays whose shapes do not change. Everything
+    that evaluates policies (`rollout`, `episode_return`, `mean_return` ...) accepts it.
+    """
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether it acts by `start` and `step`."""
+        ...
+
+    def start(self, task: Any) -> PyTree:
+        """The memory before the first step of an episode of `task`."""
+        ...
+
+    def step(self, memory: PyTree, s: State, *, key: PRNGKeyArray | None = None) -> tuple[Array, PyTree]:
+        """The action in state s, and the memory for the next step."""
+        ...
 
 
 @runtime_checkable
@@ -64,37 +86,67 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Solver(Protocol):
-    """Adam on BPTT, Gauss-Newton, iLQR: the same two functions.
+    """Improves a policy by one update at a time, as Adam on BPTT, Gauss-Newton and iLQR do.
 
-    A policy solver takes start states with a batch axis and improves the mean return; a plan solver takes one start state
-    and is `vmap`ped for many. Its hyperparameters are leaves: a sweep is a `vmap`, and a new value does not recompile.
+    A policy solver takes start states with a batch axis and improves the mean return. Hyperparameters are leaves, so that a
+    sweep is a `vmap` and a new value does not recompile.
     """
 
     @property
     def kind(self) -> str:
-        """Which of the two it is: "policy" or "plan"."""
+        """Either "policy", or "plan" for a `Planner`."""
         ...
 
-    def init(self, policy: Any, task: Any) -> Any: ...
+    def init(self, policy: Any, task: Any) -> Any:
+        """The carry before the first update."""
+        ...
 
     def update(
         self, policy: Any, carry: Any, task: Any, s0: State, *, key: PRNGKeyArray | None
-    ) -> tuple[Any, Any, Info]: ...
+    ) -> tuple[Any, Any, Info]:
+        """The improved policy, the carry for the next update, and a report of this one."""
+        ...
+
+    def on_objective_change(self, policy: Any, carry: Any, task: Any) -> Any:
+        """The carry with which to continue on another objective.
+
+        Discard all that was learned of the old objective (moments, curvature); retain how far the solver has come (counts).
+        A solver that retains nothing says so in one line: `on_objective_change = restart`.
+        """
+        ...
 
 
-def on_objective_change(solver: Solver, policy: Any, carry: Any, task: Any) -> Any:
-    """The carry with which a solver goes on to another objective: its `on_objective_change(policy, carry, task)`, or
-    `init` if it has none.
+@runtime_checkable
+class Planner(Solver, Protocol):
+    """A solver of kind "plan": improves the plan of one start state, and is `vmap`ped for many."""
 
-    What was learned of the old objective (moments, curvature) must go; how far the solver has come may stay.
+    @property
+    def keeps_limits(self) -> bool:
+        """Whether its plans keep within the task's action limits; if not, it plans on `tasks.squashed(task)`."""
+        ...
+
+    def first_plan(self, task: Any) -> Any:
+        """The plan to start from."""
+        ...
+
+    def shift(self, carry: Any) -> Any:
+        """The carry for the next step of a receding horizon, whose plan has moved on by one step."""
+        ...
+
+
+def restart(solver: Solver, policy: Any, carry: Any, task: Any) -> Any:
+    """Start a solver again for another objective: the `on_objective_change` of a solver that retains nothing.
+
+    Args:
+        solver: The solver whose method this is.
+        policy: The policy to continue from.
+        carry: The carry under the old objective, which is discarded.
+        task: The task with the new objective.
+
+    Returns:
+        The carry that `solver.init` makes.
     """
-    renew = getattr(solver, "on_objective_change", None)
-    return solver.init(policy, task) if renew is None else renew(policy, carry, task)
-
-
-def keeps_limits(solver: Any) -> bool:
-    """Whether a solver keeps the actions of its plans within the task's limits; others plan on `tasks.squashed(task)`."""
-    return getattr(solver, "keeps_limits", False)
+    return solver.init(policy, task)
 
 
 @runtime_checkable
@@ -249,13 +301,39 @@ class Box(eqx.Module):
 
 
 def is_plan(policy: Any) -> bool:
-    """Whether a policy's leaves have a leading time axis (`OpenLoop`, `Affine`): step t then uses slice t."""
-    return bool(getattr(policy, "is_plan", False))
+    """Whether a policy is a plan, which is indexed by time before it is called.
+
+    Args:
+        policy: Any policy; one that does not declare `is_plan` is none.
+
+    Returns:
+        Whether its leaves have a leading time axis.
+    """
+    return isinstance(policy, PlanPolicy) and policy.is_plan
 
 
 def is_stateful(policy: Any) -> bool:
-    """Whether a policy has a memory (`Stateful`)."""
-    return getattr(type(policy), "is_stateful", False)
+    """Whether a policy has a memory, and acts by `start` and `step`.
+
+    Args:
+        policy: Any policy; one that does not declare `is_stateful` has none.
+
+    Returns:
+        Whether it is a `Stateful` policy.
+    """
+    return isinstance(policy, Stateful) and policy.is_stateful
+
+
+def is_planner(solver: Any) -> TypeGuard[Planner]:
+    """Whether a solver improves the plan of one start, and not a policy for many.
+
+    Args:
+        solver: Anything; only a `Solver` can be a planner.
+
+    Returns:
+        Whether its kind is "plan".
+    """
+    return isinstance(solver, Solver) and solver.kind == "plan"
 
 
 def is_concrete(*arrays: Any) -> bool:

@@ -189,11 +189,6 @@ class Affine(eqx.Module):
         return jnp.clip(a, jnp.asarray(self.low, a.dtype), jnp.asarray(self.high, a.dtype))
 
 
-def first_plan(solver: Any, task: Task) -> Any:
-    """The plan that a planner starts from: its own `start(task)` if it has one, or else `Affine.zeros(task)`."""
-    return getattr(solver, "start", Affine.zeros)(task)
-
-
 def squash(z: Float[Array, " m"], low: Any, high: Any) -> Float[Array, " m"]:
     r"""$c + h\tanh z$ with the limits' centre c and half width h; z itself where the limits are infinite."""
     finite = np.isfinite(low) & np.isfinite(high)

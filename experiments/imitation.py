@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from diffmbrl.core import restart
 from diffmbrl.info import count_evaluations
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.optimizers import Continuation, Dense, GaussNewton, Krylov, Sigma
@@ -77,6 +78,8 @@ class GradientImitation(eqx.Module):
 
     def init(self, policy: Any, task: Any) -> Any:
         return self.damping.start(jax.tree.leaves(policy)[0].dtype)
+
+    on_objective_change = restart
 
     def update(self, policy: Any, carry: Any, task: Any, s0: Any, *, key: Any) -> tuple[Any, Any, Any]:
         model = gauss_newton(policy, task, s0, key)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffmbrl import ILQR, Affine, Continuation, GaussNewton, Linear, OptaxSolver, Sequential, plans, solve, tasks
+from diffmbrl.core import restart
 from diffmbrl.info import Info, count_evaluations
 from diffmbrl.optimizers.wrappers.continuation import DISCOUNTS, SHARES
 from diffmbrl.planners.batch import Status
@@ -32,6 +33,8 @@ class Recorder(eqx.Module):
 
     def init(self, policy: Any, task: Any) -> Any:
         return jnp.zeros((), jnp.int32)
+
+    on_objective_change = restart
 
     def update(self, policy: Any, carry: Any, task: Any, s0: Any, *, key: Any) -> Any:
         TRACES.append(1)
@@ -138,6 +141,8 @@ class Rising(eqx.Module):
 
     def init(self, policy: Any, task: Any) -> Any:
         return ()
+
+    on_objective_change = restart
 
     def update(self, policy: Any, carry: Any, task: Any, s0: Any, *, key: Any) -> Any:
         # Each update takes the next, by the number of updates that the policy's bias counts.

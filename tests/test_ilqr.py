@@ -80,7 +80,7 @@ def dense(task: Task, s0: jax.Array) -> scipy.optimize.OptimizeResult:
 def test_one_update_solves_a_linear_quadratic_task(name, n, m, x64):
     task = tasks.random_lqr(jax.random.key(n), n, m, stability="unstable", horizon=15)
     planner, s0 = in_double(EVERY[name]), task.initial(KEY)
-    start = planner.start(task)
+    start = planner.first_plan(task)
     plan, _, _ = update(planner, start, task, s0)
     optimum = textbook(task)
     np.testing.assert_allclose(plan.K, optimum.K, rtol=1e-7, atol=1e-9)
@@ -92,7 +92,7 @@ def test_all_reach_the_same_optimum(name, x64):
     """The residual of the optimality conditions vanishes, and so does the gradient by automatic differentiation."""
     task = bent(horizon=8)
     planner, s0 = in_double(EVERY[name]), jnp.asarray([0.9, -0.3])
-    plan, history = solve(planner, planner.start(task), task, s0, None, 200, tolerance=1e-7)
+    plan, history = solve(planner, planner.first_plan(task), task, s0, None, 200, tolerance=1e-7)
     assert history.stop.startswith("converged: gradient norm")
     actions = rollout(plan, task, s0).a
     assert np.linalg.norm(jax.grad(lambda a: episode_return(OpenLoop(a), task, s0))(actions)) < 1e-6
@@ -246,7 +246,7 @@ def test_one_step_and_none(x64):
     task = tasks.lqr(horizon=1)
     s0 = task.initial(KEY)
     for planner in map(in_double, EVERY.values()):
-        plan, _ = solve(planner, planner.start(task), task, s0, None, 2)
+        plan, _ = solve(planner, planner.first_plan(task), task, s0, None, 2)
         same(episode_return(plan, task, s0), textbook(task).J(s0))
     with pytest.raises(ValueError, match="horizon must be a whole number of at least 1, got 0"):
         tasks.lqr(horizon=0)

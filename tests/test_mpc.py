@@ -25,7 +25,7 @@ from diffmbrl import (
     solve,
     tasks,
 )
-from diffmbrl.core import is_stateful
+from diffmbrl.core import is_stateful, restart
 from diffmbrl.jobs.batch.policies import _evaluate
 from diffmbrl.planners import Damping, Ending, Predicted, Receding, Unaware, act
 from diffmbrl.planners.mpc import planning_task, shifted
@@ -216,6 +216,18 @@ def test_one_trace_for_all_steps_and_numbers():
         def init(self, policy, task):
             return self.inner.init(policy, task)
 
+        on_objective_change = restart
+
+        @property
+        def keeps_limits(self):
+            return self.inner.keeps_limits
+
+        def first_plan(self, task):
+            return self.inner.first_plan(task)
+
+        def shift(self, carry):
+            return self.inner.shift(carry)
+
         def update(self, *arguments, key):
             traces.append(key)
             return self.inner.update(*arguments, key=key)
@@ -296,6 +308,11 @@ class Drawing(eqx.Module):
     def init(self, policy, task):
         return jnp.zeros(())
 
+    on_objective_change, keeps_limits = restart, False
+
+    def first_plan(self, task):
+        return OpenLoop.zeros(task)
+
     def shift(self, carry):
         return carry + 1
 
@@ -317,7 +334,7 @@ def test_a_planner_that_draws_has_fresh_keys_and_its_carry_is_shifted():
     assert not np.any(a == keyed)
     memory = act(mpc, mpc.start(task), s0)[1]
     assert float(memory.carry) == 1
-    # In a continuation too, and one whose inner solver does not shift keeps its carry.
+    # In a continuation too.
     assert float(Continuation.growing(Drawing(), 4, horizon=3).shift(
         Continuation.growing(Drawing(), 4, horizon=3).init(plan, planning_task(ILQR(), task, 3))).inner) == 1  # fmt: skip
     with pytest.raises(ValueError, match="a key is needed"):

@@ -16,7 +16,7 @@ from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
 from diffmbrl.agents.registry import AGENTS as REGISTRY
 from diffmbrl.agents.registry import AgentRow as AgentRow
 from diffmbrl.cli import main as cli
-from diffmbrl.core import Task
+from diffmbrl.core import Task, restart
 from diffmbrl.jobs import compare, plan
 from diffmbrl.jobs import learn as race
 from diffmbrl.jobs.configs import CompareConfig, LearnConfig, PlanConfig, RunOptions
@@ -94,6 +94,18 @@ class Forgets(eqx.Module):
 
     def init(self, plan, task):
         return self.inner.init(plan, task)
+
+    on_objective_change = restart
+
+    @property
+    def keeps_limits(self):
+        return self.inner.keeps_limits
+
+    def first_plan(self, task):
+        return self.inner.first_plan(task)
+
+    def shift(self, carry):
+        return self.inner.shift(carry)
 
     def update(self, plan, carry, task, s0, *, key=None):
         plan, carry, info = self.inner.update(plan, carry, task, s0, key=key)

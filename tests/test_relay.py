@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from diffmbrl import ILQR, GaussNewton, OptaxSolver, Sequential, solve
+from diffmbrl.core import restart
 from diffmbrl.optimizers import Krylov
 from tests.problems import same, same_tree, small
 
@@ -53,6 +54,8 @@ class Lost(eqx.Module):
 
     def init(self, policy, task):
         return FIRST.init(policy, task), jnp.zeros((), jnp.int32)
+
+    on_objective_change = restart
 
     def update(self, policy, carry, task, s0, *, key):
         inner, done = carry

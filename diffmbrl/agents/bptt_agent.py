@@ -98,7 +98,7 @@ class PolicyAgent(eqx.Module):
         every: int = 100,
         environments: int = 1,
     ):
-        if getattr(solver, "kind", None) != "policy":
+        if not isinstance(solver, Solver) or solver.kind != "policy":
             raise TypeError(
                 f"solver must be one of kind 'policy', such as Descend(optax.adam, learning_rate=1e-2); "
                 f"got {type(solver).__name__}"

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from diffmbrl.agents.bptt_agent import PolicyAgent, PolicyCarry, short_horizon
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.exploration import ExploredMPC
-from diffmbrl.core import Policy, State, Task, as_float, is_concrete, keeps_limits, reweighted
+from diffmbrl.core import Planner, Policy, State, Task, as_float, is_concrete, is_planner, reweighted
 from diffmbrl.info import Info, count_evaluations
 from diffmbrl.models import Ensemble
 from diffmbrl.models.buffer import Buffer, Transition
@@ -67,13 +67,13 @@ class Hybrid(eqx.Module):
         iterations: int = 2,
     ):
         planner = Sampling(samples=64) if planner is None else planner
-        if not isinstance(getattr(learner, "solver", None), ShortHorizon):
+        if not isinstance(learner, PolicyAgent) or not isinstance(learner.solver, ShortHorizon):
             raise TypeError("learner must be a PolicyAgent with a ShortHorizon solver, which has a critic")
         if learner.horizon is not None:
             raise ValueError(
                 f"the learner must imagine whole episodes, horizon=None, for its critic to know the time; got {learner.horizon}"
             )
-        if getattr(planner, "kind", None) != "plan" or not keeps_limits(planner):
+        if not is_planner(planner) or not planner.keeps_limits:
             raise TypeError(
                 f"planner must be one of kind 'plan' that keeps the limits, such as Sampling(); got {type(planner).__name__}"
             )
@@ -142,7 +142,7 @@ def hybrid(
 class Proposed(eqx.Module):
     """A planner that begins from what a policy would do in the model, wherever that is better than the plan it is given."""
 
-    planner: Any
+    planner: Planner
     proposal: Policy
 
     @property
@@ -152,14 +152,22 @@ class Proposed(eqx.Module):
 
     @property
     def keeps_limits(self) -> bool:
-        return keeps_limits(self.planner)
+        return self.planner.keeps_limits
+
+    def first_plan(self, task: Task) -> Any:
+        """The inner planner's first plan."""
+        return self.planner.first_plan(task)
 
     def init(self, policy: OpenLoop, task: Task) -> Any:
         return self.planner.init(policy, task)
 
     def shift(self, carry: Any) -> Any:
-        """The planner's own, if it has one."""
-        return getattr(self.planner, "shift", lambda carry: carry)(carry)
+        """The inner planner's carry one step on."""
+        return self.planner.shift(carry)
+
+    def on_objective_change(self, policy: OpenLoop, carry: Any, task: Task) -> Any:
+        """Tell the inner planner."""
+        return self.planner.on_objective_change(policy, carry, task)
 
     def update(
         self, policy: OpenLoop, carry: Any, task: Task, s0: State, *, key: PRNGKeyArray | None
@@ -174,7 +182,8 @@ class Proposed(eqx.Module):
             (proposal, self.planner.init(proposal, task)),
             (policy, carry),
         )
-        plan, carry, info = self.planner.update(*state, task, s0, key=key)
+        plan, carry = state
+        plan, carry, info = self.planner.update(plan, carry, task, s0, key=key)
         own = count_evaluations(forward=3 * task.horizon, sequential=2)
         work = jax.tree.map(jnp.add, info.work, own)
         return plan, carry, info._replace(nonfinite=info.nonfinite + nonfinite, work=work)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Policy, State, Task, as_float
+from diffmbrl.core import Policy, State, Task, as_float, restart
 from diffmbrl.info import Info, count_evaluations
 from diffmbrl.optimizers.damped_update import damped_update
 from diffmbrl.optimizers.damping import Choice, Evaluate, best_of, scale
@@ -91,6 +91,8 @@ class NaturalGradient(eqx.Module):
 
     def init(self, policy: Policy, task: Task) -> Float[Array, ""]:
         return self.radii.start(ravel_pytree(policy)[0].dtype)
+
+    on_objective_change = restart
 
     def update(
         self, policy: Policy, carry: Float[Array, ""], task: Task, s0: State, *, key: PRNGKeyArray | None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from diffmbrl.core import Policy, State, Task, Trajectory, as_float, is_plan, parameter, reweighted
+from diffmbrl.core import Policy, State, Task, Trajectory, as_float, is_plan, parameter, restart, reweighted
 from diffmbrl.info import Info, count_evaluations
 from diffmbrl.optimizers.damped_update import damped_update
 from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, Proposals, best_of
@@ -96,6 +96,8 @@ class Consensus(eqx.Module):
 
     def init(self, policy: Policy, task: Task) -> Float[Array, ""]:
         return jnp.ones((), ravel_pytree(policy)[0].dtype)
+
+    on_objective_change = restart
 
     def update(
         self, policy: Policy, carry: Float[Array, ""], task: Task, s0: State, *, key: PRNGKeyArray | None

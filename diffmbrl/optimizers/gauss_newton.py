@@ -4,7 +4,7 @@ import equinox as eqx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Policy, State, Task
+from diffmbrl.core import Policy, State, Task, restart
 from diffmbrl.info import Info, count_evaluations
 from diffmbrl.optimizers.damped_update import StepGate, damped_update
 from diffmbrl.optimizers.damping import DampingGrid, LevenbergMarquardt
@@ -58,6 +58,8 @@ class GaussNewton(eqx.Module):
 
     def init(self, policy: Policy, task: Task) -> Float[Array, ""]:
         return self.damping.start(ravel_pytree(policy)[0].dtype)
+
+    on_objective_change = restart
 
     def update(
         self, policy: Policy, carry: Float[Array, ""], task: Task, s0: State, *, key: PRNGKeyArray | None

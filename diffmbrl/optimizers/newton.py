@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Policy, State, Task, as_float
+from diffmbrl.core import Policy, State, Task, as_float, restart
 from diffmbrl.info import Info, count_evaluations
 from diffmbrl.optimizers.damped_update import StepGate, damped_update
 from diffmbrl.optimizers.damping import Choice, DampingGrid, Evaluate, best_of
@@ -117,6 +117,8 @@ class KrylovNewton(eqx.Module):
 
     def init(self, policy: Policy, task: Task) -> NewtonCarry:
         return self.damping.start(ravel_pytree(policy)[0].dtype), jnp.zeros((), jnp.int32)
+
+    on_objective_change = restart
 
     def update(
         self, policy: Policy, carry: NewtonCarry, task: Task, s0: State, *, key: PRNGKeyArray | None

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, is_plan
+from diffmbrl.core import Solver, State, Task, is_plan, is_planner
 from diffmbrl.info import in_last_stage
 from diffmbrl.planners.quadratic_models import Expansion, expansion
-from diffmbrl.policies import first_plan
 from diffmbrl.rollout import episode_return, split_keys
 from diffmbrl.solve.loop import check_problem
 
@@ -98,11 +97,11 @@ def plans(
 ) -> Plans:
     r"""Plan from each of many starts: up to `steps` updates of `planner` each, or until it has converged or cannot go on.
 
-    `start` is a plan for all or, with a leading batch axis, one for each; without it `planner.start(task)`, or
-    `Affine.zeros(task)`. Start i draws from `split_keys(key, B)[i]`, update j of it from `fold_in` of that by j. `schedule` is
-    `OneByOne()` or `Together()`, by default the first on a CPU and the second elsewhere. `values` adds the expansion of the
-    return to go along each plan. A plan whose gradient norm (`tolerance`) or last relative
-    change of J (`relative`, by default ten roundings) is small enough is returned as it was measured.
+    `start` is a plan for all or, with a leading batch axis, one for each; without it `planner.first_plan(task)`. Start i draws
+    from `split_keys(key, B)[i]`, update j of it from `fold_in` of that by j. `schedule` is `OneByOne()` or `Together()`, by
+    default the first on a CPU and the second elsewhere. `values` adds the expansion of the return to go along each plan. A plan
+    whose gradient norm (`tolerance`) or last relative change of J (`relative`, by default ten roundings) is small enough is
+    returned as it was measured.
 
     Shapes: `s0` [B, ...]; the plan's leaves [B, T, ...]. Cost: each start's updates, and a rollout each at the end.
     Raises: `ValueError` if `s0` has no batch axis, `start` is not of B plans or `steps` is below 1; `TypeError` for a solver of
@@ -115,11 +114,11 @@ def plans(
     >>> found.ends(), found.plan.K.shape
     ({'gradient': 4}, (4, 20, 1, 2))
     """
-    if planner.kind != "plan":
+    if not is_planner(planner):
         raise TypeError(f"plans takes a planner, such as ILQR(); {type(planner).__name__} improves policies: use solve")
     begun = time.perf_counter()
     if start is None:
-        start = first_plan(planner, task)
+        start = planner.first_plan(task)
     batch = _batch(task, s0)
     check_problem(planner, _one(start), task, jax.tree.map(lambda x: x[0], s0), steps)
     start = _repeated(start, task, batch)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Trajectory, parameter
+from diffmbrl.core import State, Task, Trajectory, parameter, restart
 from diffmbrl.info import Info, count_evaluations
 from diffmbrl.planners.quadratic_models import FirstOrder, QuadraticModel, SecondOrder
 from diffmbrl.planners.regularization import Damping
@@ -79,7 +79,7 @@ class ILQR(eqx.Module):
         """Whether its sweep does; otherwise it plans on `tasks.squashed(task)`."""
         return self.sweep.limits
 
-    def start(self, task: Task) -> Affine:
+    def first_plan(self, task: Task) -> Affine:
         """The plan of resting actions that it starts from, with limits if it keeps them."""
         return Affine.with_limits(task) if self.sweep.limits else Affine.zeros(task)
 
@@ -92,6 +92,8 @@ class ILQR(eqx.Module):
                 f"{name} keeps the limits of its plan, and this one has none: start from Affine.with_limits(task)"
             )
         return jnp.zeros((), policy.a.dtype)
+
+    on_objective_change = restart
 
     def shift(self, carry: Float[Array, ""]) -> Float[Array, ""]:
         """The damping for the next step of a receding horizon: lower, since it is of another state."""

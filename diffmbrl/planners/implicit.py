@@ -20,9 +20,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, Trajectory, where
+from diffmbrl.core import Solver, State, Task, Trajectory, is_planner, where
 from diffmbrl.planners.quadratic_models import hamiltonian
-from diffmbrl.policies import Affine, first_plan
+from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout, step_keys
 from diffmbrl.second_order.kkt import solve_with_gaps
 from diffmbrl.second_order.linearize import Linearization, flat_states, linearize
@@ -71,14 +71,14 @@ def optimal(
     >>> effort(jnp.array([1.0, 0.0])).shape
     (2,)
     """
-    if planner.kind != "plan":
+    if not is_planner(planner):
         raise TypeError(
             f"optimal needs a planner, whose kind is 'plan'; {type(planner).__name__} is a {planner.kind!r}"
         )
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
     # Held before the loop: reverse mode cannot enter it, and has no reason to.
-    held, fixed_task, fixed_s0 = jax.lax.stop_gradient((first_plan(planner, task) if plan is None else plan, task, s0))
+    held, fixed_task, fixed_s0 = jax.lax.stop_gradient((planner.first_plan(task) if plan is None else plan, task, s0))
 
     def going(state):
         _, _, rejected, i = state

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from diffmbrl.core import State, Task, Trajectory, as_float, is_concrete, is_plan, keeps_limits
+from diffmbrl.core import State, Task, Trajectory, as_float, is_concrete, is_plan, is_planner
 from diffmbrl.info import Info
 from diffmbrl.planners.windows import Ending
-from diffmbrl.policies import centre_and_half, first_plan
+from diffmbrl.policies import centre_and_half
 from diffmbrl.rollout import recorded
 from diffmbrl.tasks.transforms.plant import Delayed
 from diffmbrl.tasks.transforms.squash import squashed
@@ -38,7 +38,7 @@ class MPC(eqx.Module):
     (`tasks/transforms/plant.py`). T and the weights are the plant's.
 
     The plan is shifted by one step, its last slice repeated; the planner's carry goes through the planner's own
-    `shift(carry)` if it has one and is kept otherwise (damping, temperature: what was learned of the problem). The first step
+    `shift(carry)`, which keeps what was learned of the problem (damping, temperature). The first step
     of an episode makes `first` updates. An update that the planner rejects leaves the plan of before, whose feedback, if it
     has any, still acts on the state. `window` (`planners/windows.py`) says what the plan makes of the end of the episode. With
     `hold` = k > 1 a plan is improved at every k-th step alone and followed in between: at k = H nothing is ever planned anew.
@@ -90,11 +90,11 @@ class MPC(eqx.Module):
     ) -> "MPC":
         """A controller that plans `horizon` steps of `model`, with `iterations` updates a step (`first` in the first one).
 
-        A plan is followed for `hold` steps. `plan` is what it begins with, for the planning task (`first_plan` by default;
-        `planning_task` gives the task); `window` is `Ending()` unless given; `seen`, what it makes of the plant's state, is
+        A plan is followed for `hold` steps. `plan` is what it begins with, for the planning task that `planning_task` gives;
+        the planner's first plan by default. `window` is `Ending()` unless given; `seen`, what it makes of the plant's state, is
         `FullState()`; `logit_cost` is that of `planning_task`.
         """
-        if getattr(planner, "kind", None) != "plan":
+        if not is_planner(planner):
             raise TypeError(f"MPC plans with a solver of kind 'plan', such as ILQR(); got {type(planner).__name__}")
         first = iterations if first is None else first
         for name, number in [("iterations", iterations), ("first", first)]:
@@ -104,7 +104,7 @@ class MPC(eqx.Module):
             raise ValueError(f"hold must be from 1 to the {horizon} steps of a plan, got {hold}")
         window, seen = Ending() if window is None else window, FullState() if seen is None else seen
         task = planning_task(planner, model, horizon, window=window, logit_cost=logit_cost)
-        plan = first_plan(planner, task) if plan is None else plan
+        plan = planner.first_plan(task) if plan is None else plan
         if not is_plan(plan) or jax.tree.leaves(plan)[0].shape[0] != horizon:
             raise ValueError(
                 f"plan must be a plan of {horizon} steps for `planning_task`; got {type(plan).__name__} with leaves "
@@ -142,8 +142,7 @@ class MPC(eqx.Module):
         start = (plan, carry, jax.tree.map(jnp.zeros_like, blank))
         plan, carry, info = jax.lax.fori_loop(jnp.zeros_like(count), count, update, start)
         a = self._within_limits(jax.tree.map(lambda x: x[0], plan)(s0))
-        shift = getattr(self.planner, "shift", lambda carry: carry)
-        return a, Memory(shifted(plan), shift(carry), weights, t + 1, info)
+        return a, Memory(shifted(plan), self.planner.shift(carry), weights, t + 1, info)
 
     def _key(self, t: Int[Array, ""], key: PRNGKeyArray | None) -> PRNGKeyArray | None:
         """The planner's, of this step: of the MPC's own key and, where the rollout has one, of that too."""
@@ -205,13 +204,13 @@ class Predicted(eqx.Module):
 def planning_task(planner: Any, model: Task, horizon: int, *, window: Any = None, logit_cost: Any = LOGIT_COST) -> Task:
     r"""The task that an MPC's planner solves: `horizon` steps of `model`.
 
-    For a planner that does not keep action limits (`core.keeps_limits`) they are moved into the plant, and the logit z of a
+    For a planner that does not keep action limits (`keeps_limits`) they are moved into the plant, and the logit z of a
     limited action costs $\tfrac{1}{2} c\,dt\,z^2$ more: a plan that is warm started for hundreds of steps otherwise drifts to
     logits of hundreds, where tanh has no slope left, and no planner comes back from there. Median return of iLQR with H = 50
     and 3 updates a step on `cartpole-swingup`, 16 starts: -3360 without, -21.5, -19.3 and -12.1 with c = .001, .01 and .1.
     Raises: `ValueError` if the horizon is below 1.
     """
-    inside = model if keeps_limits(planner) else squashed(model)
+    inside = model if planner.keeps_limits else squashed(model)
     if inside is not model:
         cost = as_float(logit_cost) * jnp.asarray(model.dt, model.a_low.dtype)
         limited = (jnp.isfinite(model.a_low) & jnp.isfinite(model.a_high)).astype(model.a_low.dtype)

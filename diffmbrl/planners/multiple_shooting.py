@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import State, Task, Trajectory, parameter, where
+from diffmbrl.core import State, Task, Trajectory, parameter, restart, where
 from diffmbrl.info import Info, count_evaluations
 from diffmbrl.planners import augmented_lagrangian as constraint
 from diffmbrl.planners.augmented_lagrangian import Each
@@ -94,6 +94,15 @@ class MultipleShooting(eqx.Module):
         """It takes one start."""
         return "plan"
 
+    @property
+    def keeps_limits(self) -> bool:
+        """Never: it plans on `tasks.squashed(task)`."""
+        return False
+
+    def first_plan(self, task: Task) -> Affine:
+        """The plan of resting actions, without feedback."""
+        return Affine.zeros(task)
+
     def init(self, policy: Any, task: Task) -> ShootingCarry:
         if not isinstance(policy, Affine):
             got = type(policy).__name__
@@ -113,6 +122,12 @@ class MultipleShooting(eqx.Module):
             unmet=jnp.full((), jnp.inf, dtype),
             multipliers=constraint.none(task, s0, dtype),
         )
+
+    on_objective_change = restart
+
+    def shift(self, carry: ShootingCarry) -> ShootingCarry:
+        """The same carry: multipliers, penalty and damping are of the problem, not of a step."""
+        return carry
 
     def update(
         self, policy: Affine, carry: ShootingCarry, task: Task, s0: State, *, key: PRNGKeyArray | None

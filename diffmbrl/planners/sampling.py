@@ -1,6 +1,6 @@
 """Planners that draw sequences of actions, score them, and draw better ones."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -82,7 +82,6 @@ class Sampling(eqx.Module):
     keep: int = eqx.field(static=True)
     particles: int | None = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True)
-    keeps_limits: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -119,7 +118,12 @@ class Sampling(eqx.Module):
         """It takes one start."""
         return "plan"
 
-    def start(self, task: Task) -> OpenLoop:
+    @property
+    def keeps_limits(self) -> bool:
+        """Always: samples lie within them."""
+        return True
+
+    def first_plan(self, task: Task) -> OpenLoop:
         """The plan of resting actions: it has no use for feedback."""
         return OpenLoop.zeros(task)
 

@@ -42,12 +42,12 @@ def clouded(task: Task, s0: State, count: int | None) -> tuple[Task, State]:
 
 def check_plan(policy: Any, task: Task, solver: str) -> None:
     """Raises: `TypeError` unless the plan is an `OpenLoop` or `Affine` one; `ValueError` for one of another length."""
-    a = getattr(policy, "a", None)
-    if not getattr(type(policy), "is_plan", False) or a is None:
+    if not isinstance(policy, OpenLoop | Affine):
         raise TypeError(f"{solver} improves a plan, such as OpenLoop.zeros(task); got {type(policy).__name__}")
-    if a.shape[-2:] != (task.horizon, task.m):
+    if policy.a.shape[-2:] != (task.horizon, task.m):
         raise ValueError(
-            f"the plan has actions of shape {list(a.shape)}; task '{task.name}' takes [T, m] = [{task.horizon}, {task.m}]"
+            f"the plan has actions of shape {list(policy.a.shape)}; "
+            f"task '{task.name}' takes [T, m] = [{task.horizon}, {task.m}]"
         )
 
 

@@ -1,13 +1,13 @@
 """Gradient shooting: first-order and quasi-Newton methods on the actions of a plan."""
 
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Dynamics, Reward, State, Task, as_float
+from diffmbrl.core import Dynamics, Reward, State, Task, as_float, restart
 from diffmbrl.info import EvaluationCounts, Info, count_evaluations
 from diffmbrl.optimizers.optax_solver import OptaxCarry, OptaxSolver
 from diffmbrl.planners.scoring import check_plan, clouded, with_actions
@@ -90,7 +90,6 @@ class Shooting(eqx.Module):
     spread: Float[Array, ""]
     starts: int = eqx.field(static=True)
     particles: int | None = eqx.field(static=True)
-    keeps_limits: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -121,7 +120,12 @@ class Shooting(eqx.Module):
         """It takes one start."""
         return "plan"
 
-    def start(self, task: Task) -> OpenLoop:
+    @property
+    def keeps_limits(self) -> bool:
+        """Always: by `limits`."""
+        return True
+
+    def first_plan(self, task: Task) -> OpenLoop:
         """The plan of resting actions: it has no use for feedback."""
         return OpenLoop.zeros(task)
 
@@ -131,6 +135,8 @@ class Shooting(eqx.Module):
         z = jnp.broadcast_to(z, (self.starts, *z.shape))
         inner = jax.vmap(lambda z: self.descend.init(OpenLoop(z), task))(z)
         return ShootingCarry(z, inner, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+
+    on_objective_change = restart
 
     def shift(self, carry: ShootingCarry) -> ShootingCarry:
         """The carry for the next step of a receding horizon, whose plan has moved on by one step."""

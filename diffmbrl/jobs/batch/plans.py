@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl.core import Solver, State, Task, keeps_limits
+from diffmbrl.core import Solver, State, Task, is_planner
 from diffmbrl.devices import shard_like, to_local
 from diffmbrl.diagnostics.spectrum import curvature_eigenvalues
 from diffmbrl.jobs.batch.metric_accumulator import MetricAccumulator
 from diffmbrl.jobs.batch.programs import action_gradients, chunks, replica, replica_updates, timed
-from diffmbrl.policies import Affine, OpenLoop, first_plan
+from diffmbrl.policies import Affine, OpenLoop
 from diffmbrl.rollout import returns, rollout
 from diffmbrl.solve.checkpointer import Checkpointer
 from diffmbrl.solve.nonfinite import locate
@@ -28,12 +28,14 @@ class BatchedPlanRuns:
 
     def __init__(self, solvers: Sequence[Solver], task: Task, draws: tuple[State, State, Any]):
         train, test, keys = draws
+        if not is_planner(solvers[0]):
+            raise TypeError(f"expected a planner, such as ILQR(); got {type(solvers[0]).__name__}")
         self.solver, self.rates, self.seeds = solvers[0], 1, keys.shape[0]
-        self.task = task if keeps_limits(self.solver) else squashed(task)
+        self.task = task if self.solver.keeps_limits else squashed(task)
         self.starts = jax.tree.leaves(train)[0].shape[1]
         self.count = self.seeds * self.starts
         flat = jax.tree.map(lambda x: x.reshape(self.count, *x.shape[2:]), train)
-        zero = first_plan(self.solver, self.task)
+        zero = self.solver.first_plan(self.task)
         self.parameters = zero.a.size
         held_out = jax.tree.leaves(test)[0].shape[0]
         seed_keys = jnp.repeat(keys, self.starts)

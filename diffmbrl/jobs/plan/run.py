@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffmbrl.core import State, Task, keeps_limits
+from diffmbrl.core import State, Task
 from diffmbrl.devices import broadcast, copied, replicate_like, shard, shard_like, to_local
 from diffmbrl.jobs.configs import PlanConfig, RunOptions
 from diffmbrl.jobs.job import JobFunctions, start_job
@@ -26,7 +26,7 @@ from diffmbrl.jobs.table import JOBS
 from diffmbrl.methods import METHODS
 from diffmbrl.planners import MPC, Predicted, Sampling
 from diffmbrl.planners.episode import ControlledEpisode, finish, proceed, start
-from diffmbrl.policies import Affine, first_plan, resting_action
+from diffmbrl.policies import Affine, resting_action
 from diffmbrl.rollout import returns, rollout
 from diffmbrl.runs import Session
 from diffmbrl.solve.loop import solve
@@ -64,7 +64,7 @@ def _plans(resolved: ResolvedPlan, run: Session) -> None:
     """Plan from each start by itself, and follow the plan with its feedback on the plant."""
     write, progress = run.write, run.progress
     config, model, plant, made, _, iterations, mesh = resolved
-    keeps = keeps_limits(made)
+    keeps = made.keeps_limits
     inside, outside = (task if keeps else squashed(task) for task in (model, plant))
     draws, noise = keys_of(config)
     for index, s0 in run.arms(enumerate(_each(start_states(config, model), config.starts))):
@@ -73,7 +73,7 @@ def _plans(resolved: ResolvedPlan, run: Session) -> None:
         key = jax.random.fold_in(draws, index) if METHODS[planner_name(config)].order == 0 else None
         if mesh.size > 1:
             s0, key = copied((s0, key), mesh)
-        found, history = solve(made, first_plan(made, inside), inside, s0, key, iterations, checkpointer=run)
+        found, history = solve(made, made.first_plan(inside), inside, s0, key, iterations, checkpointer=run)
         found, s0 = to_local((found, s0))
         inner = _follow(found, inside, s0, None)
         trajectory = _follow(found, outside, s0, noise[index])

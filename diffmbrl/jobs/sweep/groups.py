@@ -12,7 +12,7 @@ import numpy as np
 
 from diffmbrl.agents.collect import System
 from diffmbrl.agents.learn import Agent
-from diffmbrl.core import Solver, Task, keeps_limits
+from diffmbrl.core import Solver, Task, is_planner
 from diffmbrl.jobs import compare
 from diffmbrl.jobs import learn as race
 from diffmbrl.jobs.configs import CompareConfig, LearnConfig
@@ -95,7 +95,7 @@ def _policies(config: CompareConfig) -> MethodPoint:
     rate = setting.rates[0] if setting.rates else None
     made = solver(row, task, rate=rate, steps=steps, continuation=setting.continuation)
     return MethodPoint(
-        row, made, task, task if keeps_limits(made) or row.kind == "policy" else squashed(task), setting, steps
+        row, made, task, task if not is_planner(made) or made.keeps_limits else squashed(task), setting, steps
     )
 
 

@@ -21,7 +21,7 @@ from diffmbrl.agents.learn import learn
 from diffmbrl.jobs.batch import NOISE, draw_starts
 from diffmbrl.jobs.sweep.groups import AgentPoint, Group, MethodPoint
 from diffmbrl.jobs.sweep.points import SweepFile, SweepPoint
-from diffmbrl.policies import Neural, first_plan
+from diffmbrl.policies import Neural
 from diffmbrl.rollout import episode_returns, returns, rollout, rollouts
 from diffmbrl.runs import Writer, running
 from diffmbrl.runs.folder import set_status, write_json
@@ -137,7 +137,7 @@ def _begun(group: Group) -> tuple[_Lane, Any, Any]:
     for member in group.members:
         train, test, own = draw_starts(member.task, seeds, starts, HELD_OUT, member.setting.key)
         if first.method.kind == "plan":
-            plan = first_plan(member.solver, member.plant)
+            plan = member.solver.first_plan(member.plant)
             policy = jax.tree.map(lambda x: jnp.broadcast_to(x, (seeds, starts, *x.shape)), plan)
             start = jax.vmap(jax.vmap(lambda p, m=member: m.solver.init(p, m.plant)))
             key = jax.vmap(lambda k: jax.vmap(partial(jax.random.fold_in, k))(jnp.arange(starts)))(own)

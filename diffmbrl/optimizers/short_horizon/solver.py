@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from diffmbrl.core import Policy, State, Task, all_finite, as_float, is_plan, is_stateful, where
+from diffmbrl.core import Policy, State, Task, all_finite, as_float, is_plan, is_stateful, restart, where
 from diffmbrl.info import EvaluationCounts, Info, count_evaluations
 from diffmbrl.optimizers.optax_solver import OptaxSolver
 from diffmbrl.optimizers.short_horizon.critic import Critic, fit, running_moments, td_lambda
@@ -189,6 +189,8 @@ class ShortHorizon(eqx.Module):
             norm=jnp.full((), jnp.nan, dtype),
             updates=jnp.zeros((), jnp.int32),
         )
+
+    on_objective_change = restart
 
     def update(
         self, policy: Policy, carry: ShortHorizonCarry, task: Task, s0: State, *, key: PRNGKeyArray | None

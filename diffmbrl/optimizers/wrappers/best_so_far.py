@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, where
+from diffmbrl.core import Policy, Solver, State, Task, where
 from diffmbrl.info import Info, count_evaluations
 from diffmbrl.rollout import mean_return
 
@@ -45,7 +45,7 @@ class BestSoFar(eqx.Module):
     True
     """
 
-    solver: Any
+    solver: Solver
 
     def __init__(self, solver: Solver):
         if solver.kind != "policy":
@@ -54,11 +54,15 @@ class BestSoFar(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes a batch of starts."""
+        """Always "policy": it takes a batch of starts."""
         return "policy"
 
     def init(self, policy: Any, task: Task) -> Walk:
         return Walk(policy, self.solver.init(policy, task))
+
+    def on_objective_change(self, policy: Policy, carry: Walk, task: Task) -> Walk:
+        """Continue from the best policy under the old objective; its return is measured again at the next update."""
+        return Walk(policy, self.solver.on_objective_change(policy, carry.inner, task))
 
     def update(
         self, policy: Any, carry: Walk, task: Task, s0: State, *, key: PRNGKeyArray | None

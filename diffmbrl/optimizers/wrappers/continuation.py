@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, keeps_limits, on_objective_change, reweighted
+from diffmbrl.core import Planner, Policy, Solver, State, Task, is_planner, reweighted
 from diffmbrl.info import EvaluationCounts, Info, count_evaluations, in_last_stage
-from diffmbrl.policies import first_plan
 from diffmbrl.second_order.sensitivity import growth, sensitivity, trust
 
 DISCOUNTS = (0.8, 0.9, 0.95, 0.98, 1.0)
@@ -69,7 +68,7 @@ class Continuation(eqx.Module):
     [5, 8, 8, 8, 21]
     """
 
-    solver: Any
+    solver: Solver
     discounts: Float[Array, " k"]
     horizons: Int[Array, " k"]
     lengths: Int[Array, " k"]
@@ -196,22 +195,39 @@ class Continuation(eqx.Module):
     @property
     def keeps_limits(self) -> bool:
         """The inner solver's."""
-        return keeps_limits(self.solver)
+        return self._planner.keeps_limits
 
-    def start(self, task: Task) -> Any:
+    def first_plan(self, task: Task) -> Any:
         """The inner planner's first plan."""
-        return first_plan(self.solver, task)
+        return self._planner.first_plan(task)
+
+    def shift(self, carry: ContinuationCarry) -> ContinuationCarry:
+        """The carry for the next step of a receding horizon: the inner planner's is shifted, the schedule stays."""
+        return carry._replace(inner=self._planner.shift(carry.inner))
+
+    @property
+    def _planner(self) -> Planner:
+        if not is_planner(self.solver):
+            raise TypeError(
+                f"{type(self.solver).__name__} improves policies; only a planner, such as ILQR(), has plans"
+            )
+        return self.solver
 
     def init(self, policy: Any, task: Task) -> ContinuationCarry:
         zero = jnp.zeros((), jnp.int32)
         mark = jnp.full((), -jnp.inf, task.weights.dtype)
         return ContinuationCarry(self.solver.init(policy, task), zero, zero, zero, mark)
 
+    def on_objective_change(self, policy: Policy, carry: ContinuationCarry, task: Task) -> ContinuationCarry:
+        """Run the schedule again from its first stage, and tell the inner solver."""
+        inner = self.solver.on_objective_change(policy, carry.inner, task)
+        return self.init(policy, task)._replace(inner=inner)
+
     def update(
         self, policy: Any, carry: ContinuationCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, ContinuationCarry, Info]:
         _, updates, stage, made, mark = carry
-        fresh = on_objective_change(self.solver, policy, carry.inner, task)
+        fresh = self.solver.on_objective_change(policy, carry.inner, task)
         inner = jax.tree.map(lambda new, old: jnp.where(made == 0, new, old), fresh, carry.inner)
         eased = self.in_force(policy, task, s0, stage, key=key)
         allowed = self._allowed(policy, task, s0, stage, key)
@@ -229,11 +245,6 @@ class Continuation(eqx.Module):
         mark = jnp.where(looking, info.J.astype(mark.dtype), mark)
         made = jnp.where(over, 0, made + 1)
         return policy, ContinuationCarry(inner, updates + 1, stage + over.astype(jnp.int32), made, mark), info
-
-    def shift(self, carry: ContinuationCarry) -> ContinuationCarry:
-        """The carry one time step on, for a plan that is shifted: the inner solver's, if it does that."""
-        shift = getattr(self.solver, "shift", None)
-        return carry if shift is None else carry._replace(inner=shift(carry.inner))
 
     def in_force(
         self, policy: Any, task: Task, s0: State, stage: Int[Array, ""] | int, *, key: PRNGKeyArray | None = None

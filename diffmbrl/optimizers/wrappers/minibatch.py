@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, on_objective_change, reweighted
+from diffmbrl.core import Solver, State, Task, reweighted
 from diffmbrl.info import Info
 
 
@@ -43,7 +43,7 @@ class MiniBatch(eqx.Module):
     4
     """
 
-    solver: Any
+    solver: Solver
     key: PRNGKeyArray
     size: int = eqx.field(static=True)
     every: int = eqx.field(static=True)
@@ -59,15 +59,15 @@ class MiniBatch(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """The inner solver's."""
-        return self.solver.kind
+        """Always "policy": it takes a batch of starts."""
+        return "policy"
 
     def init(self, policy: Any, task: Task) -> SampledCarry:
         return SampledCarry(self.solver.init(policy, task), jnp.zeros((), jnp.int32))
 
     def on_objective_change(self, policy: Any, carry: SampledCarry, task: Task) -> SampledCarry:
         """Afresh for another objective, but for what the inner solver keeps."""
-        return SampledCarry(on_objective_change(self.solver, policy, carry.inner, task), jnp.zeros((), jnp.int32))
+        return SampledCarry(self.solver.on_objective_change(policy, carry.inner, task), jnp.zeros((), jnp.int32))
 
     def update(
         self, policy: Any, carry: SampledCarry, task: Task, s0: State, *, key: PRNGKeyArray | None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, cond_once
+from diffmbrl.core import Policy, Solver, State, Task, cond_once
 from diffmbrl.info import Info, count_evaluations, is_finite
 from diffmbrl.optimizers.wrappers.minibatch import in_turn
 from diffmbrl.rollout import mean_return
@@ -50,7 +50,7 @@ class MultiStart(eqx.Module):
     True
     """
 
-    solver: Any
+    solver: Solver
     updates: Int[Array, ""]
     key: PRNGKeyArray
     entrants: int = eqx.field(static=True)
@@ -76,8 +76,8 @@ class MultiStart(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """The inner solver's."""
-        return self.solver.kind
+        """Always "policy": it takes a batch of starts."""
+        return "policy"
 
     def init(self, policy: Any, task: Task) -> RacedCarry:
         keys = jax.random.split(self.key, self.entrants - 1)
@@ -85,6 +85,15 @@ class MultiStart(eqx.Module):
         policies = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), policy, others)
         carries = jax.vmap(lambda pi: self.solver.init(pi, task))(policies)
         return RacedCarry(policies, carries, jnp.zeros((), jnp.int32))
+
+    def on_objective_change(self, policy: Policy, carry: RacedCarry, task: Task) -> RacedCarry:
+        """Tell the solver of every entrant; a race that is over stays over, and its winner continues from `policy`."""
+        racing = carry.updates < self.updates
+        policies = jax.tree.map(
+            lambda entrants, x: jnp.where(racing, entrants, entrants.at[0].set(x)), carry.policies, policy
+        )
+        carries = jax.vmap(lambda pi, inner: self.solver.on_objective_change(pi, inner, task))(policies, carry.carries)
+        return carry._replace(carries=carries)
 
     def update(
         self, policy: Any, carry: RacedCarry, task: Task, s0: State, *, key: PRNGKeyArray | None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from diffmbrl.core import Solver, State, Task, cond_once, where
+from diffmbrl.core import Policy, Solver, State, Task, cond_once, where
 from diffmbrl.info import Info, in_last_stage, is_finite
 
 
@@ -48,8 +48,8 @@ class Sequential(eqx.Module):
     True
     """
 
-    first: Any
-    then: Any
+    first: Solver
+    then: Solver
     updates: Int[Array, ""]
 
     def __init__(self, first: Solver, then: Solver, *, updates: int):
@@ -62,11 +62,18 @@ class Sequential(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes a batch of starts."""
+        """Always "policy": it takes a batch of starts."""
         return "policy"
 
     def init(self, policy: Any, task: Task) -> RelayCarry:
         return RelayCarry(self.first.init(policy, task), self.then.init(policy, task), jnp.zeros((), jnp.int32))
+
+    def on_objective_change(self, policy: Policy, carry: RelayCarry, task: Task) -> RelayCarry:
+        """Tell the solver whose turn it is; the turn and the count of updates stay."""
+        leading = carry.updates < self.updates
+        first = where(leading, self.first.on_objective_change(policy, carry.first, task), carry.first)
+        then = where(leading, carry.then, self.then.on_objective_change(policy, carry.then, task))
+        return carry._replace(first=first, then=then)
 
     def update(
         self, policy: Any, carry: RelayCarry, task: Task, s0: State, *, key: PRNGKeyArray | None
