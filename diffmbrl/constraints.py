@@ -1,9 +1,8 @@
-r"""Constraints of a task: where a trajectory may go, and what its actions may be, beyond their limits.
+r"""Constraints of a task on states and actions, beyond the action limits.
 
 $$h(s_t, a_t) = 0,\quad g(s_t, a_t) \le 0 \quad (t < T),\qquad h_T(s_T) = 0,\quad g_T(s_T) \le 0$$
 
-A planner that knows constraints enforces them (`planners/multiple_shooting.py`); one that does not leaves them alone, and
-`violation` says by how much.
+`planners/multiple_shooting.py` enforces them; other planners ignore them, and `violation` measures by how much they fail.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,13 @@ from diffmbrl.core import Trajectory
 
 
 class Constraints(eqx.Module):
-    """Functions (s, a) -> [k] and s -> [k] that must be zero, or at most zero; None where there is none.
+    """Functions that must be zero, or at most zero, along a trajectory; None where there is none.
+
+    Args:
+        equality: h(s, a) = 0, shape [k], before the horizon.
+        inequality: g(s, a) <= 0, shape [k], before the horizon.
+        final_equality: h_T(s_T) = 0, shape [k].
+        final_inequality: g_T(s_T) <= 0, shape [k].
 
     >>> import equinox as eqx
     >>> class Floor(eqx.Module):
@@ -34,9 +39,14 @@ class Constraints(eqx.Module):
 
 
 def violation(constraints: Constraints, trajectory: Trajectory) -> Float[Array, ""]:
-    """The largest violation of any constraint along one trajectory, in the constraint's own units; 0 if all hold.
+    """Measure the largest violation of any constraint along one trajectory, in the constraint's own units.
 
-    A value that is not finite counts as infinite.
+    Args:
+        constraints: The constraints.
+        trajectory: One trajectory, without a batch axis.
+
+    Returns:
+        The violation, 0 if all hold; a value that is not finite counts as infinite.
     """
     worst = jnp.zeros((), trajectory.r.dtype)
     along, final = (trajectory.s, trajectory.a), trajectory.s_T

@@ -1,23 +1,21 @@
-r"""One batch over many devices, by where its arrays lie alone: the programs are the same, and plain `jit` divides them.
+r"""One batch over many devices, by the placement of its arrays: the programs stay the same, and plain `jit` divides them.
 
-A mesh has one axis, "batch". What has a batch axis (start states, seeds) is put on the mesh with that axis shared out
-evenly; what all of the batch needs (policy, task, solver) is copied to every device. A batch that is made within a compiled
-function (the samples of a population) is shared out there (`divided`). XLA divides every compiled function
-accordingly, and where it takes a mean over the batch, as in a gradient or a product with the Gauss-Newton matrix,
+A mesh has one axis, "batch". Arrays with a batch axis (start states, seeds) are sharded along it; policy, task and solver are
+copied to every device. A batch that is made within a compiled function (the samples of a population) is sharded there
+(`divided`). XLA divides every compiled function accordingly. Where it takes a mean over the batch, as in a gradient or a
+product with the Gauss-Newton matrix,
 
 $$N v = \tfrac1B \sum_i G_i^\top M_i G_i v = \tfrac1B \sum_{\text{devices}} \sum_{i \text{ on it}} G_i^\top M_i G_i v,$$
 
 it adds the devices' sums: three times in a model and a product, outside its loops over time. The gradient of a rollout in the
-parameters is added up in every step of the reverse pass, so there it is the network between devices that counts. Sums in
-another order differ by rounding, so a run on four devices agrees with one on one device
-as far as rounding does, and no further where the dynamics are chaotic.
+parameters is summed in every step of the reverse pass, so its time depends on the network between devices. Sums in another
+order differ by rounding: runs on four devices and on one agree to rounding, and less where the dynamics are chaotic.
 
 The axes of the mesh are of type Auto: with explicit ones, `vmap` of a `scan` fails.
 
-Several processes (one a machine, or one a GPU) run the same program, each with all of the batch's values at hand and its own
-devices' part of the work: `init_distributed` connects them by `jax.distributed`. What ends a run must not differ
-between them (`broadcast`), and one of them writes it down (`primary_only`). A run that was interrupted is gone on with
-by as many processes (`resume_copies`).
+Several processes, one for each machine or GPU, run the same program; each holds all values of the batch and does its own
+devices' part of the work. `init_distributed` connects them by `jax.distributed`. They must agree on when a run ends
+(`broadcast`), and one of them writes the run (`primary_only`). Resume with the same number of processes (`resume_copies`).
 """
 
 import contextlib
@@ -37,9 +35,16 @@ PROCESSES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def mesh_of(count: int) -> Mesh:
-    """A mesh of `count` devices, of all processes together.
+    """Make a mesh of devices, of all processes together.
 
-    Raises: `ValueError` if there are not so many, or if they leave out a process.
+    Args:
+        count: Number of devices.
+
+    Returns:
+        The mesh, with one axis "batch".
+
+    Raises:
+        ValueError: If there are fewer devices, or if some process would have none.
 
     >>> mesh_of(1).axis_names, mesh_of(1).size
     (('batch',), 1)
@@ -58,9 +63,19 @@ def mesh_of(count: int) -> Mesh:
 
 
 def shard(tree: Any, mesh: Mesh, *, what: str, axis: int = 0) -> Any:
-    """The tree with this axis of every leaf shared out among the devices of the mesh; `what` it counts, for the message.
+    """Shard one axis of every leaf among the devices of a mesh.
 
-    Raises: `ValueError` naming the nearest sizes that fit, if the devices do not divide it.
+    Args:
+        tree: A pytree of arrays.
+        mesh: The mesh.
+        what: The things that the axis counts, for the error message.
+        axis: The axis.
+
+    Returns:
+        The sharded tree.
+
+    Raises:
+        ValueError: If the devices do not divide the axis; the message names the nearest sizes that fit.
 
     >>> s0 = shard(jax.numpy.zeros((8, 2)), mesh_of(1), what="starts")
     >>> s0.shape
@@ -71,7 +86,16 @@ def shard(tree: Any, mesh: Mesh, *, what: str, axis: int = 0) -> Any:
 
 
 def check_divisible(size: int, devices: int, what: str) -> None:
-    """Raises: `ValueError` naming the nearest sizes that fit, if the devices do not divide this one."""
+    """Refuse a size that the devices do not divide.
+
+    Args:
+        size: The size.
+        devices: Number of devices.
+        what: The things counted, for the error message.
+
+    Raises:
+        ValueError: If the size is not a multiple; the message names the nearest ones.
+    """
     if size % devices:
         below = size // devices * devices
         nearest = [x for x in (below, below + devices) if x]
@@ -82,37 +106,37 @@ def check_divisible(size: int, devices: int, what: str) -> None:
 
 
 def copied(tree: Any, mesh: Mesh) -> Any:
-    """The tree whole on every device of the mesh."""
+    """Copy the whole tree to every device of the mesh."""
     return _put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def replicate_like(batch: Any, tree: Any) -> Any:
-    """The tree whole on every device that a batch is shared out among; as it is where the batch is on one device.
+    """Copy the whole tree to every device that holds a part of `batch`; return it unchanged if that is one device.
 
-    What one compiled call returns is laid so before the next call takes it: laid otherwise, that would be compiled again.
+    Results of one compiled call are placed so before the next call, which would otherwise compile again.
     """
     mesh = _mesh(batch)
     return tree if mesh is None else copied(tree, mesh)
 
 
 def shard_like(batch: Any, tree: Any) -> Any:
-    """The tree, with the batch's leading axis, shared out as the batch is; as it is where the batch is on one device."""
+    """Shard the leading axis of the tree as that of `batch`; return it unchanged if the batch is on one device."""
     mesh = _mesh(batch)
     return tree if mesh is None else _put(tree, NamedSharding(mesh, PartitionSpec(BATCH)))
 
 
 def divided(tree: Any, mesh: Mesh | None) -> Any:
-    """Within a compiled function: the leading axis of every leaf shared out among the devices; as it is for None."""
+    """Within a compiled function, shard the leading axis of every leaf among the devices; no change for None."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(BATCH)))
 
 
 def gathered(tree: Any, mesh: Mesh | None) -> Any:
-    """Within a compiled function: the tree whole on every device; as it is for None."""
+    """Within a compiled function, copy the whole tree to every device; no change for None."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def to_local(tree: Any) -> Any:
-    """The tree whole on one device of this process, whatever devices it was on: to look at, save or go on with."""
+    """Gather the whole tree on one device of this process, to read it, save it or continue with it."""
 
     def one(x: Any) -> Any:
         if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
@@ -124,11 +148,16 @@ def to_local(tree: Any) -> Any:
 
 
 def init_distributed(count: int) -> None:
-    """Before anything is computed: connect this process to the others, if the environment names them; on a CPU, have devices.
+    """Connect this process to the others that the environment names, and split a CPU into devices. Call before computing.
 
-    `JAX_COORDINATOR_ADDRESS` (host:port of the first), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (from 0) say which they are;
-    under Slurm or on a TPU pod the address alone will do. A CPU is one device unless told otherwise, here or in XLA_FLAGS.
-    Raises: `ValueError` for a number that is none.
+    `JAX_COORDINATOR_ADDRESS` (host:port of the first process), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (from 0) name them;
+    under Slurm or on a TPU pod the address is enough. A CPU is one device unless this or XLA_FLAGS makes more.
+
+    Args:
+        count: Number of devices of all processes.
+
+    Raises:
+        ValueError: If a number in the environment is not a whole number.
     """
     address, *numbers = (os.environ.get(name) for name in PROCESSES)
     given: dict[str, int] = {}
@@ -140,16 +169,16 @@ def init_distributed(count: int) -> None:
                 given[option] = int(value)
     each = count // given.get("num_processes", 1)
     if each > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # too late in this process: `mesh_of` says what there is
+        with contextlib.suppress(RuntimeError):  # too late in this process: `mesh_of` reports the devices there are
             jax.config.update("jax_num_cpu_devices", each)
     if address is not None:
         jax.distributed.initialize(address, **given)  # pyright: ignore[reportArgumentType]
 
 
 def broadcast(number: float, batch: Any = None) -> float:
-    """The first process's number, in all of them: what ends a run by its clock must end it everywhere at once.
+    """Send the first process's number to all, so that a limit on time ends a run everywhere at once.
 
-    With a `batch` that lies on one device there is nothing to agree on: each process has work of its own.
+    With a `batch` on one device, whose work is its process's own, the number is returned unchanged.
     """
     if jax.process_count() == 1 or (batch is not None and _mesh(batch) is None):
         return number
@@ -160,7 +189,7 @@ def broadcast(number: float, batch: Any = None) -> float:
 
 @contextlib.contextmanager
 def primary_only(out: Path | None) -> Iterator[tuple[Path | None, Any]]:
-    """Where this process writes, folder and stream: the first as asked, the others to a folder and a stream thrown away."""
+    """Folder and stream that this process writes to: those asked for in the first process, temporary ones in the others."""
     if jax.process_index() == 0:
         yield out, None
         return
@@ -174,9 +203,9 @@ def primary_only(out: Path | None) -> Iterator[tuple[Path | None, Any]]:
 
 @contextlib.contextmanager
 def resume_copies(folder: Path) -> Iterator[tuple[Path, Any]]:
-    """Where this process goes on with a run: the first in its folder, the others in a copy of it that is thrown away.
+    """Folder in which this process resumes a run: its own in the first process, temporary copies in the others.
 
-    All of them have to see the folder. None begins before every one has its copy.
+    All processes must see the folder. None starts before every one has its copy.
     """
     with primary_only(folder) as (place, stream):
         assert place is not None
@@ -196,7 +225,7 @@ def _mesh(batch: Any) -> Mesh | None:
 
 
 def _put(tree: Any, sharding: NamedSharding) -> Any:
-    """Leaves laid out so. Of an array that this process has whole, and so do the others, each device takes its part."""
+    """Place the leaves by a sharding; of an array that every process has whole, each device takes its part."""
 
     def one(x: Any) -> Any:
         if jax.process_count() == 1:

@@ -1,16 +1,20 @@
-"""What an update reports of itself, and what is read off that."""
+"""The report of one update of a solver, and tests of it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 
 class EvaluationCounts(NamedTuple):
-    """Work done: steps of f, tangents pushed through f, cotangents pulled through f; and how much of it was sequential.
+    """Counts of evaluations of the dynamics f, and of passes over the horizon.
 
-    `sequential` counts passes over the horizon that run one after another, whatever their batch: rollouts, reverse passes and
-    the linear recursions of second-order methods alike. It is what bounds the time on a device with cores to spare.
+    Args:
+        forward: Steps of f.
+        jvp: Tangents pushed through f.
+        vjp: Cotangents pulled through f.
+        sequential: Passes over the horizon that run one after another, whatever their batch: rollouts, reverse passes and
+            linear recursions. They bound the time on a device with cores to spare.
     """
 
     forward: Int[Array, "*batch"]
@@ -19,45 +23,90 @@ class EvaluationCounts(NamedTuple):
     sequential: Int[Array, "*batch"]
 
 
-def count_evaluations(forward: Any = 0, jvp: Any = 0, vjp: Any = 0, sequential: Any = 0) -> EvaluationCounts:
-    """A `EvaluationCounts` from Python or traced whole numbers."""
+def count_evaluations(
+    forward: ArrayLike = 0, jvp: ArrayLike = 0, vjp: ArrayLike = 0, sequential: ArrayLike = 0
+) -> EvaluationCounts:
+    """Convert Python or traced whole numbers to `EvaluationCounts`.
+
+    Args:
+        forward, jvp, vjp, sequential: The counts.
+
+    Returns:
+        The counts as int32 arrays.
+    """
     return EvaluationCounts(*(jnp.asarray(x, jnp.int32) for x in (forward, jvp, vjp, sequential)))
 
 
 class Quadratic(NamedTuple):
-    """What a second-order method knows of its quadratic model, at no cost beyond the step."""
+    """The quadratic model of a second-order method, reported at no cost beyond the step.
 
-    ritz: Float[Array, "*batch k"]  # Ritz values or eigenvalues of the curvature, as they are; none for truncated CG
-    negative: Float[Array, "*batch"]  # share of negative ones in the sum of their absolute values
-    dampings: Float[Array, "*batch c"]  # of the candidates: dampings of a path, radii, or one
-    predicted: Float[Array, "*batch c"]  # improvement of J that the model promises each of them
-    improved: Float[Array, "*batch c"]  # and its true improvement
-    gap: Float[Array, "*batch"]  # projection gap of the step taken (`projection.py`); NaN without the planner's M
+    Args:
+        ritz: Ritz values or eigenvalues of the curvature, shape [*batch, k]; k = 0 for truncated CG.
+        negative: Share of the negative ones in the sum of their absolute values, shape [*batch].
+        dampings: Dampings or radii of the candidate steps, shape [*batch, c].
+        predicted: Improvement of J that the model predicts for each candidate, shape [*batch, c].
+        improved: True improvement of J by each candidate, shape [*batch, c].
+        gap: Projection gap of the step taken (`projection.py`), shape [*batch]; NaN for methods without the matrix M.
+    """
+
+    ritz: Float[Array, "*batch k"]
+    negative: Float[Array, "*batch"]
+    dampings: Float[Array, "*batch c"]
+    predicted: Float[Array, "*batch c"]
+    improved: Float[Array, "*batch c"]
+    gap: Float[Array, "*batch"]
 
 
 class Info(NamedTuple):
-    """What a person needs to know of one update. All are measured at the policy that the update was given."""
+    """The report of one update, measured at the policy that the update was given; shapes are [*batch].
 
-    J: Float[Array, "*batch"]  # return of the objective in force (a continuation stage's, not always the task's)
-    gradient_norm: Float[Array, "*batch"] | None  # |dJ/dtheta|; None for a method that takes no gradient
-    accepted: Bool[Array, "*batch"]  # whether the update changed the policy
-    damping: Float[Array, "*batch"]  # the damping of the step taken; 0 for a method without one
-    inner_iterations: Int[Array, "*batch"]  # Krylov dimensions, line-search trials, backward passes
-    nonfinite: Int[Array, "*batch"]  # non-finite returns or gradients met, the rejected candidates' included
+    Args:
+        J: Return under the objective in force, which in a stage of a continuation is not the task's.
+        gradient_norm: |dJ/dtheta|; None for a method that takes no gradient.
+        accepted: Whether the update changed the policy.
+        damping: Damping of the step taken; 0 for a method without one.
+        inner_iterations: Krylov dimensions, line-search trials or backward passes.
+        nonfinite: Number of non-finite returns and gradients met, those of rejected candidates included.
+        work: Evaluations that the update took.
+        model: Quadratic model, of second-order policy methods.
+        violation: Largest violation of a constraint, of methods that enforce constraints.
+        merit: Value that the line search raises, where it is not J but counts gaps and constraints too.
+        final: Whether the objective in force was the last of its schedule; None without a schedule.
+    """
+
+    J: Float[Array, "*batch"]
+    gradient_norm: Float[Array, "*batch"] | None
+    accepted: Bool[Array, "*batch"]
+    damping: Float[Array, "*batch"]
+    inner_iterations: Int[Array, "*batch"]
+    nonfinite: Int[Array, "*batch"]
     work: EvaluationCounts
-    model: Quadratic | None = None  # of second-order policy methods
-    violation: Float[Array, "*batch"] | None = None  # largest violation of a constraint, of methods that enforce them
-    merit: Float[Array, "*batch"] | None = None  # what a line search raises where that is not J: gaps, constraints too
-    # Of a schedule: whether the objective in force was its last, so that to have converged is to be done.
+    model: Quadratic | None = None
+    violation: Float[Array, "*batch"] | None = None
+    merit: Float[Array, "*batch"] | None = None
     final: Bool[Array, "*batch"] | None = None
 
 
 def is_finite(info: Info) -> Bool[Array, "*batch"]:
-    """Whether J and the gradient of an update are finite; a run ends where they are not."""
+    """Whether J and the gradient of an update are finite; if not, a run ends.
+
+    Args:
+        info: The report of an update.
+
+    Returns:
+        True where both are finite, shape [*batch].
+    """
     finite = jnp.isfinite(info.J)
     return finite if info.gradient_norm is None else finite & jnp.isfinite(info.gradient_norm)
 
 
 def in_last_stage(info: Info) -> Bool[Array, "*batch"]:
-    """Whether the objective of an update was the last of its schedule, where there is one; only there a run can converge."""
+    """Whether the objective of an update was the last of its schedule, in which alone a run can converge.
+
+    Args:
+        info: The report of an update.
+
+    Returns:
+        True in the last stage, or without a schedule, shape [*batch].
+    """
     return jnp.ones(jnp.shape(info.J), bool) if info.final is None else info.final

@@ -1,6 +1,6 @@
 r"""Policies `a = pi(s)`, and plans, which are policies with a leading time axis.
 
-The leaves of a policy are its parameters theta, all of them: what is not learned (features, action limits) is static.
+The leaves of a policy are its parameters theta; features and action limits, which are not learned, are static.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,14 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from diffmbrl.core import State, Task, is_concrete, is_plan
+from diffmbrl.core import Policy, State, Task, is_concrete, is_plan
 from diffmbrl.nets import MLP
 
 
 class Linear(eqx.Module):
-    r"""$a = K s + b$ on the flattened state.
+    r"""A linear policy $a = K s + b$ on the flattened state.
+
+    Args:
+        K: Gains, shape [m, n].
+        b: Offset, shape [m].
 
     >>> from diffmbrl import tasks
     >>> Linear.zeros(tasks.lqr()).K.shape
@@ -30,6 +34,7 @@ class Linear(eqx.Module):
 
     @classmethod
     def zeros(cls, task: Task) -> "Linear":
+        """The policy a = 0."""
         dtype = task.a_low.dtype
         return cls(jnp.zeros((task.m, task.n), dtype), jnp.zeros(task.m, dtype))
 
@@ -40,7 +45,13 @@ class Linear(eqx.Module):
 class Neural(eqx.Module):
     r"""A network on the task's features, squashed into the action limits: $a = c + h\tanh(\mathrm{net}(\mathrm{features}(s)))$.
 
-    With infinite limits there is no squashing. `c` and `h` are the centre and half width of the limits.
+    `c` and `h` are the centre and half width of the limits; actions without limits are not squashed. Made by `Neural.init`.
+
+    Args:
+        net: The network, from [k] features to [m] numbers.
+        features: The task's features, s -> [k], without leaves.
+        low: Lower action limits, m numbers.
+        high: Upper action limits, m numbers.
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -65,7 +76,21 @@ class Neural(eqx.Module):
         output_scale: float = 0.1,
         activation: Callable = jnp.tanh,
     ) -> "Neural":
-        """Draw the weights. Raises `ValueError` if an action is limited on one side only, or the features have leaves."""
+        """Draw the weights of a network for a task.
+
+        Args:
+            task: Gives the features, the action limits and the sizes of input and output.
+            key: The random key.
+            hidden: Sizes of the hidden layers.
+            output_scale: Factor on the weights of the last layer; small, so that first actions are near the centre.
+            activation: Activation function of the hidden layers.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: If an action is limited on one side only, the features have more than one axis, or they have leaves.
+        """
         low, high = np.asarray(task.a_low), np.asarray(task.a_high)
         if np.any(np.isfinite(low) != np.isfinite(high)):
             raise ValueError(
@@ -89,8 +114,11 @@ class Neural(eqx.Module):
 class Gaussian(eqx.Module):
     r"""Reparameterised noise around any policy: $a = \mu(s) + e^{\log\sigma} \epsilon$, $\epsilon \sim N(0, I)$.
 
-    Without a key it acts at its mean. The noise is added after the squashing: the task's dynamics see it as it is. Around a
-    plan it is a plan, with a standard deviation for each time step.
+    Without a key it returns its mean. The noise is added after any squashing and is not clipped. Around a plan it is a plan.
+
+    Args:
+        mean: The policy mu.
+        log_std: Logarithm of the standard deviation, shape [m], or [T, m] around a plan.
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -99,11 +127,24 @@ class Gaussian(eqx.Module):
     (1,)
     """
 
-    mean: Any
+    mean: Policy
     log_std: Float[Array, "*T m"]
 
     @classmethod
-    def around(cls, mean: Any, task: Task, *, std: float) -> "Gaussian":
+    def around(cls, mean: Policy, task: Task, *, std: float) -> "Gaussian":
+        """Add noise of one standard deviation to all actions of a policy.
+
+        Args:
+            mean: The policy mu.
+            task: Gives the number of actions and, for a plan, of steps.
+            std: The standard deviation, in the units of the actions.
+
+        Returns:
+            The stochastic policy.
+
+        Raises:
+            ValueError: If `std` is not positive.
+        """
         if not std > 0:
             raise ValueError(f"std must be positive, got {std}")
         shape = (task.horizon, task.m) if is_plan(mean) else (task.m,)
@@ -111,7 +152,7 @@ class Gaussian(eqx.Module):
 
     @property
     def is_plan(self) -> bool:
-        """Whether it is noise around a plan."""
+        """Whether the mean is a plan."""
         return is_plan(self.mean)
 
     def log_prob(self, s: State, a: Float[Array, " m"]) -> Float[Array, ""]:
@@ -127,7 +168,10 @@ class Gaussian(eqx.Module):
 
 
 class OpenLoop(eqx.Module):
-    r"""A plan: $a_t$, whatever the state.
+    r"""A plan $a_t$ that does not depend on the state.
+
+    Args:
+        a: Actions, shape [T, m].
 
     >>> from diffmbrl import tasks
     >>> OpenLoop.zeros(tasks.lqr(horizon=20)).a.shape
@@ -149,7 +193,12 @@ class OpenLoop(eqx.Module):
 class Affine(eqx.Module):
     r"""A plan with feedback, as iLQR returns it: $a_t = \bar a_t + K_t (s - \bar s_t)$ on flat states.
 
-    With limits (`within`) the action is clipped to them, from whatever start the plan is followed.
+    Args:
+        K: Gains, shape [T, m, n].
+        a: Nominal actions, shape [T, m].
+        s: Nominal states, shape [T, n].
+        low: Lower limits to which actions are clipped, m numbers; None for no limits.
+        high: Upper limits, m numbers.
 
     >>> from diffmbrl import tasks
     >>> Affine.zeros(tasks.lqr(horizon=20)).K.shape
@@ -173,7 +222,17 @@ class Affine(eqx.Module):
 
     @classmethod
     def with_limits(cls, task: Task) -> "Affine":
-        """`zeros`, and every action clipped to the task's limits. Raises: `ValueError` if they are traced: they are static."""
+        """The plan of `zeros`, whose actions are clipped to the task's limits.
+
+        Args:
+            task: The task, whose limits must be known now: they are static.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: If the limits are traced.
+        """
         if not is_concrete(task.a_low, task.a_high):
             raise ValueError("the limits of a plan are static: make it outside jit, or pass it in")
         low, high = np.asarray(task.a_low).tolist(), np.asarray(task.a_high).tolist()
@@ -189,8 +248,8 @@ class Affine(eqx.Module):
         return jnp.clip(a, jnp.asarray(self.low, a.dtype), jnp.asarray(self.high, a.dtype))
 
 
-def squash(z: Float[Array, " m"], low: Any, high: Any) -> Float[Array, " m"]:
-    r"""$c + h\tanh z$ with the limits' centre c and half width h; z itself where the limits are infinite."""
+def squash(z: Float[Array, " m"], low: ArrayLike, high: ArrayLike) -> Float[Array, " m"]:
+    r"""Squash into limits: $c + h\tanh z$, c their centre and h their half width; z itself where they are infinite."""
     finite = np.isfinite(low) & np.isfinite(high)
     if not finite.any():
         return z
@@ -200,7 +259,7 @@ def squash(z: Float[Array, " m"], low: Any, high: Any) -> Float[Array, " m"]:
 
 
 def centre_and_half(low: Any, high: Any, *, of: Any = jnp) -> tuple[Any, Any]:
-    """Centre and half width of the limits of each action; 0 and 1 where it has none. `of` is numpy for known limits."""
+    """Centre and half width of the limits of each action, 0 and 1 for an action without; `of` is numpy for known limits."""
     finite = of.isfinite(low) & of.isfinite(high)
     low, high = of.where(finite, low, -1), of.where(finite, high, 1)
     return (low + high) / 2, (high - low) / 2

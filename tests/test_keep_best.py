@@ -59,5 +59,5 @@ def test_handed_on_it_begins_from_there(problem):
 
 
 def test_a_planner_is_refused():
-    with pytest.raises(ValueError, match="KeepBest judges policies by many starts; ILQR plans from one"):
+    with pytest.raises(ValueError, match="BestSoFar judges policies by many starts; ILQR plans from one"):
         BestSoFar(ILQR())

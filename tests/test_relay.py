@@ -96,5 +96,5 @@ def test_the_updates_are_a_leaf(problem):
 def test_what_is_wrong_is_refused():
     with pytest.raises(ValueError, match="updates must be at least 1, got 0"):
         Sequential(FIRST, THEN, updates=0)
-    with pytest.raises(ValueError, match="hands on a policy; ILQR plans from one start"):
+    with pytest.raises(ValueError, match="passes on a policy; ILQR plans from one start"):
         Sequential(FIRST, ILQR(), updates=1)

@@ -100,7 +100,7 @@ class PolicyAgent(eqx.Module):
     ):
         if not isinstance(solver, Solver) or solver.kind != "policy":
             raise TypeError(
-                f"solver must be one of kind 'policy', such as Descend(optax.adam, learning_rate=1e-2); "
+                f"solver must be one of kind 'policy', such as OptaxSolver(optax.adam, learning_rate=1e-2); "
                 f"got {type(solver).__name__}"
             )
         sizes = {"starts": starts, "updates": updates} | ({} if horizon is None else {"horizon": horizon})

@@ -16,31 +16,33 @@ from diffmbrl.rollout import mean_return
 
 
 class OptaxCarry(NamedTuple):
-    """Optax's state, and what its line search last knew: the fingerprint says of which objective."""
+    """Optax's state, the fingerprint of the objective that its line search evaluated last, and the updates made so far."""
 
-    state: Any
+    state: optax.OptState
     fingerprint: Float[Array, ""]
-    updates: Int[Array, ""]  # made so far, which annealing goes by
+    updates: Int[Array, ""]
 
 
 class OptaxSolver(eqx.Module):
-    r"""$\theta \leftarrow \theta + \mathrm{rule}(\nabla_\theta(-J))$ with an optax rule.
+    r"""Any optax rule on a policy's parameters: $\theta \leftarrow \theta + \mathrm{rule}(\nabla_\theta(-J))$.
 
-    `rule` is a constructor of optax or your own (`optax.adam`, `optax.lbfgs`, a function that returns an `optax.chain`); the
-    keywords are its arguments. Those that are floats or arrays become leaves, so that a sweep over learning rates is a `vmap`
-    and a new rate does not recompile; all others are static. A rule with a line search (`optax.lbfgs`) is given the true
-    return, and the value and gradient it ends with are used again in the next update, unless task, starts or key have changed.
+    A rule with a line search (`optax.lbfgs`) is given the true return, and its last value and gradient are used again in the
+    next update unless task, starts or key have changed. A non-finite update is rejected and counted in `Info.nonfinite`.
 
-    With `anneal` the step of update k, counted from 0, is multiplied by $(1 + \cos(\pi \min(k / \mathrm{anneal}, 1))) / 2$: a
-    rate that falls to 0 over that many updates. It is a leaf, too. Inside a `Continuation` each stage starts the rule afresh,
-    its moments being those of another objective, but the count goes on: the early stages, which only hand on a policy, take the
-    long steps, and the last one, whose objective is the task's own, the short ones.
+    Args:
+        rule: A constructor such as `optax.adam` or `optax.lbfgs`, or a function that returns an `optax.chain`.
+        gradient: The estimator of dJ/dtheta, `BPTT()` by default.
+        anneal: Number of updates over which the step falls to 0: that of update k, counted from 0, is multiplied by
+            $(1 + \cos(\pi \min(k / \mathrm{anneal}, 1))) / 2$. The count continues through the stages of a `Continuation`,
+            which restart the rule; None for a constant rate.
+        hyperparameters: Arguments of the rule. Floats and arrays become leaves, so that a sweep over learning rates is a
+            `vmap` and a new rate does not recompile; all others are static.
 
-    An update whose gradient or result is not finite is rejected and counted in `Info.nonfinite`.
+    Raises:
+        TypeError: If `rule` is not a constructor.
+        ValueError: If `anneal` is not positive, or is given for a rule with a line search, which chooses its step lengths.
 
-    Shapes: policy leaves any; `s0` [B, ...]. Cost: one gradient, or one for each line-search trial.
-    Raises: `TypeError` if `rule` is not a constructor; `ValueError` if `anneal` is not positive, or the rule has a line search,
-    which chooses the length of its steps.
+    Cost: one gradient, or one for each line-search trial.
     Reference: the rule's; Liu and Nocedal 1989 for L-BFGS; Loshchilov and Hutter 2017, equation 5, for the cosine.
 
     >>> import jax, optax
@@ -53,7 +55,7 @@ class OptaxSolver(eqx.Module):
     True
     """
 
-    gradient: Any
+    gradient: GradientEstimator
     hyperparameters: dict[str, Array]
     anneal: Float[Array, ""] | None
     rule: Callable[..., optax.GradientTransformation] = eqx.field(static=True)
@@ -70,7 +72,7 @@ class OptaxSolver(eqx.Module):
         if not callable(rule):  # an optax rule itself is a tuple of functions
             raise TypeError(
                 f"rule must be a constructor such as optax.adam, its arguments given as keywords: "
-                f"Descend(optax.adam, learning_rate=1e-2); got {type(rule).__name__}"
+                f"OptaxSolver(optax.adam, learning_rate=1e-2); got {type(rule).__name__}"
             )
         self.rule = cast(Callable[..., optax.GradientTransformation], rule)
         if anneal is not None and not anneal > 0:
@@ -90,7 +92,7 @@ class OptaxSolver(eqx.Module):
         state = _strong(self._rule().init(policy))
         if self.anneal is not None and self.searches(policy):
             raise ValueError("a line search chooses the length of its steps: anneal must be None")
-        # nan is equal to nothing: the first update evaluates its own gradient.
+        # NaN equals no fingerprint, so the first update evaluates its own gradient.
         return OptaxCarry(state, jnp.full((), jnp.nan, task.weights.dtype), jnp.zeros((), jnp.int32))
 
     def searches(self, policy: Any) -> bool:
@@ -99,14 +101,14 @@ class OptaxSolver(eqx.Module):
         return any(map(_is_line_search, jax.tree.leaves(state, is_leaf=_is_line_search)))
 
     def annealed(self, updates: Int[Array, ""]) -> Float[Array, ""]:
-        """What the step is multiplied by after so many updates: 1 for a constant rate."""
+        """The factor on the step after some number of updates; 1 for a constant rate."""
         if self.anneal is None:
             return jnp.ones(())
         done = jnp.minimum(updates.astype(self.anneal.dtype) / self.anneal, 1)
         return (1 + jnp.cos(jnp.pi * done)) / 2
 
     def on_objective_change(self, policy: Any, carry: OptaxCarry, task: Task) -> OptaxCarry:
-        """Afresh for another objective, but for the count that annealing goes by."""
+        """Restart the rule, whose moments are of another objective, and retain the count for annealing."""
         return self.init(policy, task)._replace(updates=carry.updates)
 
     def update(
@@ -146,15 +148,15 @@ class OptaxSolver(eqx.Module):
             nonfinite=(~finite).astype(jnp.int32),
             work=jax.tree.map(lambda x: x * (evaluations + trials), once),
         )
-        # A rejected update leaves the carry of the last good one whole: value, gradient, and of which objective they are.
-        kept = keep(OptaxCarry(state, fingerprint, carry.updates + 1), carry)
-        return keep(moved, policy), kept, info
+        # A rejected update keeps the whole carry of the last good one: value, gradient and the fingerprint of their objective.
+        carry = keep(OptaxCarry(state, fingerprint, carry.updates + 1), carry)
+        return keep(moved, policy), carry, info
 
     def _rule(self) -> optax.GradientTransformation:
         return self.rule(**dict(self.options), **self.hyperparameters)
 
     def _at(self, policy, carry, task, s0, key, fingerprint):
-        """Value and gradient of -J, and how many evaluations they took: none where the line search left them."""
+        """Value and gradient of -J, and the number of evaluations: 0 where the line search has stored them."""
 
         def evaluate():
             J, gradient = self.gradient(policy, task, s0, key)
@@ -169,7 +171,7 @@ class OptaxSolver(eqx.Module):
 
 
 def _stored(state: Any) -> tuple[Any, Any]:
-    """What a line search keeps of its last trial, if it keeps any."""
+    """Value and gradient that a line search has stored of its last trial, or None."""
     for part in jax.tree.leaves(state, is_leaf=_is_line_search):
         if _is_line_search(part) and part.grad is not None:
             return part.value, part.grad
@@ -189,7 +191,7 @@ def _is_line_search(part: Any) -> bool:
 
 
 def _strong(tree: Any) -> Any:
-    """Without weak types, which the first update would drop: the second would then be compiled anew."""
+    """Remove weak types, which the first update would drop, so that the second would compile again."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(jnp.asarray(x), jnp.asarray(x).dtype), tree)
 
 
@@ -197,7 +199,7 @@ def _fingerprint(task: Task, s0: State, key: PRNGKeyArray | None) -> Float[Array
     """A number that changes when the task's parameters or weights, the starts or the noise do."""
     leaves = [x for x in jax.tree.leaves((task, s0)) if jnp.issubdtype(x.dtype, jnp.floating)]
     if key is not None:
-        # Multiplied over the range of whole numbers, since those of small seeds are small.
+        # Multiplied over the range of integers, since those of small seeds are small.
         scattered = jax.random.key_data(key) * jnp.uint32(2654435769)
         leaves.append(scattered.astype(leaves[0].dtype) / 2.0**32)
     flat = jnp.concatenate([jnp.where(jnp.isfinite(x), x, 0).ravel() for x in leaves])

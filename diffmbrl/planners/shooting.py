@@ -102,7 +102,8 @@ class Shooting(eqx.Module):
     ):
         if not isinstance(descend, OptaxSolver):
             raise TypeError(
-                f"descend must be a rule on a gradient, Descend(optax.adam, learning_rate=1e-2); got {type(descend).__name__}"
+                "descend must be a rule on a gradient, OptaxSolver(optax.adam, learning_rate=1e-2); "
+                f"got {type(descend).__name__}"
             )
         if not isinstance(limits, Tanh | Projection | None):
             raise TypeError(f"limits must be Tanh() or Projection(), got {type(limits).__name__}")

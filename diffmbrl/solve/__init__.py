@@ -1,4 +1,4 @@
-"""The loop that runs a solver, its checks, and what it reports of values that are not finite."""
+"""The loop that runs a solver, its checks, and the search for the first value that is not finite."""
 
 from diffmbrl.solve.checkpointer import Checkpointer, NoCheckpoints
 from diffmbrl.solve.loop import CHUNK, History, check_problem, iterate, solve

@@ -1,44 +1,46 @@
-"""What a loop shows when the host looks at it, so that it can go on from there in another process.
+"""Hooks by which a loop saves its state, so that another process can resume it.
 
-A loop that can be continued keeps everything it needs between two looks in a tree of arrays and a few plain numbers:
+A loop that can be resumed holds its whole state in a tree of arrays and a few plain numbers:
 
-    kept = checkpointer.restored                              # the numbers of the look to go on from; None: from the beginning
-    state = begin() if kept is None else checkpointer.restore(like)
+    numbers = checkpointer.restored                            # of the checkpoint to resume from; None: start
+    state = start() if numbers is None else checkpointer.restore(like)
     while ...:
         state = ...
         checkpointer.save(state, done=done, spent=spent)
 
-What it derives from its setting it sets up anew. `runs.session` keeps the looks as checkpoints.
+`runs.session` writes the checkpoints to disk.
 """
 
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import PyTree
+
 
 @runtime_checkable
 class Checkpointer(Protocol):
-    """Who looks."""
+    """Saves the state of a loop, and restores it."""
 
     @property
     def restored(self) -> dict[str, Any] | None:
-        """The numbers of the look that the loop goes on from, until it has restored it; None: it begins."""
+        """The numbers of the checkpoint to resume from, until it is restored; None to start."""
         ...
 
-    def restore(self, like: Any) -> Any:
-        """The arrays of that look, in the form of `like`, which may be shapes."""
+    def restore(self, like: PyTree) -> PyTree:
+        """The arrays of that checkpoint, in the structure of `like`, whose leaves may be shapes."""
         ...
 
-    def save(self, state: Any, **numbers: Any) -> None:
-        """This is all that the loop needs to go on. Arrays must not be changed in place afterwards."""
+    def save(self, state: PyTree, **numbers: Any) -> None:
+        """Save all that the loop needs to resume. Arrays must not be changed in place afterwards."""
         ...
 
 
 class NoCheckpoints:
-    """Nobody looks: a loop that runs in one piece."""
+    """No-op hook: never checkpoints."""
 
     restored: dict[str, Any] | None = None
 
-    def restore(self, like: Any) -> Any:
-        raise ValueError("there is nothing to restore")
+    def restore(self, like: PyTree) -> PyTree:
+        raise ValueError("there is no checkpoint to restore")
 
-    def save(self, state: Any, **numbers: Any) -> None:
+    def save(self, state: PyTree, **numbers: Any) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Whether any reward can be improved through the actions by its gradient."""
+"""Test whether the return has a gradient in the actions."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,14 @@ STARTS = 4
 
 
 def action_gradient(task: Task, *, seed: int = 0) -> Float[Array, "T m"]:
-    """dJ/da_t at random actions within the limits (standard normal where there are none), mean over four random starts.
+    """Compute dJ/da_t at random actions, the mean over four random starts.
+
+    Args:
+        task: The task; actions are uniform within its limits, standard normal where there are none.
+        seed: The random seed.
+
+    Returns:
+        The gradient, shape [T, m].
 
     >>> from diffmbrl import tasks
     >>> action_gradient(tasks.lqr(horizon=5)).shape
@@ -29,7 +36,14 @@ def action_gradient(task: Task, *, seed: int = 0) -> Float[Array, "T m"]:
 
 
 def refuse_without_gradient(task: Task) -> None:
-    """Raises: `ValueError` if the gradient of the return in every action is exactly zero."""
+    """Refuse a task whose return has a gradient of exactly zero in every action.
+
+    Args:
+        task: The task.
+
+    Raises:
+        ValueError: If dJ/da is exactly 0 at random actions.
+    """
     if not bool(jnp.any(action_gradient(task) != 0)):
         raise ValueError(
             f"the reward of task '{task.name}' has no gradient in the action within its horizon of {task.horizon}: dJ/da is "

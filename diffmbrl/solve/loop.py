@@ -1,4 +1,4 @@
-"""The one loop that every solver runs in."""
+"""The loop that runs any solver."""
 
 import time
 from functools import partial
@@ -16,16 +16,24 @@ from diffmbrl.solve.checkpointer import Checkpointer, NoCheckpoints
 from diffmbrl.solve.gradient_reach import refuse_without_gradient
 from diffmbrl.solve.nonfinite import locate, nonfinite_leaf
 
-CHUNK = 64  # updates made between two looks from the host, at most
+CHUNK = 64  # the most updates between two returns to the host
 
 
 class History(NamedTuple):
-    """What happened: `Info` of every update, with a leading axis of updates, as numpy arrays."""
+    """The reports of a run of `solve`.
+
+    Args:
+        info: `Info` of every update, numpy arrays with a leading axis of updates.
+        updates: Number of updates made.
+        stop: Reason for which the run ended.
+        seconds: Time of the updates, without compilation.
+        compile_seconds: Time of compilation.
+    """
 
     info: Info
     updates: int
-    stop: str  # why it ended, in words
-    seconds: float  # in the updates, compile time apart
+    stop: str
+    seconds: float
     compile_seconds: float
 
 
@@ -42,19 +50,31 @@ def solve(
     seconds: float = float("inf"),
     checkpointer: Checkpointer | None = None,
 ) -> tuple[Any, History]:
-    """Run `solver` from `policy` on `task`: up to `steps` updates, or `seconds` of them, or until it has converged.
+    """Run a solver until it has converged, its updates or its time are spent, or a value is not finite.
 
-    It has when |dJ/dtheta| is at most `tolerance`, or when an accepted update changed J by at most `relative` |J| (0: never);
-    under a schedule, `Continuation`, in its last stage.
+    Dozens of updates run in one program between two returns to the host, which checks the time and saves the state. A return
+    or gradient that is not finite ends the run with the last policy before it, and `History.stop` names the tensor and step.
 
-    A policy solver takes `s0` [B, ...] and improves the mean return; a plan solver takes one start state. `key` drives the
-    noise of policy and dynamics, update i using `fold_in(key, i)`; None means no noise. A return or gradient that is not finite
-    ends the run: the last policy without one is returned and `History.stop` names the tensor and the step. Dozens of updates
-    run between two looks from the host, so a small problem is not slowed by Python; the budget is checked at each look.
-    `looks` sees the state at each of them, and has the one to go on from.
+    Args:
+        solver: A policy solver, which improves the mean return, or a planner.
+        policy: The policy, or for a planner the plan, to start from.
+        task: The task.
+        s0: Start states [B, ...] for a policy solver, one start state for a planner.
+        key: The key of the noise of policy and dynamics; update i uses `fold_in(key, i)`. None for no noise.
+        steps: The most updates.
+        tolerance: Converge when |dJ/dtheta| is at most this; under a `Continuation`, in its last stage.
+        relative: Converge when an accepted update changes J by at most this share of |J|; 0 for never.
+        seconds: The most time for updates, in seconds.
+        checkpointer: Saves the state, and resumes from a saved one.
 
-    Raises: `ValueError` if `s0` does not have the task's state shape (with or without batch axis, as the solver takes it), if
-    `steps` is below 1, if a parameter of the task is not finite, or if no reward depends on an action.
+    Returns:
+        policy: The improved policy.
+        history: The reports of all updates.
+
+    Raises:
+        ValueError: If `s0` does not have the task's state shape (with or without a batch axis, as the solver takes it), `steps`
+            is below 1, a parameter of the task is not finite, or no reward depends on an action.
+        TypeError: If a planner is given a policy that is no plan.
 
     >>> import jax, optax
     >>> from diffmbrl import Neural, tasks
@@ -78,14 +98,14 @@ def solve(
     jax.block_until_ready(run(policy, carry, first=jnp.int32(0), count=jnp.int32(0), before=before))
     compiled = time.perf_counter()
     chunks, starts, done, count, spent = [], [], 0, 1, 0.0
-    if (kept := checkpointer.restored) is not None:
-        done, spent = kept["done"], kept["spent"]
+    if (saved := checkpointer.restored) is not None:
+        done, spent = saved["done"], saved["spent"]
         one = jax.eval_shape(partial(run, first=jnp.int32(0), count=jnp.int32(1), before=before), policy, carry)
-        infos = [jax.tree.map(lambda x, n=n: np.zeros((n, *x.shape[1:]), x.dtype), one[2]) for n in kept["rows"]]
+        infos = [jax.tree.map(lambda x, n=n: np.zeros((n, *x.shape[1:]), x.dtype), one[2]) for n in saved["rows"]]
         state = checkpointer.restore({"now": one[:2], "last": one[:2], "before": before, "infos": infos})
         policy, carry = replicate_like(s0, state["now"])
         before, chunks = state["before"], state["infos"]
-        starts = [(*replicate_like(s0, state["last"]), kept["last"])]
+        starts = [(*replicate_like(s0, state["last"]), saved["last"])]
     stop = f"{steps} updates"
     while done < steps:
         started = time.perf_counter()
@@ -123,7 +143,7 @@ def solve(
         chunks = _merged(chunks)
         state = {"now": (policy, carry), "last": starts[-1][:2], "before": before, "infos": chunks}
         checkpointer.save(state, done=done, spent=spent, last=starts[-1][2], rows=[len(chunk.J) for chunk in chunks])
-        # About five looks a second, whatever the problem's size.
+        # Return to the host about five times a second, whatever the problem's size.
         count = count * 2 if took < 0.1 else max(1, count // 2) if took > 0.4 else count
     info = jax.tree.map(lambda *xs: np.concatenate(xs), *chunks)
     return policy, History(info, done, stop, spent, compiled - begun)
@@ -144,11 +164,25 @@ def iterate(
     relative: Float[Array, ""] | None = None,
     before: Float[Array, ""] | None = None,
 ) -> tuple[Any, Any, Info, Int[Array, ""]]:
-    """Up to `count` (at most CHUNK) updates on the device, number `first` and on; ends early as `solve` does.
+    """Make up to `count` updates on the device, and end early as `solve` does.
 
-    `before` is J of the update before the first, if that was accepted, else NaN; None for both leaves the change of J alone.
-    Returns policy, carry, `Info` with CHUNK rows, and the number of rows filled. `count` is traced, so one compile serves every
-    length; `vmap` it over policies, carries, starts or hyperparameters for many runs at once.
+    The count is traced, so one compile serves every length; `vmap` it over policies, carries, starts or hyperparameters.
+
+    Args:
+        solver: The solver.
+        policy: The policy to improve.
+        carry: The solver's carry.
+        task: The task.
+        s0: Start states, or one start state for a planner.
+        key: The key of the noise; update i uses `fold_in(key, i)`.
+        first: Number of the first update.
+        count: Number of updates, at most CHUNK.
+        tolerance: Bound on |dJ/dtheta| for convergence.
+        relative: Bound on the change of J as a share of |J|, 0 for none; None together with `before` to ignore it.
+        before: J of the update before the first if that was accepted, else NaN.
+
+    Returns:
+        The policy, the carry, `Info` with CHUNK rows, and the number of rows filled.
     """
 
     def update(policy, carry, index):
@@ -186,8 +220,20 @@ def iterate(
     return policy, carry, info, made
 
 
-def check_problem(solver: Any, policy: Any, task: Task, s0: State, steps: int) -> None:
-    """Everything that can be wrong with the arguments and seen before compiling."""
+def check_problem(solver: Solver, policy: Any, task: Task, s0: State, steps: int) -> None:
+    """Check the arguments of `solve` before compiling.
+
+    Args:
+        solver: The solver.
+        policy: The policy or plan.
+        task: The task.
+        s0: The start states.
+        steps: Number of updates.
+
+    Raises:
+        ValueError: If a shape does not fit, a parameter is not finite, or `steps` is below 1.
+        TypeError: If a planner is given a policy that is no plan.
+    """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
     batched = solver.kind == "policy"
@@ -214,7 +260,7 @@ def check_problem(solver: Any, policy: Any, task: Task, s0: State, steps: int) -
 
 
 def _relative_change(info: Info, before: Any) -> float:
-    """|J - J before| / |J| after an accepted update of the same objective, else NaN; `before` is as for `iterate`."""
+    """The change |J - J before| / |J| after an accepted update of the same objective, else NaN; `before` as in `iterate`."""
     J = info.J[-1]
     if len(info.J) > 1:
         comparable = info.accepted[-2] and (info.final is None or info.final[-2])
@@ -223,7 +269,7 @@ def _relative_change(info: Info, before: Any) -> float:
 
 
 def _merged(chunks: list[Info]) -> list[Info]:
-    """The same rows in few chunks, each of more rows than the next: no row is copied more often than there are chunks."""
+    """Merge rows into few chunks, each longer than the next, so that a row is copied a logarithmic number of times."""
     chunks = list(chunks)
     while len(chunks) > 1 and len(chunks[-2].J) <= len(chunks[-1].J):
         last = chunks.pop()
@@ -232,7 +278,7 @@ def _merged(chunks: list[Info]) -> list[Info]:
 
 
 def _rewind(run: Any, starts: list, updates: int) -> Any:
-    """The policy after so many updates, made again from the start of one of the last two chunks."""
+    """The policy after some number of updates, recomputed from the start of one of the last two chunks."""
     for policy, carry, done in reversed(starts):
         if done <= updates:
             return run(policy, carry, first=jnp.int32(done), count=jnp.int32(updates - done))[0]

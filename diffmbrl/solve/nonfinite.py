@@ -1,20 +1,27 @@
 """Find the first value that is not finite, by name and step."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 
-from diffmbrl.core import State, Task, Trajectory, is_plan
+from diffmbrl.core import Policy, State, Stateful, Task, Trajectory, is_plan
 from diffmbrl.rollout import mean_return, rollouts
 
 
-def locate(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) -> str:
+def locate(policy: Policy | Stateful, task: Task, s0: State, key: PRNGKeyArray | None = None) -> str:
     """Name the first non-finite tensor of the rollouts, with its time step and start; else the gradient's leaf.
 
-    A state s[t] is named before the action and reward computed from it. `s0` may have a batch axis or be one start.
+    A state s[t] is named before the action and reward computed from it.
+
+    Args:
+        policy: The policy.
+        task: The task.
+        s0: Start states [B, ...], or one start state.
+        key: The random key of the rollouts; None for no noise.
+
+    Returns:
+        The name, for a message.
 
     >>> import jax
     >>> from diffmbrl import Linear, tasks
@@ -35,7 +42,7 @@ def locate(policy: Any, task: Task, s0: State, key: PRNGKeyArray | None = None) 
 
 
 def named(trajectories: Trajectory) -> tuple[str, int, int] | None:
-    """Of trajectories [B, ...], the first tensor that is not finite (s, a or r), its time step and its row; None if all are."""
+    """The first tensor of trajectories [B, ...] that is not finite (s, a or r), its time step and its row, or None."""
     found = []
     for order, (name, tree) in enumerate(zip("sar", trajectories[:3], strict=True)):
         bad = _bad(tree)
@@ -49,8 +56,8 @@ def named(trajectories: Trajectory) -> tuple[str, int, int] | None:
     return ("s", trajectories.r.shape[1], int(np.argmax(last))) if last.any() else None
 
 
-def nonfinite_leaf(tree: Any, *, allow_infinite: bool = False) -> str | None:
-    """The path of the first leaf with a value that is not finite (or, if infinities are allowed, is NaN)."""
+def nonfinite_leaf(tree: PyTree, *, allow_infinite: bool = False) -> str | None:
+    """The path of the first leaf with a value that is not finite (or is NaN, if infinities are allowed), or None."""
     test = jnp.isnan if allow_infinite else lambda x: ~jnp.isfinite(x)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and bool(jnp.any(test(leaf))):
@@ -58,7 +65,7 @@ def nonfinite_leaf(tree: Any, *, allow_infinite: bool = False) -> str | None:
     return None
 
 
-def _bad(tree: Any) -> np.ndarray:
-    """[B, T]: whether any leaf has a value that is not finite there."""
+def _bad(tree: PyTree) -> np.ndarray:
+    """Whether any leaf has a value that is not finite, shape [B, T]."""
     leaves = [np.asarray(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return np.any([~np.isfinite(x).reshape(*x.shape[:2], -1).all(-1) for x in leaves], axis=0)

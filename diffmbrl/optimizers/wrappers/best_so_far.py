@@ -1,4 +1,4 @@
-"""The best policy that a solver has been at, whatever its schedule does on the way."""
+"""The best policy that a solver has visited."""
 
 from typing import Any, NamedTuple
 
@@ -13,26 +13,28 @@ from diffmbrl.rollout import mean_return
 
 
 class Walk(NamedTuple):
-    """Where the solver is, which need not be the best that it has been at."""
+    """The solver's current policy, which need not be its best, and its carry."""
 
     policy: Any
     inner: Any
 
 
 class BestSoFar(eqx.Module):
-    r"""Any policy solver, of whose policies the one with the largest return of the task itself is returned.
+    r"""Return the policy with the largest return among all that a policy solver visits.
 
     $$\theta_{i+1} = \begin{cases} \vartheta_{i+1} & J(\vartheta_{i+1}) > J(\theta_i) \\ \theta_i & \text{else} \end{cases},
     \qquad \vartheta_{i+1} = \mathrm{solver}(\vartheta_i),\quad \vartheta_0 = \theta_0$$
 
-    The solver walks on from its own policy. A schedule of discounts may cross a worse policy on its way to a better one, or
-    give up for good a basin that it began in; which of the two it was is known only at its end. So the return never falls,
-    and a policy from which the schedule only leads away comes back as it was given.
+    The solver continues from its own policy vartheta: a schedule of discounts may cross worse policies on its way to better
+    ones, or lose a good one. `Info` is the solver's, except J, the return of theta, and `accepted`, whether theta changed.
 
-    `Info` is the solver's but for J, of the policy given on the task itself, and `accepted`, whether that was bettered.
+    Args:
+        solver: The policy solver.
 
-    Shapes: policy leaves any; `s0` [B, ...]. Cost: the solver's and two rollouts.
-    Raises: `ValueError` for a planner, whose plans are each judged on their own.
+    Raises:
+        ValueError: If `solver` is a planner, whose plans are each judged on their own.
+
+    Cost: the solver's and two rollouts.
     Reference: Chamberlain et al. 1982, the watchdog technique (steps need not improve; the best point is what one returns to).
 
     >>> import jax, optax
@@ -49,7 +51,7 @@ class BestSoFar(eqx.Module):
 
     def __init__(self, solver: Solver):
         if solver.kind != "policy":
-            raise ValueError(f"KeepBest judges policies by many starts; {type(solver).__name__} plans from one")
+            raise ValueError(f"BestSoFar judges policies by many starts; {type(solver).__name__} plans from one")
         self.solver = solver
 
     @property
@@ -68,7 +70,7 @@ class BestSoFar(eqx.Module):
         self, policy: Any, carry: Walk, task: Task, s0: State, *, key: PRNGKeyArray | None
     ) -> tuple[Any, Walk, Info]:
         reached, inner, info = self.solver.update(carry.policy, carry.inner, task, s0, key=key)
-        # The same noise for both, and no J kept from other noise or other starts.
+        # Both under the same noise: a return of an earlier update may be of other noise or other starts.
         J, J_reached = mean_return(policy, task, s0, key), mean_return(reached, task, s0, key)
         better = jnp.isfinite(J_reached) & ~(J_reached <= J)  # than what is not finite, anything finite
         best = where(better, reached, policy)

@@ -18,19 +18,19 @@ TRUSTED = (
     (10.0, 10.0, 10.0, 10.0, 30.0, jnp.inf),
     (0.36, 0.13, 0.13, 0.15, 0.08, 0.15),
 )
-MADE_FOR = 100  # steps: the shortest horizon to which the discounts of `TRUSTED` apply as they are
+MADE_FOR = 100  # steps: the shortest horizon to which the discounts of `TRUSTED` apply unchanged
 TOLERANCE, PATIENCE = 0.02, 5  # progress below 2% in 5 updates ends a stage of `trusted`
 HELD = 0.9  # share of the starts whose growth must allow the next discount
 
 
 class ContinuationCarry(NamedTuple):
-    """The inner solver's carry, and where in the schedule it is."""
+    """The inner solver's carry, and the place in the schedule."""
 
     inner: Any
     updates: Int[Array, ""]  # made in all
     stage: Int[Array, ""]
     made: Int[Array, ""]  # updates made in this stage
-    mark: Float[Array, ""]  # J when it was last looked at for progress, `made` a multiple of the patience
+    mark: Float[Array, ""]  # J at the last check for progress, when `made` was a multiple of the patience
 
 
 class Continuation(eqx.Module):
@@ -39,27 +39,28 @@ class Continuation(eqx.Module):
     Over a long horizon the largest curvature grows with the products of closed-loop Jacobians; it stays bounded for every T
     while $\gamma \rho^2 < 1$, with $\rho$ the closed loop's growth per step. Discounting first finds a policy that tames
     $\rho$, after which the full objective is well conditioned. In the last stage $\gamma = 1$ and $h > T$, and the objective is
-    exact, unlike truncation. Stages are traced: one compile serves them all. At each stage the inner solver starts afresh.
+    exact, unlike truncation. Stages are traced, so one compile serves them all; at each stage the inner solver is told by
+    `on_objective_change`. `discounted`, `measured`, `trusted`, `resumed` and `growing` make default schedules.
 
-    Stage k ends after `lengths[0] + ... + lengths[k]` updates in all at the latest, and the last goes on for as long as it is
-    asked. It ends sooner
+    Args:
+        solver: The policy solver or planner that makes the updates.
+        discounts: Discount gamma_k of each stage, shape [k].
+        lengths: Number of updates of each stage, shape [k]; stage k ends after `lengths[0] + ... + lengths[k]` updates in all
+            at the latest, and the last one never.
+        horizons: Number of steps h_k of each stage, shape [k]; at most T excludes the terminal reward. Beyond T by default.
+        trusts: Bounds kappa_k of each stage, shape [k]: the weight u of start i falls where the measured sensitivity of its
+            closed loop grows beyond kappa_k times the usual one (`sensitivity.trust`), so that the few starts that still fail
+            do not dominate the mean. For policies only.
+        kappa: End a stage as soon as the closed loop allows the next discount, gamma_{k+1} rho^2 <= kappa for nine tenths of
+            the starts (`sensitivity.growth`). For policies only.
+        tolerance: End a stage when J has risen by less than this share of |J| in `patience` updates.
+        patience: Number of updates between two such checks.
 
-    * with a `tolerance`: when J has risen by less than that share of |J| in `patience` updates. What it leaves is the next
-      stages' to use;
-    * with a `kappa` $\kappa$: as soon as the closed loop, measured at every update, allows the next discount,
-      $\gamma_{k+1} \rho^2 \le \kappa$ for nine tenths of the starts (`sensitivity.growth`).
+    Raises:
+        ValueError: If the schedule is empty, of unequal lengths, has a discount outside (0, 1], a bound below 1 or a stage
+            without updates or steps, the patience is below 1, kappa is not positive, or a planner is given `trusts` or `kappa`.
 
-    A stage with a finite `trusts` bound $\kappa_k$ also weighs each start by the measured sensitivity of its closed loop, anew
-    at every update: $u_{i,t}$ falls where start i's grows beyond $\kappa_k$ times what is usual (`sensitivity.trust`). The few
-    starts that still go wrong otherwise dominate the mean, and their curvature the second-order model. Policies only, as kappa.
-
-    `stages` gives, for each stage, its discount, its horizon (a count of steps; beyond T it masks nothing, and below it the
-    terminal reward is off) and the number of updates. Use `discounted` or `measured(solver, steps)`, `trusted`, `resumed` or
-    `growing(solver, steps, horizon=T)` for a default schedule over a number of updates.
-
-    Cost: the inner solver's; with `trusts` or `kappa` a rollout and its linearisation more at each update.
-    Raises: `ValueError` if the schedule is empty, of unequal lengths, has a discount outside (0, 1], a bound below 1 or a stage
-    of nothing, if the patience is below 1 or kappa not positive, or if it would compare the starts of a plan.
+    Cost: the inner solver's; with `trusts` or `kappa` also a rollout and its linearisation at each update.
     Reference: Allgower and Georg 1990 (continuation); Kakade 2001 (optimising with a lower discount).
 
     >>> import optax
@@ -129,24 +130,41 @@ class Continuation(eqx.Module):
     def discounted(
         cls, solver: Solver, steps: int, *, discounts: Any = DISCOUNTS, shares: Any = SHARES
     ) -> "Continuation":
-        """The default schedule of discounts, its stages taking the given shares of `steps` updates (at least one each).
+        """Make a schedule of discounts.
 
-        Raises: `ValueError` if there are fewer updates than stages: the last stage would never be reached.
+        Args:
+            solver: The inner solver.
+            steps: Number of updates of all stages.
+            discounts: Discount of each stage.
+            shares: Share of the updates that each stage takes, at least one update.
+
+        Returns:
+            The solver with its schedule.
+
+        Raises:
+            ValueError: If there are fewer updates than stages.
         """
         return cls(solver, discounts=discounts, lengths=_lengths(shares, steps))
 
     @classmethod
     def trusted(cls, solver: Solver, steps: int, *, horizon: int) -> "Continuation":
-        r"""The schedule for second-order policy methods: from a discount of .9, with trust in sensitivity to near the end.
+        r"""Make the schedule for second-order policy methods: discounts from .9, and bounds on sensitivity to near the end.
 
-        Unstable systems need most of the updates at .9, until nearly all starts are held; those that rest at their start, such
-        as a pole that hangs, have nothing to gain there and soon go on. Hence a stage ends when its progress does.
+        Unstable systems need most of the updates at .9; systems at rest, such as a hanging pole, gain nothing there. Hence a
+        stage ends when its progress does. Over less than a hundred steps the discounts are $\gamma^{100/T}$, so that no more is
+        left of the terminal reward than at T = 100: balancing a cart-pole from 64 starts at T = 50, Krylov-Newton ends at a
+        cost of 6.9 on held-out starts with these discounts, and of 24.6 with those of T = 100 (medians of five seeds).
 
-        Over less than a hundred steps the discounts are $\gamma^{100/T}$, so that as little is left of the terminal reward as
-        at T = 100. The cart-pole's counts for 200 steps: at T = 50 a discount of .95 leaves 15 of them, beside 20 of the
-        rewards, and it is the starts that fail which show them. There, balancing from 64 starts, Krylov-Newton ends at 6.9 on
-        held-out starts with these discounts and at 24.6 with those of T = 100 (medians of five seeds).
-        Raises: `ValueError` if there are fewer updates than stages.
+        Args:
+            solver: The inner policy solver.
+            steps: Number of updates of all stages.
+            horizon: The task's horizon T.
+
+        Returns:
+            The solver with its schedule.
+
+        Raises:
+            ValueError: If there are fewer updates than stages.
         """
         discounts, trusts, shares = _trusted(horizon)
         lengths = _lengths(shares, steps)
@@ -154,11 +172,21 @@ class Continuation(eqx.Module):
 
     @classmethod
     def resumed(cls, solver: Solver, steps: int, *, horizon: int) -> "Continuation":
-        """For a policy that was trained before: two sevenths of the updates without discounts, then the stages of `trusted`.
+        """Make a schedule for a trained policy: two sevenths of the updates without discounts, then the stages of `trusted`.
 
-        A discount leads out of a basin that only noise has found; without one the few starts that were lost stay lost. Which of
-        the two a task wants shows at the end alone: wrap it in `KeepBest`. No stage ends early.
-        Raises: `ValueError` if there are fewer updates than stages.
+        A discount may lead out of a basin that only noise has found; without one, the few starts that fail may fail for good.
+        Which is better shows only at the end: wrap it in `BestSoFar`. No stage ends early.
+
+        Args:
+            solver: The inner policy solver.
+            steps: Number of updates of all stages.
+            horizon: The task's horizon T.
+
+        Returns:
+            The solver with its schedule.
+
+        Raises:
+            ValueError: If there are fewer updates than stages.
         """
         discounts, trusts, shares = _trusted(horizon)
         lengths = _lengths((1 / 7, 1 / 7, *(5 / 7 * share for share in shares)), steps)
@@ -166,21 +194,39 @@ class Continuation(eqx.Module):
 
     @classmethod
     def measured(cls, solver: Solver, steps: int, *, kappa: float = 1.0) -> "Continuation":
-        r"""The discounts of `discounted`, each entered as soon as the closed loop allows it: $\gamma_{k+1} \rho^2 \le \kappa$.
+        r"""Make the schedule of `discounted`, each stage entered as soon as the closed loop allows it.
 
-        Raises: `ValueError` if there are fewer updates than stages, or kappa is not positive.
+        Args:
+            solver: The inner policy solver.
+            steps: Number of updates of all stages.
+            kappa: Bound on the measured growth, $\gamma_{k+1} \rho^2 \le \kappa$.
+
+        Returns:
+            The solver with its schedule.
+
+        Raises:
+            ValueError: If there are fewer updates than stages, or kappa is not positive.
         """
         return cls(solver, discounts=DISCOUNTS, lengths=_lengths(SHARES, steps), kappa=kappa)
 
     @classmethod
     def growing(cls, solver: Solver, steps: int, *, horizon: int, stages: int = 20) -> "Continuation":
-        """Horizons growing evenly to `horizon`, without discount: the schedule for plans.
+        """Make the schedule for plans: horizons that grow evenly to `horizon`, without discounts.
 
-        A plan has no feedback of its own before its first sweep, so from resting actions an unstable system has left the
-        region of interest long before T, and a discount does not bring it back; each new piece of a growing plan starts
-        where the last one ended. Measured for iLQR from zero actions on `cartpole-balance`, T = 100, 100 updates, 64 starts:
-        median cost .36, against 14 without and 27 with the discounts. Each stage must do its part: on `cartpole-swingup` the
-        mean of 32 starts is 20.6 after 100 updates in twenty stages, 10.2 after 200 and 6.0 after 300 (without stages 9.3).
+        A plan has no feedback before its first sweep, so from resting actions an unstable system leaves the region of interest
+        long before T, which a discount does not prevent; each new piece of a growing plan starts where the last one ended.
+        Median cost of iLQR from zero actions on `cartpole-balance`, T = 100, 100 updates, 64 starts: .36, against 14 without
+        stages and 27 with discounts. Stages need enough updates: on `cartpole-swingup` the mean cost of 32 starts is 20.6 after
+        100 updates in twenty stages, 10.2 after 200 and 6.0 after 300 (without stages 9.3).
+
+        Args:
+            solver: The inner planner.
+            steps: Number of updates of all stages.
+            horizon: The task's horizon T.
+            stages: Number of stages, at most `steps` and `horizon`.
+
+        Returns:
+            The planner with its schedule.
         """
         stages = max(1, min(stages, steps, horizon))
         horizons = [-(-horizon * (k + 1) // stages) for k in range(stages)]
@@ -236,27 +282,27 @@ class Continuation(eqx.Module):
         info = info._replace(
             work=jax.tree.map(jnp.add, info.work, self._work(task, s0)), final=last & in_last_stage(info)
         )
-        # Info.J is measured before the update, so at a look it is the fruit of the `patience` updates since the last one.
-        looking = made % self.patience == 0
+        # Info.J is measured before the update, so at a check it is the result of the `patience` updates since the last one.
+        checking = made % self.patience == 0
         rise = self.tolerance.astype(mark.dtype) * jnp.abs(mark)
-        stalled = looking & (made > 0) & (info.J.astype(mark.dtype) - mark < rise)
+        stalled = checking & (made > 0) & (info.J.astype(mark.dtype) - mark < rise)
         ends = jnp.cumulative_sum(self.lengths, dtype=jnp.int32)[stage]
         over = ~last & (stalled | allowed | (updates + 1 >= ends))
-        mark = jnp.where(looking, info.J.astype(mark.dtype), mark)
+        mark = jnp.where(checking, info.J.astype(mark.dtype), mark)
         made = jnp.where(over, 0, made + 1)
         return policy, ContinuationCarry(inner, updates + 1, stage + over.astype(jnp.int32), made, mark), info
 
     def in_force(
         self, policy: Any, task: Task, s0: State, stage: Int[Array, ""] | int, *, key: PRNGKeyArray | None = None
     ) -> Task:
-        """The task that a stage sets the inner solver, at this policy and from these starts."""
+        """The task with the objective of a stage, at this policy and from these starts."""
         weights = self.weights(task, stage)
         if self.trusts is not None:
             weights = weights * trust(sensitivity(policy, task, s0, key), self.trusts[stage])
         return reweighted(task, weights)
 
     def weights(self, task: Task, stage: Int[Array, ""] | int) -> Float[Array, " T1"]:
-        """The weights over time that a stage sets, without trust."""
+        """The weights over time of a stage, without trust."""
         t, dtype = jnp.arange(task.horizon + 1, dtype=jnp.int32), task.weights.dtype
         within = (t < self.horizons[stage]).astype(dtype)
         return task.weights * self.discounts[stage].astype(dtype) ** t.astype(dtype) * within
@@ -271,7 +317,7 @@ class Continuation(eqx.Module):
         return jnp.mean(held.astype(rho.dtype)) >= HELD
 
     def _work(self, task: Task, s0: State) -> EvaluationCounts:
-        """What trust and kappa add: a rollout, its linearisation and a recursion of n x n matrices."""
+        """The evaluations that trust and kappa add: a rollout, its linearisation and a recursion of n x n matrices."""
         if self.trusts is None and self.kappa is None:
             return count_evaluations()
         steps = jax.tree.leaves(s0)[0].shape[0] * task.horizon
@@ -289,6 +335,6 @@ def _lengths(shares: Any, steps: int) -> list[int]:
     if steps < len(shares):
         raise ValueError(f"{len(shares)} stages need at least {len(shares)} updates, got {steps}")
     lengths = [max(1, round(share * steps)) for share in shares[:-1]]
-    while sum(lengths) >= steps:  # of few updates, one must be left for the last stage
+    while sum(lengths) >= steps:  # leave at least one of few updates for the last stage
         lengths[lengths.index(max(lengths))] -= 1
     return [*lengths, steps - sum(lengths)]

@@ -1,4 +1,4 @@
-"""Which starts and which noise an update sees: mini-batches of a pool of starts, and noise that stays for a while."""
+"""Mini-batches of a pool of starts, with noise that is the same for several updates."""
 
 from typing import Any, NamedTuple
 
@@ -19,18 +19,21 @@ class SampledCarry(NamedTuple):
 
 
 class MiniBatch(eqx.Module):
-    r"""Any policy solver on a mini-batch of `size` starts out of the pool it is given, changed every `every` updates.
+    r"""Run a policy solver on a mini-batch of the starts, the next one after every few updates.
 
-    Block $b = \lfloor i / \text{every} \rfloor$ of updates sees starts $b\,\text{size}, \dots$ of the pool, in turn and round
-    again at its end. Starts are independent draws, so a pool of `size` times the number of blocks gives each block fresh ones,
-    and `every` as long as a stage of a `Continuation` gives fresh starts to each stage. Noise in policy and dynamics is drawn
-    from block b's key: within a block all updates, and all candidates of an update, face the same noise (common random
-    numbers), so that a line search or a damping path compares policies and not draws.
+    Update i sees starts $b\,\text{size}, \dots$ of the pool, $b = \lfloor i / \text{every} \rfloor$, cyclically, and noise
+    drawn from the key of block b. Within a block all updates and all candidates of an update face the same noise (common random
+    numbers), so that a line search or a damping path compares policies and not draws; the solver's carry lives on.
 
-    A second-order method trusts its curvature further than a few starts determine it: large batches for a while serve it
-    better than small ones that change. The inner solver's carry is kept from block to block.
+    Args:
+        solver: The policy solver. A second-order method needs large batches: few starts do not determine its curvature.
+        size: Number of starts in a mini-batch. A pool of `size` times the number of blocks gives each block fresh ones.
+        every: Number of updates of a block.
+        key: Key of the noise; `jax.random.key(0)` by default.
 
-    Raises: `ValueError` if `size` or `every` is below 1, if the pool is smaller than `size`, or for a planner.
+    Raises:
+        ValueError: If `size` or `every` is below 1, the pool is smaller than `size`, or `solver` is a planner.
+
     Reference: Byrd, Chin, Nocedal, Wu 2012 (sample sizes of second-order methods); Ng and Jordan 2000 (fixed noise).
 
     >>> import jax
@@ -66,7 +69,7 @@ class MiniBatch(eqx.Module):
         return SampledCarry(self.solver.init(policy, task), jnp.zeros((), jnp.int32))
 
     def on_objective_change(self, policy: Any, carry: SampledCarry, task: Task) -> SampledCarry:
-        """Afresh for another objective, but for what the inner solver keeps."""
+        """Begin with the first block again, and tell the inner solver."""
         return SampledCarry(self.solver.on_objective_change(policy, carry.inner, task), jnp.zeros((), jnp.int32))
 
     def update(
@@ -84,7 +87,7 @@ class MiniBatch(eqx.Module):
 
 
 def in_turn(task: Task, s0: State, turn: Int[Array, ""], size: int) -> tuple[Task, State]:
-    """Starts `turn * size` and on, `size` of them, round again at the end, and the task with their weights."""
+    """The task with the weights of `size` starts from number `turn * size` on, cyclically, and those starts."""
     pool = jax.tree.leaves(s0)[0].shape[0]
     chosen = (turn * size + jnp.arange(size, dtype=jnp.int32)) % pool
     if task.weights.ndim == 2:

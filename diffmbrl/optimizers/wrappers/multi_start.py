@@ -1,4 +1,4 @@
-"""Several first policies side by side for a while, on a part of the starts; the best goes on alone."""
+"""Several first policies at once for some updates; the best of them continues alone."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from diffmbrl.rollout import mean_return
 
 
 class RacedCarry(NamedTuple):
-    """The entrants; once the race is over, the first is the winner."""
+    """All entrants; once the race is over, the first of them is the winner."""
 
     policies: Any  # [entrants, ...]
     carries: Any
@@ -22,22 +22,26 @@ class RacedCarry(NamedTuple):
 
 
 class MultiStart(eqx.Module):
-    r"""Any policy solver from several first policies: after `updates` updates side by side, the best goes on.
+    r"""Run a policy solver from several first policies at once; after `updates` updates the best continues alone.
 
     $$\theta^{(1)} = \theta,\quad \theta^{(k)} = \text{the entries of each leaf of } \theta \text{, shuffled};\qquad
     k^* = \arg\max_k J(\theta^{(k)})$$
 
-    A local method ends in the basin that it began in, and which one that is shows early: a policy whose first swings go the
-    wrong way costs several times as much after twenty updates as one whose do not. Weights that were drawn independently are,
-    shuffled, another draw from the same distribution. The entrants see `starts` of the starts, others at each update, so that
-    four of them on a quarter of the starts cost what one costs on all; all starts judge. The policy returned is the best of the
-    entrants and of the one given, so the return never falls, and a policy that was trained before wins its race.
+    A local method ends in the basin that it began in, and the quality of the basin shows early. The policy returned is the best
+    of the entrants and of the one given, judged on all starts, so the return never falls and a trained policy wins its race.
+    `Info` is the winner's, except J, the return of the given policy on all starts, and the work of all entrants.
 
-    The race is over the first updates of a run; wrapped around a `Continuation`, each entrant has its own, and they are judged
-    by the task itself. `Info` is the winner's, but for J, of the policy given on all starts, and the work, of all.
+    Args:
+        solver: The policy solver. Around a `Continuation`, each entrant has its own stages, and the task itself judges.
+        entrants: Number of first policies.
+        updates: Number of updates before the choice.
+        starts: Number of starts that an update of the race sees, the next ones at each update.
+        key: Key of the shuffles; `jax.random.key(0)` by default.
 
-    Cost: each update of the race, `entrants` of the solver's on `starts` starts and a rollout of all starts for each.
-    Raises: `ValueError` if `entrants`, `updates` or `starts` is below 1, or for a planner.
+    Raises:
+        ValueError: If `entrants`, `updates` or `starts` is below 1, or `solver` is a planner.
+
+    Cost: each update of the race, `entrants` updates of the solver on `starts` starts, and a rollout of all starts for each.
     Reference: Jamieson and Talwalkar 2016 (successive halving, here of one round).
 
     >>> import jax
@@ -113,7 +117,7 @@ class MultiStart(eqx.Module):
 
     def _race(self, policy: Any, carry: RacedCarry, task: Task, s0: State, key: PRNGKeyArray | None):
         batch = jax.tree.leaves(s0)[0].shape[0]
-        # Few starts are few to choose by: then all entrants see all of them.
+        # If there are few starts, all entrants see all of them.
         some = (task, s0) if batch <= self.starts else in_turn(task, s0, carry.updates, self.starts)
 
         def update(policy, inner):
@@ -124,7 +128,7 @@ class MultiStart(eqx.Module):
         J = jax.vmap(lambda pi: mean_return(pi, task, s0, key))(policies)
         finite = jnp.isfinite(J) & is_finite(infos)
         best = jnp.argmax(jnp.where(finite, J, -jnp.inf))
-        # Where nothing is finite there is nothing to learn, and the race is where it was.
+        # If no entrant is finite, keep the previous state.
         going = jnp.isfinite(before) & jnp.any(finite)
         better = going & (J[best] > before)
         info = jax.tree.map(lambda x: x[best], infos)

@@ -1,4 +1,4 @@
-"""One policy solver after another: the first looks for a basin, the second goes to its bottom."""
+"""One policy solver after another: the first finds a basin, the second its optimum."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from diffmbrl.info import Info, in_last_stage, is_finite
 
 
 class RelayCarry(NamedTuple):
-    """Both carries, and how many updates were made; that of `then` begins with its first update."""
+    """Both carries and the number of updates made; `then` is initialised again at its first update."""
 
     first: Any
     then: Any
@@ -20,22 +20,24 @@ class RelayCarry(NamedTuple):
 
 
 class Sequential(eqx.Module):
-    r"""`updates` updates of one policy solver, and from the policy that it leaves, all further ones of another.
+    r"""Make `updates` updates with one policy solver, and all further ones with another from the policy found.
 
     $$\theta_{i+1} = \mathrm{first}(\theta_i)\ \ (i < \text{updates}),\qquad
       \theta_{i+1} = \mathrm{then}(\theta_i)\ \ \text{after that}$$
 
-    No local method leaves the basin that it begins in, however good its steps. Where the gradient of the first policy points to
-    no good one (a pole that hangs, and gains nothing by a small swing), a method that explores, noise on the actions and a
-    critic behind short windows, finds one; it then rests above its bottom, by the noise of its gradients and the errors of its
-    critic, where a second-order method on the exact objective does not. `then` starts afresh at the handover, and needs no
-    schedule of discounts: the closed loop is tame already. A search whose J or gradient is not finite, which ends a run, is
-    handed on at once, from the policy that it had; `Info.nonfinite` counts it.
+    No local method leaves the basin that it begins in: a method that explores finds a good one, and a second-order method
+    on the exact objective finds its optimum. `Info` has the fields that both solvers report.
 
-    `Info` has what both report: what only one does (a quadratic model, a violation) is left out.
+    Args:
+        first: The solver of the first updates. If its J or gradient is not finite, `then` takes over at once from the last
+            finite policy, and `Info.nonfinite` counts it.
+        then: The solver of all others, initialised at the handover.
+        updates: Number of updates of `first`.
 
-    Shapes: policy leaves any; `s0` [B, ...]. Cost: that of the solver whose turn it is.
-    Raises: `ValueError` if `updates` is below 1, or for a planner.
+    Raises:
+        ValueError: If `updates` is below 1, or a solver is a planner.
+
+    Cost: that of the solver whose turn it is.
     Reference: Levine and Koltun 2013 (a search that guides, then an optimisation of the policy itself).
 
     >>> import jax, optax
@@ -57,7 +59,7 @@ class Sequential(eqx.Module):
             raise ValueError(f"updates must be at least 1, got {updates}")
         for solver in (first, then):
             if solver.kind != "policy":
-                raise ValueError(f"a relay hands on a policy; {type(solver).__name__} plans from one start")
+                raise ValueError(f"Sequential passes on a policy; {type(solver).__name__} plans from one start")
         self.first, self.then, self.updates = first, then, jnp.asarray(updates, jnp.int32)
 
     @property
@@ -80,7 +82,7 @@ class Sequential(eqx.Module):
     ) -> tuple[Any, RelayCarry, Info]:
         def lead(policy, carry):
             moved, first, info = self.first.update(policy, carry.first, task, s0, key=key)
-            info = info._replace(final=jnp.zeros((), bool))  # what comes has not begun
+            info = info._replace(final=jnp.zeros((), bool))  # the second solver's objective is still to come
             lost = ~is_finite(info)
             updates = jnp.where(lost, self.updates, carry.updates)
             return where(lost, policy, moved), carry._replace(first=first, updates=updates), info
