@@ -1,6 +1,6 @@
 """Protocols of the pieces of a problem and of what solves it: dynamics, policies, rewards, gradient estimators, solvers."""
 
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
@@ -43,10 +43,7 @@ class Stateful(Protocol):
     that evaluates policies (`rollout`, `episode_return`, `mean_return` ...) accepts it.
     """
 
-    @property
-    def is_stateful(self) -> bool:
-        """Whether it acts by `start` and `step`."""
-        ...
+    is_stateful: ClassVar[bool]
 
     def start(self, task: Task) -> PyTree:
         """The memory before the first step of an episode of `task`."""
