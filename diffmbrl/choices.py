@@ -1,17 +1,28 @@
-"""Names that a user chooses among, with the nearest one where a name is not there."""
+"""Validation of a name that a user chooses, with a suggestion for a misspelled one."""
 
+from collections.abc import Collection
 from difflib import get_close_matches
-from typing import Any
 
 
-def validate_choice(what: str, name: str, names: Any) -> str:
-    """`name` if it is one of `names`; else a `ValueError` with the nearest."""
+def validate_choice(what: str, name: str, names: Collection[str]) -> str:
+    """Return `name` if it is one of `names`.
+
+    Args:
+        what: Kind of thing that is chosen, such as "method", for the error.
+        name: Name that the user gave.
+        names: Names that exist.
+
+    Returns:
+        `name`, unchanged.
+
+    Raises:
+        ValueError: If `name` is not among `names`; the error suggests the most similar name and lists all of them.
+
+    >>> validate_choice("fruit", "apple", ["apple", "pear"])
+    'apple'
+    """
     if name in names:
         return name
-    if what == "task" and name.startswith("gym:"):
-        raise ValueError(
-            f"'{name}' is a real system, whose dynamics cannot be called: `diffmbrl learn` and `diffmbrl race` take it"
-        )
     if not names:
         raise ValueError(f"unknown {what} '{name}': there are none")
     lower = {known.lower(): known for known in names}

@@ -249,6 +249,11 @@ def test_unknown_task(wrong, nearest):
         assert f"did you mean '{nearest}'?" in str(error.value)
 
 
+def test_a_gymnasium_environment_is_no_row():
+    with pytest.raises(ValueError, match="'gym:Pendulum-v1' is a real system, whose dynamics cannot be called"):
+        tasks.make("gym:Pendulum-v1")
+
+
 def test_unknown_parameter():
     with pytest.raises(
         ValueError, match=r"unknown parameter of task 'cartpole-balance' 'm_pole'; did you mean 'm_p'\?"

@@ -18,6 +18,7 @@ from diffmbrl.tasks.adapters.brax_tasks import (
     brax_swimmer,
     brax_walker2d,
 )
+from diffmbrl.tasks.adapters.gymnasium import PREFIX
 from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
 from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid
 from diffmbrl.tasks.car import car
@@ -147,6 +148,25 @@ TASKS: dict[str, TaskRow] = {
 }
 
 
+def task_row(name: str) -> TaskRow:
+    """Look up a task in the table.
+
+    Args:
+        name: Name of the task, a key of `TASKS`.
+
+    Returns:
+        The task's row.
+
+    Raises:
+        ValueError: If there is no task of this name, or if it names a Gymnasium environment, which is no row of the table.
+    """
+    if name.startswith(PREFIX):
+        raise ValueError(
+            f"'{name}' is a real system, whose dynamics cannot be called: `diffmbrl learn` and `compare --learned` take it"
+        )
+    return TASKS[validate_choice("task", name, TASKS)]
+
+
 def make(name: str, *, horizon: int | None = None, **parameters: Any) -> Task:
     """A task by name, with its default horizon and physical parameters unless given.
 
@@ -155,7 +175,7 @@ def make(name: str, *, horizon: int | None = None, **parameters: Any) -> Task:
     >>> make("cartpole-balance", horizon=50, m_p=0.2).horizon
     50
     """
-    row = TASKS[validate_choice("task", name, TASKS)]
+    row = task_row(name)
     options = [p for p in inspect.signature(row.make).parameters if p != "horizon"]
     for parameter in parameters:
         validate_choice(f"parameter of task '{name}'", parameter, options)
