@@ -1,4 +1,4 @@
-"""The table of tasks: a new one is one file and one row here."""
+"""The table of tasks. A new task is one file and one row here."""
 
 import inspect
 from collections.abc import Callable
@@ -23,6 +23,38 @@ from diffmbrl.tasks.balancing import cartpole_continuous, inverted_pendulum
 from diffmbrl.tasks.bouncing import bouncing, bouncing_on_the_grid
 from diffmbrl.tasks.car import car
 from diffmbrl.tasks.cartpole import cartpole_balance, cartpole_swingup
+from diffmbrl.tasks.coordinates import (
+    ANGLES,
+    ARM,
+    BALL,
+    CART,
+    CART_AND_TWO,
+    COURT,
+    DRIVE,
+    EIGHT,
+    FLIGHT,
+    FORCE,
+    FORCE_300,
+    FREE_AND_EIGHT,
+    LEG,
+    LEGS,
+    MOTOR,
+    PENDULUM,
+    PLANE,
+    RACKET,
+    REACH,
+    ROAD,
+    SHEET,
+    SWIMS,
+    THRUST,
+    TWO,
+    TWO_BODIES,
+    TWO_THRUSTS,
+    TWO_TORQUES,
+    WALL,
+    motors,
+    planar,
+)
 from diffmbrl.tasks.double_pendulum import double_pendulum
 from diffmbrl.tasks.landscapes import heaviside
 from diffmbrl.tasks.linear import lqr
@@ -38,113 +70,146 @@ from diffmbrl.tasks.throwing import ball_and_wall
 
 
 class TaskRow(NamedTuple):
-    """A task's constructor and its gradient contract."""
+    """One row of the table of tasks: a constructor, and facts that take long to compute or that code cannot tell.
+
+    Args:
+        make: Constructor of the task; all of its parameters are keywords with defaults.
+        smooth: Whether dynamics and reward are continuously differentiable.
+        safe_horizon: Number of steps up to which a float32 gradient is right to 1%; at most 800
+            (`python -m benchmarks safe_horizon`), or 100 for Brax's bodies, whose gradients take long to compile
+            (`python -m benchmarks brax`). 0 if it is already wrong at 5 steps, None if it was not measured.
+        states: Names and units of the n numbers of a state.
+        actions: Names and units of the m numbers of an action.
+        hidden: Widths of the hidden layers of the default policy.
+        differentiable_reward: Whether a derivative of the reward reaches the action within the horizon, directly or
+            through the dynamics.
+        dt: Seconds of a step, for a task that takes long to build; None if the task is to be asked.
+    """
 
     make: Callable[..., Task]
-    smooth: bool  # dynamics and reward are continuously differentiable
-    differentiable_reward: bool  # dr/da reaches the action within the horizon, directly or through the dynamics
-    # Steps to which a float32 gradient is right to 1%, up to 800: `python -m benchmarks safe_horizon`; of Brax's bodies, whose
-    # gradients take long to compile, up to 100: `python -m benchmarks brax`; 0: wrong at 5 already. None: not measured.
+    smooth: bool
     safe_horizon: int | None
-    hidden: tuple[int, ...]  # hidden layers of the default policy
-    states: tuple[str, ...]  # names and units of the n numbers of a state
-    actions: tuple[str, ...]  # and of the m of an action
-    dt: float | None = None  # seconds of a step, where the task takes long to build; None: the task says it
+    states: tuple[str, ...]
+    actions: tuple[str, ...]
+    hidden: tuple[int, ...] = (32, 32)
+    differentiable_reward: bool = True
+    dt: float | None = None
 
-
-ANGLES = ("first [rad]", "second [rad]", "first rate [rad/s]", "second rate [rad/s]")
-CART = ("x [m]", "angle [rad]", "v [m/s]", "w [rad/s]")
-PENDULUM = ("angle [rad]", "rate [rad/s]")
-FLIGHT = (
-    *("x [m]", "y [m]", "z [m]", "roll [rad]", "pitch [rad]", "yaw [rad]", "vx [m/s]", "vy [m/s]", "vz [m/s]"),
-    *("roll rate [rad/s]", "pitch rate [rad/s]", "yaw rate [rad/s]"),
-)
-PLANE = ("x [m]", "z [m]", "pitch [rad]", "vx [m/s]", "vz [m/s]", "pitch rate [rad/s]")
-TWO_TORQUES = ("first torque [N m]", "second torque [N m]")
-THRUST = ("thrust [N]", "roll torque [N m]", "pitch torque [N m]", "yaw torque [N m]")
-BALL = ("q [m]", "v [m/s]")
-TWO_BODIES = ("first [m]", "second [m]", "first speed [m/s]", "second speed [m/s]")
-COURT = ("ball x [m]", "ball z [m]", "ball vx [m/s]", "ball vz [m/s]", "racket [m]", "tilt [rad]")
-ROAD = ("x [m]", "y [m]", "heading [rad]", "speed [m/s]")
-
-LEG, TWO, SWIMS = ("thigh", "shin", "foot"), ("first joint", "second joint"), ("x [m]", "y [m]", "heading [rad]")
-LEGS = tuple(f"{leg} {part}" for leg in ("first", "second") for part in LEG)
-EIGHT = tuple(f"{joint} {i}" for i in (1, 2, 3, 4) for joint in ("hip", "ankle"))
-
-
-def with_rates(places: tuple[str, ...]) -> tuple[str, ...]:
-    """Places and angles, and in the same order their rates."""
-    return *places, *(x.replace("[m]", "speed [m/s]").replace("[rad]", "rate [rad/s]") for x in places)
-
-
-def planar(joints: tuple[str, ...], free: tuple[str, ...] = ("x [m]", "z [m]", "pitch [rad]")) -> tuple[str, ...]:
-    """The states of a runner in a plane, whose last number is the speed that is paid."""
-    return *with_rates((*free, *(f"{joint} [rad]" for joint in joints))), "forward speed [m/s]"
-
-
-def motors(joints: tuple[str, ...]) -> tuple[str, ...]:
-    """Motors of an action of -1 to 1."""
-    return tuple(f"{joint} motor [1]" for joint in joints)
-
-
-CART_AND_TWO = with_rates(("x [m]", "first [rad]", "second [rad]"))
-ARM = with_rates(("shoulder [rad]", "elbow [rad]", "target x [m]", "target y [m]"))
-FREE_AND_EIGHT = (
-    *("x [m]", "y [m]", "z [m]", "quaternion w", "quaternion x", "quaternion y", "quaternion z"),
-    *(f"{joint} [rad]" for joint in EIGHT),
-    *("x speed [m/s]", "y speed [m/s]", "z speed [m/s]", "roll rate [rad/s]", "pitch rate [rad/s]", "yaw rate [rad/s]"),
-    *(f"{joint} rate [rad/s]" for joint in EIGHT),
-    "forward speed [m/s]",
-)
 
 TASKS: dict[str, TaskRow] = {
-    "lqr": TaskRow(lqr, True, True, 800, (16, 16), ("p [m]", "v [m/s]"), ("force [N]",)),
-    "pendulum": TaskRow(pendulum, False, True, 50, (32, 32), PENDULUM, ("torque [N m]",)),
-    "pendulum-swingup": TaskRow(pendulum_swingup, True, True, 400, (32, 32), PENDULUM, ("logit",)),
-    "cartpole-balance": TaskRow(cartpole_balance, True, True, 50, (16, 16), CART, ("force [N]",)),
-    "cartpole-swingup": TaskRow(cartpole_swingup, True, True, 800, (32, 32), CART, ("force [N]",)),
-    "cartpole-continuous": TaskRow(cartpole_continuous, True, False, 0, (16, 16), CART, ("force [N]",)),
-    "inverted-pendulum": TaskRow(inverted_pendulum, False, False, 0, (16, 16), CART, ("force [N]",)),
-    "pets-cartpole": TaskRow(pets_cartpole, False, True, 800, (32, 32), CART, ("force [N]",)),
-    "quadrotor2d": TaskRow(quadrotor2d, True, True, 800, (32, 32), PLANE, ("left thrust [N]", "right thrust [N]")),
-    "acrobot": TaskRow(acrobot, True, True, 800, (32, 32), ANGLES, ("elbow torque [N m]",)),
-    "double-pendulum": TaskRow(double_pendulum, True, True, 800, (32, 32), ANGLES, TWO_TORQUES),
-    "reacher": TaskRow(reacher, True, True, 800, (32, 32), (*ANGLES, "target x [m]", "target y [m]"), TWO_TORQUES),
-    "car": TaskRow(car, True, True, 800, (32, 32), ROAD, ("steering [rad]", "acceleration [m/s^2]")),
-    "quadrotor": TaskRow(quadrotor, True, True, 200, (32, 32), FLIGHT, THRUST),
-    "quadrotor-waypoint": TaskRow(quadrotor_waypoint, True, True, 100, (32, 32), FLIGHT, THRUST),
-    "heaviside": TaskRow(heaviside, False, False, 0, (8,), ("x [m]",), ("step [m]",)),
-    "ball-and-wall": TaskRow(ball_and_wall, False, True, 800, (8,), ("wall [m]", "ball [m]"), ("angle [rad]",)),
-    "pushing": TaskRow(pushing, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",)),
-    "friction": TaskRow(friction, False, True, 800, (16, 16), TWO_BODIES, ("force [N]",)),
-    "bouncing": TaskRow(bouncing, False, True, 800, (16, 16), BALL, ("force [N]",)),
-    "bouncing-on-the-grid": TaskRow(bouncing_on_the_grid, False, True, 800, (16, 16), BALL, ("force [N]",)),
-    "tennis": TaskRow(tennis, False, True, 800, (16, 16), COURT, ("racket speed [m/s]", "turn [rad/s]")),
+    "lqr": TaskRow(lqr, smooth=True, safe_horizon=800, hidden=(16, 16), states=("p [m]", "v [m/s]"), actions=FORCE),
+    "pendulum": TaskRow(pendulum, smooth=False, safe_horizon=50, states=PENDULUM, actions=("torque [N m]",)),
+    "pendulum-swingup": TaskRow(pendulum_swingup, smooth=True, safe_horizon=400, states=PENDULUM, actions=("logit",)),
+    "cartpole-balance": TaskRow(
+        cartpole_balance, smooth=True, safe_horizon=50, hidden=(16, 16), states=CART, actions=FORCE
+    ),
+    "cartpole-swingup": TaskRow(cartpole_swingup, smooth=True, safe_horizon=800, states=CART, actions=FORCE),
+    "cartpole-continuous": TaskRow(
+        cartpole_continuous,
+        smooth=True,
+        safe_horizon=0,
+        differentiable_reward=False,
+        hidden=(16, 16),
+        states=CART,
+        actions=FORCE,
+    ),
+    "inverted-pendulum": TaskRow(
+        inverted_pendulum,
+        smooth=False,
+        safe_horizon=0,
+        differentiable_reward=False,
+        hidden=(16, 16),
+        states=CART,
+        actions=FORCE,
+    ),
+    "pets-cartpole": TaskRow(pets_cartpole, smooth=False, safe_horizon=800, states=CART, actions=FORCE),
+    "quadrotor2d": TaskRow(quadrotor2d, smooth=True, safe_horizon=800, states=PLANE, actions=TWO_THRUSTS),
+    "acrobot": TaskRow(acrobot, smooth=True, safe_horizon=800, states=ANGLES, actions=("elbow torque [N m]",)),
+    "double-pendulum": TaskRow(double_pendulum, smooth=True, safe_horizon=800, states=ANGLES, actions=TWO_TORQUES),
+    "reacher": TaskRow(reacher, smooth=True, safe_horizon=800, states=REACH, actions=TWO_TORQUES),
+    "car": TaskRow(car, smooth=True, safe_horizon=800, states=ROAD, actions=DRIVE),
+    "quadrotor": TaskRow(quadrotor, smooth=True, safe_horizon=200, states=FLIGHT, actions=THRUST),
+    "quadrotor-waypoint": TaskRow(quadrotor_waypoint, smooth=True, safe_horizon=100, states=FLIGHT, actions=THRUST),
+    "heaviside": TaskRow(
+        heaviside,
+        smooth=False,
+        safe_horizon=0,
+        differentiable_reward=False,
+        hidden=(8,),
+        states=("x [m]",),
+        actions=("step [m]",),
+    ),
+    "ball-and-wall": TaskRow(
+        ball_and_wall, smooth=False, safe_horizon=800, hidden=(8,), states=WALL, actions=("angle [rad]",)
+    ),
+    "pushing": TaskRow(pushing, smooth=False, safe_horizon=800, hidden=(16, 16), states=TWO_BODIES, actions=FORCE),
+    "friction": TaskRow(friction, smooth=False, safe_horizon=800, hidden=(16, 16), states=TWO_BODIES, actions=FORCE),
+    "bouncing": TaskRow(bouncing, smooth=False, safe_horizon=800, hidden=(16, 16), states=BALL, actions=FORCE),
+    "bouncing-on-the-grid": TaskRow(
+        bouncing_on_the_grid, smooth=False, safe_horizon=800, hidden=(16, 16), states=BALL, actions=FORCE
+    ),
+    "tennis": TaskRow(tennis, smooth=False, safe_horizon=800, hidden=(16, 16), states=COURT, actions=RACKET),
     "math-test": TaskRow(
         math_test,
-        False,
-        False,
-        0,
-        (16,),
-        ("place [m]", "first digit [1]", "second digit [1]"),
-        ("choice [1]",),
+        smooth=False,
+        safe_horizon=0,
+        differentiable_reward=False,
+        hidden=(16,),
+        states=SHEET,
+        actions=("choice [1]",),
     ),
-    # Brax's, on its generalized backend.
+    # Brax's bodies, on its generalized backend by default.
     "brax-inverted-pendulum": TaskRow(
-        brax_inverted_pendulum, False, False, 0, (32, 32), CART, ("force [300 N]",), 0.04
+        brax_inverted_pendulum,
+        smooth=False,
+        safe_horizon=0,
+        differentiable_reward=False,
+        states=CART,
+        actions=FORCE_300,
+        dt=0.04,
     ),
     "brax-inverted-pendulum-shaped": TaskRow(
-        brax_inverted_pendulum_shaped, False, True, 100, (32, 32), CART, ("force [300 N]",), 0.04
+        brax_inverted_pendulum_shaped, smooth=False, safe_horizon=100, states=CART, actions=FORCE_300, dt=0.04
     ),
     "brax-inverted-double-pendulum": TaskRow(
-        brax_inverted_double_pendulum, False, True, 100, (32, 32), CART_AND_TWO, ("motor [1]",), 0.02
+        brax_inverted_double_pendulum, smooth=False, safe_horizon=100, states=CART_AND_TWO, actions=MOTOR, dt=0.02
     ),
-    "brax-reacher": TaskRow(brax_reacher, False, True, 100, (32, 32), ARM, motors(("shoulder", "elbow")), 0.02),
-    "brax-swimmer": TaskRow(brax_swimmer, False, True, 100, (64, 64), planar(TWO, SWIMS), motors(TWO), 0.04),
-    "brax-halfcheetah": TaskRow(brax_halfcheetah, False, True, 100, (64, 64), planar(LEGS), motors(LEGS), 0.05),
-    "brax-hopper": TaskRow(brax_hopper, False, True, 10, (64, 64), planar(LEG), motors(LEG), 0.008),
-    "brax-walker2d": TaskRow(brax_walker2d, False, True, 10, (64, 64), planar(LEGS), motors(LEGS), 0.008),
-    "brax-ant": TaskRow(brax_ant, False, True, 0, (64, 64), FREE_AND_EIGHT, motors(EIGHT), 0.05),
+    "brax-reacher": TaskRow(
+        brax_reacher, smooth=False, safe_horizon=100, states=ARM, actions=motors(("shoulder", "elbow")), dt=0.02
+    ),
+    "brax-swimmer": TaskRow(
+        brax_swimmer,
+        smooth=False,
+        safe_horizon=100,
+        hidden=(64, 64),
+        states=planar(TWO, SWIMS),
+        actions=motors(TWO),
+        dt=0.04,
+    ),
+    "brax-halfcheetah": TaskRow(
+        brax_halfcheetah,
+        smooth=False,
+        safe_horizon=100,
+        hidden=(64, 64),
+        states=planar(LEGS),
+        actions=motors(LEGS),
+        dt=0.05,
+    ),
+    "brax-hopper": TaskRow(
+        brax_hopper, smooth=False, safe_horizon=10, hidden=(64, 64), states=planar(LEG), actions=motors(LEG), dt=0.008
+    ),
+    "brax-walker2d": TaskRow(
+        brax_walker2d,
+        smooth=False,
+        safe_horizon=10,
+        hidden=(64, 64),
+        states=planar(LEGS),
+        actions=motors(LEGS),
+        dt=0.008,
+    ),
+    "brax-ant": TaskRow(
+        brax_ant, smooth=False, safe_horizon=0, hidden=(64, 64), states=FREE_AND_EIGHT, actions=motors(EIGHT), dt=0.05
+    ),
 }
 
 
@@ -168,9 +233,19 @@ def task_row(name: str) -> TaskRow:
 
 
 def make(name: str, *, horizon: int | None = None, **parameters: Any) -> Task:
-    """A task by name, with its default horizon and physical parameters unless given.
+    """Make a task by name, with its default horizon and physical parameters unless they are given.
 
-    Raises: `ValueError` for an unknown name or parameter, naming the nearest one; whatever the task itself refuses.
+    Args:
+        name: Name of the task, a key of `TASKS`.
+        horizon: Number of steps; None for the task's default.
+        **parameters: Physical parameters of the task's constructor, in SI units.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If there is no such task or parameter (the error suggests the most similar name), or if the
+            constructor refuses a value.
 
     >>> make("cartpole-balance", horizon=50, m_p=0.2).horizon
     50
@@ -185,6 +260,13 @@ def make(name: str, *, horizon: int | None = None, **parameters: Any) -> Task:
 
 
 def state_names(task: Task) -> list[str]:
-    """Names and units of the numbers of a state; numbered where the row has not as many, as with another backend."""
+    """Return the names and units of the numbers of a task's state.
+
+    Args:
+        task: A task of the table.
+
+    Returns:
+        n names; they are numbered if the table has another count, as for a Brax task on another backend.
+    """
     names = TASKS[task.name].states
     return list(names) if len(names) == task.n else [f"state {i + 1}" for i in range(task.n)]
