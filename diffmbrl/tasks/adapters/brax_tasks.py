@@ -1,196 +1,244 @@
 """Brax's environments as tasks, with Brax's own bodies, starts, limits, observations, rewards and ends.
 
-Every one takes `mass`, `gear` and, where they matter, `damping` and `friction`: factors on Brax's values, one number or one for
-each link, motor, joint or geom, leaves of `task.dynamics.physics`. `backend` is generalized (Brax's default), spring,
-positional or mjx, as far as Brax has them for the body. Horizons are for rollouts that are differentiated; Brax trains and
-evaluates on 1000 steps.
+`ROWS` is the table of them; each public constructor is made from its row. Default horizons suit rollouts that are
+differentiated; Brax itself trains and evaluates on 1000 steps.
 """
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike
 
 from diffmbrl.core import Task
 from diffmbrl.tasks.adapters import brax_rewards as rewards
 from diffmbrl.tasks.adapters.brax import Body, BraxDynamics, Observation, Reset, environment, physics, timestep
 
+FACTORS = {
+    "mass": "Factor on the links' masses and inertias, one number or shape [links].",
+    "gear": "Factor on the motors' gears (N or N m per unit of action), one number or shape [m].",
+    "damping": "Factor on the joints' damping, one number or shape [dofs].",
+    "friction": "Factor on the sliding friction of contacts, one number or shape [geoms].",
+}
+HINGED = ("mass", "gear", "damping")
+TOUCHING = ("mass", "gear", "damping", "friction")
 
-def brax_inverted_pendulum(
-    *,
-    horizon: int = 1000,
-    mass: ArrayLike = 1.0,
-    gear: ArrayLike = 1.0,
-    damping: ArrayLike = 1.0,
-    backend: str = "generalized",
-    iterations: int | float = 1,
-) -> Task:
-    """Brax's inverted pendulum: 1 a step until the pole leans .2 rad; an action of 1 is 300 N. The reward has no gradient.
 
-    The system of `inverted-pendulum`, in Brax's engines.
+class BraxRow(NamedTuple):
+    """How a task is made from one of Brax's environments.
+
+    Args:
+        env: Brax's name of the environment.
+        summary: First line of the constructor's docstring.
+        pieces: Function of the body that returns `reward` and, where there are any, `terminal`, `done` and `success`.
+        factors: Names of the physical parameters, keys of `FACTORS`.
+        horizon: Default number of steps.
+        iterations: Whether the constructor takes `iterations`; false if Brax has the body on its generalized backend only.
+        detail: Further sentences of the docstring.
     """
-    body = _body("inverted_pendulum", backend, iterations)
-    lean = rewards.Lean(body)
-    factors = {"mass": mass, "gear": gear, "damping": damping}
-    return _task(
-        "brax-inverted-pendulum",
-        body,
-        horizon,
-        factors,
-        reward=rewards.Upright(),
-        done=lean,
-        success=rewards.Not(lean),
-    )
+
+    env: str
+    summary: str
+    pieces: Callable[[Body], Mapping[str, Callable | None]]
+    factors: tuple[str, ...]
+    horizon: int = 200
+    iterations: bool = True
+    detail: str = ""
 
 
-def brax_inverted_pendulum_shaped(
-    *,
-    horizon: int = 200,
-    mass: ArrayLike = 1.0,
-    gear: ArrayLike = 1.0,
-    damping: ArrayLike = 1.0,
-    backend: str = "generalized",
-    iterations: int | float = 1,
-) -> Task:
-    """Brax's inverted pendulum, paid less as it leans, leaves the middle or pushes: a reward with a gradient.
+def _inverted_pendulum(reward: Callable[[Body], Callable]) -> Callable[[Body], Mapping[str, Callable]]:
+    def pieces(body: Body) -> Mapping[str, Callable]:
+        lean = rewards.Lean(body)
+        return {"reward": reward(body), "done": lean, "success": rewards.Not(lean)}
 
-    1 - .45 (angle / .2)^2 - .45 x^2 - .1 a^2, within [0, 1] as long as the pole stands and the cart is on its rail, so that an
-    early end is never worth seeking.
-    """
-    body = _body("inverted_pendulum", backend, iterations)
-    lean = rewards.Lean(body)
-    factors = {"mass": mass, "gear": gear, "damping": damping}
-    return _task(
-        "brax-inverted-pendulum-shaped",
-        body,
-        horizon,
-        factors,
-        reward=rewards.NearlyUpright(body),
-        done=lean,
-        success=rewards.Not(lean),
-    )
+    return pieces
 
 
-def brax_inverted_double_pendulum(
-    *,
-    horizon: int = 200,
-    mass: ArrayLike = 1.0,
-    gear: ArrayLike = 1.0,
-    damping: ArrayLike = 1.0,
-    backend: str = "generalized",
-    iterations: int | float = 1,
-) -> Task:
-    """Brax's inverted double pendulum: 10 a step, less the tip's distance from 2 m and both rates, until it is at 1 m."""
-    body = _body("inverted_double_pendulum", backend, iterations)
+def _double_pendulum(body: Body) -> Mapping[str, Callable]:
     tip = rewards.Tip(body)
     down, balanced = rewards.Down(tip), rewards.Balanced(tip)
-    factors = {"mass": mass, "gear": gear, "damping": damping}
-    return _task(
-        "brax-inverted-double-pendulum",
-        body,
-        horizon,
-        factors,
-        reward=balanced,
-        terminal=rewards.LastPosture(balanced),
-        done=down,
-        success=rewards.Not(down),
-    )
+    return {
+        "reward": balanced,
+        "terminal": rewards.LastPosture(balanced),
+        "done": down,
+        "success": rewards.Not(down),
+    }
 
 
-def brax_reacher(
-    *,
-    horizon: int = 50,
-    mass: ArrayLike = 1.0,
-    gear: ArrayLike = 1.0,
-    damping: ArrayLike = 1.0,
-    backend: str = "generalized",
-    iterations: int | float = 1,
-) -> Task:
-    """Brax's reacher: -|fingertip - target| - |a|^2, a target anywhere within .2 m. Success: within 2 cm at the end."""
-    body = _body("reacher", backend, iterations)
+def _reacher(body: Body) -> Mapping[str, Callable]:
     miss = rewards.Miss(body)
     reach = rewards.ReachReward(miss)
-    factors = {"mass": mass, "gear": gear, "damping": damping}
-    return _task("brax-reacher", body, horizon, factors, reward=reach, terminal=reach, success=rewards.Reached(miss))
+    return {"reward": reach, "terminal": reach, "success": rewards.Reached(miss)}
 
 
-def brax_swimmer(
-    *,
-    horizon: int = 200,
-    mass: ArrayLike = 1.0,
-    gear: ArrayLike = 1.0,
-    backend: str = "generalized",
-) -> Task:
-    """Brax's swimmer: forward speed - .0001 |a|^2, three links in a fluid. Success: faster than .2 m/s at the end."""
-    body = _body("swimmer", backend, 1)
-    return _runner("brax-swimmer", body, horizon, {"mass": mass, "gear": gear}, control=1e-4, alive=0.0, speed=0.2)
+def _runner(
+    *, control: float, alive: float, speed: float, fallen: Callable[[Body], rewards.Fallen] | None = None
+) -> Callable[[Body], Mapping[str, Callable | None]]:
+    """Forward speed, plus `alive`, less `control` |a|^2; success is a last step faster than `speed` [m/s]."""
+
+    def pieces(body: Body) -> Mapping[str, Callable | None]:
+        end = None if fallen is None else fallen(body)
+        return {
+            "reward": rewards.Forward(jnp.asarray(control, float), jnp.asarray(alive, float)),
+            "terminal": rewards.Speed(),
+            "done": end,
+            "success": rewards.Faster(jnp.asarray(speed, float), end),
+        }
+
+    return pieces
 
 
-def brax_halfcheetah(
-    *,
-    horizon: int = 200,
-    mass: ArrayLike = 1.0,
-    gear: ArrayLike = 1.0,
-    damping: ArrayLike = 1.0,
-    friction: ArrayLike = 1.0,
-    backend: str = "generalized",
-    iterations: int | float = 1,
-) -> Task:
-    """Brax's half cheetah: forward speed - .1 |a|^2. Success: faster than 1 m/s at the end."""
-    body = _body("halfcheetah", backend, iterations)
-    factors = {"mass": mass, "gear": gear, "damping": damping, "friction": friction}
-    return _runner("brax-halfcheetah", body, horizon, factors, control=0.1, alive=0.0, speed=1.0)
+def _range(low: float, high: float) -> Array:
+    return jnp.asarray([low, high], float)
 
 
-def brax_hopper(
-    *,
-    horizon: int = 200,
-    mass: ArrayLike = 1.0,
-    gear: ArrayLike = 1.0,
-    damping: ArrayLike = 1.0,
-    friction: ArrayLike = 1.0,
-    backend: str = "generalized",
-    iterations: int | float = 1,
-) -> Task:
-    """Brax's hopper: 1 + forward speed - .001 |a|^2 until it falls. Success: standing and faster than .5 m/s at the end."""
-    body = _body("hopper", backend, iterations)
-    fallen = rewards.Fallen(body, _range(0.7, jnp.inf), _range(-0.2, 0.2), jnp.asarray(100.0, float))
-    factors = {"mass": mass, "gear": gear, "damping": damping, "friction": friction}
-    return _runner("brax-hopper", body, horizon, factors, control=1e-3, alive=1.0, speed=0.5, fallen=fallen)
+ROWS: dict[str, BraxRow] = {
+    "brax-inverted-pendulum": BraxRow(
+        env="inverted_pendulum",
+        summary="Brax's inverted pendulum: 1 a step until the pole leans .2 rad; an action of 1 is 300 N. "
+        "The reward has no gradient.",
+        pieces=_inverted_pendulum(lambda body: rewards.Upright()),
+        factors=HINGED,
+        horizon=1000,
+        detail="The system of `inverted-pendulum`, in Brax's engines.",
+    ),
+    "brax-inverted-pendulum-shaped": BraxRow(
+        env="inverted_pendulum",
+        summary="Brax's inverted pendulum, paid less as it leans, leaves the middle or pushes: a reward with a gradient.",
+        pieces=_inverted_pendulum(rewards.NearlyUpright),
+        factors=HINGED,
+        detail="The reward 1 - .45 (angle / .2)^2 - .45 x^2 - .1 a^2 stays within [0, 1] while the pole stands and the\n"
+        "cart is on its rail, so ending the episode early never pays.",
+    ),
+    "brax-inverted-double-pendulum": BraxRow(
+        env="inverted_double_pendulum",
+        summary="Brax's inverted double pendulum: 10 a step, less the tip's distance from 2 m and both rates, "
+        "until it is at 1 m.",
+        pieces=_double_pendulum,
+        factors=HINGED,
+    ),
+    "brax-reacher": BraxRow(
+        env="reacher",
+        summary="Brax's reacher: -|fingertip - target| - |a|^2, a target anywhere within .2 m. "
+        "Success: within 2 cm at the end.",
+        pieces=_reacher,
+        factors=HINGED,
+        horizon=50,
+    ),
+    "brax-swimmer": BraxRow(
+        env="swimmer",
+        summary="Brax's swimmer: forward speed - .0001 |a|^2, three links in a fluid. "
+        "Success: faster than .2 m/s at the end.",
+        pieces=_runner(control=1e-4, alive=0.0, speed=0.2),
+        factors=("mass", "gear"),
+        iterations=False,
+    ),
+    "brax-halfcheetah": BraxRow(
+        env="halfcheetah",
+        summary="Brax's half cheetah: forward speed - .1 |a|^2. Success: faster than 1 m/s at the end.",
+        pieces=_runner(control=0.1, alive=0.0, speed=1.0),
+        factors=TOUCHING,
+    ),
+    "brax-hopper": BraxRow(
+        env="hopper",
+        summary="Brax's hopper: 1 + forward speed - .001 |a|^2 until it falls. "
+        "Success: standing and faster than .5 m/s at the end.",
+        pieces=_runner(
+            control=1e-3,
+            alive=1.0,
+            speed=0.5,
+            fallen=lambda body: rewards.Fallen(
+                body, _range(0.7, jnp.inf), _range(-0.2, 0.2), jnp.asarray(100.0, float)
+            ),
+        ),
+        factors=TOUCHING,
+    ),
+    "brax-walker2d": BraxRow(
+        env="walker2d",
+        summary="Brax's walker: 1 + forward speed - .001 |a|^2 until it falls. "
+        "Success: standing and faster than .5 m/s at the end.",
+        pieces=_runner(
+            control=1e-3,
+            alive=1.0,
+            speed=0.5,
+            fallen=lambda body: rewards.Fallen(body, _range(0.8, 2.0), _range(-1.0, 1.0)),
+        ),
+        factors=TOUCHING,
+    ),
+    "brax-ant": BraxRow(
+        env="ant",
+        summary="Brax's ant: 1 + forward speed - .5 |a|^2 until it falls. "
+        "Success: standing and faster than .5 m/s at the end.",
+        pieces=_runner(control=0.5, alive=1.0, speed=0.5, fallen=lambda body: rewards.Fallen(body, _range(0.2, 1.0))),
+        factors=TOUCHING,
+    ),
+}
 
 
-def brax_walker2d(
-    *,
-    horizon: int = 200,
-    mass: ArrayLike = 1.0,
-    gear: ArrayLike = 1.0,
-    damping: ArrayLike = 1.0,
-    friction: ArrayLike = 1.0,
-    backend: str = "generalized",
-    iterations: int | float = 1,
-) -> Task:
-    """Brax's walker: 1 + forward speed - .001 |a|^2 until it falls. Success: standing and faster than .5 m/s at the end."""
-    body = _body("walker2d", backend, iterations)
-    fallen = rewards.Fallen(body, _range(0.8, 2.0), _range(-1.0, 1.0))
-    factors = {"mass": mass, "gear": gear, "damping": damping, "friction": friction}
-    return _runner("brax-walker2d", body, horizon, factors, control=1e-3, alive=1.0, speed=0.5, fallen=fallen)
+def _constructor(name: str) -> Callable[..., Task]:
+    """The constructor of a row, with a signature and a docstring like those of every other task."""
+    row = ROWS[name]
+    signature = _signature(row)
+
+    def brax_task(**given: Any) -> Task:
+        bound = signature.bind(**given)
+        bound.apply_defaults()
+        values = bound.arguments
+        body = _body(row.env, values["backend"], values.get("iterations", 1))
+        factors = {factor: values[factor] for factor in row.factors}
+        m = environment(body).action_size
+        return Task(
+            name=name,
+            dynamics=BraxDynamics(physics(body, name, **factors), body),
+            initial=Reset(body),
+            features=Observation(body),
+            a_low=[-1.0] * m,
+            a_high=[1.0] * m,
+            horizon=values["horizon"],
+            dt=timestep(body),
+            **row.pieces(body),  # pyright: ignore[reportArgumentType]
+        )
+
+    brax_task.__name__ = brax_task.__qualname__ = name.replace("-", "_")
+    brax_task.__doc__ = _docstring(row)
+    brax_task.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    return brax_task
 
 
-def brax_ant(
-    *,
-    horizon: int = 200,
-    mass: ArrayLike = 1.0,
-    gear: ArrayLike = 1.0,
-    damping: ArrayLike = 1.0,
-    friction: ArrayLike = 1.0,
-    backend: str = "generalized",
-    iterations: int | float = 1,
-) -> Task:
-    """Brax's ant: 1 + forward speed - .5 |a|^2 until it falls. Success: standing and faster than .5 m/s at the end."""
-    body = _body("ant", backend, iterations)
-    fallen = rewards.Fallen(body, _range(0.2, 1.0))
-    factors = {"mass": mass, "gear": gear, "damping": damping, "friction": friction}
-    return _runner("brax-ant", body, horizon, factors, control=0.5, alive=1.0, speed=0.5, fallen=fallen)
+def _signature(row: BraxRow) -> inspect.Signature:
+    def keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    parameters = [keyword("horizon", row.horizon, int)]
+    parameters += [keyword(factor, 1.0, ArrayLike) for factor in row.factors]
+    parameters.append(keyword("backend", "generalized", str))
+    if row.iterations:
+        parameters.append(keyword("iterations", 1, int | float))
+    return inspect.Signature(parameters, return_annotation=Task)
+
+
+def _docstring(row: BraxRow) -> str:
+    described = {
+        "horizon": "Number of steps.",
+        **{factor: FACTORS[factor] for factor in row.factors},
+        "backend": "Brax's engine: generalized, spring, positional or mjx; not every body has all of them.",
+    }
+    if row.iterations:
+        described["iterations"] = "Iterations of MJX's solver; only 1 has a reverse-mode derivative."
+    lines = [row.summary, "", *([row.detail, ""] if row.detail else []), "Args:"]
+    lines += [f"    {name}: {text}" for name, text in described.items()]
+    lines += [
+        *("", "Returns:", "    The task; its physical parameters are the leaves of `task.dynamics.physics`."),
+        *(
+            "",
+            "Raises:",
+            "    ValueError: If Brax has no such backend for the body, `iterations` is not 1, or a factor is not",
+        ),
+        *("        finite and positive, has another shape or changes nothing on this backend.",),
+        *("    ImportError: If brax or mujoco-mjx is not installed.",),
+    ]
+    return "\n".join(lines)
 
 
 def _body(env: str, backend: str, iterations: int | float) -> Body:
@@ -207,43 +255,12 @@ def _body(env: str, backend: str, iterations: int | float) -> Body:
     return body
 
 
-def _range(low: float, high: float) -> Any:
-    return jnp.asarray([low, high], float)
-
-
-def _runner(
-    name: str,
-    body: Body,
-    horizon: int,
-    factors: dict[str, Any],
-    *,
-    control: float,
-    alive: float,
-    speed: float,
-    fallen: rewards.Fallen | None = None,
-) -> Task:
-    return _task(
-        name,
-        body,
-        horizon,
-        factors,
-        reward=rewards.Forward(jnp.asarray(control, float), jnp.asarray(alive, float)),
-        terminal=rewards.Speed(),
-        done=fallen,
-        success=rewards.Faster(jnp.asarray(speed, float), fallen),
-    )
-
-
-def _task(name: str, body: Body, horizon: int, factors: dict[str, Any], **pieces: Any) -> Task:
-    m = environment(body).action_size
-    return Task(
-        name=name,
-        dynamics=BraxDynamics(physics(body, name, **factors), body),
-        initial=Reset(body),
-        features=Observation(body),
-        a_low=[-1.0] * m,
-        a_high=[1.0] * m,
-        horizon=horizon,
-        dt=timestep(body),
-        **pieces,
-    )
+brax_inverted_pendulum = _constructor("brax-inverted-pendulum")
+brax_inverted_pendulum_shaped = _constructor("brax-inverted-pendulum-shaped")
+brax_inverted_double_pendulum = _constructor("brax-inverted-double-pendulum")
+brax_reacher = _constructor("brax-reacher")
+brax_swimmer = _constructor("brax-swimmer")
+brax_halfcheetah = _constructor("brax-halfcheetah")
+brax_hopper = _constructor("brax-hopper")
+brax_walker2d = _constructor("brax-walker2d")
+brax_ant = _constructor("brax-ant")
