@@ -1,31 +1,46 @@
-"""Transitions of a system, and the replay buffer that keeps the latest of them: a pytree of fixed size."""
+"""Transitions of a system, and a replay buffer of the latest of them: a pytree of fixed size."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from diffmbrl.core import State, Task, is_concrete
 
 
 class Transition(NamedTuple):
-    """One step of a system, or many with leading axes."""
+    """One step of a system, or many with leading axes.
+
+    Args:
+        s: State, leaves [*k, ...].
+        a: Action, shape [*k, m].
+        r: Reward without the task's weights, shape [*k].
+        s_next: Next state.
+        done: Whether `s_next` is past the end of the task (`task.done`), shape [*k].
+        last: Whether the episode ended with this step, by `done` or by the horizon, shape [*k].
+    """
 
     s: State
     a: Float[Array, "*k m"]
-    r: Float[Array, "*k"]  # not weighted
+    r: Float[Array, "*k"]
     s_next: State
-    done: Bool[Array, "*k"]  # s_next is past the end of the task (`task.done`): nothing comes after
-    last: Bool[Array, "*k"]  # the episode ended here, by `done` or by the clock
+    done: Bool[Array, "*k"]
+    last: Bool[Array, "*k"]
 
 
 class Buffer(eqx.Module):
-    """The latest `capacity` transitions; older ones are overwritten. Sizes are traced: a buffer that fills compiles nothing.
+    """The latest `capacity` transitions; a new one overwrites the oldest.
 
-    Drawing from an empty buffer, or windows longer than any run of one episode, is an error where the buffer can be looked at;
-    inside a transformation it gives NaN, which `learn` rejects and counts.
+    Sizes are traced, so filling a buffer compiles nothing. Drawing from an empty buffer, or windows longer than any run
+    of one episode, raises an error outside a transformation; inside one it gives NaN, which `learn` rejects and counts.
+
+    Args:
+        rows: Transitions, leaves [capacity, ...].
+        episode: Number of the episode of each row, -1 for an empty row, shape [capacity].
+        t: Step of each row in its episode, shape [capacity].
+        added: Number of rows ever added, shape [].
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -38,14 +53,25 @@ class Buffer(eqx.Module):
     (3, (5, 2))
     """
 
-    rows: Transition  # [capacity, ...]
-    episode: Int[Array, "*batch capacity"]  # which episode a row is of; -1 for none
-    t: Int[Array, "*batch capacity"]  # its step in the episode
-    added: Int[Array, "*batch"]  # rows ever added
+    rows: Transition
+    episode: Int[Array, "*batch capacity"]
+    t: Int[Array, "*batch capacity"]
+    added: Int[Array, "*batch"]
 
     @classmethod
     def empty(cls, task: Task, capacity: int) -> "Buffer":
-        """A buffer for the states and actions of `task`. Raises: `ValueError` if the capacity is below 1."""
+        """Make an empty buffer.
+
+        Args:
+            task: Task whose states and actions the buffer holds.
+            capacity: Largest number of transitions.
+
+        Returns:
+            The buffer without transitions.
+
+        Raises:
+            ValueError: If `capacity` is not a whole number of at least 1.
+        """
         if not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity must be a whole number of at least 1 transition, got {capacity!r}")
         s = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), task.state_shape)
@@ -56,12 +82,12 @@ class Buffer(eqx.Module):
 
     @property
     def capacity(self) -> int:
-        """The most transitions that it keeps."""
+        """Largest number of transitions."""
         return self.t.shape[-1]
 
     @property
     def size(self) -> Int[Array, "*batch"]:
-        """The number of transitions in it."""
+        """Number of transitions in the buffer."""
         return jnp.minimum(self.added, self.capacity)
 
     def add(
@@ -71,9 +97,19 @@ class Buffer(eqx.Module):
         t: Int[Array, " k"],
         keep: Bool[Array, " k"] | None = None,
     ) -> "Buffer":
-        """The buffer after k steps more, in their order; those that are not to `keep` are left out.
+        """Add k transitions.
 
-        Raises: `ValueError` if they are more than the capacity.
+        Args:
+            steps: k transitions, in their order.
+            episode: Number of the episode of each, shape [k].
+            t: Step of each in its episode, shape [k].
+            keep: Which of them to add, shape [k]; None for all.
+
+        Returns:
+            The buffer with the transitions.
+
+        Raises:
+            ValueError: If k exceeds the capacity.
         """
         k = t.shape[0]
         if k > self.capacity:
@@ -90,7 +126,18 @@ class Buffer(eqx.Module):
         return Buffer(rows, put(self.episode, episode), put(self.t, t), added)
 
     def sample(self, key: PRNGKeyArray, count: int) -> Transition:
-        """`count` transitions drawn evenly, with replacement. Raises: `ValueError` if the buffer is empty."""
+        """Draw transitions uniformly, with replacement.
+
+        Args:
+            key: Key of the draw.
+            count: Number of transitions.
+
+        Returns:
+            Transitions with a leading axis of `count`.
+
+        Raises:
+            ValueError: If the buffer is empty.
+        """
         size = self.size
         if is_concrete(size) and int(size) == 0:
             raise ValueError("the buffer is empty: there is no transition to draw")
@@ -98,16 +145,25 @@ class Buffer(eqx.Module):
         return _poisoned(jax.tree.map(lambda x: x[chosen], self.rows), size > 0)
 
     def runs(self, length: int) -> Bool[Array, " capacity"]:
-        """Whether `length` transitions of one episode, one after another, begin at a row; rows from the oldest on."""
+        """Return whether `length` consecutive transitions of one episode begin at each row, the oldest row first."""
         age = jnp.arange(self.capacity, dtype=jnp.int32)
         first, last = self._row(age), self._row(age + length - 1)
         together = (self.episode[first] == self.episode[last]) & (self.t[last] - self.t[first] == length - 1)
         return (age + length <= self.size) & together
 
     def windows(self, key: PRNGKeyArray, count: int, length: int) -> Transition:
-        """`count` windows [count, length, ...] of consecutive transitions of single episodes, drawn evenly.
+        """Draw windows of consecutive transitions of single episodes uniformly.
 
-        Raises: `ValueError` if there is none.
+        Args:
+            key: Key of the draw.
+            count: Number of windows.
+            length: Number of consecutive transitions in a window.
+
+        Returns:
+            Transitions with leading axes [count, length].
+
+        Raises:
+            ValueError: If no episode has `length` transitions in a row.
         """
         if not isinstance(length, int) or length < 1:
             raise ValueError(f"length must be a whole number of at least 1 transition, got {length!r}")
@@ -121,17 +177,17 @@ class Buffer(eqx.Module):
         return _poisoned(jax.tree.map(lambda x: x[place], self.rows), total > 0)
 
     def _row(self, age: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Where the row of an age is, 0 the oldest."""
+        """Index of the row of an age; age 0 is the oldest."""
         return (self.added - self.size + age) % self.capacity
 
 
-def flat(rows: Any) -> Any:
-    """Rows [N, k, ...] of N environments, or branches, as [N k, ...]: all of the first, then all of the second."""
+def flat(rows: PyTree) -> PyTree:
+    """Flatten rows [N, k, ...] of N environments or branches to [N k, ...], one environment after another."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
 
 def _poisoned(rows: Transition, ok: Bool[Array, ""]) -> Transition:
-    """The rows, or NaN in every number that can be."""
+    """Return the rows, or NaN in every float of them if `ok` is false."""
 
     def poison(x):
         return jnp.where(ok, x, jnp.full_like(x, jnp.nan)) if jnp.issubdtype(x.dtype, jnp.floating) else x

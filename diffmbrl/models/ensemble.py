@@ -1,11 +1,11 @@
 r"""An ensemble of dynamics: one module whose leaves have a leading axis of members, and how uncertainty is propagated.
 
-With E members $f_e$ and particles p, each a state of its own under the same actions (Chua et al. 2018, section 4.2):
+With E members $f_e$ and particles p, each of which is a state under the same actions (Chua et al. 2018, section 4.2):
 * `Mean`: $s' = \tfrac1E \sum_e f_e(s, a)$;
-* `TS1`: every particle draws its member anew at each step, the members equally often among the particles;
-* `TSInfinity`: particle p keeps member $p \bmod E$ for the whole rollout: the members' own futures, side by side.
+* `TS1`: each particle draws a new member at every step, each member equally often among the particles;
+* `TSInfinity`: particle p uses member $p \bmod E$ for the whole rollout, so the members' futures stay separate.
 
-What is drawn for each particle comes from the key of the step alone, so sequences of actions that are compared under one key
+The draws for a particle depend on the key of the step alone, so sequences of actions that are compared under one key
 meet the same members and the same noise.
 """
 
@@ -14,45 +14,45 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from diffmbrl.core import Dynamics, State
 
 
 @runtime_checkable
 class Propagation(Protocol):
-    """How one state, or the states of P particles side by side, goes through the members."""
+    """How one state, or P particles together, pass through the members of an ensemble."""
 
-    def one(self, members: Any, s: State, a: Array, key: PRNGKeyArray | None) -> State: ...
+    def one(self, members: Dynamics, s: State, a: Array, key: PRNGKeyArray | None) -> State: ...
 
-    def many(self, members: Any, s: State, a: Array, key: PRNGKeyArray | None) -> State: ...
+    def many(self, members: Dynamics, s: State, a: Array, key: PRNGKeyArray | None) -> State: ...
 
 
 class Mean(eqx.Module):
-    """The mean of the members' next states, each with noise of its own."""
+    """Propagation to the mean of the members' next states; each member draws its own noise."""
 
-    def one(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+    def one(self, members: Dynamics, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
         keys = None if key is None else jax.random.split(key, size(members))
         step = jax.vmap(lambda f, k: f(s, a, key=k), in_axes=(0, None if key is None else 0))
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), step(members, keys))
 
-    def many(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+    def many(self, members: Dynamics, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
         keys = None if key is None else jax.random.split(key, particle_count(s))
         in_axes = (0, None if key is None else 0)
         return jax.vmap(lambda s, k: self.one(members, s, a, k), in_axes=in_axes)(s, keys)
 
 
 class TS1(eqx.Module):
-    """A member drawn anew at each step. Without a key there is nothing to draw by, and it is the mean of the members."""
+    """Propagation through a new random member at every step, or through the mean of the members if there is no key."""
 
-    def one(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+    def one(self, members: Dynamics, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
         if key is None:
             return Mean().one(members, s, a, None)
         key_member, key_noise = jax.random.split(key)
         e = jax.random.randint(key_member, (), 0, size(members))
         return member(members, e)(s, a, key=key_noise)
 
-    def many(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+    def many(self, members: Dynamics, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
         if key is None:
             return Mean().many(members, s, a, None)
         key_member, key_noise = jax.random.split(key)
@@ -61,15 +61,15 @@ class TS1(eqx.Module):
 
 
 class TSInfinity(eqx.Module):
-    """A member for the whole rollout. Particles know theirs by their place; a single state does not."""
+    """Propagation through one member for the whole rollout: particle p uses member p mod E; a single state has no member."""
 
-    def one(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+    def one(self, members: Dynamics, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
         raise ValueError(
             "TSInfinity keeps a member for a whole rollout, which a single state cannot know: roll out "
-            "particles(task, count) from spread(s0, count), or one member, ensemble.member(e)"
+            "particles(task, count) from replicate_start(s0, task, count), or one member, ensemble.member(e)"
         )
 
-    def many(self, members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
+    def many(self, members: Dynamics, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None) -> State:
         if particle_count(s) < size(members):
             raise ValueError(
                 f"TSInfinity needs at least one particle for each of {size(members)} members, got {particle_count(s)}"
@@ -78,14 +78,19 @@ class TSInfinity(eqx.Module):
 
 
 class Ensemble(eqx.Module):
-    r"""Several dynamics as one.
+    r"""Several dynamics as one, which rollouts, iLQR and gradient methods use like any other dynamics.
 
-    `members` is a dynamics whose every leaf has a leading axis: models drawn under `vmap`, or analytic dynamics with several
-    masses. It is a `Dynamics` like any other: rollouts, iLQR and gradient methods go through it. `models.particles(task, P)`
-    makes the task of P particles under the same actions, in which each member is applied to its own group of particles.
+    `models.particles(task, P)` makes the task of P particles, in which each member steps its own group of particles.
 
-    Shapes: as the members', without their axis. Cost: `Mean` is E members a state, the others one.
-    Raises: `ValueError` if the leaves do not have one leading axis in common.
+    Args:
+        members: Dynamics whose every leaf has a leading axis E: models drawn under `vmap`, or analytic dynamics
+            with several masses.
+        propagation: How a state passes through the members: `Mean()` (default), `TS1()` or `TSInfinity()`.
+
+    Raises:
+        ValueError: If the leaves have no common leading axis.
+
+    Cost: E members per state with `Mean`, one otherwise.
     Reference: Chua et al. 2018, section 4.2.
 
     >>> import jax
@@ -98,7 +103,7 @@ class Ensemble(eqx.Module):
     (3, (2,))
     """
 
-    members: Any
+    members: Dynamics
     propagation: Propagation
 
     def __init__(self, members: Dynamics, propagation: Propagation | None = None):
@@ -111,35 +116,44 @@ class Ensemble(eqx.Module):
 
     @property
     def size(self) -> int:
-        """The number of members."""
+        """Number of members."""
         return size(self.members)
 
-    def member(self, e: int | Int[Array, ""]) -> Any:
-        """One member's dynamics."""
+    def member(self, e: int | Int[Array, ""]) -> Dynamics:
+        """Return the dynamics of one member."""
         return member(self.members, e)
 
     def __call__(self, s: State, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> State:
         return self.propagation.one(self.members, s, a, key)
 
     def many(self, s: State, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> State:
-        """One step of particles side by side: s [P, ...] -> [P, ...], under one action."""
+        """Step P particles [P, ...] together under one action."""
         return self.propagation.many(self.members, s, a, key)
 
 
-def size(members: Any) -> int:
-    """The number of members."""
+def size(members: PyTree) -> int:
+    """Number of members."""
     return jax.tree.leaves(members)[0].shape[0]
 
 
-def member(members: Any, e: int | Int[Array, ""]) -> Any:
-    """One of them."""
+def member(members: PyTree, e: int | Int[Array, ""]) -> Any:
+    """Return member e."""
     return jax.tree.map(lambda x: x[e], members)
 
 
-def elites(members: Any, holdout: Float[Array, " E"], number: int) -> Any:
-    """The `number` members of the lowest hold-out error (`Curves.holdout`), the best first; one that is NaN comes last.
+def elites(members: PyTree, holdout: Float[Array, " E"], number: int) -> Any:
+    """Select the members of the lowest hold-out error.
 
-    Raises: `ValueError` if there are not so many.
+    Args:
+        members: Models whose every leaf has a leading axis E.
+        holdout: Hold-out error of each member, shape [E], as in `Curves.holdout`.
+        number: Number of members to select.
+
+    Returns:
+        The selected members, the best first; a member whose error is NaN counts as the worst.
+
+    Raises:
+        ValueError: If `number` is not from 1 to E.
     """
     if not 1 <= number <= holdout.shape[0]:
         raise ValueError(f"elites are 1 to {holdout.shape[0]} of {holdout.shape[0]} members, got {number}")
@@ -148,37 +162,45 @@ def elites(members: Any, holdout: Float[Array, " E"], number: int) -> Any:
 
 
 def disagreement(ensemble: Ensemble, s: State, a: Float[Array, " m"]) -> Float[Array, ""]:
-    r"""How far learned members differ at (s, a), as a share of the scale of the changes in their data.
+    r"""Disagreement of learned members at (s, a), relative to the scale of the changes in their data.
 
     $$\Big[\tfrac1n \sum_i \mathrm{Var}_e\big(f_e(s, a)_i\big) / \sigma_{\Delta,i}^2\Big]^{1/2}$$
 
-    over the state variables that changed at all; 1 is as much as a typical step. Noise of the members is left out.
+    The mean is over the n state variables that changed in the data.
+
+    Args:
+        ensemble: Ensemble of learned dynamics with a common normaliser.
+        s: State, shape [n].
+        a: Action, shape [m].
+
+    Returns:
+        The disagreement, shape []; 1 is as much as a typical step. Noise of the members does not count.
     """
     s_next = jax.vmap(lambda f: f(s, a))(ensemble.members)
     normalizer = member(ensemble.members, 0).normalizer
     spread = normalizer.average(jnp.var(s_next, axis=0) / jnp.where(normalizer.varies, normalizer.scale, 1) ** 2)
-    # The root has no derivative where members agree; 0 is taken for it.
+    # The root has no derivative where members agree; 0 is used instead.
     return jnp.where(spread > 0, jnp.sqrt(jnp.where(spread > 0, spread, 1)), 0)
 
 
 def particle_count(s: State) -> int:
-    """The number of particles."""
+    """Number of particles."""
     return jax.tree.leaves(s)[0].shape[0]
 
 
-def slots(members: Any, s: State) -> Int[Array, " slots"]:
-    """One for each particle, and as many more as make them an equal number for each member."""
+def slots(members: Dynamics, s: State) -> Int[Array, " slots"]:
+    """Numbers of the slots: one per particle, and as many more as give each member an equal number."""
     return jnp.arange(-(-particle_count(s) // size(members)) * size(members), dtype=jnp.int32)
 
 
 def grouped(
-    members: Any, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None, order: Int[Array, " slots"]
+    members: Dynamics, s: State, a: Float[Array, " m"], key: PRNGKeyArray | None, order: Int[Array, " slots"]
 ) -> State:
-    """Slot i of an equal number for each member belongs to member i mod E, and particle p takes slot `order[p]`.
+    """Step the particles in groups: slot i belongs to member i mod E, and particle p takes slot `order[p]`.
 
-    A member is applied to its group at once, so that a layer is one matrix product for the group, and one for the groups of all
-    sequences that are scored side by side; the members follow one another, whose activations then stay in a core's cache. Slots
-    beyond the number of particles repeat the first of them and are dropped.
+    A member is applied to its whole group, so that a layer is one matrix product for the group and for the groups of all
+    sequences that are scored together; the members run one after another, so that activations stay in a core's cache. Slots
+    beyond the number of particles repeat the first particle and are dropped.
     """
     E, P, total = size(members), particle_count(s), order.shape[0]
     particle = jnp.arange(total, dtype=jnp.int32)

@@ -1,59 +1,67 @@
-r"""Training of learned models: a whole ensemble in one compiled call, each member with an end of its own.
+r"""Training of learned models: a whole ensemble in one compiled call, with early stopping of each member.
 
-A model that can be trained (`Trainable`) is a `net`, a `normalizer`, and the loss of a row of data. `train` fits the normaliser
-to the data, then the nets of all members by any optax rule on mini-batches: a member that has stopped improving on rows
-that were held out ends, and its best weights are what is returned.
+A `Trainable` model has a `net`, a `normalizer`, and the loss of a row of data. `train` fits the normaliser to the data, then
+the nets of all members by any optax rule on mini-batches. A member ends when it stops improving on held-out rows, and its best
+weights are returned.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from diffmbrl.core import as_float, is_concrete
 from diffmbrl.models.buffer import Transition
 from diffmbrl.models.ensemble import member
 from diffmbrl.models.ensemble import size as count_members
-
-
-class Trainable(Protocol):
-    """What `train` takes. Weights are what is trained; everything else of the model stays, but for the normaliser."""
-
-    net: Any
-    normalizer: Any
-
-    def row_loss(self, row: Transition) -> Array: ...
+from diffmbrl.models.protocols import FittedUnits, Trainable
 
 
 class Curves(NamedTuple):
-    """What became of each of E members; NaN after a member's end. Losses are those of `row_loss`."""
+    """Learning curves of E members; NaN after the end of a member. Losses are those of `row_loss`.
 
-    train: Float[Array, "*batch E epochs"]  # mean over each epoch
-    heldout: Float[Array, "*batch E epochs+1"]  # before the first epoch and after each
-    holdout: Float[Array, "*batch E"]  # of the weights returned; infinite where there are none that are finite
-    epochs: Int[Array, "*batch E"]  # trained
-    rejected: Int[Array, "*batch E"]  # 1 for a member that became non-finite, or that there were too few rows for
+    Args:
+        train: Mean training loss of each epoch, shape [E, epochs].
+        heldout: Hold-out loss before the first epoch and after each, shape [E, epochs + 1].
+        holdout: Hold-out loss of the returned weights, shape [E]; infinite if it was never finite.
+        epochs: Number of epochs trained, shape [E].
+        rejected: 1 for a member that became non-finite or had too few rows, shape [E].
+    """
+
+    train: Float[Array, "*batch E epochs"]
+    heldout: Float[Array, "*batch E epochs+1"]
+    holdout: Float[Array, "*batch E"]
+    epochs: Int[Array, "*batch E"]
+    rejected: Int[Array, "*batch E"]
 
 
 class Training(eqx.Module):
-    r"""How members are trained: any optax rule, on mini-batches, until the loss on the rows held out stops falling.
+    r"""How members are trained: by an optax rule on mini-batches, until the hold-out loss stops falling.
 
-    `rule` is a constructor such as `optax.adam`, the other keywords its arguments; floats among them are leaves, so that a
-    sweep over them is a `vmap`. A share `holdout` of the rows is trained on by no member: they are drawn once and for all by
-    their place, so that what was held out stays so, by and large, while a buffer grows. With 0, members are trained on all rows
-    and judged by them. A member ends after `patience` epochs in which its loss there did not fall by the share `improvement`.
-    With `bootstrap` each member draws its rows with replacement; without, all have the same, in an order of their own.
+    The random split depends on the position of a row alone, so rows that were held out mostly stay so while a buffer grows.
 
-    `together` members are trained side by side, the others after them: 1 is fastest on a CPU, whose caches hold one member's
-    weights and moments and not seven's; a GPU wants them all.
+    Args:
+        rule: Constructor of an optax rule, such as `optax.adam`.
+        epochs: Largest number of epochs.
+        patience: A member ends after this many epochs without an improvement.
+        batch: Number of rows in a mini-batch.
+        holdout: Fraction of the rows held out. With 0, members are trained and judged on all rows.
+        improvement: Relative decrease of the hold-out loss that counts as an improvement.
+        bootstrap: Whether each member draws its rows with replacement; otherwise all use the same rows, each in its
+            own order.
+        together: Number of members trained at once. 1 is fastest on a CPU, whose caches hold the weights and
+            moments of one member; a GPU should train all at once.
+        **hyperparameters: Arguments of `rule`; floats are leaves, so a sweep over them is a `vmap`.
 
-    Raises: `ValueError` for sizes below 1 or shares outside of [0, 1), `TypeError` if `rule` is not a constructor.
+    Raises:
+        ValueError: If a size is below 1 or a fraction is outside [0, 1).
+        TypeError: If `rule` is not a constructor.
 
     >>> Training(optax.adamw, learning_rate=1e-3, weight_decay=1e-4, epochs=20).epochs
     20
@@ -113,19 +121,27 @@ def train(
     key: PRNGKeyArray,
     training: Training | None = None,
 ) -> tuple[Any, Curves]:
-    """The members, trained on the rows below `size`; what lies beyond is not data.
+    """Train all members of an ensemble on the first `size` rows.
 
-    `members` are models whose every leaf has a leading axis; trained ones are trained on (a warm start: their weights, not the
-    rule's moments). `transitions` has a leading axis of rows, whose length is the capacity of a buffer, and `size` is traced:
-    a buffer that grows compiles nothing, and the time follows `size`. Rows may be windows [capacity, k, ...] of k consecutive
-    transitions: the loss is then that of the models' own rollouts of k steps.
+    Args:
+        members: `Trainable` models whose every leaf has a leading axis E. Training continues from their weights,
+            with fresh moments of the rule.
+        transitions: Rows [capacity, ...] of a buffer, or windows [capacity, k, ...], whose loss is that of the
+            models' own rollouts of k steps.
+        size: Number of rows that are data; it may be traced, so a growing buffer compiles nothing.
+        key: Key of the mini-batches.
+        training: How to train; None for `Training()`.
 
-    A member whose loss becomes infinite or NaN ends with its best weights, or as it was if it has none, and is counted as
-    rejected. So are all of them if there are no rows to train on or none to hold out, where `size` cannot be looked at.
+    Returns:
+        The trained members, and their learning curves. A member whose loss becomes non-finite returns its best
+        weights, or its first ones, and counts as rejected; so do all members if a traced `size` is too small to
+        train and hold out.
 
-    Cost: per epoch a gradient of each row trained on and a loss of each held out, for each member.
-    Raises: `ValueError` if `size` is known and too small for the split, or larger than the rows; or for members without a
-    leading axis.
+    Raises:
+        ValueError: If a known `size` is too small for the split or exceeds the rows, or if the members have no
+            common leading axis.
+
+    Cost: per epoch and member, a gradient of each training row and a loss of each held-out row.
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -145,7 +161,7 @@ def train(
         raise ValueError("every leaf of the members needs the same leading axis: draw them under vmap")
     capacity = transitions.a.shape[0]
     if is_concrete(size, training.holdout):
-        # By numpy: inside a trace even what is known would be traced by jnp.
+        # By numpy: inside a trace jnp would trace even known numbers.
         rows, share = np.asarray(size), np.asarray(training.holdout)
         least = 2 if share.max() > 0 else 1
         if not least <= rows.min() or rows.max() > capacity:
@@ -170,10 +186,10 @@ def _train(members: Any, transitions: Transition, size: Array, key: PRNGKeyArray
 def holdout_split(
     capacity: int, size: Int[Array, ""], holdout: Float[Array, ""]
 ) -> tuple[Int[Array, " rows"], Int[Array, ""]]:
-    """The rows below `size` in an order that is drawn by their place, and how many of the first are held out.
+    """Order the rows below `size` at random, and count how many of the first are held out.
 
-    At least one is if `holdout` is positive. The order is that of numbers drawn for each row, the same in every call: of a
-    buffer that grows, nearly all rows that were held out are held out again.
+    At least one is held out if `holdout` is positive. The random numbers of the rows are the same in every call, so a growing
+    buffer holds out nearly the same rows again.
     """
     drawn = jax.random.uniform(jax.random.key(0), (capacity,))
     place = jnp.arange(capacity, dtype=jnp.int32)
@@ -182,8 +198,8 @@ def holdout_split(
     return rows, jnp.where(holdout > 0, jnp.maximum(share, 1), 0)
 
 
-def _normalizer(model: Any, transitions: Transition, size: Array) -> Any:
-    """The normaliser with the statistics of the rows below `size`, windows or not."""
+def _normalizer(model: Trainable, transitions: Transition, size: Array) -> FittedUnits:
+    """Fit the normaliser to the rows below `size`, transitions or windows."""
     lead = transitions.a.shape[:-1]
     data = jnp.broadcast_to(jnp.arange(lead[0], dtype=jnp.int32).reshape(-1, *[1] * (len(lead) - 1)) < size, lead)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), transitions)
@@ -191,9 +207,9 @@ def _normalizer(model: Any, transitions: Transition, size: Array) -> Any:
 
 
 class _State(NamedTuple):
-    net: Any
-    moments: Any  # the rule's
-    best: Any  # weights
+    net: PyTree
+    moments: PyTree  # of the rule
+    best: PyTree  # weights
     lowest: Array  # loss of the best
     mark: Array  # loss that the next must fall below to count as an improvement
     since: Array  # epochs without one
@@ -204,17 +220,17 @@ class _State(NamedTuple):
 
 
 def _one(
-    model: Any,
+    model: Trainable,
     key: PRNGKeyArray,
     *,
-    normalizer: Any,
+    normalizer: FittedUnits,
     transitions: Transition,
     rows: Array,
     held: Array,
     size: Array,
     training: Training,
 ) -> tuple[Any, Curves]:
-    """One member."""
+    """Train one member."""
     capacity, batch = rows.shape[0], min(training.batch, rows.shape[0])
     rule = optax.with_extra_args_support(training.rule(**dict(training.options), **training.hyperparameters))
     place = jnp.arange(capacity, dtype=jnp.int32)
@@ -231,9 +247,9 @@ def _one(
         return jnp.sum(jnp.where(weight, losses, 0)) / jnp.maximum(jnp.sum(weight), 1).astype(losses.dtype)
 
     def batches(table, count, step, carry):
-        """`step` on each batch of the first `count` of a table of rows; the last one is filled up without weight.
+        """Apply `step` to each batch of the first `count` rows of a table; the last batch is padded with rows of weight 0.
 
-        It is filled with the first row, not with what is no data: a NaN there would meet its weight of 0 in the reverse pass.
+        The padding is the first row, not a row without data: a NaN there would meet its weight of 0 in the reverse pass.
         """
 
         def body(j, carry):
@@ -251,7 +267,7 @@ def _one(
     def update(carry, chosen, weight):
         net, moments, total = carry
         value, gradient = jax.value_and_grad(loss)(net, chosen, weight)
-        # Optax raises floats to powers of whole numbers: let it, also where a user has forbidden that to JAX.
+        # Optax raises floats to integer powers, which a user may have forbidden to JAX.
         with jax.numpy_dtype_promotion("standard"):
             extra = {"value": value, "grad": gradient, "value_fn": lambda net: loss(net, chosen, weight)}
             change, moments = rule.update(gradient, moments, net, **extra)
@@ -262,7 +278,7 @@ def _one(
         order = jnp.argsort(
             jnp.where(place < number, jax.random.uniform(jax.random.fold_in(key_epochs, state.epoch), (capacity,)), 2)
         )
-        # The first turn trains on nothing: the weights given are judged like those of any epoch, and by the same program.
+        # The first turn trains on nothing, so the same program evaluates the given weights.
         count = jnp.where(state.epoch < 0, 0, number)
         net, moments, total = batches(mine[order], count, update, (state.net, state.moments, zero))
         value = jnp.where(enough, judge(net), jnp.nan)
@@ -310,6 +326,6 @@ def _one(
     return trained, Curves(end.train[1:], end.heldout, holdout, end.epoch, (~end.finite).astype(jnp.int32))
 
 
-def _strong(tree: Any) -> Any:
-    """Without weak types, which the first update would drop."""
+def _strong(tree: PyTree) -> PyTree:
+    """Return the arrays without weak types, which the first update would drop."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(jnp.asarray(x), jnp.asarray(x).dtype), tree)

@@ -1,7 +1,6 @@
 r"""A network with two heads as dynamics: $s' = s + \sigma_\Delta \circ (\mu(z) + e^{\ell(z)} \epsilon)$, with normal noise."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,16 +11,27 @@ from diffmbrl.core import Task
 from diffmbrl.models.buffer import Transition
 from diffmbrl.models.mlp import rolled
 from diffmbrl.models.normalizer import Normalizer
+from diffmbrl.models.protocols import Network
 from diffmbrl.nets import MLP
 
 
 class GaussianDynamics(eqx.Module):
-    r"""Mean and log standard deviation of the change of the state; noise from the key, by reparameterisation.
+    r"""Stochastic dynamics that predict mean and log standard deviation of the change of the state.
 
-    Without a key it is at its mean. The log standard deviation is bent softly between its bounds, which are leaves: where there
-    are no data it would otherwise be anything.
+    $$s' = s + \sigma_\Delta \circ (\mu(z) + e^{\ell(z)} \epsilon),\qquad \epsilon \sim N(0, I)$$
 
-    Shapes: s [n], a [m] -> [n]. Raises: `ValueError` if the task's states are not one flat array.
+    The noise is drawn from the key, by reparameterisation; without a key the model is at its mean. Two softplus functions bound
+    the log standard deviation, which would be arbitrary where there are no data.
+
+    Args:
+        net: Network from the inputs z to mean and log standard deviation of the scaled change, shape [2 n].
+        normalizer: Scaling of inputs and outputs.
+        log_std_low: Lower bound of the log standard deviation, relative to the scale of the change, shape [n].
+        log_std_high: Upper bound, shape [n].
+
+    Raises:
+        ValueError: If the task's states are not one flat array (from `init`).
+
     Reference: Chua et al. 2018 (PETS), sections 4.1 and A.1.
 
     >>> import jax
@@ -33,8 +43,8 @@ class GaussianDynamics(eqx.Module):
     True
     """
 
-    net: Any
-    normalizer: Any
+    net: Network
+    normalizer: Normalizer
     log_std_low: Float[Array, " n"]
     log_std_high: Float[Array, " n"]
 
@@ -50,11 +60,22 @@ class GaussianDynamics(eqx.Module):
         log_std: tuple[float, float] = (-10.0, 0.5),
         draw: Callable = MLP.init,
     ) -> "GaussianDynamics":
-        """Draw the weights; `log_std` bounds the logarithm of the noise, relative to the scale of the change.
+        """Draw the weights of an untrained model.
 
-        `draw` is `MLP.init`, or another network's function of the same arguments.
+        Args:
+            task: Task whose states, actions and features the model takes.
+            key: Key of the weights.
+            hidden: Widths of the hidden layers.
+            activation: Activation function of the hidden layers.
+            output_scale: Factor on the weights of the last layer.
+            log_std: Lower and upper bound of the log standard deviation, relative to the scale of the change.
+            draw: Constructor of the network, with the arguments of `MLP.init`.
 
-        Raises: `ValueError` if the bounds are crossed.
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If the bounds are crossed, or the task's states are not one flat array.
         """
         low, high = log_std
         if not low < high:
@@ -72,13 +93,13 @@ class GaussianDynamics(eqx.Module):
     def moments(self, s: Float[Array, " n"], a: Float[Array, " m"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """Mean and standard deviation of the next state."""
         mean, raw = self._outputs(s, a)
-        # exp of what `heads` bends, in closed form: bent by two softplus it took an eighth of CEM's time on an ensemble.
+        # The exponential of what `heads` bounds, in closed form: two softplus took an eighth of CEM's time on an ensemble.
         low, high = jnp.exp(self.log_std_low), jnp.exp(self.log_std_high)
         std = low + high * jax.nn.sigmoid(raw - self.log_std_high)
         return self.normalizer.step(s, mean), self.normalizer.scale * std
 
     def _outputs(self, s: Array, a: Array) -> list[Array]:
-        """Of the network: the mean, and what becomes the log standard deviation."""
+        """Outputs of the network: the mean, and the unbounded log standard deviation."""
         return jnp.split(self.net(self.normalizer.inputs(s, a)), 2)
 
     def __call__(
@@ -88,14 +109,16 @@ class GaussianDynamics(eqx.Module):
         return mean if key is None else mean + std * jax.random.normal(key, mean.shape, mean.dtype)
 
     def loss(self, s: Float[Array, " n"], a: Float[Array, " m"], s_next: Float[Array, " n"]) -> Float[Array, ""]:
-        r"""$\ell + \tfrac12 (y - \mu)^2 e^{-2\ell}$, averaged over the state variables.
+        r"""Negative log-likelihood of the scaled change, without its constant.
 
-        The negative log-likelihood of the scaled change, without its constant.
+        $$\ell + \tfrac12 (y - \mu)^2 e^{-2\ell}$$
+
+        averaged over the state variables.
         """
         mean, log_std = self.heads(s, a)
         error = (self.normalizer.target(s, s_next) - mean) * jnp.exp(-log_std)
         return self.normalizer.average(log_std + error**2 / 2)
 
     def row_loss(self, row: Transition) -> Float[Array, ""]:
-        """The loss of one transition, or of a window of them through its own rollout at its mean."""
+        """Loss of one transition, or of a window of transitions along the model's own rollout at its mean."""
         return rolled(self, row)

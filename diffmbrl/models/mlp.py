@@ -11,17 +11,23 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diffmbrl.core import Task
 from diffmbrl.models.buffer import Transition
 from diffmbrl.models.normalizer import Normalizer
+from diffmbrl.models.protocols import Network, Scaling
 from diffmbrl.nets import MLP
 
 
 class NetworkDynamics(eqx.Module):
-    r"""A deterministic network that predicts the change of the state.
+    r"""Deterministic dynamics that predict the change of the state with a network.
 
-    A leading axis on every leaf makes it an ensemble: `NetworkDynamics.init` under `vmap`, in `models.Ensemble`. `fit.train`
-    fits it. `normalizer` says what goes in and out; any module with its methods takes its place.
+    $$s' = s + \sigma_\Delta \circ \mathrm{net}(z(s, a))$$
 
-    Shapes: s [n], a [m] -> [n]. States must be flat.
-    Raises: `ValueError` if the task's states are not one flat array.
+    Make one with `NetworkDynamics.init`, several for an `Ensemble` with `init` under `vmap`, and fit them with `train`.
+
+    Args:
+        net: Network from the inputs z to the scaled change, shape [n].
+        normalizer: Scaling of inputs and outputs, a `Normalizer` or another `protocols.Scaling`.
+
+    Raises:
+        ValueError: If the task's states are not one flat array (from `init`).
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -31,8 +37,8 @@ class NetworkDynamics(eqx.Module):
     (4,)
     """
 
-    net: Any
-    normalizer: Any
+    net: Network
+    normalizer: Scaling
 
     @classmethod
     def init(
@@ -44,11 +50,24 @@ class NetworkDynamics(eqx.Module):
         activation: Callable = jax.nn.silu,
         output_scale: float = 0.1,
         draw: Callable = MLP.init,
-        normalizer: Any = None,
+        normalizer: Scaling | None = None,
     ) -> "NetworkDynamics":
-        """Draw the weights; `draw` is `MLP.init`, or another network's function of the same arguments.
+        """Draw the weights of an untrained model.
 
-        `normalizer` is `Normalizer.init(task)` unless given.
+        Args:
+            task: Task whose states, actions and features the model takes.
+            key: Key of the weights.
+            hidden: Widths of the hidden layers.
+            activation: Activation function of the hidden layers.
+            output_scale: Factor on the weights of the last layer.
+            draw: Constructor of the network, with the arguments of `MLP.init`.
+            normalizer: Scaling before the first fit; None for `Normalizer.init(task)`.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If the task's states are not one flat array.
         """
         normalizer = Normalizer.init(task) if normalizer is None else normalizer
         net = draw(normalizer.size, hidden, task.n, key=key, activation=activation, output_scale=output_scale)
@@ -60,19 +79,26 @@ class NetworkDynamics(eqx.Module):
         return self.normalizer.step(s, self.net(self.normalizer.inputs(s, a)))
 
     def loss(self, s: Float[Array, " n"], a: Float[Array, " m"], s_next: Float[Array, " n"]) -> Float[Array, ""]:
-        """The squared error of the scaled change, averaged over the state variables."""
+        """Squared error of the scaled change, averaged over the state variables."""
         y = self.net(self.normalizer.inputs(s, a))
         return self.normalizer.average((self.normalizer.target(s, s_next) - y) ** 2)
 
     def row_loss(self, row: Transition) -> Float[Array, ""]:
-        """The loss of one transition, or of a window of them through its own rollout."""
+        """Loss of one transition, or of a window of transitions along the model's own rollout."""
         return rolled(self, row)
 
 
 def rolled(f: Any, row: Transition) -> Float[Array, ""]:
-    r"""The loss of a transition; of a window of k in a row, $\frac1k \sum_j \ell(\hat s_j, a_j, s_{j+1})$.
+    r"""Loss of a transition, or of a window of k transitions along the model's own predictions.
 
-    $\hat s_0 = s_0$ and $\hat s_{j+1} = f(\hat s_j, a_j)$: what the model makes of its own predictions.
+    $$\frac1k \sum_j \ell(\hat s_j, a_j, s_{j+1}),\qquad \hat s_0 = s_0,\quad \hat s_{j+1} = f(\hat s_j, a_j)$$
+
+    Args:
+        f: Dynamics with a `loss(s, a, s_next)`.
+        row: One transition, or a window with a leading axis of k.
+
+    Returns:
+        The loss, shape [].
     """
     if row.a.ndim == 1:
         return f.loss(row.s, row.a, row.s_next)

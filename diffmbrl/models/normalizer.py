@@ -1,11 +1,11 @@
-r"""What a learned model sees and says, in units of one.
+r"""Normalisation of the inputs and outputs of a learned model.
 
 $$z = \frac{(\mathrm{features}(s), a) - \mu}{\sigma},\qquad s' = s + \sigma_\Delta \circ y,\qquad
   y = \frac{s' \ominus s}{\sigma_\Delta}$$
 
 The input z is of the task's features and the action, the target y the change of the state. Differences of angles are taken on
-the circle, so a plant may count turns or wrap: an angle is a state variable that the features see only as one, that is, they
-are the same a turn further on. The statistics are those of the data at the last fit and do not move between two fits.
+the circle, so a plant may count turns or wrap: an angle is a state variable of which the features have a period of one turn.
+The statistics are those of the data at the last fit and do not change between two fits.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,19 @@ TURN = 2 * jnp.pi
 
 
 class Normalizer(eqx.Module):
-    r"""Mean and deviation of the inputs, scale of the changes; before the first fit, the units of the task as they are.
+    r"""Mean and deviation of a model's inputs, and scale of the changes of the state.
 
-    The scale of a change is its root mean square. A state variable that never changed in the data has a scale of 0 and is
-    predicted never to change; an input that never varied is divided by 1.
+    Args:
+        features: Features of the task, from a state to shape [k].
+        mean: Mean of features and actions, shape [d] with d = k + m.
+        std: Their standard deviation, shape [d]; 1 for an input that never varied.
+        scale: Root mean square of the change of each state variable, shape [n]; a variable of scale 0 is predicted
+            never to change.
+        turn: Length of a full turn [rad] for an angle, 0 for any other variable, shape [n].
 
-    Shapes: s [n], a [m], features [k], d = k + m.
-    Raises: `ValueError` if the task's states are not one flat array, or its features have more than one axis.
+    Raises:
+        ValueError: If the task's states are not one flat array, or its features have more than one axis (from
+            `init`).
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -44,11 +50,11 @@ class Normalizer(eqx.Module):
     mean: Float[Array, " d"]
     std: Float[Array, " d"]
     scale: Float[Array, " n"]
-    turn: Float[Array, " n"]  # [rad] of an angle, 0 of what is none
+    turn: Float[Array, " n"]
 
     @classmethod
     def init(cls, task: Task) -> "Normalizer":
-        """The units of the task as they are."""
+        """Return the normaliser of a task before the first fit: means of 0 and scales of 1."""
         shapes = [leaf.shape for leaf in jax.tree.leaves(task.state_shape)]
         if [len(shape) for shape in shapes] != [1]:
             found = ", ".join(str(list(shape)) for shape in shapes)
@@ -61,38 +67,38 @@ class Normalizer(eqx.Module):
 
     @property
     def size(self) -> int:
-        """The number of inputs."""
+        """Number of inputs of the network."""
         return self.mean.shape[-1]
 
     @property
     def varies(self) -> Bool[Array, " n"]:
-        """Which state variables changed at all in the data; a NaN among them is no reason to leave one out."""
+        """Which state variables changed in the data, shape [n]; a variable with a NaN counts as one that changed."""
         return self.scale != 0
 
     def inputs(self, s: Float[Array, " n"], a: Float[Array, " m"]) -> Float[Array, " d"]:
-        """z, for a network."""
+        """Return the inputs z of the network, shape [d]."""
         return (jnp.concatenate([self.features(s), a]) - self.mean) / self.std
 
     def target(self, s: Float[Array, " n"], s_next: Float[Array, " n"]) -> Float[Array, " n"]:
-        """y, which a network is to say; 0 for what never changed."""
+        """Return the output y that predicts `s_next`, shape [n]; 0 for a variable that never changed."""
         return self.difference(s, s_next) / jnp.where(self.varies, self.scale, 1) * self.varies.astype(s.dtype)
 
     def step(self, s: Float[Array, " n"], y: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The next state of what a network says."""
+        """Return the next state that an output y predicts, shape [n]."""
         return s + self.scale * y
 
     def difference(self, s: Float[Array, " n"], s_next: Float[Array, " n"]) -> Float[Array, " n"]:
-        """From s to s_next, angles the shorter way round."""
+        """Return the change from s to s_next, shape [n]; angles take the shorter way round."""
         change = s_next - s
         return change - self.turn * jnp.round(change / jnp.where(self.turn > 0, self.turn, 1))
 
     def average(self, x: Float[Array, " n"]) -> Float[Array, ""]:
-        """Over the state variables that change."""
+        """Return the mean of x over the state variables that changed in the data."""
         number = jnp.maximum(jnp.sum(self.varies), 1).astype(x.dtype)
         return jnp.sum(jnp.where(self.varies, x, 0)) / number
 
     def fitted(self, rows: Transition, data: Bool[Array, " N"]) -> "Normalizer":
-        """With the statistics of those of N rows that are `data`. They stay until the next fit."""
+        """Return the normaliser with the statistics of those of N rows where `data` is true."""
         z = jnp.concatenate([jax.vmap(self.features)(rows.s), rows.a], axis=1)
         mean, std = standard(z, data)
         changes = jax.vmap(self.difference)(rows.s, rows.s_next)
@@ -100,23 +106,23 @@ class Normalizer(eqx.Module):
 
 
 def masked_mean(x: Float[Array, "N k"], data: Bool[Array, " N"]) -> Float[Array, " k"]:
-    """The mean of those rows that are data."""
+    """Mean of those rows where `data` is true."""
     return jnp.sum(jnp.where(data[:, None], x, 0), axis=0) / jnp.maximum(jnp.sum(data), 1).astype(x.dtype)
 
 
 def standard(x: Float[Array, "N k"], data: Bool[Array, " N"]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    """Mean and standard deviation of those rows that are data; 1 for the deviation of a constant."""
+    """Mean and standard deviation of those rows where `data` is true; a constant has a deviation of 1."""
     mean = masked_mean(x, data)
     std = jnp.sqrt(masked_mean((x - mean) ** 2, data))
-    # What is below is what rounding left of a constant's mean; NaN stays.
+    # A deviation this small is rounding of a constant's mean; NaN stays.
     return mean, jnp.where(std <= 8 * jnp.finfo(std.dtype).eps * jnp.abs(mean), 1, std)
 
 
 def turns(task: Task) -> Float[Array, " n"]:
     r"""$2\pi$ for each state variable that the task's features see only as an angle, 0 for the others.
 
-    Those features are the same a turn further on, and others before. They are looked at in a few states, as values: the
-    parameters of the features may be traced.
+    The features are evaluated in a few random states and must be the same a full turn further on, but not 1 rad further
+    on. The test is on values, so the parameters of the features may be traced.
     """
     probes = jax.random.normal(jax.random.key(0), (4, task.n), float)
 

@@ -1,12 +1,13 @@
-r"""The task of P particles: states side by side under the same actions, and the mean of their rewards.
+r"""The task of P particles: several states under the same actions, rewarded by the mean of their rewards.
 
 $$J = \frac1P \sum_p \Big[\sum_{t<T} w_t\, r(s^p_t, a_t) + w_T\, \phi(s^p_T)\Big],\quad s^p_{t+1} = f^p_t(s^p_t, a_t)$$
 
-It is a task like any other, of states [P, ...], so whatever plans for one state plans for the particles' mean: gradient
-methods, iLQR and sampling alike. With an `Ensemble` each particle follows the members as its propagation says.
+It is an ordinary task of states [P, ...], so any planner for one state plans for the mean of the particles: gradient
+methods, iLQR and sampling alike. With an `Ensemble`, its propagation decides which member each particle follows.
 """
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,48 +15,55 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffmbrl.core import Dynamics, Identity, State, Task, where
+from diffmbrl.models.protocols import ParticleStepping
 
 
 class Cloud(NamedTuple):
-    """Particles of a task that can end: each has its own end, after which it is held and earns nothing."""
+    """Particles of a task whose episodes can end: each particle ends on its own, and is then held and earns nothing.
 
-    s: State  # [P, ...]
-    alive: Float[Array, " P"]  # 1 or 0: a number, so that a second-order method can take it as part of the state
-    s0: State  # [P, ...]; where functions are evaluated instead of at a state past its end
+    Args:
+        s: States, leaves [P, ...].
+        alive: 1 before a particle's end and 0 after it, shape [P]; a float, so that second-order methods can linearise it.
+        s0: Start states, leaves [P, ...], at which functions are evaluated in place of a state past its end.
+    """
 
-
-@runtime_checkable
-class ManyDynamics(Dynamics, Protocol):
-    """Dynamics that step particles together, as an ensemble does, whose particles share its members."""
-
-    def many(self, s: State, a: Array, *, key: PRNGKeyArray | None = None) -> State:
-        """The next states of particles [P, ...] under one action."""
-        ...
+    s: State
+    alive: Float[Array, " P"]
+    s0: State
 
 
 class ParticleDynamics(eqx.Module):
-    """The dynamics of each particle, with noise of its own; an ensemble's `many` where there is one."""
+    """One step of all particles: by the dynamics' own `many` if it has one, else particle by particle with separate noise.
+
+    Args:
+        inner: Dynamics of one state, or an ensemble.
+        done: End of an episode, as in `Task`; None if there is none.
+    """
 
     inner: Dynamics
-    done: Any
+    done: Callable | None
 
     def __call__(self, s: State, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> State:
         if self.done is None:
             return self._step(s, a, key)
         moved = where(s.alive > 0, self._step(where(s.alive > 0, s.s, s.s0), a, key), s.s)
-        return Cloud(moved, s.alive * _going(self.done, moved), s.s0)
+        return Cloud(moved, s.alive * _not_done(self.done, moved), s.s0)
 
     def _step(self, s: State, a: Array, key: PRNGKeyArray | None) -> State:
-        if isinstance(self.inner, ManyDynamics):
+        if isinstance(self.inner, ParticleStepping):
             return self.inner.many(s, a, key=key)
         keys = None if key is None else jax.random.split(key, jax.tree.leaves(s)[0].shape[0])
         return jax.vmap(lambda s, k: self.inner(s, a, key=k), in_axes=(0, None if key is None else 0))(s, keys)
 
 
 class ParticleReward(eqx.Module):
-    """The mean over particles of a reward r(s, a) or phi(s); 0 for those past their end."""
+    """Mean over the particles of a reward r(s, a) or phi(s); particles past their end count as 0.
 
-    inner: Any
+    Args:
+        inner: Reward or terminal reward of one state.
+    """
+
+    inner: Callable
 
     def __call__(self, s: State, *a: Float[Array, " m"]) -> Float[Array, ""]:
         if not isinstance(s, Cloud):
@@ -65,10 +73,16 @@ class ParticleReward(eqx.Module):
 
 
 class ParticleStart(eqx.Module):
-    """All particles at one start of the task."""
+    """Places all particles at one start state of the task.
 
-    inner: Any
-    done: Any
+    Args:
+        inner: Start distribution of the task.
+        done: End of an episode, as in `Task`.
+        count: Number of particles P.
+    """
+
+    inner: Callable
+    done: Callable | None
     count: int = eqx.field(static=True)
 
     def __call__(self, key: PRNGKeyArray) -> State:
@@ -76,9 +90,13 @@ class ParticleStart(eqx.Module):
 
 
 class EachParticle(eqx.Module):
-    """A constraint of the task for each particle: [P k]."""
+    """A constraint of the task applied to each particle: k values become P k.
 
-    inner: Any
+    Args:
+        inner: Constraint of one state.
+    """
+
+    inner: Callable
 
     def __call__(self, s: State, *a: Float[Array, " m"]) -> Float[Array, " Pk"]:
         states = s.s if isinstance(s, Cloud) else s
@@ -86,9 +104,17 @@ class EachParticle(eqx.Module):
 
 
 def particles(task: Task, count: int) -> Task:
-    """The task of `count` particles; its start is `replicate_start(s0, task, count)`. It says nothing of success.
+    """Make the task of `count` particles under the same actions; its start states come from `replicate_start`.
 
-    Raises: `ValueError` if there are none.
+    Args:
+        task: Task of one state.
+        count: Number of particles P.
+
+    Returns:
+        The task on states [P, ...], or `Cloud`s of them if the task's episodes can end. It has no `success`.
+
+    Raises:
+        ValueError: If `count` is below 1.
 
     >>> from diffmbrl import tasks
     >>> cloud = particles(tasks.cartpole_balance(), 20)
@@ -118,15 +144,24 @@ def particles(task: Task, count: int) -> Task:
 
 
 def replicate_start(s0: State, task: Task, count: int) -> State:
-    """`count` particles at one start state of `task`."""
+    """Place `count` particles at one start state.
+
+    Args:
+        s0: A start state of `task`.
+        task: Task of one state.
+        count: Number of particles P.
+
+    Returns:
+        A state of `particles(task, count)`, leaves [P, ...].
+    """
     return _spread(s0, count, task.done)
 
 
-def _spread(s0: State, count: int, done: Any) -> State:
+def _spread(s0: State, count: int, done: Callable | None) -> State:
     s = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), s0)
-    return s if done is None else Cloud(s, _going(done, s), s)
+    return s if done is None else Cloud(s, _not_done(done, s), s)
 
 
-def _going(done: Any, s: State) -> Array:
+def _not_done(done: Callable, s: State) -> Array:
     dtype = next(x.dtype for x in jax.tree.leaves(s) if jnp.issubdtype(x.dtype, jnp.floating))
     return 1 - jax.vmap(done)(s).astype(dtype)

@@ -1,48 +1,50 @@
 r"""A network with a memory as dynamics: $(h', y) = \mathrm{net}(h, z)$, $s' = s + \sigma_\Delta \circ y$, net a GRU or an LSTM.
 
 A dynamics maps one state to the next, so the memory is part of the state: `Remembered(s, h)`. `remembering(task, f)` is the
-task on such states, in which whatever rolls out, plans or differentiates goes through f as through any other dynamics.
+task on such states, on which rollouts, planners and derivatives work as with any other dynamics.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from diffmbrl.core import Dynamics, State, Task
+from diffmbrl.core import State, Task
 from diffmbrl.models.buffer import Transition
 from diffmbrl.models.normalizer import Normalizer
+from diffmbrl.models.protocols import RecurrentNetwork
 from diffmbrl.nets import GRU
 from diffmbrl.tasks.transforms.plant import OfState, remade
 
 
 class Remembered(NamedTuple):
-    """A state of the task, and the network's memory of what came before."""
+    """A state of the task, and the network's memory of the steps before it.
+
+    Args:
+        s: State of the task, shape [n].
+        h: Memory of the network.
+    """
 
     s: State
     h: PyTree
 
 
-@runtime_checkable
-class DynamicsWithMemory(Dynamics, Protocol):
-    """Dynamics whose state is `Remembered`: the true state and a memory of the steps before."""
-
-    def start(self, s: Float[Array, " n"]) -> Remembered:
-        """A state before which nothing is remembered."""
-        ...
-
-
 class RecurrentDynamics(eqx.Module):
-    r"""A recurrent network that predicts the change of the state from what has been since the start of its memory.
+    r"""Recurrent dynamics that predict the change of the state from the steps since the start of the memory.
 
-    It is trained on windows (`train` with rows [capacity, k, ...]): the memory is empty at the start of each, and the true
-    states of the window are what it sees, one after another.
+    It is trained on windows (`train` with rows [capacity, k, ...]): the memory is empty at the start of each window, and the
+    network then reads the true states one after another.
 
-    Shapes: `Remembered(s [n], h)`, a [m] -> `Remembered`.
-    Raises: `ValueError` if the task's states are not one flat array, or if it is trained on single transitions.
+    Args:
+        net: Recurrent network from memory and inputs to the scaled change, such as a `GRU`.
+        normalizer: Scaling of inputs and outputs.
+
+    Raises:
+        ValueError: If the task's states are not one flat array, or if it is trained on single transitions.
+
     Reference: Cho et al. 2014 (GRU); Hochreiter and Schmidhuber 1997 (LSTM).
 
     >>> import jax
@@ -54,17 +56,30 @@ class RecurrentDynamics(eqx.Module):
     (10, 2)
     """
 
-    net: Any
-    normalizer: Any
+    net: RecurrentNetwork
+    normalizer: Normalizer
 
     @classmethod
     def init(cls, task: Task, *, key: PRNGKeyArray, hidden: int = 64, draw: Callable = GRU.init) -> "RecurrentDynamics":
-        """Draw the weights; `draw` is `GRU.init` or `LSTM.init`, or another's with the same arguments."""
+        """Draw the weights of an untrained model.
+
+        Args:
+            task: Task whose states, actions and features the model takes.
+            key: Key of the weights.
+            hidden: Number of hidden units.
+            draw: Constructor of the network: `GRU.init`, `LSTM.init` or another with the same arguments.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If the task's states are not one flat array.
+        """
         normalizer = Normalizer.init(task)
         return cls(draw(normalizer.size, hidden, task.n, key=key), normalizer)
 
     def start(self, s: Float[Array, " n"]) -> Remembered:
-        """A state before which nothing is remembered."""
+        """Return a state with an empty memory."""
         return Remembered(s, self.net.start())
 
     def __call__(self, state: Remembered, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> Remembered:
@@ -72,11 +87,11 @@ class RecurrentDynamics(eqx.Module):
         return Remembered(self.normalizer.step(state.s, y), h)
 
     def remember(self, state: Remembered, a: Float[Array, " m"], s_next: Float[Array, " n"]) -> Remembered:
-        """After a real step: the true next state, and the memory of the step."""
+        """Return the true next state of a real step, with the memory of that step."""
         return Remembered(s_next, self(state, a).h)
 
     def loss(self, s: Float[Array, "k n"], a: Float[Array, "k m"], s_next: Float[Array, "k n"]) -> Float[Array, ""]:
-        """The squared error of the scaled change, averaged over the state variables and the steps of a window."""
+        """Squared error of the scaled change, averaged over the state variables and the steps of a window."""
 
         def step(h, x):
             s, a, s_next = x
@@ -86,16 +101,22 @@ class RecurrentDynamics(eqx.Module):
         return jnp.mean(jax.lax.scan(step, self.net.start(), (s, a, s_next))[1])
 
     def row_loss(self, row: Transition) -> Float[Array, ""]:
-        """The loss of a window."""
+        """Loss of a window of transitions."""
         if row.a.ndim == 1:
             raise ValueError("a recurrent model is trained on windows [capacity, k, ...], got single transitions")
         return self.loss(row.s, row.a, row.s_next)
 
 
 def remembering(task: Task, f: RecurrentDynamics) -> Task:
-    """The task on states `Remembered`, with f as its dynamics; rewards, features and ends are those of the state alone.
+    """Put recurrent dynamics into a task: rewards, features and ends are those of the state alone.
 
-    Its starts have an empty memory. A policy for it is one for `task`: `Neural` takes the features of either.
+    Args:
+        task: Task whose states f predicts.
+        f: Recurrent dynamics.
+
+    Returns:
+        The task on `Remembered` states, which start with an empty memory. A policy of `task` that sees features,
+        such as `Neural`, fits it.
     """
     return remade(
         task,

@@ -1,8 +1,7 @@
 r"""Networks of bounded slope: after each update every weight matrix is scaled back to $\|W\|_2 \le c$.
 
-A bound on the weights is kept where they change, in the rule that trains them, so any network can have it (`MLP`, `GRU` or
-`LSTM`, with simplices or not) and rollouts cost nothing more. With activations of slope at most 1 between them, L such layers
-have a slope of at most $c^L$ in their normalised inputs.
+The rule that trains the weights enforces the bound, so it applies to any network and rollouts cost nothing more. With
+activations of slope at most 1 between them, L such layers have a slope of at most $c^L$ in their normalised inputs.
 Reference: Miyato et al. 2018, section 2.1 (the power iteration); Gouk et al. 2021, section 4 (the projection).
 """
 
@@ -12,14 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 
 class BoundedState(NamedTuple):
-    """The rule's state, and for each matrix the direction that it stretches most, as far as is known."""
+    """State of the inner rule, and for each matrix an estimate of its leading right singular vector."""
 
-    inner: Any
-    directions: Any
+    inner: optax.OptState
+    directions: PyTree
 
 
 def bounded_spectrum(
@@ -29,11 +28,19 @@ def bounded_spectrum(
     iterations: int = 2,
     **arguments: Any,
 ) -> optax.GradientTransformation:
-    """Any optax rule, followed by the projection of every matrix onto those of norm `bound` at most.
+    """Project every weight matrix onto spectral norm at most `bound` after each step of an optax rule.
 
-    The norm is that of a power iteration, so many steps an update, that goes on from update to update. For `Training`:
-    `Training(bounded_spectrum, bound=1.0, learning_rate=1e-3)`.
-    Raises: `ValueError` if `iterations` is below 1.
+    Args:
+        inner: Constructor of an optax rule.
+        bound: Largest spectral norm c of a weight matrix.
+        iterations: Steps of power iteration per update; they continue from one update to the next.
+        **arguments: Arguments of `inner`.
+
+    Returns:
+        The rule, for example `Training(bounded_spectrum, bound=1.0, learning_rate=1e-3)`.
+
+    Raises:
+        ValueError: If `iterations` is below 1.
 
     >>> W = {"W": 3.0 * jnp.eye(2)}
     >>> rule = bounded_spectrum(optax.sgd, learning_rate=0.1)
@@ -45,12 +52,12 @@ def bounded_spectrum(
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     rule = optax.with_extra_args_support(inner(**arguments))
 
-    def init(params: Any) -> BoundedState:
+    def init(params: PyTree) -> BoundedState:
         drawn = jax.tree.map(lambda W: jax.random.normal(jax.random.key(0), W.shape[-1:], W.dtype), params)
         found = jax.tree.map(lambda W, v: power(W, v, 30)[1] if W.ndim == 2 else v, params, drawn)
         return BoundedState(rule.init(params), found)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, BoundedState]:
+    def update(updates: PyTree, state: Any, params: Any = None, **extra: Any) -> tuple[Any, BoundedState]:
         change, inner_state = rule.update(updates, state.inner, params, **extra)
         leaves, tree = jax.tree.flatten(params)
         changes, directions = [], []
@@ -66,7 +73,7 @@ def bounded_spectrum(
 
 
 def power(W: Float[Array, "out in"], v: Float[Array, " in"], steps: int) -> tuple[Array, Float[Array, " in"]]:
-    """The largest singular value of W, from below, and its right singular vector, by power iteration from v."""
+    """Return a lower estimate of the largest singular value of W and its right singular vector, by power iteration from v."""
     tiny = jnp.finfo(W.dtype).tiny
     norm = jnp.zeros((), W.dtype)
     for _ in range(steps):
