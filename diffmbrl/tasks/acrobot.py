@@ -91,6 +91,19 @@ def acrobot(
     Success: the cosines of both links' angles from upright above .95, rates below 1 rad/s at the end.
     Source: Sutton 1996, "Generalization in reinforcement learning", as in Gymnasium's Acrobot-v1 (its "book"
     equations, followed step by step in the tests), with twenty times its torque, for two swings instead of dozens.
+
+    Args:
+        horizon: Number of steps of .05 s.
+        m_1, m_2: Masses of the links [kg].
+        l_1, l_2: Lengths of the links [m].
+        inertia: Inertia of each link about its centre of mass [kg m^2].
+        g: Gravity [m/s^2].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     m_1, m_2, l_1, l_2, inertia, g = accept("acrobot", m_1=m_1, m_2=m_2, l_1=l_1, l_2=l_2, inertia=inertia, g=g)
     centre, spread = jnp.asarray([jnp.pi, 0.0, 0.0, 0.0], float), jnp.full(4, 0.2, float)

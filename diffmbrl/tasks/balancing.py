@@ -1,13 +1,12 @@
 """Keep a rod upright on a cart and earn 1 a step until it falls: the two systems on which MBPO and its peers are compared."""
 
 import math
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, ScalarLike
 
-from diffmbrl.core import Box, Task, parameter
+from diffmbrl.core import Box, Dynamics, Task, parameter
 from diffmbrl.tasks.integrate import rk4
 from diffmbrl.tasks.parameters import accept
 
@@ -82,14 +81,14 @@ class RailWithEnds(eqx.Module):
 
 
 class Standing(eqx.Module):
-    """r = 1. A task that ends with a fall pays it only as long as the rod stands."""
+    """r = 1, for a task that ends when the rod falls."""
 
     def __call__(self, s: Float[Array, "4"], a: Float[Array, "1"]) -> Float[Array, ""]:
         return jnp.ones((), s.dtype)
 
 
 class Fallen(eqx.Module):
-    """Whether the angle or the place has left its limits."""
+    """Whether the angle or the cart has left its limits."""
 
     angle: Float[Array, ""] = parameter(0.2)  # rad
     x: Float[Array, ""] = parameter(jnp.inf)  # m
@@ -108,9 +107,9 @@ class StillStanding(eqx.Module):
 
 
 class InUnits(eqx.Module):
-    """s / size: every number of the state in a unit of its own."""
+    """s / size: each state variable in its own unit."""
 
-    size: tuple[float, ...] = eqx.field(static=True)  # no parameter: what a policy holds of it would be learned
+    size: tuple[float, ...] = eqx.field(static=True)  # static: a policy would train a leaf of its features
 
     def __call__(self, s: Float[Array, "4"]) -> Float[Array, "4"]:
         return s / jnp.asarray(self.size, s.dtype)
@@ -124,6 +123,19 @@ def cartpole_continuous(
     The pole is a rod of length 2 l. All four numbers start within .05 of 0; the best return is T. mbrl-lib's balancing
     cart-pole, whose action is the force in units of 10 N. The reward has no gradient.
     Source: Barto, Sutton, Anderson 1983, without friction; Florian 2007, Correct equations for the dynamics of the cart-pole.
+
+    Args:
+        horizon: Number of steps of .02 s.
+        m_c: Mass of the cart [kg].
+        m_p: Mass of the pole [kg].
+        l: Half the length of the pole [m].
+        g: Gravity [m/s^2].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     m_c, m_p, l, g = accept("cartpole-continuous", m_c=m_c, m_p=m_p, l=l, g=g)
     rod = RodOnCart(m_c, m_p, l, 4 / 3 * m_p * l**2, g)
@@ -147,6 +159,20 @@ def inverted_pendulum(
     All four numbers start within .01 of 0; the best return is T. The equations are our own and agree with MuJoCo's to rounding
     between the ends of the rail, where its soft stop is here a dead one. The reward has no gradient.
     Source: Gymnasium's InvertedPendulum (v4: the step of the fall earns 1, too), after the Brax and OpenAI Gym tasks.
+
+    Args:
+        horizon: Number of steps of .04 s.
+        m_c: Mass of the cart [kg].
+        m_p: Mass of the pole [kg].
+        g: Gravity [m/s^2].
+        c_x: Friction of the rail [N s/m].
+        c_angle: Friction of the hinge [N m s].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     m_c, m_p, g, c_x, c_angle = accept("inverted-pendulum", m_c=m_c, m_p=m_p, g=g, c_x=c_x, c_angle=c_angle)
     length = jnp.hypot(jnp.asarray(0.6, float), 0.001)  # leaning by .001 m
@@ -166,7 +192,7 @@ def capsule_inertia(m_p: Array, length: Array, radius: float = 0.049) -> Float[A
 
 def _standing(
     name: str,
-    dynamics: Any,
+    dynamics: Dynamics,
     fallen: Fallen,
     spread: float,
     force: float,

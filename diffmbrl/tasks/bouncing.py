@@ -15,13 +15,11 @@ Reference: Hu et al. 2020, DiffTaichi, section 4 (time of impact); Paulus et al.
 Leine and Nijmeijer 2004, Dynamics and Bifurcations of Non-Smooth Mechanical Systems, chapter 7 (saltation).
 """
 
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
-from diffmbrl.core import Box, Task, parameter
+from diffmbrl.core import Box, Dynamics, Task, parameter
 from diffmbrl.tasks.parameters import accept, accept_real
 
 FORCE = 1.0  # N
@@ -138,6 +136,20 @@ def bouncing(
     It comes down at 1 m/s from .2 to 2.8 m, without gravity unless g is given. Success: within 5 cm. `bouncing_on_the_grid` and
     `bouncing_penalty` are the same ball with other models of the contact.
     Source: Paulus et al. 2025, Hard Contacts with Soft Gradients, section 3, with a force on the ball.
+
+    Args:
+        horizon: Number of steps of `dt`.
+        mass: Mass of the ball [kg].
+        e: Coefficient of restitution.
+        g: Gravity [m/s^2]; any finite number.
+        dt: Duration of a step [s].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If `g` is not finite, another parameter is not a finite positive number, or `horizon` is below
+            1.
     """
     mass, e, dt = *accept("bouncing", mass=mass, e=e), _seconds("bouncing", dt)
     (g,) = accept_real("bouncing", g=g)
@@ -147,7 +159,22 @@ def bouncing(
 def bouncing_on_the_grid(
     *, horizon: int = 50, mass: ScalarLike = 1.0, e: ScalarLike = 1.0, g: ScalarLike = 0.0, dt: float = 0.04
 ) -> Task:
-    """The bouncing ball with impacts at the time steps: after each, derivatives have the wrong sign."""
+    """The bouncing ball with impacts at the time steps: after each, derivatives have the wrong sign.
+
+    Args:
+        horizon: Number of steps of `dt`.
+        mass: Mass of the ball [kg].
+        e: Coefficient of restitution.
+        g: Gravity [m/s^2]; any finite number.
+        dt: Duration of a step [s].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If `g` is not finite, another parameter is not a finite positive number, or `horizon` is below
+            1.
+    """
     mass, e, dt = *accept("bouncing-on-the-grid", mass=mass, e=e), _seconds("bouncing-on-the-grid", dt)
     (g,) = accept_real("bouncing-on-the-grid", g=g)
     return _ball("bouncing-on-the-grid", OnTheGrid(mass, e, g, dt), horizon, dt)
@@ -162,7 +189,23 @@ def bouncing_penalty(
     g: ScalarLike = 0.0,
     dt: float = 0.04,
 ) -> Task:
-    """The bouncing ball on a spring and damper, whose force jumps where contact begins and ends."""
+    """The bouncing ball on a spring and damper, whose force jumps where contact begins and ends.
+
+    Args:
+        horizon: Number of steps of `dt`.
+        mass: Mass of the ball [kg].
+        k: Stiffness of the ground [N/m].
+        c: Damping of the ground [N s/m]; any finite number.
+        g: Gravity [m/s^2]; any finite number.
+        dt: Duration of a step [s].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If `c` or `g` is not finite, another parameter is not a finite positive number, or `horizon` is
+            below 1.
+    """
     mass, k = accept("bouncing-penalty", mass=mass, k=k)
     c, g = accept_real("bouncing-penalty", c=c, g=g)
     dt = _seconds("bouncing-penalty", dt)
@@ -174,7 +217,7 @@ def _seconds(name: str, dt: float) -> float:
     return float(dt)
 
 
-def _ball(name: str, dynamics: Any, horizon: int, dt: float) -> Task:
+def _ball(name: str, dynamics: Dynamics, horizon: int, dt: float) -> Task:
     return Task(
         name=name,
         dynamics=dynamics,

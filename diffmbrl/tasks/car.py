@@ -89,6 +89,17 @@ def car(*, horizon: int = 80, wheelbase: ScalarLike = 2.5, radius: ScalarLike = 
     .5 m of the origin, cos(heading) above .97, slower than .5 m/s at the end. The obstacles, of `radius` (the car's half width
     included), are in `task.constraints` alone: the reward does not know them, and a method that knows no constraints drives
     through. Source: the kinematic bicycle of Rajamani 2012, Vehicle Dynamics and Control, section 2.2, at the rear axle.
+
+    Args:
+        horizon: Number of steps of .1 s.
+        wheelbase: Distance between the axles [m].
+        radius: Radius of the obstacles, half the width of the car included [m].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     wheelbase, radius = accept("car", wheelbase=wheelbase, radius=radius)
     return Task(

@@ -80,6 +80,19 @@ def cartpole_balance(
 
     The cost is -reward, near .8 for a good policy. Equations: Barto, Sutton, Anderson 1983 without friction and with a point
     mass; Tedrake, Underactuated Robotics, section 3.2.
+
+    Args:
+        horizon: Number of steps of .05 s.
+        m_c: Mass of the cart [kg].
+        m_p: Mass of the pole's tip [kg].
+        l: Length of the pole [m].
+        g: Gravity [m/s^2].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     return _cartpole("cartpole-balance", [1.0, 0.6, 0.5, 0.5], 0.0, horizon, m_c, m_p, l, g)
 
@@ -90,6 +103,19 @@ def cartpole_swingup(
     """The same system and costs from hanging: x +-.5 m, angle pi +-.5 rad, rates +-.2.
 
     Equations as for `cartpole_balance`.
+
+    Args:
+        horizon: Number of steps of .05 s.
+        m_c: Mass of the cart [kg].
+        m_p: Mass of the pole's tip [kg].
+        l: Length of the pole [m].
+        g: Gravity [m/s^2].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     return _cartpole("cartpole-swingup", [0.5, 0.5, 0.2, 0.2], jnp.pi, horizon, m_c, m_p, l, g)
 

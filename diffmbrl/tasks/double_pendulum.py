@@ -77,6 +77,18 @@ def double_pendulum(
     Rates start within +-.3 rad/s. Success: the cosines of both rods' angles from upright above .95, rates below 1 rad/s at the
     end. Source: Lagrange's equations of two point masses (Goldstein, Classical Mechanics, chapter 1), by automatic
     differentiation in the tests.
+
+    Args:
+        horizon: Number of steps of .05 s.
+        m_1, m_2: Masses at the ends of the rods [kg].
+        l_1, l_2: Lengths of the rods [m].
+        g: Gravity [m/s^2].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     m_1, m_2, l_1, l_2, g = accept("double-pendulum", m_1=m_1, m_2=m_2, l_1=l_1, l_2=l_2, g=g)
     centre, spread = jnp.asarray([jnp.pi, 0.0, 0.0, 0.0], float), jnp.full(4, 0.3, float)

@@ -2,9 +2,9 @@ r"""Tasks of finitely many states and choices, as tables, and their values by en
 
 $$Q_t(s, a) = r(s, a) + \sum_{s'} P(s' \mid s, a) \max_{a'} Q_{t+1}(s', a')$$
 
-is what closing the loop is worth. A plan fixes its choices beforehand, so its value is an expectation over what they lead to,
-and the best plan is the best of all $A^T$ of them. A controller that plans anew at each step applies the first choice of the
-best plan from where it is. Probabilities and rewards are fractions, and nothing is rounded.
+is the value of the best closed loop. A plan fixes its choices beforehand, so its value is an expectation over the states
+they lead to, and the best plan is the best of all $A^T$ of them. A controller that replans at each step applies the first
+choice of the best plan from its current state. Probabilities and rewards are fractions, and nothing is rounded.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 class Finite(NamedTuple):
-    """S states and A choices: what each earns and leads to, and where an episode ends."""
+    """S states and A choices, with rewards, transition probabilities and ends of episodes."""
 
     s: np.ndarray  # [S, n]
     a: np.ndarray  # [A, m]
@@ -53,7 +53,7 @@ class Tabular(eqx.Module):
 
 
 def planned(finite: Finite, s: int, plan: Sequence[int]) -> Fraction:
-    """What a plan earns from state s: choices made in turn, whatever they lead to."""
+    """Return the expected return of a plan from state s."""
     total, reached = Fraction(0), {s: Fraction(1)}
     for a in plan:
         after: dict[int, Fraction] = {}
@@ -68,14 +68,14 @@ def planned(finite: Finite, s: int, plan: Sequence[int]) -> Fraction:
 
 
 def open_loop(finite: Finite, s: int, steps: int) -> tuple[Fraction, tuple[int, ...]]:
-    """The best plan from state s and what it earns; of equals the first. Cost: all A^steps plans, each from what it reaches."""
+    """Return the value of the best plan from state s, and the plan (the first of equals). Cost: all A^steps plans."""
     every = product(range(len(finite.a)), repeat=steps)
     value, plan = max(((planned(finite, s, plan), plan) for plan in every), key=lambda found: found[0])
     return value, plan
 
 
 def replanned(finite: Finite, s: int, steps: int) -> Fraction:
-    """What is earned from state s by applying the first choice of the best plan at each step."""
+    """Return the expected return from state s of applying the first choice of the best plan at each step."""
     if steps == 0 or finite.done[s]:
         return Fraction(0)
     a = open_loop(finite, s, steps)[1][0]
@@ -101,7 +101,7 @@ def optimal_q(finite: Finite, steps: int) -> list[list[list[Fraction]]]:
 
 
 def followed(finite: Finite, s: int, choices: Sequence[int], steps: int) -> Fraction:
-    """What a policy earns from state s: the choice that it makes in each state, [S]."""
+    """Return the expected return from state s of a policy, given as its choice in each state, [S]."""
     if steps == 0 or finite.done[s]:
         return Fraction(0)
     a = choices[s]

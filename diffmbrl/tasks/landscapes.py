@@ -1,4 +1,4 @@
-r"""One-dimensional landscapes: a place is moved by the action, and what counts is where it ends.
+r"""One-dimensional landscapes: each action moves a place, and only the last place is rewarded.
 
 $$s_{t+1} = s_t + a_t,\qquad J = \phi(s_T)$$
 
@@ -78,9 +78,20 @@ class AtBottom(eqx.Module):
 def heaviside(*, horizon: int = 1, low: ScalarLike = -1.0, high: ScalarLike = 0.0) -> Task:
     """Step over an edge at 0: a gradient of exactly 0 everywhere, refused by gradient methods; starts within +-1.5 m.
 
-    The reward is `high` from the edge on and `low` before it. Every sample of the pathwise gradient is 0, so it is biased
-    and its variance says that it is sure. Source: Suh et al. 2022, Do Differentiable Simulators Give Better Policy
+    The reward is `high` from the edge on and `low` before it. Every sample of the pathwise gradient is 0, so the
+    estimate is biased although its variance is 0. Source: Suh et al. 2022, Do Differentiable Simulators Give Better Policy
     Gradients, section 3.
+
+    Args:
+        horizon: Number of steps, each of which moves the place by the action.
+        low: Reward before the edge.
+        high: Reward from the edge on.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite number, or `horizon` is below 1.
     """
     low, high = accept_real("heaviside", low=low, high=high)
     return _landscape("heaviside", StepReward(low, high), 1.5, 2.0, Beyond(), horizon)
@@ -92,6 +103,19 @@ def soft_heaviside(
     """The step as a ramp of `width` metres: the pathwise gradient is right on average, and nearly always 0.
 
     Source: Suh et al. 2022, section 3, of which this is `low` = -1, `high` = 1.
+
+    Args:
+        horizon: Number of steps, each of which moves the place by the action.
+        low: Reward before the ramp.
+        high: Reward after the ramp.
+        width: Width of the ramp [m]; positive.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If `low` or `high` is not finite, `width` is not a finite positive number, or `horizon` is below
+            1.
     """
     low, high = accept_real("soft-heaviside", low=low, high=high)
     (width,) = accept("soft-heaviside", width=width)
@@ -102,6 +126,16 @@ def sinusoid(*, horizon: int = 1, frequency: ScalarLike = 10.0) -> Task:
     """A bowl under ripples: the faster they are, the worse the pathwise gradient, and no worse the score-function one.
 
     Source: Metz et al. 2021, Gradients are Not All You Need, section 3.
+
+    Args:
+        horizon: Number of steps, each of which moves the place by the action.
+        frequency: Angular frequency of the ripples times pi [rad/m].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     (frequency,) = accept("sinusoid", frequency=frequency)
     return _landscape("sinusoid", Wave(frequency), 10.0, 20.0, AtBottom(), horizon)

@@ -52,9 +52,26 @@ class NearOrigin(eqx.Module):
 
 
 def linear_quadratic(A, B, Q, R, Q_T, *, horizon: int, dt: float, name: str = "lqr", spread: float = 1.0) -> Task:
-    """A task from its matrices; starts drawn from the box of half width `spread`.
+    r"""Make a linear system with quadratic costs from its matrices.
 
-    Raises: `ValueError` if a matrix has the wrong shape.
+    $$s' = A s + B a,\qquad r = -\tfrac12 (s^\top Q s + a^\top R a),\qquad \phi = -\tfrac12 s^\top Q_T s$$
+
+    Args:
+        A: Dynamics matrix of the state, shape [n, n].
+        B: Dynamics matrix of the action, shape [n, m].
+        Q: Cost matrix of the state, shape [n, n].
+        R: Cost matrix of the action, shape [m, m].
+        Q_T: Cost matrix of the last state, shape [n, n].
+        horizon: Number of steps.
+        dt: Duration of a step [s].
+        name: Name of the task.
+        spread: Half width of the box of start states.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a matrix has another shape.
     """
     A, B, Q, R, Q_T = (as_float(x) for x in (A, B, Q, R, Q_T))
     n, m = A.shape[0], B.shape[-1]
@@ -88,6 +105,17 @@ def lqr(*, horizon: int = 50, dt: float = 0.1, mass: ScalarLike = 1.0) -> Task:
     $-dt\,(p^2 + v^2/10 + a^2/10) / 2$, terminal reward $-(p^2 + v^2)/2$. Starts in [-1, 1]^2.
 
     Source: Tedrake, Underactuated Robotics, chapter 8 (the linear quadratic regulator), example 1.
+
+    Args:
+        horizon: Number of steps of `dt`.
+        dt: Duration of a step [s].
+        mass: Mass [kg].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     (mass,) = accept("lqr", mass=mass)
     inverse = 1 / mass
@@ -103,12 +131,22 @@ def lqr(*, horizon: int = 50, dt: float = 0.1, mass: ScalarLike = 1.0) -> Task:
 
 
 def random_lqr(key: PRNGKeyArray, n: int, m: int, *, stability: str = "unstable", horizon: int = 50) -> Task:
-    """A random stabilisable system: A with the spectral radius that `stability` names, Q and R random positive definite.
+    """Draw a random stabilisable linear system with random positive definite costs.
 
-    "stable" has radius 0.9, "marginal" 1, "unstable" 1.1. The entries of B are independent normal numbers, which makes (A, B)
-    controllable, so stabilisable, with probability one.
+    The entries of B are independent normal numbers, which makes (A, B) controllable with probability one.
 
-    Raises: `ValueError` for an unknown stability or a dimension below 1.
+    Args:
+        key: Key of the matrices.
+        n: Dimension of the state.
+        m: Dimension of the action.
+        stability: Spectral radius of A: "stable" is .9, "marginal" 1, "unstable" 1.1.
+        horizon: Number of steps.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If `stability` is none of the three, or a dimension is below 1.
 
     >>> import jax
     >>> random_lqr(jax.random.key(0), 3, 2, stability="stable").n

@@ -1,11 +1,11 @@
-r"""The math test of the lecture: whoever must commit to an answer before seeing the question had better go home.
+r"""The math test of the lecture: a plan that must fix its answer before it sees the question does best to go home.
 
 Two time steps. At the door: take the test, or go home and earn nothing. At the desk: two one-digit numbers are seen, each of
 0 to 9 equally likely, and their sum is to be written down: right earns `prize`, wrong loses `penalty`.
 
-A choice is the nearest whole number to the one action, from -1 to 18. At the door -1 goes home and any other takes the test;
-at the desk 0 to 18 are answers, and -1 is a wrong one. So every policy, planner and estimator of the package can be tried on
-it, and an action drawn evenly within the limits makes each choice equally often. No gradient passes through a choice.
+A choice is the whole number nearest to the one action, from -1 to 18. At the door -1 goes home and any other takes the test;
+at the desk 0 to 18 are answers, and -1 is a wrong one. Every policy, planner and estimator of the package can therefore run on
+it, and a uniform action within the limits makes each choice equally often. No gradient passes through a choice.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ CHOICES = 20  # -1 to 18
 
 
 def choice(a: Float[Array, "1"]) -> Float[Array, ""]:
-    """The whole number that an action stands for."""
+    """Return the whole number nearest to an action, within -1 to 18."""
     return jnp.clip(jnp.round(a[0]), -1, CHOICES - 2)
 
 
@@ -61,7 +61,7 @@ class MathTest(eqx.Module):
 
 
 class Money(eqx.Module):
-    """What an answer earns; nothing anywhere but at the desk."""
+    """Reward of an answer at the desk; 0 at every other place."""
 
     prize: Float[Array, ""] = parameter(2000.0)
     penalty: Float[Array, ""] = parameter(1000.0)
@@ -97,6 +97,17 @@ def math_test(*, horizon: int = 2, prize: ScalarLike = 2000.0, penalty: ScalarLi
 
     The one action is rounded to a choice: -1 goes home, 0 to 18 take the test and then answer it. Success: the right answer.
     Source: Levine, CS 285, the lecture on model-based reinforcement learning with policies.
+
+    Args:
+        horizon: Number of steps; an episode needs two.
+        prize: Reward of a right answer.
+        penalty: Cost of a wrong answer.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
 
     >>> float(math_test().reward(jnp.array([1.0, 3.0, 4.0]), jnp.array([7.2])))
     2000.0

@@ -1,4 +1,4 @@
-"""Physical parameters given by a person: finite, most of them positive, or an error that says so."""
+"""Validation of physical parameters: finite, and most of them positive."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +10,17 @@ from diffmbrl.core import as_float, is_concrete
 
 
 def accept(task: str, **values: Any) -> tuple[Array, ...]:
-    """The values as float arrays, in order. Traced values pass: they can only be looked at outside a transformation.
+    """Convert parameters to float arrays and check that they are finite positive numbers; traced values are not checked.
 
-    Raises: `ValueError` for a value that is not a finite positive number.
+    Args:
+        task: Name of the task, for errors.
+        **values: Parameters, one number each.
+
+    Returns:
+        The arrays, in the order given.
+
+    Raises:
+        ValueError: If a value is not one number, or not finite and positive.
 
     >>> accept("pendulum", m=1.5)[0].item()
     1.5
@@ -21,9 +29,17 @@ def accept(task: str, **values: Any) -> tuple[Array, ...]:
 
 
 def accept_real(task: str, **values: Any) -> tuple[Array, ...]:
-    """The same for what may be zero or negative, such as a coordinate.
+    """Convert parameters that may be zero or negative, such as coordinates, and check that they are finite.
 
-    Raises: `ValueError` for a value that is not a finite number.
+    Args:
+        task: Name of the task, for errors.
+        **values: Parameters, one number each.
+
+    Returns:
+        The arrays, in the order given.
+
+    Raises:
+        ValueError: If a value is not one number, or not finite.
 
     >>> accept_real("quadrotor-waypoint", x=-2)[0].item()
     -2.0

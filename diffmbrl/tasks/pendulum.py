@@ -103,6 +103,18 @@ def pendulum(*, horizon: int = 200, m: ScalarLike = 1.0, l: ScalarLike = 1.0, g:
 
     Neither torque nor speed is smooth at its limit, nor the reward where the pendulum hangs straight down.
     Source: gymnasium/envs/classic_control/pendulum.py, version 1; followed step by step in the tests.
+
+    Args:
+        horizon: Number of steps of .05 s.
+        m: Mass of the rod [kg].
+        l: Length of the rod [m].
+        g: Gravity [m/s^2].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     m, l, g = accept("pendulum", m=m, l=l, g=g)
     return Task(
@@ -126,6 +138,18 @@ def pendulum_swingup(
 
     The cost is -reward, of order 2 for a good policy. Success: cos(angle) > .95 and |rate| < 1 at the end.
     Source: the pendulum of Gymnasium's Pendulum-v1 with its torque limit raised and squashed smoothly in the plant.
+
+    Args:
+        horizon: Number of steps of .05 s.
+        gravity: Largest acceleration by gravity, 3 g / (2 l) [1/s^2].
+        strength: Largest torque [N m].
+        gain: Angular acceleration per torque [1/(kg m^2)].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     gravity, strength, gain = accept("pendulum-swingup", gravity=gravity, strength=strength, gain=gain)
     return Task(

@@ -23,7 +23,7 @@ class TipReward(eqx.Module):
         return self.tip(s) - 0.01 * (a[0] / GEAR) ** 2
 
     def tip(self, s: Float[Array, "4"]) -> Float[Array, ""]:
-        """What its place earns: 1 straight up over the middle of the rail, .02 hanging there."""
+        """Reward of the tip's position: 1 straight up over the middle of the rail, .02 hanging there."""
         x, angle, _, _ = s
         across, below = x + self.length * jnp.sin(angle), self.length * (jnp.cos(angle) - 1)
         return jnp.exp(-(across**2 + below**2) / self.length**2)
@@ -57,14 +57,28 @@ def pets_cartpole(
 ) -> Task:
     """PETS's cart-pole, swung up from hanging: a force of up to 300 N, held for .04 s, on a rail of 5 m.
 
-    The best return is near 182 of 200; its authors reached about 168 after 1200 steps and 180 after 2400. Starts have a
+    The best return is near 182 of 200; the paper reached about 168 after 1200 steps and 180 after 2400. Starts have a
     standard deviation of .1 around hanging. The equations are our own and agree with MuJoCo's to rounding between the ends of
     the rail, where its soft stop is here a dead one; a reward is that of the state before the step, in the paper's code of the
     one after it.
     Source: Chua, Calandra, McAllister, Levine 2018 (PETS), section 6.
+
+    Args:
+        horizon: Number of steps of .04 s.
+        m_c: Mass of the cart [kg].
+        m_p: Mass of the pole [kg].
+        g: Gravity [m/s^2].
+        c_x: Friction of the rail [N s/m].
+        c_angle: Friction of the hinge [N m s].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     m_c, m_p, g, c_x, c_angle = accept("pets-cartpole", m_c=m_c, m_p=m_p, g=g, c_x=c_x, c_angle=c_angle)
-    # A capsule that leans by .001 m where it hangs, and so to the other side where it stands.
+    # A capsule that leans by .001 m when it hangs, and so to the other side when it is upright.
     length = jnp.hypot(jnp.asarray(LENGTH, float), 0.001)
     lean = -jnp.arctan(jnp.asarray(0.001 / LENGTH, float))
     rod = RodOnCart(m_c, m_p, length / 2, capsule_inertia(m_p, length), g, c_x, c_angle, lean)

@@ -120,6 +120,19 @@ def pushing(
     Neither body is pulled: the force is not smooth where they touch, and its slope grows with k. Success: the second body
     within .1 m of x = 2, slower than .3 m/s. Source: Suh et al. 2022, Do Differentiable Simulators Give Better Policy
     Gradients, section 5.
+
+    Args:
+        horizon: Number of steps of `dt`.
+        k: Stiffness of the spring between the bodies [N/m].
+        mass: Mass of each body [kg].
+        keep: Fraction of the speed left after a step.
+        dt: Duration of a step [s].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     k, mass, keep = accept("pushing", k=k, mass=mass, keep=keep)
     start = (0.0, 1.0, 0.0, 0.0)
@@ -140,6 +153,20 @@ def friction(
     Pulled too hard the block slips off, and the return jumps. Success: the block within .1 m of x = 2, slower than .3 m/s.
     Source: Suh et al. 2022, Do Differentiable Simulators Give Better Policy Gradients, section 5, with a limit of friction
     that does not depend on the slip speed.
+
+    Args:
+        horizon: Number of steps of `dt`.
+        mu: Largest friction force [N].
+        v_s: Slip speed at which friction is largest [m/s].
+        mass: Mass of sled and block, each [kg].
+        width: Half the length of the sled [m].
+        dt: Duration of a step [s].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     mu, v_s, mass, width = accept("friction", mu=mu, v_s=v_s, mass=mass, width=width)
     dynamics = Friction(mu, v_s, mass, width, dt)

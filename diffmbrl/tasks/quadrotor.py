@@ -96,6 +96,17 @@ def quadrotor(*, horizon: int = 100, mass: ScalarLike = 0.5, g: ScalarLike = 9.8
     Thrust 0 to 2 m g, torques up to .05 N m about roll and pitch and .02 about yaw. Success: within .3 m of the origin, cosines
     of roll and pitch above .95, slower than 1 m/s at the end. Equations: Beard 2008, Quadrotor Dynamics and Control (Euler
     angles, with z up here).
+
+    Args:
+        horizon: Number of steps of .025 s.
+        mass: Mass [kg].
+        g: Gravity [m/s^2].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     spread = jnp.asarray([1.0] * 3 + [0.3] * 9, float)
     return _fly("quadrotor", jnp.zeros(3, float), spread, horizon, mass, g)
@@ -113,6 +124,19 @@ def quadrotor_waypoint(
     """The same quadrotor flies from about the origin, +-.2 m and +-.1 in all else, to the waypoint (x, y, z), and stays.
 
     Limits, success and sources as for `quadrotor`, about the waypoint.
+
+    Args:
+        horizon: Number of steps of .025 s.
+        mass: Mass [kg].
+        g: Gravity [m/s^2].
+        x, y, z: Coordinates of the waypoint [m]; any finite numbers.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a coordinate is not finite, another parameter is not a finite positive number, or `horizon`
+            is below 1.
     """
     target = jnp.stack(accept_real("quadrotor-waypoint", x=x, y=y, z=z))
     spread = jnp.asarray([0.2] * 3 + [0.1] * 9, float)

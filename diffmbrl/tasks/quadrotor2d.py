@@ -91,6 +91,19 @@ def quadrotor2d(
     """Hover from x, z +-1 m, pitch +-.8 rad, speeds +-.5 m/s, pitch rate +-.5 rad/s; each rotor pushes 0 to m g.
 
     Source: Tedrake, Underactuated Robotics, section 3.3 (the planar quadrotor), with Drake's parameters.
+
+    Args:
+        horizon: Number of steps of .025 s.
+        mass: Mass [kg].
+        inertia: Moment of inertia [kg m^2].
+        arm: Distance of each rotor from the centre [m].
+        g: Gravity [m/s^2].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     mass, inertia, arm, g = accept("quadrotor2d", mass=mass, inertia=inertia, arm=arm, g=g)
     spread = jnp.asarray([1.0, 1.0, 0.8, 0.5, 0.5, 0.5], float)

@@ -100,6 +100,17 @@ def reacher(
     Success: the tip within 5 cm of the target and both joints slower than .5 rad/s at the end.
     Source: the two-link manipulator of Murray, Li, Sastry 1994, A Mathematical Introduction to Robotic Manipulation, chapter
     4, after the Reacher of OpenAI Gym, without its friction.
+
+    Args:
+        horizon: Number of steps of .025 s.
+        m_1, m_2: Masses of the links [kg].
+        l_1, l_2: Lengths of the links [m].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     m_1, m_2, l_1, l_2 = accept("reacher", m_1=m_1, m_2=m_2, l_1=l_1, l_2=l_2)
     spread = jnp.asarray([1.5, 1.5, 0.5, 0.5, 0.65, 0.65], float)

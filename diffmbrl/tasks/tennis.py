@@ -1,6 +1,6 @@
 r"""A racket under a falling ball: return it to a point, or miss it.
 
-The racket is a line of half width w through (p, 0), tilted by $\varphi$, that moves as the actions say; the ball is a
+The racket is a line of half width w through (p, 0), tilted by $\varphi$, whose speeds are the actions; the ball is a
 point. Its distance from the racket's line is $d = n \cdot (x - p)$ with the normal $n = (-\sin\varphi, \cos\varphi)$. Where
 d falls to 0 within w of the racket's middle the ball bounces off:
 
@@ -35,7 +35,7 @@ class Racket(eqx.Module):
     def __call__(
         self, s: Float[Array, "6"], a: Float[Array, "2"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "6"]:
-        # In scalars: sliced and stacked anew at every use, the state makes the reverse pass several times as long to compile.
+        # In scalars: slicing and stacking the state at every use makes the reverse pass several times as long to compile.
         x, z, v_x, v_z, p, tilt = s
         dt = jnp.asarray(self.dt, s.dtype)
 
@@ -96,6 +96,18 @@ def tennis(*, horizon: int = 60, g: ScalarLike = 9.81, e: ScalarLike = 0.9, w: S
     The ball starts within .5 m of the racket's middle, up to .3 m/s aside. Success: within .2 m of the target. Source:
     after the tennis of Suh et al. 2022, Do Differentiable Simulators Give Better Policy Gradients, section 5, with gravity,
     and with the racket's own motion in the impact, which the published code leaves out.
+
+    Args:
+        horizon: Number of steps of .015 s.
+        g: Gravity [m/s^2].
+        e: Coefficient of restitution.
+        w: Half the width of the racket [m].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     g, e, w = accept("tennis", g=g, e=e, w=w)
     return Task(

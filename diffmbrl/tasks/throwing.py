@@ -58,6 +58,18 @@ def ball_and_wall(*, horizon: int = 1, v: ScalarLike = 1.0, g: ScalarLike = 9.81
     The reward is the square of the distance, less that of the longest flight; only the last of several
     throws counts. Success: over the wall. Source: Suh et al. 2022, Do Differentiable Simulators Give Better Policy
     Gradients, section 3 (wall at 6 cm).
+
+    Args:
+        horizon: Number of throws.
+        v: Speed of the throw [m/s].
+        g: Gravity [m/s^2].
+        height: Height of the wall [m].
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If a parameter is not a finite positive number, or `horizon` is below 1.
     """
     v, g, height = accept("ball-and-wall", v=v, g=g, height=height)
     throw = Throw(v, g, height)

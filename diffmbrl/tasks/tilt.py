@@ -1,4 +1,4 @@
-"""How far an angle is from 0, smooth all around the circle: for costs."""
+"""Distance of an angle from 0, smooth on the whole circle, for costs."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float

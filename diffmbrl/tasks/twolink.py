@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 
 class Links(NamedTuple):
-    """What the motion depends on, in SI units."""
+    """Masses, lengths and inertias of the links, in SI units."""
 
     m_1: Float[Array, ""]  # masses
     m_2: Float[Array, ""]

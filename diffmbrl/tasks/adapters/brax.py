@@ -40,7 +40,7 @@ RUNNERS = ("hopper", "walker2d", "halfcheetah", "swimmer", "ant")
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """Which environment, on which backend: all that is static."""
+    """Environment and backend, both static."""
 
     env: str  # Brax's name
     backend: str
@@ -141,7 +141,7 @@ class Reset(eqx.Module):
 
 
 class Observation(eqx.Module):
-    """What Brax's policies see of a state."""
+    """Brax's observation of a state."""
 
     body: Body = eqx.field(static=True)
 
@@ -207,7 +207,7 @@ class _Placed(NamedTuple):
 
 
 def _placed(sys: Any, q: Array, qd: Array) -> _Placed:
-    """What every engine makes of joint angles and rates first of all."""
+    """Frames of links and centres of mass, which every engine computes first from joint angles and rates."""
     x, xd = _brax("kinematics").forward(sys, q, qd)
     return _Placed(q, qd, x, xd, *_brax("com").from_world(sys, x, xd))
 
@@ -310,9 +310,9 @@ def _unpromoted():
 
 @cache
 def _brax(module: str) -> Any:
-    """A module of Brax, which prints as it is imported.
+    """Import a module of Brax without its output.
 
-    Raises: `ImportError` that says what to install.
+    Raises: `ImportError` naming the packages to install.
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()), jax.ensure_compile_time_eval():

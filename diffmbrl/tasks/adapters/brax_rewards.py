@@ -6,8 +6,8 @@ step, $r(s_t, a_t) = g(s_t) + h - c|a_t|^2$, and the last state is paid at the e
 $$J = \sum_t R_t + g(s_0),$$
 
 Brax's return and a number that no policy changes. (An episode that ends early at $s_k$ lacks $g(s_k)$: one step's share.)
-`brax_rewards` gives $R_t$ itself, which the tests hold against Brax step by step. What Brax reads from its state is linear in
-it and would leave Gauss-Newton's matrix zero: here the distances are functions of the joints.
+`brax_rewards` gives $R_t$ itself, which the tests compare with Brax step by step. A reward read from Brax's state would be
+linear in it, with a zero Gauss-Newton matrix; here the distances are functions of the joints.
 """
 
 import equinox as eqx
@@ -79,7 +79,7 @@ class Balanced(eqx.Module):
 
 
 class LastPosture(eqx.Module):
-    """What the last state is worth: its reward without h."""
+    """Terminal reward: the reward of the last state without h."""
 
     balanced: Balanced
 

@@ -1,8 +1,7 @@
-"""Any Gymnasium environment with Box spaces, as the real system of a model-based loop: stepped on the host, not seen into.
+"""Any Gymnasium environment with Box spaces, as the real system of a model-based loop, stepped on the host.
 
-What is not known of it is not made up: its reward and its end are `NotGiven`, to be learned
-(`agents/learned_reward.py`), but for those environments whose formulas stand here, of which they may be taken. Needs
-the extra `gym`.
+Its reward and its end are unknown (`NotGiven`) and must be learned (`agents/learned_reward.py`), except for the environments
+in `KNOWN`, whose formulas are written here. Needs the extra `gym`.
 """
 
 import importlib
@@ -19,12 +18,12 @@ from diffmbrl.choices import validate_choice
 from diffmbrl.core import State, Task, as_float
 
 PREFIX = "gym:"
-STARTS = 64  # resets that stand for the distribution of starts
+STARTS = 64  # resets that represent the start distribution
 PARTS = ("reward", "end")  # what can be given
 
 
 class NotGiven(eqx.Module):
-    """A reward, an end or a dynamics that is the environment's own affair."""
+    """Placeholder of a reward, an end or a dynamics that the environment does not reveal."""
 
     what: str = eqx.field(static=True)
 
@@ -33,7 +32,7 @@ class NotGiven(eqx.Module):
 
 
 class Resets(eqx.Module):
-    """Starts drawn from so many that the environment showed."""
+    """Starts drawn uniformly from resets of the environment."""
 
     s: Float[Array, "k n"]
 
@@ -49,7 +48,7 @@ class PendulumReward(eqx.Module):
 
 
 class Upright(eqx.Module):
-    """InvertedPendulum's reward: 1 for each step, but that which ends it."""
+    """InvertedPendulum's reward: 1 for each step except the last of a fall."""
 
     def __call__(self, s: Float[Array, "4"], a: Float[Array, "1"]) -> Float[Array, ""]:
         return jnp.ones((), s.dtype)
@@ -63,7 +62,7 @@ class Fallen(eqx.Module):
 
 
 class Formulas(NamedTuple):
-    """What is known of an environment: formulas of its observation, and its names."""
+    """Formulas of an environment's observation, and the names of its numbers."""
 
     reward: Callable
     end: Callable | None  # None: it never ends but by the clock
@@ -77,7 +76,7 @@ KNOWN: dict[str, Formulas] = {
 
 
 class Environment(NamedTuple):
-    """How to make one more of it, and the task as an agent knows it."""
+    """A constructor of the environment, and the task as an agent knows it."""
 
     make: Callable[[], Any]
     task: Task
@@ -93,16 +92,25 @@ def environment(
     dt: float | None = None,
     parameters: Mapping[str, Any] | None = None,
 ) -> Environment:
-    """The environment of an id of Gymnasium's, or one that a function makes; `parameters` go to `gymnasium.make`.
+    """Make a Gymnasium environment and its task.
 
-    The state is the observation, in the working precision. Limits are those of the action space, the horizon is the time limit
-    of the id unless it is given, and dt the environment's own `dt`, or one frame of its `render_fps`. `reward` and `done` are
-    formulas of the observation, `given` names those that `KNOWN` has to be taken from there ("reward", "end"); what is neither
-    is `NotGiven`. Starts are drawn from 64 resets, seeded 0 to 63.
+    Args:
+        source: Id of a Gymnasium environment, or a function that makes one.
+        horizon: Number of steps; None for the time limit of the id.
+        given: Parts to take from `KNOWN`: "reward", "end".
+        reward: Reward as a function of observation and action; None to leave it unknown.
+        done: End as a function of the observation; None to leave it unknown.
+        dt: Duration of a step [s]; None for the environment's own `dt`, or one frame of its `render_fps`.
+        parameters: Arguments of `gymnasium.make`.
 
-    Raises: `ValueError` for an unknown id, for spaces that are no flat Box of floats, for a horizon or a dt that is neither
-    given nor known, for a part that cannot be given; `ModuleNotFoundError` where Gymnasium, or what the environment needs, is
-    missing.
+    Returns:
+        A constructor of the environment, and the task: states are observations, limits those of the action space,
+        and starts 64 resets with seeds 0 to 63.
+
+    Raises:
+        ValueError: If the id is unknown, a space is no flat Box of floats, horizon or dt is neither given nor
+            known, or a part cannot be given.
+        ModuleNotFoundError: If Gymnasium, or a package that the environment needs, is not installed.
 
     >>> made = environment("Pendulum-v1", given=["reward"])
     >>> made.task.n, made.task.m, made.task.horizon, made.task.dt
@@ -148,12 +156,12 @@ def environment(
 
 
 def observed(observation: Any) -> np.ndarray:
-    """An observation as a state [n], in the working precision."""
+    """Convert an observation to a state [n] in the working precision."""
     return np.array(observation, jax.dtypes.canonicalize_dtype(float))
 
 
 def names(task: Task) -> tuple[str, ...]:
-    """Names and units of the n numbers of an observation, as far as they are known."""
+    """Return names and units of the n numbers of an observation; numbered if they are unknown."""
     row = KNOWN.get(task.name.removeprefix(PREFIX))
     return tuple(f"observation {i + 1}" for i in range(task.n)) if row is None else row.states
 
@@ -166,7 +174,7 @@ def _gymnasium() -> Any:
 
 
 def _given(name: str, given: Sequence[str]) -> dict[str, Callable | None]:
-    """The formulas that are asked for."""
+    """Return the requested formulas."""
     for part in given:
         validate_choice("part that can be given", part, PARTS)
     if given and name not in KNOWN:
@@ -178,7 +186,7 @@ def _given(name: str, given: Sequence[str]) -> dict[str, Callable | None]:
 
 
 def _check(name: str, what: str, space: Any) -> None:
-    """Whether a space is a flat Box of floats. Raises: `ValueError` that says what to do."""
+    """Raise a `ValueError` unless a space is a flat Box of floats."""
     kind = type(space).__name__
     if kind != "Box":
         way = (
@@ -204,5 +212,5 @@ def _horizon(name: str, env: Any, horizon: int | None) -> int:
 def _dt(name: str, env: Any) -> float:
     own, frames = getattr(env.unwrapped, "dt", None), env.metadata.get("render_fps")
     if own is None and not frames:
-        raise ValueError(f"'{name}' does not say how long a step is, neither by dt nor by render_fps: give dt")
+        raise ValueError(f"'{name}' has neither a dt nor a render_fps, so the duration of a step is unknown: give dt")
     return float(own) if own is not None else 1 / float(frames)

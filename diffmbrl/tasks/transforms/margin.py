@@ -1,4 +1,4 @@
-r"""A soft margin of the end of a task: what a planner needs where the reward says nothing until the end has come.
+r"""A soft margin before the end of a task, for planners whose reward is constant until the episode ends.
 
 A task that earns 1 a step until it is done has no gradient, and every plan that survives its own horizon earns the same: one
 that drifts to the edge is as good as one that stays away from it.
@@ -17,7 +17,7 @@ DOUBLINGS, HALVINGS = 40, 24
 
 
 class Margin(eqx.Module):
-    """A reward, less what nearness to the end costs."""
+    """A reward less a cost of nearness to the end."""
 
     inner: Reward
     weight: Float[Array, ""]
@@ -32,15 +32,24 @@ class Margin(eqx.Module):
 
 
 def soft_margin(task: Task, *, weight: float | Array = 1.0) -> Task:
-    r"""The task without an end, that pays for coming near where the end was: a task to plan for, not to be judged by.
+    r"""Replace the end of a task by a cost of coming near it: a task to plan for, not to evaluate on.
 
     $$r(s, a) - w \sum_i (x_i / d_i)^2,\qquad x = s - \bar s$$
 
-    $\bar s$ is the mean of the starts and $d_i$ the distance from it, along axis i upwards or downwards, at which `task.done`
-    becomes true: found by doubling and halving, infinite where it never does. Where the end is a box, the margin is exact: the
-    task ends where some $|x_i / d_i|$ is 1. With the end left in, a negative reward would make a plan seek it.
+    $\bar s$ is the mean of the starts and $d_i$ the distance along axis i, upwards or downwards, at which `task.done`
+    becomes true: found by doubling and bisection, and infinite if it never does. If the end is a box, the task ended
+    where some $|x_i / d_i|$ was 1. The end itself is removed: under negative rewards a planner would seek it.
 
-    Raises: `ValueError` if the task has no end, ends in the middle of its starts, or along no axis.
+    Args:
+        task: Task whose episodes can end.
+        weight: Cost per step w at the margin, along one axis.
+
+    Returns:
+        The task without `done` and with the margin in its reward.
+
+    Raises:
+        ValueError: If the task has no end, has ended in the middle of its starts, or ends along no axis of its
+            state.
 
     >>> from diffmbrl import tasks
     >>> [round(float(d), 2) for d in soft_margin(tasks.cartpole_continuous()).reward.high]

@@ -1,6 +1,6 @@
-r"""A plant that is not quite its model: actions that arrive late, and noise that the model does not know.
+r"""Plants that differ from their model: delayed actions, and noise that the model does not have.
 
-Each is a task made of another, so that any policy is evaluated on it as on any task:
+Each is an ordinary task made from another, on which any policy can be evaluated:
 
     plant = noisy(delayed(make("pendulum-swingup", gravity=18.0), steps=2), std=0.01)
 """
@@ -20,18 +20,27 @@ from diffmbrl.policies import resting_action
 
 
 class Delayed(NamedTuple):
-    """A state, and the actions that are under way, the next one first."""
+    """A state, and the queue of actions under way, the next to arrive first."""
 
     s: State
     queue: Float[Array, "*batch d m"]
 
 
 def delayed(task: Task, *, steps: int) -> Task:
-    r"""The task with each action arriving `steps` later: state $(s_t, a_{t-d}, \dots, a_{t-1})$, $s_{t+1} = f(s_t, a_{t-d})$.
+    r"""Delay every action by d steps: $s_{t+1} = f(s_t, a_{t-d})$ on states $(s_t, a_{t-d}, \dots, a_{t-1})$.
 
-    The first `steps` actions are resting ones; the reward is that of the action that arrives. Features are the state's and
-    the queue's, so that a policy may know what is under way; `Unaware` in `planners/mpc.py` is for one that does not.
-    Raises: `ValueError` if `steps` is below 1.
+    The reward is that of the action that arrives. The features contain the queue, so a policy can know which actions are
+    under way; `planners.Unaware` hides it from a controller.
+
+    Args:
+        task: Task without delay.
+        steps: Delay d, in steps.
+
+    Returns:
+        The task on `Delayed` states; the first d actions that arrive are resting ones.
+
+    Raises:
+        ValueError: If `steps` is not a whole number of at least 1.
 
     >>> from diffmbrl import tasks
     >>> delayed(tasks.lqr(horizon=20), steps=3).n
@@ -52,10 +61,17 @@ def delayed(task: Task, *, steps: int) -> Task:
 
 
 def noisy(task: Task, *, std: Any) -> Task:
-    r"""The task with process noise: $s' = f(s, a) + \sigma \epsilon$, $\epsilon \sim N(0, I)$, drawn from the rollout's key.
+    r"""Add process noise to the dynamics: $s' = f(s, a) + \sigma \epsilon$, $\epsilon \sim N(0, I)$.
 
-    `std` is one number or one for each state variable (a pytree like the state); without a key there is no noise.
-    Raises: `ValueError` if it is negative or not finite.
+    Args:
+        task: Task without noise.
+        std: Standard deviation sigma, in units of the state: one number, or a pytree like the state.
+
+    Returns:
+        The task with noise, drawn from the key of the rollout; a rollout without a key has none.
+
+    Raises:
+        ValueError: If `std` is negative or not finite.
 
     >>> from diffmbrl import tasks
     >>> float(noisy(tasks.lqr(), std=0.1).dynamics.std)
@@ -66,7 +82,7 @@ def noisy(task: Task, *, std: Any) -> Task:
 
 
 def accept_std(std: Any) -> Any:
-    """Standard deviations as arrays. Raises: `ValueError` if one is negative or not finite."""
+    """Convert standard deviations to arrays. Raises: `ValueError` if one is negative or not finite."""
     std = jax.tree.map(as_float, std)
     if not all(bool(jnp.all(jnp.isfinite(x) & (x >= 0))) for x in jax.tree.leaves(std)):
         raise ValueError(f"std of the noise must be finite and not negative, got {std}")
@@ -82,11 +98,18 @@ def perturbed(s: State, std: Any, key: PRNGKeyArray) -> State:
 
 
 def remade(
-    task: Task, horizon: int, *, dynamics: Any, reward: Any, initial: Any, features: Any, along: Callable[[Any], Any]
+    task: Task,
+    horizon: int,
+    *,
+    dynamics: Callable,
+    reward: Callable,
+    initial: Callable,
+    features: Callable,
+    along: Callable[[Callable], Callable],
 ) -> Task:
-    """The task on larger states, whose part `s` is a state of `task`; `along` wraps its constraints of (s, a).
+    """Make the task on larger states, whose part `s` is a state of `task`; `along` wraps its constraints of (s, a).
 
-    Weights are ones where the horizon is another.
+    Weights become ones if the horizon changes.
     """
     made = Task(
         name=task.name,
@@ -106,7 +129,7 @@ def remade(
     return eqx.tree_at(lambda t: t.weights, made, task.weights) if horizon == task.horizon else made
 
 
-def _constraints(constraints: Constraints | None, along: Callable[[Any], Any]) -> Constraints | None:
+def _constraints(constraints: Constraints | None, along: Callable[[Callable], Callable]) -> Constraints | None:
     if constraints is None:
         return None
     wraps = {"equality": along, "inequality": along, "final_equality": OfState, "final_inequality": OfState}

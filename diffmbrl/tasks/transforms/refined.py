@@ -12,12 +12,20 @@ from diffmbrl.core import State, Task
 
 
 def refined(task: Task, *, substeps: int = 2) -> Task | None:
-    """The task whose f is made of `substeps` steps of dt / substeps, the action held; None where f has no step of its own.
+    """Integrate a task's equations of motion in smaller steps, under the same action.
 
-    Time steps, actions and rewards stay what they are, so whatever changes is the integrator's error. The dynamics' step is the
-    static field `dt` of its module, wherever in it that is (inside a noise, a delay, a squash); a module without one is a map
-    that is exact or was learned, which cannot be refined.
-    Raises: `ValueError` if `substeps` is below 2.
+    Time steps, actions and rewards stay, so any change of the results is the error of the integrator.
+
+    Args:
+        task: Task with dynamics that integrate equations of motion.
+        substeps: Number of smaller steps of dt / substeps per step.
+
+    Returns:
+        The task with finer integration, or None if no module of its dynamics has a static field `dt`: a map that is
+        exact or was learned cannot be refined.
+
+    Raises:
+        ValueError: If `substeps` is below 2.
 
     >>> from diffmbrl import tasks
     >>> refined(tasks.cartpole_balance()).dynamics.inner.dt, refined(tasks.lqr())
@@ -30,7 +38,7 @@ def refined(task: Task, *, substeps: int = 2) -> Task | None:
 
 
 class Substeps(eqx.Module):
-    """f several times over, with one action."""
+    """`count` steps of f under one action."""
 
     inner: Callable
     count: int = eqx.field(static=True)

@@ -38,7 +38,15 @@ class SquashedReward(eqx.Module):
 
 
 def squashed(task: Task) -> Task:
-    r"""The same task with actions $z \in R^m$, $a = c + h\tanh z$: for planners that know no limits. Others pass unchanged.
+    r"""Move action limits into the plant, $a = c + h\tanh z$, for planners that cannot keep them.
+
+    c is the centre of an action's limits and h half their width.
+
+    Args:
+        task: Task with any action limits.
+
+    Returns:
+        The same task with actions $z \in R^m$; actions without limits are unchanged.
 
     >>> from diffmbrl import tasks
     >>> squashed(tasks.cartpole_balance()).a_high
