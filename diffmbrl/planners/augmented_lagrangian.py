@@ -3,7 +3,7 @@ r"""Constraints of a trajectory as terms of its cost, with multipliers.
 $$\sum_t \lambda_t^\top h_t + \tfrac\rho2|h_t|^2 + \tfrac1{2\rho}\big(|\max(0, \mu_t + \rho g_t)|^2 - |\mu_t|^2\big)$$
 
 for equalities h = 0 and inequalities g <= 0, of every step and of the last state; the limits of the task's actions are
-inequalities among them. At a minimum of the whole, $\lambda + \rho h$ and $\max(0, \mu + \rho g)$ are the better multipliers.
+inequalities among them. At a minimum of this sum, $\lambda + \rho h$ and $\max(0, \mu + \rho g)$ are better multipliers.
 
 Reference: Nocedal and Wright 2006, sections 17.3 and 17.4; Howell, Jackson, Manchester 2019 (ALTRO), section III.
 """
@@ -21,7 +21,7 @@ from diffmbrl.second_order.linearize import Linearization, flat_states
 
 
 class Each(NamedTuple):
-    """One number for each constraint: its value or its multiplier. With an axis more, its derivatives."""
+    """One number for each constraint, its value or its multiplier; with another axis, its derivatives."""
 
     equality: Float[Array, "T k *z"]
     inequality: Float[Array, "T l *z"]  # the task's, then the lower and the upper limits of the actions
@@ -30,12 +30,12 @@ class Each(NamedTuple):
 
 
 def constraint_values(task: Task, trajectory: Trajectory) -> Each:
-    """The value of every constraint along a trajectory; -inf for a limit that is infinite."""
+    """Return the value of every constraint along a trajectory; -inf for an infinite limit."""
     return _stage(task, trajectory.s, trajectory.a)._replace(**_final(task, trajectory.s_T))
 
 
 def none(task: Task, s0: State, dtype: jnp.dtype) -> Each:
-    """A zero for each constraint.
+    """Return a zero for each constraint.
 
     Raises: `TypeError` if the task's constraints are not `Constraints`, `ValueError` if one does not return an axis [k].
     """
@@ -67,7 +67,7 @@ def estimates(values: Each, multipliers: Each, penalty: Float[Array, ""]) -> Eac
 
 
 def cost(values: Each, multipliers: Each, penalty: Float[Array, ""]) -> Float[Array, ""]:
-    """What the constraints add to the cost."""
+    """Return the terms that the constraints add to the cost."""
     # For equalities the same in one square: y = lambda + rho h, (y^2 - lambda^2) / (2 rho) = lambda h + rho h^2 / 2.
     forces = estimates(values, multipliers, penalty)
     squares = jax.tree.map(lambda y, multiplier: jnp.sum(y**2) - jnp.sum(multiplier**2), forces, multipliers)
@@ -77,7 +77,7 @@ def cost(values: Each, multipliers: Each, penalty: Float[Array, ""]) -> Float[Ar
 def with_constraints(
     lin: Linearization, task: Task, trajectory: Trajectory, forces: Each, penalty: Float[Array, ""]
 ) -> tuple[Linearization, Linearization]:
-    """The derivatives with those of the constraints added: for the step, and without curvature (the Lagrangian's gradient).
+    """Add the derivatives of the constraints: for the step, and without curvature for the gradient of the Lagrangian.
 
     The curvature is Gauss-Newton's, rho J' J over equalities and pressed inequalities: positive semidefinite.
     """
@@ -109,13 +109,13 @@ def with_constraints(
 
 
 def largest_violation(values: Each) -> Float[Array, ""]:
-    """The largest |h| or positive g; what is not finite counts as infinite."""
+    """Return the largest |h| or positive g; a value that is not finite counts as infinite."""
     above = [jnp.maximum(x, 0) for x in (values.inequality, values.final_inequality)]
     return _largest(jnp.abs(values.equality), jnp.abs(values.final_equality), *above)
 
 
 def residual(values: Each, forces: Each) -> Each:
-    """What is zero at a KKT point: h, and min(-g, y), which is g where it presses and y where it does not."""
+    """Return the residual of the KKT conditions: h, and min(-g, y), zero if g or y is zero and neither has the wrong sign."""
     return values._replace(
         inequality=jnp.minimum(-values.inequality, forces.inequality),
         final_inequality=jnp.minimum(-values.final_inequality, forces.final_inequality),
@@ -123,12 +123,12 @@ def residual(values: Each, forces: Each) -> Each:
 
 
 def bounded(multipliers: Each, largest: Float[Array, ""]) -> Each:
-    """Multipliers no larger than that: those of constraints that cannot be met grow for ever."""
+    """Bound the multipliers, since those of constraints that cannot be met grow without limit."""
     return jax.tree.map(lambda x: jnp.clip(x, -largest, largest), multipliers)
 
 
 def _of_step(task: Task, s: State, a: Array) -> tuple[Array, Array]:
-    """Equalities and inequalities of the task, without the limits of actions."""
+    """Return equalities and inequalities of the task, without the limits of actions."""
     made = (_call(task, "equality"), _call(task, "inequality"))
     empty = jnp.zeros(0, a.dtype)
     return tuple(empty if f is None else f(s, a) for f in made)  # type: ignore[return-value]

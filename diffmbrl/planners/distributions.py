@@ -1,4 +1,4 @@
-r"""How a sampling planner draws sequences of actions, given their mean and standard deviation at each time step.
+r"""Sampling distributions of sequences of actions, given a mean and a standard deviation at each time step.
 
 Each is a callable `(key, count, mean [T, m], std [T, m], low [m], high [m]) -> [count, T, m]` within the limits.
 """
@@ -15,7 +15,7 @@ FAR = 5.0  # standard deviations
 
 
 class Uniform(eqx.Module):
-    """Evenly within the limits, whatever the mean; within `mean +- 2 std` where an action has none."""
+    """Uniform distribution within the action limits, whatever the mean; within `mean +- 2 std` for an action without limits."""
 
     def __call__(
         self,
@@ -33,7 +33,7 @@ class Uniform(eqx.Module):
 
 
 class Normal(eqx.Module):
-    """A normal distribution, cut at the limits: what would lie beyond lies on them."""
+    """Normal distribution, clipped to the action limits."""
 
     def __call__(
         self,
@@ -48,7 +48,7 @@ class Normal(eqx.Module):
 
 
 class TruncatedNormal(eqx.Module):
-    """A normal distribution given that it lies within the limits, without the heaps on them that cutting makes."""
+    """Normal distribution truncated to the action limits: unlike clipping, it puts no probability mass on them."""
 
     def __call__(
         self,
@@ -60,18 +60,21 @@ class TruncatedNormal(eqx.Module):
         high: Float[Array, " m"],
     ) -> Float[Array, "N T m"]:
         spread = jnp.maximum(std, jnp.finfo(std.dtype).tiny ** 0.5)
-        # Drawn by the inverse of erf, which is infinite at 1: in single precision erf is 1 from 5.6 deviations on.
+        # Drawn by the inverse of erf, which is infinite at 1; in single precision erf is 1 beyond 5.6 deviations.
         least, most = jnp.maximum((low - mean) / spread, -FAR), jnp.minimum((high - mean) / spread, FAR)
         z = jax.random.truncated_normal(key, least, most, (count, *mean.shape), mean.dtype)
         return jnp.clip(mean + std * z, low, high)
 
 
 class Coloured(eqx.Module):
-    r"""Normal noise whose power falls with frequency as $f^{-\beta}$ along the time axis, cut at the limits.
+    r"""Normal noise whose power falls with frequency as $f^{-\beta}$ along the time axis, clipped to the action limits.
 
-    Slow actions move a system further than those that change sign at every step. White noise is filtered by
-    $f^{-\beta/2}$, f = 0 as the lowest frequency 1/T, and divided by the filter's gain: its standard deviation is `std`
-    exactly, for every T and beta. With beta = 0 it is white.
+    White noise is filtered by $f^{-\beta/2}$, with 1/T in place of f = 0, and divided by the gain of the filter, so its
+    standard deviation is exactly `std` for every T and beta. Slow actions move a system further than those that change
+    sign at every step.
+
+    Args:
+        exponent: Exponent beta of the power spectrum; 0 is white noise.
 
     Reference: Timmer and Koenig 1995; Pinneri et al. 2020 (iCEM), section 3.1, with beta from .25 to 4.
     """
@@ -94,7 +97,7 @@ class Coloured(eqx.Module):
         return jnp.clip(mean + std * self.filter(white), low, high)
 
     def filter(self, white: Float[Array, "N T m"]) -> Float[Array, "N T m"]:
-        """White noise coloured along its second axis, of the same variance."""
+        """Colour white noise along its second axis, without changing its variance."""
         T = white.shape[1]
         frequencies = np.maximum(np.abs(np.fft.fftfreq(T)), 1 / T)
         gain = jnp.asarray(frequencies, white.dtype) ** (-self.exponent.astype(white.dtype) / 2)

@@ -28,22 +28,23 @@ class ILQR(eqx.Module):
     $$a_t = \bar a_t + \alpha k_t + K_t (s_t - \bar s_t),\qquad
     [K_t\;k_t] = -(Q_{aa} + \mu I)^{-1} [Q_{as}\;q_a]$$
 
-    The plan returned is `Affine(K, a, s)`: the nominal trajectory and its time-varying feedback. A step length that earns at
-    least `armijo` of the predicted gain is taken; if none does, the plan stays and the damping mu grows, by `factor` squared,
-    up to `largest`. A full step divides mu by `factor`; below `smallest` it is nothing. A plan is never made worse.
+    The result is `Affine(K, a, s)`, the nominal trajectory with its time-varying feedback, and never has a lower return than
+    the plan given. It plans from one start; use `vmap` or `plans` for many.
 
-    It is put together from
-    * `model`: `FirstOrder()`, or `SecondOrder()`, which is DDP: the dynamics' Hessians where the sweep is positive definite
-      with them (`DDP()` makes one);
-    * `sweep`: `ActionDamped()`, `StateDamped()`, or `BoxConstrained()`, which keeps the limits of the plan it is given, an
-      `Affine.with_limits(task)` (`ILQR.with_limits(task)` makes one where the task has limits); the others know of no
-      limits, and run parallel in time where that pays (`choose`), or as their `recursion` says;
-    * `search`: `Backtracking()` or `Parallel()`.
+    Args:
+        armijo: Fraction of the predicted gain that an accepted step must reach.
+        damping: Rule for the damping mu: raised when no step length is accepted, lowered after a full step.
+        model: Quadratic model along the trajectory: `FirstOrder()`, or `SecondOrder()` for DDP.
+        sweep: Backward pass: `ActionDamped()`, `StateDamped()`, or `BoxConstrained()`, which keeps the limits of an
+            `Affine.with_limits(task)` plan.
+        search: Line search: `Backtracking()` or `Parallel()`.
 
-    Shapes: `s0` of one start; the plan's leaves [T, ...]; `vmap` for many, or `plans`. Cost: one rollout, its linearisation, a
-    Riccati sweep (or several, when an action Hessian is not positive definite), one rollout for each trial.
-    Raises: `TypeError` if the policy is not an `Affine` plan or a state has leaves that are not float; `ValueError` if
-    `BoxConstrained` is given a plan without limits.
+    Raises:
+        TypeError: If the policy is not an `Affine` plan, or a state has leaves that are not float.
+        ValueError: If `BoxConstrained` is given a plan without limits.
+
+    Cost: one rollout, its linearisation, a Riccati sweep (several if an action Hessian is not positive definite), and one
+        rollout per trial of the line search.
     Reference: Li and Todorov 2004; Tassa, Erez, Todorov 2012, section II.
 
     >>> import jax
@@ -63,7 +64,15 @@ class ILQR(eqx.Module):
 
     @classmethod
     def with_limits(cls, task: Task, **options: Any) -> "ILQR":
-        """With `BoxConstrained()` if the task limits any action, and without, which is cheaper, if not."""
+        """Make an iLQR with `BoxConstrained()` if the task limits any action, and with the cheaper `ActionDamped()` if not.
+
+        Args:
+            task: Task whose limits decide.
+            **options: Fields of `ILQR`.
+
+        Returns:
+            The solver.
+        """
         limited = bool(jnp.any(jnp.isfinite(task.a_low) | jnp.isfinite(task.a_high)))
         if limited:
             options.setdefault("sweep", BoxConstrained())
@@ -71,16 +80,16 @@ class ILQR(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes one start."""
+        """A solver of plans: it takes one start."""
         return "plan"
 
     @property
     def keeps_limits(self) -> bool:
-        """Whether its sweep does; otherwise it plans on `tasks.squashed(task)`."""
+        """Whether the sweep keeps the action limits; otherwise it plans on `tasks.squashed(task)`."""
         return self.sweep.limits
 
     def first_plan(self, task: Task) -> Affine:
-        """The plan of resting actions that it starts from, with limits if it keeps them."""
+        """Return the first plan, of resting actions, with limits if the sweep keeps them."""
         return Affine.with_limits(task) if self.sweep.limits else Affine.zeros(task)
 
     def init(self, policy: Any, task: Task) -> Float[Array, ""]:
@@ -89,14 +98,14 @@ class ILQR(eqx.Module):
         if self.sweep.limits and policy.low is None:
             name = type(self.sweep).__name__
             raise ValueError(
-                f"{name} keeps the limits of its plan, and this one has none: start from Affine.with_limits(task)"
+                f"{name} needs a plan with limits, and this one has none: start from Affine.with_limits(task)"
             )
         return jnp.zeros((), policy.a.dtype)
 
     on_objective_change = restart
 
     def shift(self, carry: Float[Array, ""]) -> Float[Array, ""]:
-        """The damping for the next step of a receding horizon: lower, since it is of another state."""
+        """Return the damping of the next step of a receding horizon: lower, since the state is another."""
         return self.damping.lowered(carry)
 
     def update(
@@ -117,8 +126,8 @@ class ILQR(eqx.Module):
         found = Affine(sweep.K, trial.a, trial.s, policy.low, policy.high)
         plan = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), found, policy)
         adapted = self.damping.after(damping, accepted, trial.tried)
-        # What is not finite says nothing of the damping. A step that fails to gain what J's rounding would hide says nothing
-        # but that its sweep was definite.
+        # The damping does not adapt to a result that is not finite. A predicted gain below the rounding of J cannot be
+        # observed, so such a failed step shows only that the sweep was positive definite.
         finite = jnp.isfinite(J) & jnp.isfinite(norm)
         hidden = ~accepted & sweep.definite & (-sweep.slope / 2 <= ROUNDING * jnp.finfo(J.dtype).eps * jnp.abs(J))
         carry = jnp.where(finite, jnp.where(hidden, damping, adapted), carry).astype(carry.dtype)
@@ -137,7 +146,7 @@ class ILQR(eqx.Module):
         return plan, carry, info
 
     def _sweep(self, model: QuadraticModel, damping: Array, room: Room | None) -> tuple[Array, RiccatiSolution, Array]:
-        """A sweep whose action Hessians are positive definite: with the exact ones if they are, else as damped as it takes."""
+        """Sweep with the exact Hessians if they are positive definite, otherwise with as much damping as needed."""
         lin, exact = model
         if exact is None:
             return self.damping.definite(lambda damping, _: self.sweep(lin, damping, room), damping)
@@ -148,7 +157,14 @@ class ILQR(eqx.Module):
         return self.damping.definite(sweep, damping, plain=1)
 
     def _search(
-        self, policy: Affine, nominal: Trajectory, J: Array, sweep: RiccatiSolution, task: Task, s0: State, key: Any
+        self,
+        policy: Affine,
+        nominal: Trajectory,
+        J: Array,
+        sweep: RiccatiSolution,
+        task: Task,
+        s0: State,
+        key: PRNGKeyArray | None,
     ) -> Trial:
         states, _ = flat_states(nominal.s)
         zero, one = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
@@ -168,7 +184,13 @@ class ILQR(eqx.Module):
 
 
 def DDP(**options: Any) -> ILQR:
-    """Differential dynamic programming: `ILQR` with the Hessians of the dynamics, `model=SecondOrder()`.
+    """Make a differential dynamic programming solver: `ILQR` with the Hessians of the dynamics, `model=SecondOrder()`.
+
+    Args:
+        **options: Fields of `ILQR` other than `model`.
+
+    Returns:
+        The solver.
 
     >>> type(DDP().model).__name__
     'SecondOrder'
@@ -177,7 +199,7 @@ def DDP(**options: Any) -> ILQR:
 
 
 def _room(policy: Affine, a: Float[Array, "T m"]) -> Room | None:
-    """What the limits of the plan leave to each of its actions."""
+    """Distances from each action of the plan to its lower and upper limit."""
     if policy.low is None or policy.high is None:
         return None
     return jnp.asarray(policy.low, a.dtype) - a, jnp.asarray(policy.high, a.dtype) - a

@@ -12,6 +12,7 @@ with, has another stationary point's derivative, wrong even in sign. One Riccati
 plan was found; nothing of the planner is differentiated.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from diffmbrl.planners.quadratic_models import hamiltonian
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout, step_keys
 from diffmbrl.second_order.kkt import solve_with_gaps
-from diffmbrl.second_order.linearize import Linearization, flat_states, linearize
+from diffmbrl.second_order.linearize import Linearization, RiccatiSolution, flat_states, linearize
 from diffmbrl.second_order.parallel_riccati import choose
 
 AT_LIMIT = 1e-5  # of the size of a limit: how near an action must be to count as at it
@@ -33,18 +34,26 @@ REJECTED = 6  # updates in a row that change nothing, after which a planner has 
 
 
 class Optimum(NamedTuple):
-    """A plan, differentiable, and how far it can be trusted. Derivatives flow through plan.a, plan.s, trajectory and J.
+    """An optimal plan whose derivatives are those of the optimum, and how far they can be trusted.
 
-    If `ok` is False the derivatives are those of the formula all the same: of a stationary point that is no maximum
-    (`definite` is False), or of a plan that is not at one (`distance` is large, and the error is of its order).
+    Args:
+        plan: The plan, differentiable in `a` and `s`; its gains K have no derivative.
+        trajectory: Its trajectory, differentiable.
+        J: Its return, differentiable.
+        gradient_norm: Norm of dJ/da in the actions that are not at a limit.
+        distance: Largest change of an action in the remaining Newton step.
+        definite: Whether the exact Hessian of -J in those actions is positive definite.
+        ok: Whether the plan is a maximum to within the tolerance. If not, the derivatives are still those of the
+            formula: of a stationary point that is no maximum (`definite` is False), or with an error of the order
+            of `distance`.
     """
 
-    plan: Affine  # its gains K are held: they have no derivative
+    plan: Affine
     trajectory: Trajectory
     J: Float[Array, "*batch"]
-    gradient_norm: Float[Array, "*batch"]  # of dJ/da in the actions that no limit holds
-    distance: Float[Array, "*batch"]  # largest change of an action in the Newton step that is left
-    definite: Bool[Array, "*batch"]  # whether the exact Hessian of -J in those actions is positive definite
+    gradient_norm: Float[Array, "*batch"]
+    distance: Float[Array, "*batch"]
+    definite: Bool[Array, "*batch"]
     ok: Bool[Array, "*batch"]
 
 
@@ -58,11 +67,25 @@ def optimal(
     key: PRNGKeyArray | None = None,
     tolerance: float = 1e-4,
 ) -> Optimum:
-    r"""Plan from `s0` with up to `steps` updates, and differentiate the solution: $\partial a^*/\partial(s_0, \text{task})$.
+    r"""Plan from `s0` and differentiate the solution: $\partial a^*/\partial(s_0, \text{task})$.
 
-    It starts from `plan`, or from resting actions, and ends early when several updates in a row change nothing. Works under
-    `jit`, `vmap`, `grad`, `jvp`: differentiate any function of the result's plan, trajectory and J with respect to s0 and
-    float leaves of the task. See `implicit` for what is returned and refused.
+    It works under `jit`, `vmap`, `grad` and `jvp`; see `implicit` for the derivatives.
+
+    Args:
+        planner: Solver of kind "plan" on `Affine` plans.
+        task: Task, in whose float leaves the result is differentiable.
+        s0: Start state, in which the result is differentiable.
+        steps: Largest number of updates; planning ends early when several updates in a row change nothing.
+        plan: First plan; None for the planner's own.
+        key: Key of the noise; None for none.
+        tolerance: As for `implicit`.
+
+    Returns:
+        The plan with its derivatives.
+
+    Raises:
+        TypeError: If the solver is not of kind "plan".
+        ValueError: If `steps` is not a whole number of at least 1.
 
     >>> import equinox as eqx
     >>> from diffmbrl import ILQR, tasks
@@ -77,7 +100,7 @@ def optimal(
         )
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
-    # Held before the loop: reverse mode cannot enter it, and has no reason to.
+    # Gradients stop before the loop: reverse mode cannot enter it, and need not.
     held, fixed_task, fixed_s0 = jax.lax.stop_gradient((planner.first_plan(task) if plan is None else plan, task, s0))
 
     def going(state):
@@ -95,16 +118,28 @@ def optimal(
 
 
 def implicit(plan: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, *, tolerance: float = 1e-4) -> Optimum:
-    r"""Attach to a plan, already optimal for `task` from `s0`, the derivatives of the optimum.
+    r"""Attach to an optimal plan the derivatives of the optimum with respect to start state and task.
 
-    Actions at a limit that they press against stay there, and move with it. `ok` says that the exact Hessian is positive
-    definite and the Newton step that is left changes no action by more than `tolerance` (times 1 + the largest action). In
-    single precision a plan is seldom nearer than 1e-3.
+    Actions that press against a limit stay at it and move with it.
 
-    Shapes: one start, `vmap` for many. Cost: one rollout, its linearisation with the Hessians of f, a Riccati sweep, and three
-    linear passes a tangent or cotangent.
-    Raises: `TypeError` if the plan is not an `Affine`; `ValueError` if the task has constraints, which are not differentiated.
-    Reference: Amos et al. 2018, Differentiable MPC; Jin et al. 2020, Pontryagin differentiable programming, Lemma 5.2.
+    Args:
+        plan: `Affine` plan, already optimal.
+        task: Task, in whose float leaves the result is differentiable.
+        s0: One start state; use `vmap` for many.
+        key: Key of the noise; None for none.
+        tolerance: Largest change of an action in the remaining Newton step, relative to 1 + the largest action, for
+            which `ok` is true. In single precision few plans are nearer than 1e-3.
+
+    Returns:
+        The plan with its derivatives.
+
+    Raises:
+        TypeError: If the plan is not an `Affine`.
+        ValueError: If the task has constraints, which are not differentiated.
+
+    Cost: one rollout, its linearisation with the Hessians of f, a Riccati sweep, and three linear passes per tangent or
+    cotangent. Reference: Amos et al. 2018, Differentiable MPC; Jin et al. 2020, Pontryagin differentiable programming,
+    Lemma 5.2.
 
     >>> from diffmbrl import ILQR, solve, tasks
     >>> task = tasks.lqr(horizon=5)
@@ -139,7 +174,7 @@ def implicit(plan: Any, task: Task, s0: State, key: PRNGKeyArray | None = None, 
 
 
 class _Held(NamedTuple):
-    """What has no derivative; all float, since a custom derivative needs tangents of what it returns."""
+    """Results without a derivative; all float, since a custom derivative needs tangents of every result."""
 
     alive: Array
     gradient_norm: Array
@@ -155,14 +190,14 @@ class _Point(NamedTuple):
     lin: Linearization  # exact Hessians; held actions cut out
     B: Float[Array, "T n m"]  # with those, and the columns of the Hessians that belong to actions
     across: Float[Array, "T n+m m"]
-    sweep: Any
+    sweep: RiccatiSolution
     at_low: Bool[Array, "T m"]
     at_high: Bool[Array, "T m"]
     held: _Held
 
 
 @jax.custom_jvp
-def _stationary(task: Task, s0: State, plan: Affine, key: Any) -> tuple[Array, Array, Array, _Held]:
+def _stationary(task: Task, s0: State, plan: Affine, key: PRNGKeyArray | None) -> tuple[Array, Array, Array, _Held]:
     return _values(_point(task, s0, plan, key))
 
 
@@ -171,7 +206,7 @@ def _derivative(primals: Any, tangents: Any) -> Any:
     task, s0, plan, key = primals
     task_dot, s0_dot, _, _ = tangents
     point = _point(task, s0, plan, key)
-    # Actions at a limit move with it, and all else answers.
+    # Actions at a limit move with it, and the other variables respond.
     zero = jnp.zeros_like(point.trajectory.a)
     a_dot = jnp.where(point.at_low, task_dot.a_low, jnp.where(point.at_high, task_dot.a_high, zero))
     free = ~(point.at_low | point.at_high)
@@ -191,8 +226,8 @@ def _values(point: _Point) -> tuple[Array, Array, Array, _Held]:
     return s, point.trajectory.a, ravel_pytree(point.trajectory.s_T)[0], point.held
 
 
-def _point(task: Task, s0: State, plan: Affine, key: Any) -> _Point:
-    """Follow the plan; costates, exact Hessians, and the sweep that factorises them."""
+def _point(task: Task, s0: State, plan: Affine, key: PRNGKeyArray | None) -> _Point:
+    """Follow the plan; compute costates, exact Hessians, and the sweep that factorises them."""
     sweeps = choose(task.horizon)
     trajectory = rollout(plan, task, s0, key)
     a, alive = trajectory.a, trajectory.alive
@@ -208,7 +243,7 @@ def _point(task: Task, s0: State, plan: Affine, key: Any) -> _Point:
     costates = sweeps.adjoint(closed, eye, jnp.zeros_like(closed), c_s, jnp.zeros_like(c_s), lin.c_T)
     g = lin.c_a + jnp.einsum("tij,ti->tj", lin.B, costates, precision="highest")
 
-    # Past the end of an episode an action does nothing: it is held at what it is.
+    # Past the end of an episode an action has no effect, and is held constant.
     ended = jnp.broadcast_to(~alive[:-1, None], a.shape)
     at_low, at_high = near_low & (g > 0) & ~ended, near_high & (g < 0) & ~ended
     free = (~(at_low | at_high | ended)).astype(a.dtype)
@@ -231,7 +266,7 @@ def _at(a: Array, limit: Array) -> Array:
     return jnp.abs(a - limit) <= AT_LIMIT * (1 + jnp.abs(jnp.where(jnp.isfinite(limit), limit, 0.0)))
 
 
-def _first_order(trajectory: Trajectory, costates: Array, key: Any) -> Any:
+def _first_order(trajectory: Trajectory, costates: Array, key: PRNGKeyArray | None) -> Callable:
     """The function of the task -> gradients of the Hamiltonian [T, n+m], next states [T, n], gradient of the last cost."""
     x, unravel = flat_states(trajectory.s)
     x_T = ravel_pytree(trajectory.s_T)[0]
@@ -256,7 +291,7 @@ def _first_order(trajectory: Trajectory, costates: Array, key: Any) -> Any:
 
 
 def _last_hessian(task: Task, trajectory: Trajectory) -> Array:
-    """Of the last cost, as it is."""
+    """Hessian of the last cost, not projected."""
     x, unravel = flat_states(trajectory.s)
     x_T = ravel_pytree(trajectory.s_T)[0]
     alive = trajectory.alive[-1]
@@ -265,14 +300,16 @@ def _last_hessian(task: Task, trajectory: Trajectory) -> Array:
     return jnp.where(alive, H, jnp.zeros_like(H))
 
 
-def _hamiltonian(z: Array, task: Task, w: Array, costate: Array, unravel: Any, key: Any, t: Array) -> Array:
+def _hamiltonian(
+    z: Array, task: Task, w: Array, costate: Array, unravel: Callable, key: PRNGKeyArray | None, t: Array
+) -> Array:
     n = costate.shape[0]
     return jnp.vdot(costate, _next(z, task, n, unravel, key, t)) - w * task.reward(unravel(z[:n]), z[n:])
 
 
-def _next(z: Array, task: Task, n: int, unravel: Any, key: Any, t: Array) -> Array:
+def _next(z: Array, task: Task, n: int, unravel: Callable, key: PRNGKeyArray | None, t: Array) -> Array:
     return ravel_pytree(task.dynamics(unravel(z[:n]), z[n:], key=step_keys(key, t)[1]))[0]
 
 
-def _last(s: Array, task: Task, unravel: Any) -> Array:
+def _last(s: Array, task: Task, unravel: Callable) -> Array:
     return -task.weights[-1] * task.terminal(unravel(s))

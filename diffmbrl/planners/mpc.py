@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from diffmbrl.core import State, Task, Trajectory, as_float, is_concrete, is_plan, is_planner
+from diffmbrl.core import Dynamics, State, Task, Trajectory, as_float, is_concrete, is_plan, is_planner
 from diffmbrl.info import Info
 from diffmbrl.planners.windows import Ending
 from diffmbrl.policies import centre_and_half
@@ -19,36 +19,51 @@ LOGIT_COST = 0.1  # a second, of actions squashed into their limits
 
 
 class Memory(NamedTuple):
-    """What an MPC keeps from one step of an episode to the next."""
+    """Memory of an MPC between two steps of an episode.
 
-    plan: Any  # for the window that begins now: shifted already
-    carry: Any  # the planner's
-    weights: Float[Array, " T1"]  # of the task
+    Args:
+        plan: Plan for the window that begins now, already shifted.
+        carry: Carry of the planner.
+        weights: Weights of the plant's task, shape [T + 1].
+        t: Number of the step, shape [].
+        info: Report of the last step's final update; `work`, `nonfinite` and `inner_iterations` are sums over its
+            updates.
+    """
+
+    plan: PyTree
+    carry: PyTree
+    weights: Float[Array, " T1"]
     t: Int[Array, ""]
-    info: Info  # of the last step's updates: the last one's, but for `work`, `nonfinite` and `inner_iterations`, their sums
+    info: Info
 
 
 class MPC(eqx.Module):
-    r"""Model predictive control: at each step, improve a plan of H steps from the state at hand and apply its first action.
+    r"""Model predictive control: at each step, improve a plan of H steps from the current state and apply its first action.
 
     $$a_t = \pi^{(t)}_0(s_t),\qquad \pi^{(t)} = \mathrm{update}^k\big(\mathrm{shift}(\pi^{(t-1)}), s_t\big)$$
 
-    An MPC is a policy with a memory: `rollout`, `value`, `expected`, `rollouts` take it, on any task with the same states and
-    actions. The planner sees `model` alone, so the plant may be another: other masses, noise, late actions
-    (`tasks/transforms/plant.py`). T and the weights are the plant's.
+    An MPC is a policy with a memory, so `rollout`, `episode_return` and `mean_return` take it, on any plant with the
+    same states and actions as the model. The plan is shifted by one step with its last slice repeated, and the
+    planner's carry by the planner's own `shift`. If the planner rejects an update, the feedback of the old plan still acts.
 
-    The plan is shifted by one step, its last slice repeated; the planner's carry goes through the planner's own
-    `shift(carry)`, which keeps what was learned of the problem (damping, temperature). The first step
-    of an episode makes `first` updates. An update that the planner rejects leaves the plan of before, whose feedback, if it
-    has any, still acts on the state. `window` (`planners/windows.py`) says what the plan makes of the end of the episode. With
-    `hold` = k > 1 a plan is improved at every k-th step alone and followed in between: at k = H nothing is ever planned anew.
+    Args:
+        planner: Solver of kind "plan".
+        model: Planning task of H steps, from `planning_task`.
+        plan: Plan with which an episode begins.
+        iterations: Updates per step k.
+        first: Updates in the first step of an episode.
+        hold: Number of steps for which a plan is followed before it is improved again.
+        a_low, a_high: Action limits of the plant, shape [m].
+        window: How a plan treats the end of the episode: `Ending()` or `Receding()`.
+        seen: Function from the plant's state to the state to plan from, and how many steps ahead that is:
+            `FullState()`, `Unaware()` or `Predicted(dynamics)`.
+        key: Key for a planner that draws, which gets a new one at each update; None for plans without noise.
 
-    A planner that draws needs `key`; it gets a fresh one at each update, which differs by the rollout's too. Without `key` the
-    planner gets none, and so plans without the model's noise.
-    Action limits are the model's: the planner keeps them, or they are moved into the model by `squashed` (`planning_task`).
+    Raises:
+        TypeError: If the planner is not of kind "plan" (from `init`).
+        ValueError: If `horizon`, `iterations` or `first` is below 1, or `hold` is not from 1 to H (from `init`).
 
-    Shapes: as its task's. Cost of a step: k updates of the planner. Raises: `TypeError` if `planner` is not of kind "plan",
-    `ValueError` if `horizon`, `iterations` or `first` is below 1, or `hold` not from 1 to H.
+    Cost: k updates of the planner per step.
     Reference: Mayne, Rawlings, Rao, Scokaert 2000; Diehl, Bock, Schloeder 2005 (one iteration a step).
 
     >>> import jax
@@ -60,8 +75,8 @@ class MPC(eqx.Module):
     """
 
     planner: Any
-    model: Task  # the planning task: H steps, without action limits
-    plan: Any  # that an episode begins with
+    model: Task
+    plan: Any
     iterations: Int[Array, ""]
     first: Int[Array, ""]
     hold: Int[Array, ""]
@@ -88,11 +103,29 @@ class MPC(eqx.Module):
         logit_cost: Any = LOGIT_COST,
         key: PRNGKeyArray | None = None,
     ) -> "MPC":
-        """A controller that plans `horizon` steps of `model`, with `iterations` updates a step (`first` in the first one).
+        """Make a controller that plans on `model`.
 
-        A plan is followed for `hold` steps. `plan` is what it begins with, for the planning task that `planning_task` gives;
-        the planner's first plan by default. `window` is `Ending()` unless given; `seen`, what it makes of the plant's state, is
-        `FullState()`; `logit_cost` is that of `planning_task`.
+        Args:
+            planner: Solver of kind "plan".
+            model: Task that the planner sees; its action limits are kept by the planner or moved into the planning
+                task.
+            horizon: Number of steps H of a plan.
+            iterations: Updates per step.
+            first: Updates in the first step; None for `iterations`.
+            hold: Number of steps for which a plan is followed before it is improved again.
+            plan: First plan, for `planning_task`; None for the planner's own.
+            window: How a plan treats the end of the episode; None for `Ending()`.
+            seen: The state to plan from; None for `FullState()`.
+            logit_cost: As for `planning_task`.
+            key: Key for a planner that draws; None for none.
+
+        Returns:
+            The controller.
+
+        Raises:
+            TypeError: If the planner is not of kind "plan".
+            ValueError: If `horizon`, `iterations` or `first` is below 1, `hold` is not from 1 to H, or `plan` is not a
+                plan of H steps.
         """
         if not is_planner(planner):
             raise TypeError(f"MPC plans with a solver of kind 'plan', such as ILQR(); got {type(planner).__name__}")
@@ -145,14 +178,14 @@ class MPC(eqx.Module):
         return a, Memory(shifted(plan), self.planner.shift(carry), weights, t + 1, info)
 
     def _key(self, t: Int[Array, ""], key: PRNGKeyArray | None) -> PRNGKeyArray | None:
-        """The planner's, of this step: of the MPC's own key and, where the rollout has one, of that too."""
+        """Key of this step for the planner: from the MPC's own key and, if there is one, the rollout's."""
         if self.key is None:
             return None
         own = _fold(self.key, t)
         return own if key is None else _fold(own, jax.random.bits(key))
 
     def _within_limits(self, z: Float[Array, " m"]) -> Float[Array, " m"]:
-        """The plant's action: squashed wherever the model's limits were moved into the planning task."""
+        """Return the plant's action: squashed if the model's limits were moved into the planning task."""
         inside = jnp.isfinite(self.a_low) & jnp.isfinite(self.a_high) & ~jnp.isfinite(self.model.a_high)
         centre, half = centre_and_half(self.a_low, self.a_high)
         return jnp.where(inside, centre + half * jnp.tanh(z), z)
@@ -160,7 +193,16 @@ class MPC(eqx.Module):
 
 @jax.jit
 def act(mpc: MPC, memory: Memory, s: State, key: PRNGKeyArray | None = None) -> tuple[Array, Memory]:
-    """One step, compiled once for all numbers: what a real controller calls.
+    """Do one step of control, compiled once for all values: the function that a real controller calls.
+
+    Args:
+        mpc: Controller.
+        memory: Its memory, from `mpc.start(task)` or the step before.
+        s: State of the plant.
+        key: Key of the rollout; None for none.
+
+    Returns:
+        The action, shape [m], and the memory for the next step.
 
     >>> import jax
     >>> from diffmbrl import ILQR, tasks
@@ -175,26 +217,29 @@ def act(mpc: MPC, memory: Memory, s: State, key: PRNGKeyArray | None = None) -> 
 
 
 class FullState(eqx.Module):
-    """The state as the plant has it, now."""
+    """Current state of the plant, unchanged."""
 
     def __call__(self, s: State) -> tuple[State, int]:
         return s, 0
 
 
 class Unaware(eqx.Module):
-    """The state of a plant whose actions arrive late (`Delayed`), by a controller that knows nothing of that."""
+    """State of a plant whose actions arrive late (`Delayed`), for a controller that ignores the delay."""
 
     def __call__(self, s: Delayed) -> tuple[State, int]:
         return s.s, 0
 
 
 class Predicted(eqx.Module):
-    r"""The state in which the next action will arrive: $s_{t+d}$, by a model from $s_t$ and the d actions under way.
+    r"""State in which the next action will arrive: $s_{t+d}$, predicted from $s_t$ and the d actions under way.
 
-    Planning from there loses nothing to the delay but what the model gets wrong in d steps.
+    Planning from it loses only the model's error over d steps to the delay.
+
+    Args:
+        dynamics: Model of the plant, on actions within their limits.
     """
 
-    dynamics: Any  # of real actions, not of squashed ones
+    dynamics: Dynamics
 
     def __call__(self, s: Delayed) -> tuple[State, int]:
         ahead = jax.lax.scan(lambda x, a: (self.dynamics(x, a), None), s.s, s.queue)[0]
@@ -202,13 +247,25 @@ class Predicted(eqx.Module):
 
 
 def planning_task(planner: Any, model: Task, horizon: int, *, window: Any = None, logit_cost: Any = LOGIT_COST) -> Task:
-    r"""The task that an MPC's planner solves: `horizon` steps of `model`.
+    r"""Make the task of H steps that an MPC's planner solves.
 
-    For a planner that does not keep action limits (`keeps_limits`) they are moved into the plant, and the logit z of a
-    limited action costs $\tfrac{1}{2} c\,dt\,z^2$ more: a plan that is warm started for hundreds of steps otherwise drifts to
-    logits of hundreds, where tanh has no slope left, and no planner comes back from there. Median return of iLQR with H = 50
-    and 3 updates a step on `cartpole-swingup`, 16 starts: -3360 without, -21.5, -19.3 and -12.1 with c = .001, .01 and .1.
-    Raises: `ValueError` if the horizon is below 1.
+    If the planner does not keep action limits, they are moved into the plant, and the logit z of a limited action costs
+    $\tfrac{1}{2} c\,dt\,z^2$: otherwise a plan that is warm started for hundreds of steps drifts to logits of hundreds,
+    where tanh has no slope, and no planner returns from there. Median return of iLQR with H = 50 and 3 updates a step on
+    `cartpole-swingup`, 16 starts: -3360 without, -21.5, -19.3 and -12.1 with c = .001, .01 and .1.
+
+    Args:
+        planner: The planner.
+        model: Task that the planner sees.
+        horizon: Number of steps H.
+        window: How a plan treats the end of the episode; None for `Ending()`.
+        logit_cost: Cost c per second of squared logits of limited actions.
+
+    Returns:
+        The planning task.
+
+    Raises:
+        ValueError: If the horizon is below 1.
     """
     inside = model if planner.keeps_limits else squashed(model)
     if inside is not model:
@@ -227,12 +284,22 @@ class _Leashed(eqx.Module):
 
 
 def shifted(plan: PyTree) -> PyTree:
-    """A plan one step on, its last slice repeated."""
+    """Shift a plan by one step; its last slice is repeated."""
     return jax.tree.map(lambda x: jnp.concatenate([x[1:], x[-1:]]), plan)
 
 
 def control(mpc: MPC, task: Task, s0: State, key: PRNGKeyArray | None = None) -> tuple[Trajectory, Info]:
-    """The rollout of a controller, and what its planner said at each step: `Info` with a leading axis of T."""
+    """Roll out a controller and record its planner's reports.
+
+    Args:
+        mpc: Controller.
+        task: Plant.
+        s0: One start state.
+        key: Key of the plant's noise; None for none.
+
+    Returns:
+        The trajectory, and the planner's `Info` of each step with a leading axis of T.
+    """
     return recorded(mpc, task, s0, key, keep=lambda memory: memory.info)
 
 
@@ -248,5 +315,5 @@ def _fold(key: PRNGKeyArray, number: Any) -> PRNGKeyArray:
 
 @jax.jit
 def _update(planner: Any, plan: Any, carry: Any, task: Task, s0: State, key: PRNGKeyArray | None) -> Any:
-    """Of its own, so that it is traced once: for what it returns, and in the loop."""
+    """A function of its own, traced once for both the shapes of its results and the loop."""
     return planner.update(plan, carry, task, s0, key=key)

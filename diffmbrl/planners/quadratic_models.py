@@ -1,11 +1,11 @@
-r"""What iLQR knows of a task along a trajectory: the curvature of the costs alone, or that of the dynamics too (DDP).
+r"""Quadratic models of a task along a trajectory: with the curvature of the costs alone, or of the dynamics too (DDP).
 
 $$H_t = \nabla^2 c_t + \sum_i \lambda_{t+1,i} \nabla^2 f_i,\qquad \lambda_t = c_{s,t} + A_t^\top \lambda_{t+1}$$
 
 is the Hessian of the Hamiltonian in (s, a), and the LQR problem with it is Newton's method on the actions.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffmbrl.core import Task, Trajectory
+from diffmbrl.core import Policy, State, Task, Trajectory
 from diffmbrl.rollout import returns, rollout, step_keys
 from diffmbrl.second_order.linearize import Linearization, each_step, feedback, flat_states, linearize
 from diffmbrl.second_order.riccati import closed_loop
@@ -29,7 +29,7 @@ class QuadraticModel(NamedTuple):
 
 
 class FirstOrder(eqx.Module):
-    """The Gauss-Newton model: the costs' Hessians, made positive semidefinite, and none of the dynamics.
+    """Gauss-Newton model: the Hessians of the costs, projected to be positive semidefinite, and none of the dynamics.
 
     Reference: Li and Todorov 2004.
     """
@@ -92,18 +92,35 @@ def hamiltonian(
 
 
 class Expansion(NamedTuple):
-    r"""The return to go of following a plan: $J_t(s) \approx J_t + v_t^\top (s - s_t) + (s - s_t)^\top V_t (s - s_t) / 2$."""
+    r"""The return to go of following a plan: $J_t(s) \approx J_t + v_t^\top (s - s_t) + (s - s_t)^\top V_t (s - s_t) / 2$.
+
+    Args:
+        V: Second derivative of the return to go in the state, shape [T + 1, n, n].
+        v: First derivative, shape [T + 1, n].
+        J: Return to go along the trajectory, shape [T + 1].
+    """
 
     V: Float[Array, "T1 n n"]
     v: Float[Array, "T1 n"]
     J: Float[Array, " T1"]
 
 
-def expansion(policy: Any, task: Task, s0: Any, key: PRNGKeyArray | None = None) -> Expansion:
-    r"""The second-order expansion of the return to go along the closed loop of a plan or policy, to first order in f.
+def expansion(policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None = None) -> Expansion:
+    r"""Expand the return to go to second order along the closed loop of a plan or policy, to first order in f.
 
-    $V_t = -\tilde H_t + \tilde A_t^\top V_{t+1} \tilde A_t$, $v_t = -\tilde c_t + \tilde A_t^\top v_{t+1}$ with the closed
-    loop's derivatives. $v_0$ is dJ/ds_0 exactly; V is exact for linear-quadratic tasks, and Riccati's at their optimum.
+    $$V_t = -\tilde H_t + \tilde A_t^\top V_{t+1} \tilde A_t,\qquad v_t = -\tilde c_t + \tilde A_t^\top v_{t+1}$$
+
+    with the closed loop's derivatives. $v_0$ is exactly dJ/ds_0; V is exact for linear-quadratic tasks, and Riccati's at their
+    optimum.
+
+    Args:
+        policy: Plan or policy.
+        task: Task.
+        s0: One start state.
+        key: Key of the noise; None for none.
+
+    Returns:
+        The expansion along the trajectory.
 
     >>> import jax
     >>> from diffmbrl import Affine, tasks

@@ -1,21 +1,19 @@
-r"""How a sampling planner learns from the returns of the sequences it has drawn.
+r"""Updates of a sampling distribution from the returns of the sequences drawn.
 
-Each is a callable `(mean [T, m], std [T, m], sequences [N, T, m], J [N]) -> mean, std`; a return of -inf counts for
-nothing, and at least one is finite.
+Each is a callable `(mean [T, m], std [T, m], sequences [N, T, m], J [N]) -> mean, std`; a sequence with a
+return of -inf is ignored, and at least one return is finite.
 """
-
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, ScalarLike
 
 from diffmbrl.core import as_float
 
 
 class ArgMax(eqx.Module):
-    """The mean is the best sequence; the standard deviation stays: random shooting, or predictive sampling around a plan.
+    """The mean becomes the best sequence and the standard deviation stays: random shooting, or predictive sampling.
 
     Reference: Howell et al. 2022 (predictive sampling).
     """
@@ -31,12 +29,18 @@ class ArgMax(eqx.Module):
 
 
 class CEM(eqx.Module):
-    r"""The cross-entropy method: mean and deviation of the `elites` best sequences, at each time step apart.
+    r"""Cross-entropy method: refit mean and deviation to the best sequences, separately at each time step.
 
     $$\mu \leftarrow \eta \mu + (1 - \eta) \bar a_{\mathrm{elites}},\qquad
     \sigma^2 \leftarrow \eta \sigma^2 + (1 - \eta)\, \mathrm{var}\, a_{\mathrm{elites}}$$
 
-    Raises: `ValueError` if there is no elite or the momentum is outside [0, 1).
+    Args:
+        elites: Number of best sequences used.
+        momentum: Weight eta of the old mean and variance.
+
+    Raises:
+        ValueError: If `elites` is below 1 or the momentum is outside [0, 1).
+
     Reference: Rubinstein and Kroese 2004; Chua et al. 2018, algorithm 1, whose momentum is .1.
     """
 
@@ -61,19 +65,24 @@ class CEM(eqx.Module):
         counts = jnp.isfinite(best).astype(mean.dtype)[:, None, None]
         number, chosen = jnp.sum(counts), sequences[index]
         centre = jnp.sum(counts * chosen, axis=0) / number
-        # Without bias: where rewards do not depend on an action its deviation stays.
+        # Unbiased: the deviation of an action that does not affect the reward stays.
         variance = jnp.sum(counts * (chosen - centre) ** 2, axis=0) / jnp.maximum(number - 1, 1)
-        kept = self.momentum.astype(mean.dtype)
-        return kept * mean + (1 - kept) * centre, jnp.sqrt(kept * std**2 + (1 - kept) * variance)
+        eta = self.momentum.astype(mean.dtype)
+        return eta * mean + (1 - eta) * centre, jnp.sqrt(eta * std**2 + (1 - eta) * variance)
 
 
 class EffectiveSize(eqx.Module):
-    r"""The temperature at which the weights $w \propto e^{J / \lambda}$ count as so many samples, $1 / \sum w^2$.
+    r"""Temperature at which the weights $w \propto e^{J / \lambda}$ have a given effective sample size, $1 / \sum w^2$.
 
-    Temperature in a return's own units has to be found anew for every task and every stage of a search; a number of samples has
-    not. It is found by bisection of $\log \lambda$ in units of the spread of the finite returns.
+    Unlike a temperature in units of the return, it suits every task and every stage of a search. Bisection finds
+    $\log \lambda$, in units of the spread of the finite returns.
 
-    Raises: `ValueError` for a size below 1.
+    Args:
+        size: Effective number of samples.
+
+    Raises:
+        ValueError: If `size` is below 1.
+
     Reference: Kong 1992 (effective sample size).
     """
 
@@ -88,7 +97,7 @@ class EffectiveSize(eqx.Module):
         finite = jnp.isfinite(J)
         best = jnp.max(J)
         spread = jnp.maximum(best - jnp.min(jnp.where(finite, J, best)), jnp.finfo(J.dtype).tiny ** 0.5)
-        # All alike count as many as there are; the best alone, as one.
+        # Equal weights count as all samples; the best sample alone counts as one.
         wanted = jnp.clip(self.size.astype(J.dtype), 1.0, jnp.sum(finite).astype(J.dtype))
 
         def halve(_, interval):
@@ -103,19 +112,23 @@ class EffectiveSize(eqx.Module):
 
 
 class MPPI(eqx.Module):
-    r"""Model predictive path integral control: the mean weighted by $w \propto e^{J / \lambda}$; the deviation stays.
+    r"""Model predictive path integral control: the mean is weighted by $w \propto e^{J / \lambda}$, and the deviation stays.
 
-    `temperature` is $\lambda$ in the units of the return, or an `EffectiveSize`. Towards 0 the mean is the best sequence,
-    towards infinity that of all. The control cost that the derivation adds to each return for the distance from the mean is
-    left out: a reward of one's own says what actions cost.
+    The control cost of the derivation, for the distance from the mean, is left out: the task's reward says what actions cost.
 
-    Raises: `ValueError` if the temperature is not positive.
+    Args:
+        temperature: Temperature lambda in units of the return, or an `EffectiveSize`; None for `EffectiveSize()`.
+            Towards 0 the mean is the best sequence, towards infinity the mean of all.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+
     Reference: Williams et al. 2017, algorithm 2, with the returns taken relative to the best.
     """
 
-    temperature: Any
+    temperature: EffectiveSize | Float[Array, ""]
 
-    def __init__(self, temperature: Any = None):
+    def __init__(self, temperature: EffectiveSize | ScalarLike | None = None):
         if temperature is None:
             self.temperature = EffectiveSize()
         elif isinstance(temperature, EffectiveSize):
@@ -138,6 +151,6 @@ class MPPI(eqx.Module):
 
 
 def weights(J: Float[Array, " N"], temperature: Float[Array, ""]) -> Float[Array, " N"]:
-    """exp(J / temperature), normalised; relative to the best, which cannot overflow."""
+    """Normalised weights exp(J / temperature), computed relative to the best return to avoid overflow."""
     w = jnp.exp((J - jnp.max(J)) / temperature)
     return w / jnp.sum(w)

@@ -1,4 +1,4 @@
-"""The damping of the Riccati sweeps of iLQR and multiple shooting: when it rises, when it falls."""
+"""Adaptive damping of the Riccati sweeps of iLQR and multiple shooting."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,15 @@ from diffmbrl.second_order.riccati import RiccatiSolution
 
 
 class Damping(eqx.Module):
-    r"""A full step divides $\mu$ by `factor`; no step, or a sweep that is not positive definite, multiplies it by its square.
+    r"""Rule for the damping $\mu$ of Riccati sweeps.
 
-    It rises to `smallest` `factor`^4 at least and `largest` at most; below `smallest` it is nothing.
+    A full step divides $\mu$ by `factor`. A failed step, or a sweep that is not positive definite, multiplies it by the
+    square of `factor`, to at least `smallest` `factor`^4. A damping below `smallest` becomes 0.
+
+    Args:
+        smallest: Smallest damping above 0.
+        largest: Largest damping.
+        factor: Factor by which a full step divides the damping; its square multiplies it.
 
     Reference: Tassa, Erez, Todorov 2012, section II-F, without the quadratic growth.
 
@@ -27,30 +33,38 @@ class Damping(eqx.Module):
     factor: Float[Array, ""] = parameter(4.0)
 
     def raised(self, damping: Float[Array, ""]) -> Float[Array, ""]:
+        """Return the damping after a failed step."""
         raised = jnp.maximum(damping * self.factor**2, self.smallest * self.factor**4)
         return jnp.minimum(raised, self.largest).astype(damping.dtype)
 
     def lowered(self, damping: Float[Array, ""]) -> Float[Array, ""]:
+        """Return the damping after a full step."""
         return jnp.where(damping / self.factor < self.smallest, 0.0, damping / self.factor).astype(damping.dtype)
 
     def after(self, damping: Float[Array, ""], accepted: Bool[Array, ""], tried: Int[Array, ""]) -> Float[Array, ""]:
-        """What the next update begins with, after a search that took `tried` step lengths."""
-        kept = jnp.where(tried <= 2, self.lowered(damping), damping)
-        return jnp.where(accepted, kept, self.raised(damping)).astype(damping.dtype)
+        """Return the damping of the next update, after a line search of `tried` step lengths."""
+        next_damping = jnp.where(tried <= 2, self.lowered(damping), damping)
+        return jnp.where(accepted, next_damping, self.raised(damping)).astype(damping.dtype)
 
     def definite(
         self, sweep: Callable[[Array, Array], RiccatiSolution], damping: Float[Array, ""], *, plain: int = 0
     ) -> tuple[Float[Array, ""], RiccatiSolution, Int[Array, ""]]:
-        """A sweep whose action Hessians are positive definite, as damped as that takes, and the number made, 20 at most.
+        """Raise the damping until the action Hessians of a sweep are positive definite, in 20 sweeps at most.
 
-        `sweep` is given the damping and the number of the sweep; the first 1 + `plain` have the damping of the start.
+        Args:
+            sweep: Function of the damping and the number of the sweep.
+            damping: First damping, of the first 1 + `plain` sweeps.
+            plain: Number of further sweeps with the first damping.
+
+        Returns:
+            Damping and sweep that were reached, and the number of sweeps.
         """
 
         def again(state):
             _, found, count = state
             return ~found.definite & (count < 20)
 
-        # One sweep in the program, whichever it is the turn of: it is what takes long to compile.
+        # One sweep in the program for all turns, because a sweep takes long to compile.
         def another(state):
             damping, _, count = state
             damping = jnp.where(count > plain, self.raised(damping), damping).astype(damping.dtype)

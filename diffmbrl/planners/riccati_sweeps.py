@@ -1,7 +1,7 @@
-r"""The backward passes of iLQR: what damps them, and whether they keep limits on the actions.
+r"""Backward passes of iLQR: kinds of damping, with or without limits on the actions.
 
-A sweep is called with a linearisation, the damping $\mu$ and the room $(l_t, h_t)$ left to each action, and returns a
-`RiccatiSolution`. `free` makes a gradient in the actions the residual of the optimality conditions.
+A sweep takes a linearisation, the damping $\mu$ and the room $(l_t, h_t)$ left to each action, and returns a
+`RiccatiSolution`. `free` turns a gradient in the actions into the residual of the optimality conditions.
 """
 
 from typing import ClassVar
@@ -20,9 +20,10 @@ Room = tuple[Float[Array, "T m"], Float[Array, "T m"]]  # low - a and high - a o
 
 
 class ActionDamped(eqx.Module):
-    r"""$-(M + \mu I)^{-1} g$: changes of actions are penalised (Levenberg and Marquardt). No limits.
+    r"""Riccati sweep that penalises changes of actions (Levenberg-Marquardt): $-(M + \mu I)^{-1} g$. It knows no action limits.
 
-    `recursion` is `parallel_riccati.SCAN` or `PARALLEL`, by default whichever `choose` takes for the horizon and device.
+    Args:
+        recursion: `parallel_riccati.SCAN` or `PARALLEL`; None to choose by horizon and device.
     """
 
     recursion: Sweeps | None = eqx.field(static=True, default=None)
@@ -36,10 +37,13 @@ class ActionDamped(eqx.Module):
 
 
 class StateDamped(eqx.Module):
-    r"""$-(M + \mu L_s^\top L_s)^{-1} g$: changes of states are penalised, so that the new trajectory stays near the old.
+    r"""Riccati sweep that penalises changes of states, to stay near the old trajectory: $-(M + \mu L_s^\top L_s)^{-1} g$.
 
-    It keeps large effects small whatever the scale of the actions. V keeps the penalty, unlike Tassa's, so that all gains
-    minimise one and the same quadratic. No limits. `recursion` as of `ActionDamped`.
+    The penalty bounds large effects whatever the scale of the actions. Unlike Tassa's, V contains the penalty, so all gains
+    minimise the same quadratic. It knows no action limits.
+
+    Args:
+        recursion: `parallel_riccati.SCAN` or `PARALLEL`; None to choose by horizon and device.
 
     Reference: Tassa, Erez, Todorov 2012, equation 10.
     """
@@ -57,13 +61,16 @@ class StateDamped(eqx.Module):
 
 
 class BoxConstrained(eqx.Module):
-    r"""Limits on the actions: each step of the sweep solves a quadratic program by Newton's method projected onto the box.
+    r"""Riccati sweep with action limits: each time step solves a quadratic program by Newton's method projected onto the box.
 
     $$k_t = \arg\min_{l_t \le k \le h_t} \tfrac12 k^\top (Q_{aa} + \mu I) k + q_a^\top k$$
 
-    An action whose limit is active gets no feedback; the others get that of the problem without it. At most `iterations` of
-    projected Newton, each with up to `halvings` of its step; m steps of it mostly suffice. Always one time step after another:
-    which limits are active is known only once the steps after are solved.
+    An action at an active limit gets no feedback; the others get that of the problem without it. The sweep is
+    sequential in time, since the active limits of a step are known only once the later steps are solved.
+
+    Args:
+        iterations: Largest number of projected Newton steps per time step; m steps mostly suffice.
+        halvings: Largest number of halvings of such a step.
 
     Reference: Tassa, Mansard, Todorov 2014, section III; Bertsekas 1982.
     """
@@ -99,7 +106,7 @@ class BoxConstrained(eqx.Module):
     def minimise(
         self, Q: Float[Array, "m m"], q: Float[Array, " m"], low: Float[Array, " m"], high: Float[Array, " m"]
     ) -> tuple[Float[Array, " m"], Bool[Array, " m"], Bool[Array, ""]]:
-        """The minimum in the box, which of its limits are active, and whether Q is positive definite."""
+        """Return the minimum in the box, which of its limits are active, and whether Q is positive definite."""
 
         def value(k):
             return jnp.sum(k * (matvec(Q, k) / 2 + q))
@@ -109,7 +116,7 @@ class BoxConstrained(eqx.Module):
 
         def going(state):
             *_, i, moved = state
-            # Without a minimum there is nothing to look for, and the sweep is void.
+            # If Q is not positive definite there is no minimum, and the sweep is invalid.
             return moved & positive & (i < self.iterations)
 
         def newton(state):
@@ -119,8 +126,8 @@ class BoxConstrained(eqx.Module):
             free = jnp.where(clamped, 0.0, gradient).astype(q.dtype)
             direction, _ = _solve_free(Q, -free[:, None], clamped)
 
-            # Which lanes go on is decided once, in the body: a condition worked out again for the loop's test may round to the
-            # other side there, and under `vmap` the loop would then turn for a lane that never moves.
+            # The body decides once whether to continue. If the loop's test computed the condition again, with different
+            # rounding, the loop could run forever under `vmap`, for a replica that never moves.
             def halve(search):
                 length, j, _ = search
                 length, j = length / 2, j + 1
@@ -132,7 +139,7 @@ class BoxConstrained(eqx.Module):
             length, j, _ = jax.lax.while_loop(lambda search: search[2], halve, before)
             trial = jnp.clip(k + length * direction[:, 0], low, high)
             better = (j < self.halvings) & jnp.any(trial != k)
-            # A whole step inside the box is exact if the same limits stay active: looking on would only chase rounding.
+            # A full step inside the box is exact if the same limits stay active; another would only chase rounding.
             whole = (j == 0) & jnp.all(trial == k + direction[:, 0])
             settled = whole & jnp.all(active(trial, matvec(Q, trial) + q) == clamped)
             return jnp.where(better, trial, k), i + 1, better & ~settled
@@ -143,7 +150,7 @@ class BoxConstrained(eqx.Module):
         return k, active(k, matvec(Q, k) + q), positive
 
     def free(self, gradient: Float[Array, "T m"], room: Room | None) -> Float[Array, "T m"]:
-        """The gradient without what pushes against an active limit: zero exactly where complementarity holds."""
+        """Return the gradient without the parts that push against an active limit: zero exactly if complementarity holds."""
         low, high = _given(room)
         pushing = ((low >= 0) & (gradient > 0)) | ((high <= 0) & (gradient < 0))
         return jnp.where(pushing, jnp.zeros_like(gradient), gradient)
@@ -154,16 +161,16 @@ def _riccati(recursion: Sweeps | None, lin: Linearization, damping: Float[Array,
 
 
 def _solve_free(Q: Float[Array, "m m"], R: Float[Array, "m k"], clamped: Bool[Array, " m"]) -> tuple[Array, Array]:
-    """Q^-1 R in the free coordinates alone, zero in the others."""
-    kept = ~clamped
+    """Return Q^-1 R in the free coordinates alone, and zero in the others."""
+    free = ~clamped
     eye = jnp.eye(Q.shape[0], dtype=Q.dtype)
-    masked = jnp.where(kept[:, None] & kept[None, :], Q, eye)
-    return eliminate(masked, jnp.where(kept[:, None], R, jnp.zeros_like(R)))
+    masked = jnp.where(free[:, None] & free[None, :], Q, eye)
+    return eliminate(masked, jnp.where(free[:, None], R, jnp.zeros_like(R)))
 
 
 def _given(room: Room | None) -> Room:
     if room is None:
         raise ValueError(
-            "Boxed keeps the limits of its plan, and this one has none: start from Affine.with_limits(task)"
+            "BoxConstrained needs a plan with limits, and this one has none: start from Affine.with_limits(task)"
         )
     return room

@@ -20,16 +20,23 @@ from diffmbrl.rollout import rollout
 
 
 class SamplingCarry(NamedTuple):
-    """What is drawn from next, and what is drawn again."""
+    """Search distribution, and the elites kept for the next update.
+
+    Args:
+        mean: Mean of the sequences, shape [T, m].
+        std: Standard deviation of the sequences, shape [T, m].
+        elites: Best sequences of the last update, the best first, shape [keep, T, m].
+        start: Standard deviation with which a search begins, shape [m].
+    """
 
     mean: Float[Array, "*batch T m"]
     std: Float[Array, "*batch T m"]
-    elites: Float[Array, "*batch k T m"]  # the best of the last update, best first
-    start: Float[Array, "*batch m"]  # the standard deviation that a search begins with
+    elites: Float[Array, "*batch k T m"]
+    start: Float[Array, "*batch m"]
 
 
 class Sampling(eqx.Module):
-    r"""Draw sequences around a mean, score them by rollouts, and refit the mean and deviation to what they earned.
+    r"""Draw sequences around a mean, score them by rollouts, and refit mean and deviation to the returns.
 
     $$a^i \sim \mathrm{draw}(\mu, \sigma),\quad J_i = J(a^i),\quad (\mu, \sigma) \leftarrow \mathrm{refit}(\mu, \sigma, a, J)$$
 
@@ -37,32 +44,36 @@ class Sampling(eqx.Module):
 
     | | draw | refit | keep |
     |---|---|---|---|
-    | random shooting | `Even()` | `Best()` | |
-    | predictive sampling | `Normal()` | `Best()` | |
+    | random shooting | `Uniform()` | `ArgMax()` | |
+    | predictive sampling | `Normal()` | `ArgMax()` | |
     | CEM | `TruncatedNormal()` | `CEM(elites=)` | |
     | iCEM | `Coloured(exponent)` | `CEM(elites=)` | some elites |
     | MPPI | `Normal()` | `MPPI(temperature)` | |
 
-    Scored are `samples` sequences: the plan that the update was given, `keep` elites of the update before, and the rest drawn
-    anew; then the refitted mean. The plan returned is the best of them all, so with deterministic dynamics it is never worse
-    than the one given, and the mean of the search stays in the carry. Under noise or particles all are scored by the same
-    draws, and the plan given is scored anew at every update.
+    An update scores the given plan, `keep` elites of the last update, and new samples for the rest; then the refitted mean. It
+    returns the best of them all, so with deterministic dynamics the plan never gets worse. All are scored by the same noise and
+    particles. Actions always keep their limits, and dynamics and reward are never differentiated. An `Affine` plan gives its
+    actions as the start and loses its gains.
 
-    The deviation of a search begins at `share` of the width of an action's limits, and at `std` where it has none. Actions are
-    always within the limits. `particles` scores the mean return of so many particles (`models.particles`), whose futures
-    through stochastic dynamics or an `Ensemble` differ; None follows one state. Dynamics and reward are never differentiated.
+    Args:
+        refit: Update of the distribution: `CEM` (default, with a tenth of the samples as elites), `MPPI` or
+            `ArgMax`.
+        draw: Distribution: `TruncatedNormal()` (default), `Normal()`, `Uniform()` or `Coloured(exponent)`.
+        samples: Number N of sequences scored per update.
+        keep: Number of elites scored again in the next update.
+        particles: Number of particles whose mean return scores a sequence (`models.particles`); None for a single
+            state.
+        share: Standard deviation with which a search begins, relative to the width of the action limits.
+        std: Standard deviation with which a search begins for actions without limits, one number or shape [m].
+        mesh: Devices that share the rollouts (`devices.mesh_of`); None for one. The plans agree with those of one
+            device to rounding.
 
-    With a `mesh` (`devices.mesh_of`) its devices share the rollouts of the `samples`, and all of them have the returns: sent
-    around once an update, never within a rollout. The plans are those of one device, to rounding.
+    Raises:
+        ValueError: If there is no key, `keep` exceeds samples - 2, the devices do not divide the samples, or an
+            action has no limits and `std` is None.
+        TypeError: If the policy is not an `OpenLoop` or `Affine` plan.
 
-    For a receding horizon, `shift(carry)` moves the search one step on: the mean and the elites lose their first action and
-    repeat their last, and the deviation begins anew.
-
-    Shapes: `s0` of one start; plans `OpenLoop` or `Affine` (of which the actions it takes are the start, and whose gains become
-    0); `vmap` for many. Cost: two rollouts one after another, of `samples` and 2 sequences of `particles` each; for an `Affine`
-    plan one more.
-    Raises: `ValueError` without a key, for more kept than samples, samples that the devices do not divide, or where an action
-    has no limits and `std` is not given; `TypeError` for a policy that is not such a plan.
+    Cost: two rollouts one after another, of `samples` and of 2 sequences, times `particles`; for an `Affine` plan one more.
     Reference: Rubinstein and Kroese 2004 (CEM); Williams et al. 2017 (MPPI); Pinneri et al. 2020 (iCEM).
 
     >>> import jax
@@ -115,16 +126,16 @@ class Sampling(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes one start."""
+        """A solver of plans: it takes one start."""
         return "plan"
 
     @property
     def keeps_limits(self) -> bool:
-        """Always: samples lie within them."""
+        """True: samples lie within the limits."""
         return True
 
     def first_plan(self, task: Task) -> OpenLoop:
-        """The plan of resting actions: it has no use for feedback."""
+        """Return the first plan, of resting actions and without feedback."""
         return OpenLoop.zeros(task)
 
     def init(self, policy: Any, task: Task) -> SamplingCarry:
@@ -133,8 +144,8 @@ class Sampling(eqx.Module):
         limits = (task.a_low, task.a_high)
         if self.std is None and is_concrete(limits) and not np.all(np.isfinite(limits)):
             raise ValueError(
-                f"task '{task.name}' has no limits on some action, {task.a_low} to {task.a_high}: say how far to look for "
-                "it, Sampling(std=...)"
+                f"task '{task.name}' has no limits on some action, {task.a_low} to {task.a_high}: give the width of "
+                "the search, Sampling(std=...)"
             )
         a = _within(policy.a, task)
         width = jnp.where(limited, task.a_high - task.a_low, 0).astype(a.dtype)
@@ -144,11 +155,11 @@ class Sampling(eqx.Module):
         return SamplingCarry(a, jnp.broadcast_to(start, a.shape), elites, start)
 
     def on_objective_change(self, policy: Any, carry: SamplingCarry, task: Task) -> SamplingCarry:
-        """The search goes on when the objective changes: of a growing horizon, what is planned stays and the rest is open."""
+        """Keep the search when the objective changes: under a growing horizon, the part already planned stays."""
         return carry
 
     def shift(self, carry: SamplingCarry) -> SamplingCarry:
-        """The carry for the next step of a receding horizon, whose plan has moved on by one step."""
+        """Return the carry for the next step of a receding horizon, shifted by one step."""
 
         def on(x):
             return jnp.concatenate([x[..., 1:, :], x[..., -1:, :]], axis=-2)
@@ -169,20 +180,20 @@ class Sampling(eqx.Module):
 
         fresh = self.samples - 1 - self.keep
         drawn = self.draw(key_draw, fresh, carry.mean, carry.std, task.a_low, task.a_high)
-        # Whole, to be learned from: of a divided one, XLA divides what a refit does with it, down to each sum of a bisection.
+        # Gathered before the refit, whose sums XLA would otherwise divide among the devices, down to each of a bisection.
         sequences = gathered(jnp.concatenate([_within(given, task)[None], carry.elites, drawn]), self.mesh)
         J, nonfinite = plan_returns(sequences, cloud, starts, key, mesh=self.mesh)
         found = jnp.any(jnp.isfinite(J))
 
         mean, std = self.refit(carry.mean, carry.std, sequences, J)
         mean = _within(mean, task)
-        # The plan as it was given, which the limits may have cut among the samples.
+        # The given plan itself, which the limits may have clipped among the samples.
         (J_given, J_mean), nonfinite_others = plan_returns(jnp.stack([given, mean]), cloud, starts, key)
         best = jnp.argmax(J)
         a = jnp.where(J_mean > J[best], mean, sequences[best])
         elites = sequences[jax.lax.top_k(J, self.keep)[1]]
 
-        # Where nothing is finite there is nothing to learn.
+        # If no return is finite, keep the previous state.
         def keep(new, old):
             return jax.tree.map(lambda x, y: jnp.where(found, x, y).astype(y.dtype), new, old)
 

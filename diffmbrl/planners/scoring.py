@@ -1,4 +1,4 @@
-"""The returns of many sequences of actions at once."""
+"""Returns of many sequences of actions at once."""
 
 from typing import Any
 
@@ -17,10 +17,18 @@ from diffmbrl.rollout import episode_return
 def plan_returns(
     sequences: Float[Array, "N T m"], task: Task, s0: State, key: PRNGKeyArray | None, *, mesh: Mesh | None = None
 ) -> tuple[Float[Array, " N"], Int[Array, ""]]:
-    """The return of each sequence from one start, -inf where it is not finite, and how many were not.
+    """Score sequences of actions by one rollout each, from one start.
 
-    All are scored under one key: the same noise, and the same members of an ensemble, so that what differs is the actions. The
-    devices of a `mesh` share the sequences.
+    Args:
+        sequences: N sequences of actions, shape [N, T, m].
+        task: Task to score them on.
+        s0: One start state.
+        key: Key of the noise and of an ensemble's members, the same for all sequences, so that only the actions
+            differ; None for no noise.
+        mesh: Devices that share the sequences; None for one device.
+
+    Returns:
+        Return of each sequence, shape [N], -inf if it is not finite; and how many were not.
 
     >>> import jax
     >>> from diffmbrl import tasks
@@ -36,7 +44,7 @@ def plan_returns(
 
 
 def clouded(task: Task, s0: State, count: int | None) -> tuple[Task, State]:
-    """Task and start of so many particles; of the state itself for None."""
+    """Return the task and the start of `count` particles, or of the single state for None."""
     return (task, s0) if count is None else (particles(task, count), replicate_start(s0, task, count))
 
 
@@ -51,8 +59,8 @@ def check_plan(policy: Any, task: Task, solver: str) -> None:
         )
 
 
-def with_actions(policy: Any, a: Float[Array, "T m"]) -> Any:
-    """A plan of the same kind with other actions and without feedback."""
+def with_actions(policy: OpenLoop | Affine, a: Float[Array, "T m"]) -> OpenLoop | Affine:
+    """Return a plan of the same kind with other actions and without feedback."""
     if isinstance(policy, OpenLoop):
         return OpenLoop(a)
     return Affine(jnp.zeros_like(policy.K), a, policy.s, policy.low, policy.high)

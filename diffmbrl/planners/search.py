@@ -1,4 +1,4 @@
-"""Line searches of iLQR: which step length along a sweep is taken."""
+"""Line searches of iLQR over step lengths 1, 1/2, 1/4 ..."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,10 +10,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Trial(NamedTuple):
-    """The plan that a step length led to, and what it earned; or, after a search, the last one tried."""
+    """The plan of a step length and its return; after a search, the last one tried.
+
+    Args:
+        alpha: Step length.
+        tried: Number of step lengths tried, this one included.
+        accepted: Whether it satisfies the acceptance test.
+        nonfinite: Number of trials whose return was not finite.
+        J: Return.
+        s: States, shape [T, n].
+        a: Actions, shape [T, m].
+    """
 
     alpha: Float[Array, ""]
-    tried: Int[Array, ""]  # step lengths, this one included
+    tried: Int[Array, ""]
     accepted: Bool[Array, ""]
     nonfinite: Int[Array, ""]
     J: Float[Array, ""]
@@ -25,10 +35,12 @@ Attempt = Callable[[Float[Array, ""]], Trial]
 
 
 class Backtracking(eqx.Module):
-    """1, 1/2, 1/4 ... one after another, up to `trials`; the first that is accepted.
+    """Line search that tries 1, 1/2, 1/4 ... one after another, and takes the first that is accepted.
 
-    On a CPU cheaper than all at once, since the first mostly holds. A trial may be another tuple with alpha, tried, accepted
-    and nonfinite.
+    It is cheaper than `Parallel` on a CPU, since the first step length mostly succeeds.
+
+    Args:
+        trials: Largest number of step lengths.
     """
 
     trials: int = eqx.field(static=True, default=10)
@@ -43,9 +55,12 @@ class Backtracking(eqx.Module):
 
 
 class Parallel(eqx.Module):
-    """1, 1/2, 1/4 ... `trials` of them at once; of those accepted, the one that earns most.
+    """Line search that tries 1, 1/2, 1/4 ... at once, and takes the accepted one with the largest return.
 
-    One pass over the horizon whatever the number, for a device with cores to spare.
+    It needs one pass over the horizon whatever the number, which suits a device with idle cores.
+
+    Args:
+        trials: Number of step lengths.
     """
 
     trials: int = eqx.field(static=True, default=10)

@@ -18,14 +18,14 @@ NEAR = 1e-3  # how near to a limit, in half widths, the logit of an action can s
 
 
 class Tanh(eqx.Module):
-    """Limits by $a = c + h \\tanh z$ over free z: every method stays within them, and slows down close to them."""
+    r"""Action limits by $a = c + h \tanh z$ over free z: every method keeps them, and slows down close to them."""
 
     def actions(self, z: Float[Array, "*b m"], low: Float[Array, " m"], high: Float[Array, " m"]) -> Array:
         centre, half = centre_and_half(low, high)
         return jnp.where(_limited(low, high), centre + half * jnp.tanh(z), z)
 
     def variables(self, a: Float[Array, "*b m"], low: Float[Array, " m"], high: Float[Array, " m"]) -> Array:
-        """The z of given actions; those on a limit, or beyond, start just within it."""
+        """Return the z of given actions; those on a limit or beyond it start just within it."""
         centre, half = centre_and_half(low, high)
         inside = jnp.clip((a - centre) / half, NEAR - 1, 1 - NEAR)
         return jnp.where(_limited(low, high), jnp.arctanh(inside), a)
@@ -35,7 +35,7 @@ class Tanh(eqx.Module):
 
 
 class Projection(eqx.Module):
-    """Limits by moving each action back to the nearest one within them after every step: projected gradient."""
+    """Action limits by projection after every step: each action moves to the nearest one within the limits."""
 
     def actions(self, z: Float[Array, "*b m"], low: Float[Array, " m"], high: Float[Array, " m"]) -> Array:
         return z
@@ -48,7 +48,7 @@ class Projection(eqx.Module):
 
 
 class ShootingCarry(NamedTuple):
-    """The sequences that are improved side by side, and which of them the plan is."""
+    """Sequences that are improved together, and which of them is the plan."""
 
     z: Float[Array, "*batch k T m"]
     inner: OptaxCarry
@@ -57,23 +57,25 @@ class ShootingCarry(NamedTuple):
 
 
 class Shooting(eqx.Module):
-    r"""$z \leftarrow z + \mathrm{rule}(\nabla_z (-J))$ on sequences of actions $a_t = \mathrm{limits}(z_t)$.
+    r"""Gradient steps on sequences of actions: $z \leftarrow z + \mathrm{rule}(\nabla_z (-J))$, $a_t = \mathrm{limits}(z_t)$.
 
-    `descend` is the rule with its gradient estimator, any `OptaxSolver`: Adam, L-BFGS with its line search. `limits`
-    keeps actions within the task's: `Tanh()` or `Projection()`. With `starts` = k > 1 sequences are improved side by
-    side, the plan given and k - 1 drawn around it at the first update with standard deviation `spread` in z; the plan
-    returned is the step of the one that was best before it. For one start the method is the rule's own, as monotone as
-    it is: L-BFGS, not Adam.
+    The plan returned is the step of the sequence that was best before it. With one sequence it is as monotone as the rule:
+    L-BFGS is, Adam is not. A sequence whose gradient is not finite stays unchanged. An `Affine` plan gives its actions as the
+    start and loses its gains.
 
-    `particles` improves the mean return of so many particles (`models.particles`), which an ensemble's members or noise drive
-    apart; None follows one state. A sequence whose gradient is not finite stays where it is; the others go on.
+    Args:
+        descend: Rule with its gradient estimator, such as `OptaxSolver(optax.lbfgs)`.
+        limits: How actions keep the task's limits: `Tanh()` (default) or `Projection()`.
+        starts: Number k of sequences improved together: the given plan and k - 1 drawn around it in the first
+            update.
+        spread: Standard deviation of that draw, in z.
+        particles: Number of particles whose mean return is improved (`models.particles`); None for a single state.
 
-    For a receding horizon, `shift(carry)` moves the sequences one step on; the rule's memory stays as it is.
+    Raises:
+        ValueError: If `starts` or `particles` is below 1, `spread` is not positive, or several starts have no key.
+        TypeError: If `descend` is not an `OptaxSolver`, or the policy is not an `OpenLoop` or `Affine` plan.
 
-    Shapes: `s0` of one start; plans `OpenLoop` or `Affine` (of which the actions it takes are the start, and whose gains become
-    0); `vmap` for many. Cost: k gradients side by side, or for each line-search trial; for an `Affine` plan one rollout more.
-    Raises: `ValueError` for no starts, a spread that is not positive, or several starts without a key; `TypeError` if `descend`
-    is not a `OptaxSolver`, or for a policy that is not such a plan.
+    Cost: k gradients in parallel, or that for each line-search trial; for an `Affine` plan one rollout more.
     Reference: Betts 1998, section 3 (direct single shooting).
 
     >>> import jax, optax
@@ -86,7 +88,7 @@ class Shooting(eqx.Module):
     """
 
     descend: OptaxSolver
-    limits: Any
+    limits: Tanh | Projection
     spread: Float[Array, ""]
     starts: int = eqx.field(static=True)
     particles: int | None = eqx.field(static=True)
@@ -118,16 +120,16 @@ class Shooting(eqx.Module):
 
     @property
     def kind(self) -> str:
-        """It takes one start."""
+        """A solver of plans: it takes one start."""
         return "plan"
 
     @property
     def keeps_limits(self) -> bool:
-        """Always: by `limits`."""
+        """True: `limits` keeps them."""
         return True
 
     def first_plan(self, task: Task) -> OpenLoop:
-        """The plan of resting actions: it has no use for feedback."""
+        """Return the first plan, of resting actions and without feedback."""
         return OpenLoop.zeros(task)
 
     def init(self, policy: Any, task: Task) -> ShootingCarry:
@@ -140,7 +142,7 @@ class Shooting(eqx.Module):
     on_objective_change = restart
 
     def shift(self, carry: ShootingCarry) -> ShootingCarry:
-        """The carry for the next step of a receding horizon, whose plan has moved on by one step."""
+        """Return the carry for the next step of a receding horizon: shifted sequences, and the rule's memory as before."""
         z = jnp.concatenate([carry.z[..., 1:, :], carry.z[..., -1:, :]], axis=-2)
         return carry._replace(z=z)
 
@@ -158,7 +160,7 @@ class Shooting(eqx.Module):
 
         def one(z, inner):
             moved, inner, info = self.descend.update(OpenLoop(z), inner, cloud, batch, key=key)
-            # What a line search left behind is of the point before the projection.
+            # The state of a line search belongs to the point before the projection.
             projected = self.limits.project(moved.a, low, high)
             stale = jnp.any(projected != moved.a)
             fingerprint = jnp.where(stale, jnp.nan, inner.fingerprint).astype(inner.fingerprint.dtype)
@@ -188,7 +190,7 @@ class Shooting(eqx.Module):
         return plan, keep(ShootingCarry(moved, inner, best, jnp.ones((), bool)), carry), info
 
     def _sequences(self, given: Array, carry: ShootingCarry, task: Task, key: PRNGKeyArray | None) -> Array:
-        """Those of the carry, the plan's own where it was given as it was returned; at first, drawn around the plan."""
+        """Sequences of the carry, with the given plan in its place; in the first update, drawn around the plan."""
         low, high = task.a_low, task.a_high
         own = carry.z[carry.best]
         unchanged = jnp.all(self.limits.actions(own, low, high) == given)
@@ -213,7 +215,7 @@ class Shooting(eqx.Module):
         )
 
     def _work(self, work: EvaluationCounts, policy: Any, task: Task) -> EvaluationCounts:
-        """Sequences run side by side: they add to the work but not to its depth."""
+        """Sequences run in parallel: they add to the work but not to its sequential depth."""
         count = self.particles or 1
         forward, jvp, vjp = (jnp.sum(x, dtype=jnp.int32) * count for x in work[:3])
         once = int(isinstance(policy, Affine))
@@ -224,7 +226,7 @@ class _FreeDynamics(eqx.Module):
     """s' = f(s, limits(z))."""
 
     inner: Dynamics
-    limits: Any
+    limits: Tanh | Projection
     low: Float[Array, " m"]
     high: Float[Array, " m"]
 
@@ -236,7 +238,7 @@ class _FreeReward(eqx.Module):
     """r(s, limits(z))."""
 
     inner: Reward
-    limits: Any
+    limits: Tanh | Projection
     low: Float[Array, " m"]
     high: Float[Array, " m"]
 

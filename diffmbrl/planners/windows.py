@@ -1,11 +1,11 @@
-r"""What a receding-horizon controller plans on: H steps of a task of T, from wherever it is.
+r"""Planning windows of a receding-horizon controller: H steps of a task of T, from the current state.
 
 At time t the window covers $t, \dots, t + H$, with the task's weights $w_{t+j}$ and its terminal reward (or a value function)
-at the end. Two windows differ in what they make of the episode's end:
+at the end. Two windows differ in how they treat the end of the episode:
 
-* `Ending`: the plan knows when the clock stops. Beyond T the state is held and nothing is earned, so that
-  the terminal reward is that of $s_T$: with H at least the time that remains, the window's problem is the task's own.
-* `Receding`: the task is thought to go on for ever, and every window is alike: what runs on a real machine.
+* `Ending`: the plan knows when the episode stops. Beyond T the state is held and nothing is earned, so the terminal reward
+  is that of $s_T$: if H is at least the remaining time, the window's problem is the task's own.
+* `Receding`: every window has the same weights, as if the task never ended: the usual choice on a real machine.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from diffmbrl.models.particles import ParticleDynamics
 from diffmbrl.policies import resting_action
 from diffmbrl.tasks.transforms.plant import OfState, remade
 
-REST = 1e-6  # curvature of the cost of actions that do nothing: their optimum is unique, and no other is moved
+REST = 1e-6  # curvature of the cost of actions without effect, whose optimum is then unique
 
 
 class Clocked(NamedTuple):
@@ -32,16 +32,18 @@ class Clocked(NamedTuple):
 
 
 class Ending(eqx.Module):
-    r"""Windows that end with the episode: $s_{j+1} = f(s_j, a_j)$ for $t + j < T$, $s_{j+1} = s_j$ from then on.
+    r"""Windows that end with the episode: $s_{j+1} = f(s_j, a_j)$ for $t + j < T$, and $s_{j+1} = s_j$ afterwards.
 
-    The steps left are one more state variable (`Clocked`), so one compiled planner serves every window. `value` is the
-    terminal reward of a window that ends before the episode does; by default the task's own.
+    The number of steps left is one more state variable (`Clocked`), so one compiled planner serves every window.
+
+    Args:
+        value: Terminal reward of a window that ends before the episode; None for the task's own.
     """
 
     value: Callable | None = None
 
     def task(self, task: Task, horizon: int) -> Task:
-        """The planning task, of `horizon` steps."""
+        """Return the planning task, of `horizon` steps."""
         made = remade(
             task,
             horizon,
@@ -56,7 +58,7 @@ class Ending(eqx.Module):
         return eqx.tree_at(lambda t: t.terminal, made, _Continued(task.terminal, self.value))
 
     def at(self, task: Task, weights: Float[Array, " T1"], t: Int[Array, ""]) -> Task:
-        """The planning task with the weights of the window that begins at t."""
+        """Return the planning task with the weights of the window that begins at t."""
         T = weights.shape[0] - 1
         index = t + jnp.arange(task.horizon + 1, dtype=jnp.int32)
         seen = weights[jnp.minimum(index, T)]
@@ -64,21 +66,22 @@ class Ending(eqx.Module):
         return reweighted(task, within.at[-1].set(seen[-1]))
 
     def state(self, s: State, t: Int[Array, ""], T: int) -> Clocked:
-        """Where the window begins."""
+        """Return the state in which the window begins."""
         left = jnp.maximum(jnp.asarray(T, jnp.int32) - t, 0)
         return Clocked(s, left.astype(jax.tree.leaves(s)[0].dtype))
 
 
 class Receding(eqx.Module):
-    """Windows as though the task went on for ever: every one has the weights of the first, and none sees the end.
+    """Windows that never see the end of the episode: all have the weights of the first one.
 
-    `value` is the terminal reward of the window; by default the task's own.
+    Args:
+        value: Terminal reward of the window; None for the task's own.
     """
 
     value: Callable | None = None
 
     def task(self, task: Task, horizon: int) -> Task:
-        """The planning task, of `horizon` steps."""
+        """Return the planning task, of `horizon` steps."""
         made = Task(
             name=task.name,
             dynamics=task.dynamics,
@@ -97,11 +100,11 @@ class Receding(eqx.Module):
         return self.at(made, task.weights, jnp.zeros((), jnp.int32))
 
     def at(self, task: Task, weights: Float[Array, " T1"], t: Int[Array, ""]) -> Task:
-        """The planning task, whenever it begins."""
+        """Return the planning task, the same for every t."""
         return reweighted(task, weights[jnp.minimum(jnp.arange(task.horizon + 1), weights.shape[0] - 1)])
 
     def state(self, s: State, t: Int[Array, ""], T: int) -> State:
-        """Where the window begins."""
+        """Return the state in which the window begins."""
         return s
 
 
@@ -112,7 +115,7 @@ class _Held(eqx.Module):
         return self._on(state, self.inner(state.s, a, key=key))
 
     def many(self, state: Clocked, a: Float[Array, " m"], *, key: PRNGKeyArray | None = None) -> Clocked:
-        """Particles side by side, as the dynamics of an ensemble want them: [P, ...]."""
+        """Step P particles [P, ...] together, as an ensemble does."""
         return jax.vmap(self._on)(state, ParticleDynamics(self.inner, None)(state.s, a, key=key))
 
     def _on(self, state: Clocked, moved: State) -> Clocked:
@@ -139,7 +142,7 @@ class _Full(eqx.Module):
 
 
 class _Continued(eqx.Module):
-    """The terminal reward where the episode has ended, the value where it goes on."""
+    """Terminal reward after the end of the episode, value before it."""
 
     terminal: Callable
     value: Callable
