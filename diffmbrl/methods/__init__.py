@@ -1,4 +1,4 @@
-"""The named methods: what `--method` and `--planner` choose among."""
+"""The named methods, from which `--method` and `--planner` choose."""
 
 from diffmbrl.methods.row import CONTINUATIONS, Method, estimated, schedule, solver
 from diffmbrl.methods.table import METHODS, method

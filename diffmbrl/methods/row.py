@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 
@@ -16,47 +16,77 @@ CONTINUATIONS = ("default", "discounts", "trust", "measured", "none")
 
 
 class Method(NamedTuple):
-    """How a method is made and run in a comparison."""
+    """A row of the table of methods: how a method is made and run in a comparison.
 
-    make: Callable[[float | None, int, Task], Solver]  # of a learning rate, where it has one, and the number of updates
-    order: int  # 1 or 2, 0 without gradients; L-BFGS counts as 1: it is given gradients only
-    kind: str  # "policy", or "plan": every start is planned anew
-    steps: int  # updates by default
-    rates: tuple[float, ...] = ()  # learning rates swept by default; none for a method without one
-    sequential: bool = False  # seeds one after another: its line search branches, and `vmap` would run both branches
-    default: bool = True  # whether `compare` runs it unasked
-    most_parameters: int | None = None  # beyond which it does not fit
-    race: float = 0.0  # share of the updates over which four first policies race; 0 for no race
-    continuation: str = "discounts"  # the schedule by default: "discounts", "trust", "growing" for plans, or "none"
-    estimator: str = "bptt"  # of the gradient, in methods that take one
-    own_gradient: bool = False  # its gradient is part of the method: it takes no other
-    description: str = ""  # what it is, in a line
+    Args:
+        make: Function of the learning rate (None if the method has none), the number of updates and the task, which
+            returns the solver.
+        order: Order of the derivatives: 0, 1 or 2. L-BFGS counts as 1, since it is given gradients only.
+        kind: "policy", or "plan" if every start is planned separately.
+        steps: Default number of updates.
+        rates: Default learning rates to sweep; empty for a method without one.
+        sequential: Whether seeds run one after another: the line search branches, and `vmap` would run both
+            branches.
+        default: Whether `compare` runs the method unasked.
+        most_parameters: Largest number of policy parameters for which the method fits into memory; None for any.
+        race: Fraction of the updates over which four first policies compete; 0 for a single one.
+        continuation: Default schedule: "discounts", "trust", "growing" for plans, or "none".
+        estimator: Name of the gradient estimator.
+        own_gradient: Whether the gradient is part of the method, which then takes no other estimator.
+        description: One line for tables.
+    """
+
+    make: Callable[[float | None, int, Task], Solver]
+    order: int
+    kind: str
+    steps: int
+    rates: tuple[float, ...] = ()
+    sequential: bool = False
+    default: bool = True
+    most_parameters: int | None = None
+    race: float = 0.0
+    continuation: str = "discounts"
+    estimator: str = "bptt"
+    own_gradient: bool = False
+    description: str = ""
 
     @property
     def takes_estimator(self) -> bool:
-        """Whether its policy gradient can be another: of first-order methods without a line search, on policies."""
+        """Whether the method accepts another gradient estimator: a first-order method on policies without a line search."""
         return self.order == 1 and self.kind == "policy" and not (self.sequential or self.own_gradient)
 
     @property
     def draws(self) -> bool:
-        """Whether its updates need a key."""
+        """Whether the updates need a key."""
         return estimator(self.estimator)[1].draws
 
     @property
     def differentiates(self) -> bool:
-        """Whether it needs derivatives of the reward in the actions."""
+        """Whether the method needs derivatives of the reward in the actions."""
         return self.order > 0 and estimator(self.estimator)[1].differentiates
 
 
 def solver(row: Method, task: Task, *, rate: float | None, steps: int, continuation: str) -> Solver:
-    """The method's solver for `steps` updates, inside a continuation unless that is "none".
+    """Make the solver of a method, inside a continuation unless that is "none".
 
-    "default" is the row's own: discounts .8, .9, .95, .98, 1 for first-order methods; discounts and trust in the measured
-    sensitivity of each start for second-order ones; growing horizons for iLQR, which a discount does not help. Sampling
-    planners and shooting, which do worse with those, have none, whatever is asked. "discounts", "trust" and "measured"
-    (discounts as the measured growth of the closed loop allows them) give all policy methods the same. A raced method goes
-    on with the best of four policies after its share of the updates.
-    Raises: `ValueError` for another name, or fewer updates than stages.
+    "default" is the method's own: discounts .8, .9, .95, .98, 1 for first-order methods; discounts and trust in the measured
+    sensitivity of each start for second-order ones; growing horizons for iLQR, which a discount does not help. "discounts",
+    "trust" and "measured" (discounts as far as the measured growth of the closed loop allows) apply to all policy methods.
+    Sampling planners and shooting perform worse with a schedule and never have one. A method with a race continues with
+    the best of four policies after its fraction of the updates.
+
+    Args:
+        row: Row of the method.
+        task: Task to solve.
+        rate: Learning rate; None for a method without one.
+        steps: Number of updates.
+        continuation: Name of the schedule, one of `CONTINUATIONS`.
+
+    Returns:
+        The solver.
+
+    Raises:
+        ValueError: If the continuation is unknown, or there are fewer updates than stages.
     """
     validate_choice("continuation", continuation, CONTINUATIONS)
     inner = row.make(rate, steps, task)
@@ -76,10 +106,20 @@ def _continued(inner: Solver, row: Method, task: Task, steps: int, continuation:
 
 
 def estimated(name: str, row: Method, estimators: Sequence[str]) -> list[tuple[str, Method]]:
-    """The method with each of the estimators of its gradient, as `adam+truncated`; as it is with "bptt" or none named.
+    """Combine a method with each of several gradient estimators.
 
     Second-order methods and planners take none: they differentiate more than a policy's gradient, or no policy.
-    Raises: `ValueError` for an unknown estimator, or one other than "bptt" for a method that searches along a line.
+
+    Args:
+        name: Name of the method.
+        row: Its row.
+        estimators: Names of gradient estimators.
+
+    Returns:
+        Pairs of a name such as `adam+truncated` and a row; the given pair for "bptt", or if no estimator is named.
+
+    Raises:
+        ValueError: If an estimator is unknown, or the method uses a line search and cannot take it.
     """
     rows = [estimator(given) for given in estimators]
     if not row.takes_estimator or not rows:
@@ -91,7 +131,7 @@ def estimated(name: str, row: Method, estimators: Sequence[str]) -> list[tuple[s
             )
         return [(name, row)]
 
-    def made(make: Any) -> Any:
+    def made(make: Callable) -> Callable:
         return lambda rate, steps, task: eqx.tree_at(
             lambda descend: descend.gradient, row.make(rate, steps, task), make(task), is_leaf=lambda x: x is None
         )
@@ -103,7 +143,14 @@ def estimated(name: str, row: Method, estimators: Sequence[str]) -> list[tuple[s
 
 
 def schedule(made: Solver) -> list[list[float | int | None]] | None:
-    """The stages of a continuation as [discount, updates, bound of trust or None], for the record; None without one."""
+    """List the stages of a continuation, for the record of a run.
+
+    Args:
+        made: Solver of a method.
+
+    Returns:
+        A list of [discount, number of updates, bound of the trust or None], or None without a continuation.
+    """
     made = made.solver if isinstance(made, MultiStart) else made
     if not isinstance(made, Continuation):
         return None

@@ -1,4 +1,4 @@
-"""The table of named methods: a new solver, planner or estimator is one row."""
+"""The table of named methods. A new solver or planner is one row."""
 
 import optax
 
@@ -47,7 +47,7 @@ METHODS: dict[str, Method] = {
         "policy",
         600,
         rates=(1e-3, 3e-3, 1e-2, 3e-2),
-        description="Adam on the gradient through time, clipped",
+        description="Adam on the clipped gradient through time",
     ),
     "adam-decay": Method(
         lambda rate, steps, task: OptaxSolver(clipped_adam, learning_rate=rate, anneal=float(steps)),
@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
         600,
         rates=(3e-3, 1e-2, 3e-2),
         default=False,
-        description="the same, its rate annealed to 0",
+        description="Adam with a learning rate annealed to 0",
     ),
     "muon": Method(
         lambda rate, steps, task: OptaxSolver(clipped_muon, learning_rate=rate, anneal=float(steps)),
@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
         600,
         rates=(1e-2, 1e-1, 1.0),
         default=False,
-        description="gradient descent, clipped",
+        description="gradient descent on the clipped gradient",
     ),
     "lbfgs": Method(
         lambda rate, steps, task: OptaxSolver(optax.lbfgs, memory_size=20),
@@ -93,14 +93,14 @@ METHODS: dict[str, Method] = {
         sequential=True,
         description="L-BFGS with a line search",
     ),
-    # Ten products rather than thirty: the path takes short steps, for which more change nothing.
+    # Ten products rather than thirty: the grid of dampings selects short steps, which more products do not change.
     "gauss-newton": Method(
         lambda rate, steps, task: GaussNewton(system=Krylov(10)),
         2,
         "policy",
         150,
         continuation="trust",
-        description="Gauss-Newton through the rollout, by products; the best of a path of dampings",
+        description="Gauss-Newton through the rollout by matrix-vector products; takes the best of a grid of dampings",
     ),
     "gauss-newton-dense": Method(
         lambda rate, steps, task: GaussNewton(system=Dense()),
@@ -110,7 +110,7 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=3000,
         continuation="trust",
-        description="the same with the matrix itself",
+        description="Gauss-Newton with the dense matrix",
     ),
     "gauss-newton-lm": Method(
         lambda rate, steps, task: GaussNewton(damping=LevenbergMarquardt()),
@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
         150,
         default=False,
         continuation="trust",
-        description="the same with one damping, adapted (Levenberg-Marquardt)",
+        description="Gauss-Newton with one adaptive damping (Levenberg-Marquardt)",
     ),
     "gauss-newton-sqrt": Method(
         lambda rate, steps, task: GaussNewton(system=SquareRoot()),
@@ -129,7 +129,7 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=1000,
         continuation="trust",
-        description="the same by a square root of the matrix, for float32",
+        description="Gauss-Newton by a square root of the matrix, for float32",
     ),
     "sigma-metric": Method(
         lambda rate, steps, task: GaussNewton(system=Sigma()),
@@ -138,7 +138,7 @@ METHODS: dict[str, Method] = {
         150,
         default=False,
         continuation="trust",
-        description="between Gauss-Newton and imitation of the planner's step",
+        description="interpolates between Gauss-Newton and imitation of the planner's step",
     ),
     "newton-cg": Method(
         lambda rate, steps, task: NewtonCG(),
@@ -147,7 +147,7 @@ METHODS: dict[str, Method] = {
         150,
         default=False,
         continuation="trust",
-        description="the true Hessian by conjugate gradients, in a trust region",
+        description="Newton with the true Hessian, by conjugate gradients in a trust region",
     ),
     "consensus": Method(
         lambda rate, steps, task: Consensus(),
@@ -156,7 +156,7 @@ METHODS: dict[str, Method] = {
         75,
         default=False,
         continuation="trust",
-        description="guided policy search: iLQR around the policy, regression onto its trajectories",
+        description="guided policy search: iLQR around the policy, then regression onto its trajectories",
     ),
     "krylov-newton": Method(
         lambda rate, steps, task: KrylovNewton(),
@@ -165,8 +165,8 @@ METHODS: dict[str, Method] = {
         100,
         continuation="trust",
         race=0.2,
-        description="Gauss-Newton, saddle-free Newton and an imitated gradient, judged together; "
-        "the best of four first policies",
+        description="takes the best of Gauss-Newton, saddle-free Newton and imitation steps; "
+        "starts from the best of four policies",
     ),
     "newton-dense": Method(
         lambda rate, steps, task: KrylovNewton(rank=None),
@@ -176,9 +176,9 @@ METHODS: dict[str, Method] = {
         default=False,
         most_parameters=1500,
         continuation="trust",
-        description="the same with the matrices themselves",
+        description="Krylov-Newton with the dense matrices",
     ),
-    # Noise at a learned price: without, a policy soon holds a hanging pole still, and stays there.
+    # The noise has a learned temperature: without noise, a policy soon holds a hanging pole still and never leaves it.
     "short-horizon": Method(
         lambda rate, steps, task: ShortHorizon(
             OptaxSolver(clipped_adam, learning_rate=rate, anneal=float(steps)), noise=Noise(entropy=Entropy())
@@ -192,7 +192,7 @@ METHODS: dict[str, Method] = {
         own_gradient=True,
         # Which of them hold the pole shows late: after 300 of 1200 updates in one run in ten, after 600 in all.
         race=0.5,
-        description="short windows with a critic behind them, noise at a price of entropy",
+        description="gradients through short windows that end in a critic, with entropy-regularised noise",
     ),
     "explored-newton": Method(
         lambda rate, steps, task: _explored_newton(rate, steps, task),
@@ -203,8 +203,8 @@ METHODS: dict[str, Method] = {
         default=False,
         continuation="none",
         own_gradient=True,
-        description="short-horizon's search, then Krylov-Newton from what it found, without a schedule and with; "
-        "the best of all",
+        description="short-horizon, then Krylov-Newton from its policy, without and with a schedule; "
+        "returns the best policy of all",
     ),
     # Fifteen updates for each of twenty horizons: with five, 15 of 32 starts of the cart-pole's swing-up do not get there (20.6
     # on average in place of 6.0).
@@ -214,7 +214,7 @@ METHODS: dict[str, Method] = {
         "plan",
         300,
         continuation="growing",
-        description="iterative LQR, within the limits of the actions",
+        description="iterative LQR within the action limits",
     ),
     "random-shooting": Method(
         lambda rate, steps, task: Sampling(ArgMax(), draw=Uniform(), samples=256, std=1.0),
@@ -223,7 +223,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
-        description="the best of many plans drawn evenly",
+        description="best of many plans drawn uniformly",
     ),
     "cem": Method(
         lambda rate, steps, task: Sampling(CEM(elites=32), samples=256, std=1.0),
@@ -232,7 +232,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
-        description="cross-entropy method: a normal distribution refitted to the best plans",
+        description="cross-entropy method: refits a normal distribution to the best plans",
     ),
     "icem": Method(
         lambda rate, steps, task: Sampling(CEM(elites=32), draw=Coloured(2.0), samples=256, keep=8, std=1.0),
@@ -241,7 +241,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
-        description="the same with coloured noise, the best plans kept",
+        description="cross-entropy method with coloured noise that keeps the best plans",
     ),
     "mppi": Method(
         lambda rate, steps, task: Sampling(MPPI(EffectiveSize(10.0)), draw=Normal(), samples=256, std=1.0),
@@ -250,7 +250,7 @@ METHODS: dict[str, Method] = {
         100,
         default=False,
         continuation="none",
-        description="path integral control: the mean of plans weighted by their returns",
+        description="path integral control: average of plans weighted by their returns",
     ),
     "shooting": Method(
         lambda rate, steps, task: Shooting(OptaxSolver(optax.lbfgs, memory_size=10)),
@@ -277,7 +277,7 @@ METHODS: dict[str, Method] = {
         300,
         default=False,
         continuation="growing",
-        description="states and actions together, from states that the dynamics do not follow; meets constraints",
+        description="optimises states and actions together, from any guess of the states; meets constraints",
     ),
 }
 
@@ -306,7 +306,7 @@ def method(name: str) -> tuple[str, Method]:
 
 
 def _explored_newton(rate: float | None, steps: int, task: Task) -> Sequential:
-    """Of 1340 updates the last 140 are of second order: without a schedule and with, and the best of all is kept."""
+    """The last 140 of 1340 updates are second order, without and with a schedule; the best policy of all is returned."""
     last = max(8, steps * 140 // 1340)
     searching = max(1, steps - last)
     search = solver(METHODS["short-horizon"], task, rate=rate, steps=searching, continuation="default")
