@@ -26,8 +26,9 @@ from diffmbrl.planners.quadratic_models import hamiltonian
 from diffmbrl.policies import Affine
 from diffmbrl.rollout import returns, rollout, step_keys
 from diffmbrl.second_order.kkt import solve_with_gaps
-from diffmbrl.second_order.linearize import Linearization, RiccatiSolution, flat_states, linearize
+from diffmbrl.second_order.linearize import Linearization, flat_states, linearize
 from diffmbrl.second_order.parallel_riccati import choose
+from diffmbrl.second_order.riccati import RiccatiSolution
 
 AT_LIMIT = 1e-5  # of the size of a limit: how near an action must be to count as at it
 REJECTED = 6  # updates in a row that change nothing, after which a planner has ended
