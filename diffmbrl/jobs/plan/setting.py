@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from diffmbrl.choices import validate_choice
-from diffmbrl.core import Solver, State, Task
+from diffmbrl.core import Planner, Solver, State, Task
 from diffmbrl.devices import check_divisible, mesh_of
 from diffmbrl.jobs.configs import PlanConfig
 from diffmbrl.methods import METHODS, solver
@@ -38,7 +38,7 @@ class ResolvedPlan(NamedTuple):
     config: PlanConfig
     model: Task
     plant: Task
-    solver: Solver
+    solver: Planner
     horizon: int
     iterations: int
     mesh: Mesh
@@ -105,7 +105,7 @@ def resolve(config: PlanConfig) -> ResolvedPlan:
         made = solver(row, model, rate=None, steps=iterations, continuation="default")
     steps = plant.horizon if config.mpc else None
     config = replace(config, horizon=horizon, steps=steps, iterations=iterations)
-    return ResolvedPlan(config, model, plant, _divided(made, config, mesh), horizon, iterations, mesh)
+    return ResolvedPlan(config, model, plant, cast(Planner, _divided(made, config, mesh)), horizon, iterations, mesh)
 
 
 def _divided(made: Solver, config: PlanConfig, mesh: Mesh) -> Solver:
