@@ -136,9 +136,9 @@ def _run(case: Case, first: int, quick: bool, looks: int) -> list[dict[str, Any]
     made = solver(row, task, rate=case.rate, steps=steps, continuation=case.continuation)
     hidden = d.tasks.TASKS["lqr" if case.task.startswith("lqr") else case.task].hidden
     lanes = BatchedPolicyRuns([made], task, hidden, draws, sequential=row.sequential)
-    whole = learning_curve(lanes, steps, looks=looks)
+    whole = learning_curve(lanes, steps, evaluations=looks)
     cpu, wall = ((np.asarray(x[1:]) / TOGETHER).tolist() for x in (whole.cpu, whole.wall))
-    seen = whole.looks[1:]
+    seen = whole.evaluations[1:]
     shared = case._asdict() | {"updates": steps, "compile": whole.compile, "parameters": lanes.parameters}
     shared |= {"cpu": cpu[-1], "wall": wall[-1]}
     runs, look = [], seen[-1]

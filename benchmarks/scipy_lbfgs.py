@@ -124,8 +124,8 @@ def by_optax(name: str, steps: int, seeds: int) -> dict[str, Any]:
     lanes = BatchedPolicyRuns(
         [solver], task, d.tasks.TASKS[name].hidden, draw_starts(task, seeds, STARTS, 256, 0), sequential=True
     )
-    whole = learning_curve(lanes, steps, looks=1)
-    look = whole.looks[-1]
+    whole = learning_curve(lanes, steps, evaluations=1)
+    look = whole.evaluations[-1]
     return {
         "task": name,
         "horizon": HORIZON,

@@ -128,7 +128,7 @@ def _run(name: str, arm: str, place: str, quick: bool) -> dict[str, Any]:
         [make(steps, task.horizon)], trained, d.tasks.TASKS[name].hidden, draws, sequential=sequential
     )
     start = _look(lanes.policies, judged, lanes.test)
-    whole = learning_curve(lanes, steps, looks=1)
+    whole = learning_curve(lanes, steps, evaluations=1)
     end = _look(lanes.policies, judged, lanes.test)
     train = _train(lanes.policies, judged, lanes.train)
     return {

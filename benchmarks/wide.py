@@ -51,8 +51,8 @@ def _curve(name: str, arm: str, starts: int, horizon: int, seed: int, quick: boo
     lanes = BatchedPolicyRuns(
         [made], task, d.tasks.TASKS[name].hidden, (train[seed:], test, keys[seed:]), sequential=row.sequential
     )
-    run = learning_curve(lanes, steps, looks=LOOKS)
-    looks = run.looks[1:]
+    run = learning_curve(lanes, steps, evaluations=LOOKS)
+    evaluations = run.evaluations[1:]
     return {
         "task": name,
         "arm": arm,
@@ -60,8 +60,8 @@ def _curve(name: str, arm: str, starts: int, horizon: int, seed: int, quick: boo
         "compile": run.compile,
         "update": run.updates[1:],
         "seconds": run.wall[1:],
-        "passes": [float(look["sequential"][0, 0]) for look in looks],
-        "test": [-float(look["test"][0, 0]) for look in looks],
+        "passes": [float(x["sequential"][0, 0]) for x in evaluations],
+        "test": [-float(x["test"][0, 0]) for x in evaluations],
     }
 
 

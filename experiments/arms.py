@@ -41,8 +41,8 @@ def train(
         draw_starts(task, seeds, starts, HELD_OUT, 0),
         sequential=arm.sequential,
     )
-    run = learning_curve(lanes, arm.steps, looks=looks)
-    seen = run.looks
+    run = learning_curve(lanes, arm.steps, evaluations=looks)
+    seen = run.evaluations
     final = _costs(seen[-1]["train"])
     best = int(np.argmin(np.median(final, axis=1)))
     last = seen[-1]

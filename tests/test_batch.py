@@ -37,14 +37,14 @@ def test_they_are_what_solve_finds_from_each_start(swing, schedule):
     assert found.ends() == {"gradient": 5}
     assert found.plan.K.shape == (5, 8, 1, 2)
     assert found.expansion.V.shape == (5, 9, 2, 2)
-    for lane in range(5):
-        _, history = solve(planner, Affine.zeros(task), task, s0[lane], None, 40, tolerance=1e-6)
-        assert history.updates == found.iterations[lane]
-        same(found.J[lane], history.info.J[-1])
-        same(found.expansion.J[lane, 0], found.J[lane])
-        np.testing.assert_allclose(found.gradient_norm[lane], history.info.gradient_norm[-1], rtol=1e-3)
-        plan = jax.tree.map(lambda x, lane=lane: x[lane], found.plan)
-        same(episode_return(plan, task, s0[lane]), found.J[lane])
+    for i in range(5):
+        _, history = solve(planner, Affine.zeros(task), task, s0[i], None, 40, tolerance=1e-6)
+        assert history.updates == found.iterations[i]
+        same(found.J[i], history.info.J[-1])
+        same(found.expansion.J[i, 0], found.J[i])
+        np.testing.assert_allclose(found.gradient_norm[i], history.info.gradient_norm[-1], rtol=1e-3)
+        plan = jax.tree.map(lambda x, i=i: x[i], found.plan)
+        same(episode_return(plan, task, s0[i]), found.J[i])
 
 
 def test_the_share_of_useful_work(swing):

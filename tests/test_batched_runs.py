@@ -87,24 +87,24 @@ SOLVERS = {
 @pytest.fixture(scope="module", params=some_slow(SOLVERS, "lbfgs", "gauss-newton"))
 def run(request):
     solvers, sequential = SOLVERS[request.param]
-    lanes = BatchedPolicyRuns(solvers, TASK, HIDDEN, DRAWS, sequential=sequential)
-    begun = lanes.evaluate()
-    assert lanes.compile() > 0
-    lanes.advance(0, 1)
-    lanes.advance(1, STEPS - 1)
-    return solvers, lanes, begun
+    runs = BatchedPolicyRuns(solvers, TASK, HIDDEN, DRAWS, sequential=sequential)
+    begun = runs.evaluate()
+    assert runs.compile() > 0
+    runs.advance(0, 1)
+    runs.advance(1, STEPS - 1)
+    return solvers, runs, begun
 
 
-def test_a_lane_is_a_separate_solve(run):
-    solvers, lanes, _ = run
+def test_a_replica_is_a_separate_solve(run):
+    solvers, runs, _ = run
     train, _, keys = DRAWS
-    assert lanes.count == len(solvers) * SEEDS
-    fields = lanes.evaluate()
-    for lane in range(lanes.count):
-        rate, seed = divmod(lane, SEEDS)
+    assert runs.count == len(solvers) * SEEDS
+    fields = runs.evaluate()
+    for replica in range(runs.count):
+        rate, seed = divmod(replica, SEEDS)
         start = Neural.init(TASK, hidden=HIDDEN, key=keys[seed])
         policy, history = solve(solvers[rate], start, TASK, train[seed], None, STEPS)
-        close(take(lanes.policies, lane), policy, rtol=1e-3, atol=1e-4)
+        close(take(runs.policies, replica), policy, rtol=1e-3, atol=1e-4)
         for name in ("forward", "jvp", "vjp", "sequential"):
             assert fields[name][rate, seed] == getattr(history.info.work, name).sum(), name
         assert fields["nonfinite"][rate, seed] == 0
@@ -120,18 +120,18 @@ def test_a_lane_is_a_separate_solve(run):
             close(fields["gap"][rate, seed], np.median(model.gap[1:]), rtol=2e-2)
             close(fields["curvature"][rate, seed], model.ritz[-1].max(), rtol=2e-2)
             if seed == 0:
-                path = lanes.path(rate)
+                path = runs.path(rate)
                 close(path["improved"], model.improved[0], rtol=1e-2, atol=1e-3)
 
 
 def test_evaluation(run):
-    solvers, lanes, begun = run
+    solvers, runs, begun = run
     train, test, _ = DRAWS
-    fields = lanes.evaluate()
+    fields = runs.evaluate()
     assert all(x.shape == (len(solvers), SEEDS) for x in fields.values())
-    for lane in range(lanes.count):
-        place = divmod(lane, SEEDS)
-        policy = take(lanes.policies, lane)
+    for replica in range(runs.count):
+        place = divmod(replica, SEEDS)
+        policy = take(runs.policies, replica)
         close(fields["train"][place], mean_return(policy, TASK, train[place[1]]))
         close(fields["test"][place], np.mean(all_returns(policy, TASK, test)))
         close(fields["success"][place], np.mean(successes(policy, TASK, test)))
@@ -142,30 +142,30 @@ def test_evaluation(run):
 
 @pytest.mark.slow
 def test_profiles(run):
-    _, lanes, _ = run
-    rate = lanes.rates - 1
-    profile, spectrum = lanes.profile(rate), lanes.spectrum(rate)
-    assert profile.shape == (TASK.horizon,) and spectrum.shape == (lanes.parameters,)
+    _, runs, _ = run
+    rate = runs.variants - 1
+    profile, spectrum = runs.profile(rate), runs.spectrum(rate)
+    assert profile.shape == (TASK.horizon,) and spectrum.shape == (runs.parameters,)
     squares = []
     for seed in range(SEEDS):
-        policy = take(lanes.policies, rate * SEEDS + seed)
+        policy = take(runs.policies, rate * SEEDS + seed)
         squares.append(np.asarray(action_gradients(policy, TASK, DRAWS[0][seed])) ** 2)
     close(profile, np.sqrt(np.mean(squares, axis=(0, 2, 3))), rtol=1e-3)
-    assert lanes.parameters == sum(x.size for x in jax.tree.leaves(take(lanes.policies, 0)))
+    assert runs.parameters == sum(x.size for x in jax.tree.leaves(take(runs.policies, 0)))
 
 
 def test_a_seed_that_breaks_is_named_and_stops_alone():
     train, test, keys = DRAWS
-    lanes = BatchedPolicyRuns(
+    runs = BatchedPolicyRuns(
         SOLVERS["adam"][0], TASK, HIDDEN, (train.at[1, 2, 0].set(jnp.nan), test, keys), sequential=False
     )
-    before = lanes.policies
-    assert lanes.broken(0) is None
-    lanes.advance(0, 2)
-    assert [lanes.broken(rate) for rate in range(2)] == ["s[0] of start 2, seed 1"] * 2
-    assert lanes.evaluate()["nonfinite"].tolist() == [[0, 1], [0, 1]]
-    close(take(lanes.policies, 1), take(before, 1), rtol=0, atol=0)
-    assert np.abs(take(lanes.policies, 0).net.weights[0] - take(before, 0).net.weights[0]).max() > 0
+    before = runs.policies
+    assert runs.broken(0) is None
+    runs.advance(0, 2)
+    assert [runs.broken(rate) for rate in range(2)] == ["s[0] of start 2, seed 1"] * 2
+    assert runs.evaluate()["nonfinite"].tolist() == [[0, 1], [0, 1]]
+    close(take(runs.policies, 1), take(before, 1), rtol=0, atol=0)
+    assert np.abs(take(runs.policies, 0).net.weights[0] - take(before, 0).net.weights[0]).max() > 0
 
 
 def adam():
@@ -182,21 +182,21 @@ def test_more_updates_than_one_call_of_the_program_makes():
         np.testing.assert_array_equal(whole.evaluate()[name], parts.evaluate()[name])
 
 
-def test_a_course_looks_before_and_after_each_share():
-    run, lanes = learning_curve(adam(), 7, looks=3), adam()
+def test_a_learning_curve_evaluates_before_and_after_each_share():
+    run, runs = learning_curve(adam(), 7, evaluations=3), adam()
     assert run.updates == [0, 2, 4, 7]
-    for look, (done, end) in zip(run.looks, [(0, 0), *pairwise(run.updates)], strict=True):
-        lanes.advance(done, end - done)
-        close(look, lanes.evaluate(), rtol=0, atol=0)
+    for evaluation, (done, end) in zip(run.evaluations, [(0, 0), *pairwise(run.updates)], strict=True):
+        runs.advance(done, end - done)
+        close(evaluation, runs.evaluate(), rtol=0, atol=0)
     for spent in (run.cpu, run.wall):
         assert spent[0] == 0 and np.all(np.diff(spent) > 0)
     assert run.compile > 0
 
 
-def test_a_course_has_at_most_a_look_for_each_update():
-    assert learning_curve(adam(), 2, looks=5).updates == [0, 1, 2]
-    with pytest.raises(ValueError, match="looks must be at least 1, got 0"):
-        learning_curve(adam(), 2, looks=0)
+def test_a_learning_curve_has_at_most_one_evaluation_per_update():
+    assert learning_curve(adam(), 2, evaluations=5).updates == [0, 1, 2]
+    with pytest.raises(ValueError, match="evaluations must be at least 1, got 0"):
+        learning_curve(adam(), 2, evaluations=0)
 
 
 # Plans.
@@ -204,11 +204,11 @@ def test_a_course_has_at_most_a_look_for_each_update():
 
 @pytest.fixture(scope="module")
 def plans():
-    lanes = BatchedPlanRuns([ILQR()], TASK, DRAWS)
-    lanes.compile()
-    lanes.advance(0, 2)
-    lanes.advance(2, 1)
-    return lanes
+    runs = BatchedPlanRuns([ILQR()], TASK, DRAWS)
+    runs.compile()
+    runs.advance(0, 2)
+    runs.advance(2, 1)
+    return runs
 
 
 def test_a_plan_is_a_separate_solve(plans):
@@ -218,8 +218,8 @@ def test_a_plan_is_a_separate_solve(plans):
         for start in range(STARTS):
             s0 = DRAWS[0][seed, start]
             plan, history = solve(ILQR(), Affine.zeros(task), task, s0, None, 3)
-            lane = take(plans.train[0], seed * STARTS + start)
-            close(lane.a, plan.a, rtol=1e-3, atol=1e-3)
+            replica = take(plans.train[0], seed * STARTS + start)
+            close(replica.a, plan.a, rtol=1e-3, atol=1e-3)
             total[seed, start] = mean_return(plan, task, s0[None])
             forward[seed] += history.info.work.forward.sum()
     fields = plans.evaluate()
@@ -249,6 +249,52 @@ def test_profiles_of_plans(plans):
 
 def test_a_plan_that_breaks_is_named():
     train, test, keys = DRAWS
-    lanes = BatchedPlanRuns([ILQR()], TASK, (train.at[1, 2, 0].set(jnp.nan), test, keys))
-    lanes.advance(0, 2)
-    assert lanes.broken(0) == "s[0] of start 0, start 2, seed 1"
+    runs = BatchedPlanRuns([ILQR()], TASK, (train.at[1, 2, 0].set(jnp.nan), test, keys))
+    runs.advance(0, 2)
+    assert runs.broken(0) == "s[0] of start 0, start 2, seed 1"
+
+
+# Variants with tasks and draws of their own.
+
+
+@pytest.fixture(scope="module")
+def variants():
+    """Masses and keys that differ."""
+    made = [tasks.cartpole_balance(horizon=6, m_p=mass) for mass in (0.1, 0.3)]
+    return made, [draw_starts(task, SEEDS, STARTS, HELD_OUT, key) for key, task in enumerate(made)]
+
+
+def check_variants(together: Any, alone: list[Any]) -> None:
+    for runs in (together, *alone):
+        runs.advance(0, 2)
+    found, own = together.returns(), [runs.returns() for runs in alone]
+    assert found.keys() == own[0].keys() == {"train", "test", "success", "nonfinite"}
+    for name, x in found.items():
+        close(x, np.concatenate([fields[name] for fields in own]))
+    assert np.abs(found["train"][0] - found["train"][1]).min() > 1e-3
+    for variant, runs in enumerate(alone):
+        close(together.profile(variant), runs.profile(0), rtol=1e-3)
+        close(together.spectrum(variant), runs.spectrum(0), rtol=1e-2, atol=1e-3)
+    assert together.evaluate()["J"].shape == (2, SEEDS)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_policies_of_several_tasks_are_separate_runs(variants, sequential):
+    made, draws = variants
+    solvers, options = SOLVERS["adam"][0], {"sequential": sequential}
+    alone = [BatchedPolicyRuns([solvers[i]], made[i], HIDDEN, draws[i], **options) for i in range(2)]
+    check_variants(BatchedPolicyRuns(solvers, made, HIDDEN, draws, **options), alone)
+
+
+def test_plans_of_several_tasks_are_separate_runs(variants):
+    made, draws = variants
+    alone = [BatchedPlanRuns([ILQR()], made[i], draws[i]) for i in range(2)]
+    check_variants(BatchedPlanRuns([ILQR(), ILQR()], made, draws), alone)
+
+
+def test_a_plan_of_a_later_variant_that_breaks_is_named(variants):
+    made, draws = variants
+    train, test, keys = draws[1]
+    runs = BatchedPlanRuns([ILQR(), ILQR()], made, [draws[0], (train.at[1, 2, 0].set(jnp.nan), test, keys)])
+    runs.advance(0, 2)
+    assert [runs.broken(variant) for variant in range(2)] == [None, "s[0] of start 0, start 2, seed 1"]

@@ -1,4 +1,4 @@
-"""A whole run of lanes, looked at on the way."""
+"""A whole batch of runs, with evaluations along the way."""
 
 import time
 from itertools import pairwise
@@ -10,37 +10,54 @@ from diffmbrl.jobs.batch.protocol import BatchedRuns
 
 
 class LearningCurve(NamedTuple):
-    """What was seen of lanes before the first update, on the way and at the end, and what the updates so far had taken."""
+    """Evaluations of a batch of runs before the first update, along the way and at the end, with the time spent so far.
+
+    Args:
+        updates: The number of updates before each evaluation.
+        evaluations: What `BatchedRuns.evaluate` returned at each of them, arrays of shape [variants, seeds].
+        cpu: Process seconds spent in the updates of all replicas, without compiling and evaluating.
+        wall: Wall-clock seconds, likewise.
+        compile: Seconds to trace and compile an update.
+    """
 
     updates: list[int]
-    looks: list[dict[str, np.ndarray]]  # evaluations, [rates, seeds] each
-    cpu: list[float]  # seconds of the process in the updates of all lanes, without compiling and evaluating
-    wall: list[float]  # likewise, of wall-clock
-    compile: float  # seconds to trace and compile an update
+    evaluations: list[dict[str, np.ndarray]]
+    cpu: list[float]
+    wall: list[float]
+    compile: float
 
 
-def learning_curve(lanes: BatchedRuns, steps: int, *, looks: int) -> LearningCurve:
-    """Compile lanes and make `steps` updates of them, evaluated before, after each of `looks` equal shares, and so at the end.
+def learning_curve(runs: BatchedRuns, steps: int, *, evaluations: int) -> LearningCurve:
+    """Compile the runs, make `steps` updates, and evaluate before the first and after each of `evaluations` equal shares.
 
-    Raises: `ValueError` for fewer than one look; of more looks than updates there is one for each update.
+    Args:
+        runs: The runs; they hold the result of the last update afterwards.
+        steps: The number of updates of each replica.
+        evaluations: The number of evaluations after the first one; at most one follows each update.
+
+    Returns:
+        The evaluations, and the time that the updates took.
+
+    Raises:
+        ValueError: If `evaluations` is less than 1.
 
     >>> from diffmbrl.jobs.batch import BatchedPolicyRuns, draw_starts
     >>> from diffmbrl.optimizers import GaussNewton
     >>> from diffmbrl.tasks import make
     >>> task = make("pendulum", horizon=4)
-    >>> lanes = BatchedPolicyRuns([GaussNewton()], task, (4,), draw_starts(task, 1, 2, 2, 0), sequential=False)
-    >>> learning_curve(lanes, 3, looks=2).updates
+    >>> runs = BatchedPolicyRuns([GaussNewton()], task, (4,), draw_starts(task, 1, 2, 2, 0), sequential=False)
+    >>> learning_curve(runs, 3, evaluations=2).updates
     [0, 1, 3]
     """
-    if looks < 1:
-        raise ValueError(f"looks must be at least 1, got {looks}")
-    compiling = lanes.compile()
-    updates = np.unique(np.linspace(0, steps, looks + 1).astype(int)).tolist()
-    seen, cpu, wall = [lanes.evaluate()], [0.0], [0.0]
+    if evaluations < 1:
+        raise ValueError(f"evaluations must be at least 1, got {evaluations}")
+    compiling = runs.compile()
+    updates = np.unique(np.linspace(0, steps, evaluations + 1).astype(int)).tolist()
+    found, cpu, wall = [runs.evaluate()], [0.0], [0.0]
     for done, end in pairwise(updates):
         begun = time.process_time(), time.perf_counter()
-        lanes.advance(done, end - done)
+        runs.advance(done, end - done)
         cpu.append(cpu[-1] + time.process_time() - begun[0])
         wall.append(wall[-1] + time.perf_counter() - begun[1])
-        seen.append(lanes.evaluate())
-    return LearningCurve(updates, seen, cpu, wall, compiling)
+        found.append(runs.evaluate())
+    return LearningCurve(updates, found, cpu, wall, compiling)
