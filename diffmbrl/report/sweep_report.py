@@ -22,8 +22,8 @@ SHOWN, PRINTED = 300, 20  # points in the tables of the page and the terminal: t
 COLUMNS = ("return", "training return", "success", "steps", "in", "state")
 VALUES = 12  # values of one setting compared at most
 NOTE = (
-    "Return: on held-out starts or in evaluations, of planners on their own starts; interquartile mean over seeds [95% "
-    "bootstrap interval]. Steps: updates, or real steps of each seed; seconds: of all points that ran in the same program."
+    "Return: on held-out starts or in evaluations; interquartile mean over seeds [95% bootstrap interval]. Steps: updates, or "
+    "real steps of each seed; seconds: of all points that ran in the same program."
 )
 
 
@@ -32,7 +32,7 @@ class PointSummary(NamedTuple):
 
     name: str
     setting: Record  # the varied settings
-    earned: np.ndarray  # [S]: returns on held-out starts or evaluations; of planners, on their own starts
+    earned: np.ndarray  # [S]: returns on held-out starts or evaluations; on training starts in runs without these
     final: Estimate
     train: Estimate
     success: float

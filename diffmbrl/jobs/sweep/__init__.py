@@ -1,5 +1,8 @@
-"""Many settings of one job as a table: `points` reads them from a file, `groups` finds which compile together, `work` runs a
-group as one program, `runner` runs what is missing, in processes or on a cluster, and collects it."""
+"""Many settings of one job as a table.
+
+`points` reads them from a file, `groups` finds those that compile together, `work` runs a group as one program, and `runner`
+runs the missing points, in processes or on a cluster, and collects the results.
+"""
 
 from diffmbrl.jobs.sweep.points import SweepFile, SweepPoint, read_sweep
 from diffmbrl.jobs.sweep.runner import sweep

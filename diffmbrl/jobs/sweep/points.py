@@ -61,11 +61,11 @@ def _tables(config: type[Any]) -> dict[str, str]:
 JOBS = {job: _keys(config) for job, config in CONFIGS.items()}
 TABLES = {job: tuple(_tables(config)) for job, config in CONFIGS.items()}
 NEEDED = {"compare": ("task", "method"), "learn": ("task", "agent")}
-TOP = ("job", "name", "x64", "lanes", "setting", "grid", "random")
+TOP = ("job", "name", "x64", "replicas", "setting", "grid", "random")
 RANGE = ("low", "high", "scale")
 SCALES = ("linear", "log")
 MOST = 10_000  # points of a sweep
-LANES = 128  # of one program by default: points times seeds
+REPLICAS = 128  # of one program by default: points times seeds
 
 
 class SweepPoint(NamedTuple):
@@ -81,7 +81,7 @@ class SweepFile(NamedTuple):
     name: str
     job: str
     x64: bool
-    lanes: int
+    replicas: int  # of one program at most: points times seeds
     varied: tuple[str, ...]  # the settings that points differ in
     points: tuple[SweepPoint, ...]
 
@@ -122,9 +122,9 @@ def parse(given: dict[str, Any], *, name: str = "sweep") -> SweepFile:
         raise ValueError(
             f"name must be of letters, digits, '.', '_' and '-', at most 100 and the first no mark; got {name!r}"
         )
-    x64, lanes = _of("x64", given.get("x64", False), bool), _of("lanes", given.get("lanes", LANES), int)
-    if lanes < 1:
-        raise ValueError(f"lanes must be at least 1, got {lanes}")
+    x64, replicas = _of("x64", given.get("x64", False), bool), _of("replicas", given.get("replicas", REPLICAS), int)
+    if replicas < 1:
+        raise ValueError(f"replicas must be at least 1, got {replicas}")
     setting, grid, drawn = (
         _flat(_of(part, given.get(part, {}), dict), job, part) for part in ("setting", "grid", "random")
     )
@@ -151,7 +151,7 @@ def parse(given: dict[str, Any], *, name: str = "sweep") -> SweepFile:
             values = {key: _draw(key, given, seed, i) for key, given in ranges.items()}
             point = make_point(job, x64, setting | dict(zip(grid, combination, strict=True)) | values)
             found[point.name] = point
-    return SweepFile(name, job, x64, lanes, (*grid, *ranges), tuple(found.values()))
+    return SweepFile(name, job, x64, replicas, (*grid, *ranges), tuple(found.values()))
 
 
 def _flat(given: dict[str, Any], job: str, part: str) -> dict[str, Any]:

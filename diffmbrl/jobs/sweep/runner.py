@@ -1,10 +1,10 @@
-"""Run what is missing of a sweep, in this process, in several, or on a cluster; and collect what there is.
+"""Run the missing points of a sweep in this process, in several, or on a cluster, and collect the results.
 
-    runs/<name>-sweep/     config.json, provenance.json, status.json; metrics.jsonl, figures/, report.html: what was collected
+    runs/<name>-sweep/     config.json, provenance.json, status.json; metrics.jsonl, figures/, report.html: the results
         points/<hash>/     a folder for each point, like a run's
 
-A point is finished when its status.json says so. One that is not is run anew from the start; one that is, is not touched
-again, whatever else of the file changes.
+A point is finished when its status.json says so, and is then not run again, whatever else of the file changes. An unfinished
+point is run again from the start.
 """
 
 import json
@@ -37,22 +37,34 @@ def sweep(
     slurm: dict[str, Any] | None = None,
     say: Say = print,
 ) -> tuple[Path, bool]:
-    """Run the points of a sweep that are missing, and collect all; its folder, and whether every point is finished.
+    """Run the missing points of a sweep, and collect the results of all.
 
-    With one process the groups run here, with more each in a process of its own, so many at a time; with 0 nothing is run.
-    `slurm` submits them instead, as jobs with these parameters of submitit, and returns. A group that fails does not keep the
-    others from running.
-    Raises: `ValueError` for anything wrong in a point or the folder, before anything is written; if submitit is missing.
+    A group that fails does not stop the others.
+
+    Args:
+        asked: The sweep.
+        out: Its folder; by default `runs/<name>-sweep`.
+        processes: 1 runs the groups in this process, a larger number runs that many processes at a time, 0 runs nothing.
+        slurm: Parameters of submitit: submit the groups as jobs of a cluster instead, and return.
+        say: Called with each line of progress.
+
+    Returns:
+        The folder, and whether every point is finished.
+
+    Raises:
+        ValueError: If a point or the folder is wrong, before anything is written; if submitit is missing.
     """
     if processes < 0:
         raise ValueError(f"processes must be at least 0, got {processes}")
     folder = ROOT / f"{asked.name}-sweep" if out is None else Path(out)
     missing = [point for point in asked.points if not finished(folder, point)]
-    todo = groups(asked, missing)  # everything is checked by it
+    todo = groups(asked, missing)  # checks every point
     submitit = None if slurm is None else _submitit()
     _open(asked, folder)
-    kept = len(asked.points) - len(missing)
-    say(f"{len(asked.points)} points, {kept} of them finished before; {len(todo)} groups that compile together to run")
+    before = len(asked.points) - len(missing)
+    say(
+        f"{len(asked.points)} points, {before} of them finished before; {len(todo)} groups that compile together to run"
+    )
     if slurm is not None:
         _submit(submitit, folder, todo, slurm, say)
     elif processes == 1:
@@ -65,7 +77,15 @@ def sweep(
 
 
 def finished(folder: Path, point: SweepPoint) -> bool:
-    """Whether its status.json says so, and what it found is there."""
+    """Whether a point is finished: its status.json says so, and its records exist.
+
+    Args:
+        folder: The sweep's folder.
+        point: The point.
+
+    Returns:
+        False if the point is missing, unfinished, or its files cannot be read.
+    """
     try:
         status = json.loads((folder / "points" / point.name / "status.json").read_text(encoding="utf-8"))
         return status["status"] == "finished" and (folder / "points" / point.name / "metrics.jsonl").is_file()
@@ -74,7 +94,15 @@ def finished(folder: Path, point: SweepPoint) -> bool:
 
 
 def collect_points(asked: SweepFile, folder: Path) -> bool:
-    """Write the sweep's metrics.jsonl, a line for each point, and its status; whether every point is finished."""
+    """Write the sweep's metrics.jsonl, a line for each point, and its status.
+
+    Args:
+        asked: The sweep.
+        folder: Its folder.
+
+    Returns:
+        Whether every point is finished.
+    """
     lines = [_collected(asked, folder, point) for point in asked.points]
     text = "".join(json.dumps(to_json(line), ensure_ascii=False) + "\n" for line in lines)
     write_atomic(folder / "metrics.jsonl", text)
@@ -85,9 +113,14 @@ def collect_points(asked: SweepFile, folder: Path) -> bool:
 
 
 def run_points(folder: Path, names: list[str]) -> None:
-    """Run these points of a sweep's folder, which compile together: what a process or a job of a cluster does.
+    """Run points of a sweep's folder that compile together, as a process of its own or a job of a cluster.
 
-    Raises: `ValueError` if `folder` holds no sweep, or one without one of the points.
+    Args:
+        folder: The sweep's folder.
+        names: The names of the points.
+
+    Raises:
+        ValueError: If `folder` holds no sweep, or its sweep has no such point.
     """
     asked = _reread(folder, names)
     jax.config.update("jax_enable_x64", asked.x64)
@@ -96,7 +129,7 @@ def run_points(folder: Path, names: list[str]) -> None:
 
 
 def _reread(folder: Path, names: list[str]) -> SweepFile:
-    """The sweep of a folder's config, with these of its points alone: each must have the name that its setting hashes to."""
+    """The sweep of a folder's config with these points only; the name of each must be the hash of its setting."""
     config = read_config(folder)
     if config.get("job") != "sweep":
         raise ValueError(f"{str(folder)!r} is a run, but not of a sweep")
@@ -113,10 +146,10 @@ def _reread(folder: Path, names: list[str]) -> SweepFile:
 
 
 def _open(asked: SweepFile, folder: Path) -> None:
-    """A new folder, or one of a sweep."""
+    """Create the sweep's folder, or update the config of an existing one."""
     common = {key: value for key, value in asked.points[0].setting.items() if key not in asked.varied}
     listed = [{"name": point.name, "setting": point.setting} for point in asked.points]
-    config = {"name": asked.name, "of": asked.job, "x64": asked.x64, "lanes": asked.lanes, "varied": asked.varied}
+    config = {"name": asked.name, "of": asked.job, "x64": asked.x64, "lanes": asked.replicas, "varied": asked.varied}
     config |= {"common": common, "points": listed}
     if not (folder / "config.json").is_file():
         create(folder, asked.name, "sweep", config)
@@ -144,14 +177,14 @@ def _here(asked: SweepFile, folder: Path, todo: list[Group], say: Say) -> None:
 
 
 def _apart(folder: Path, todo: list[Group], processes: int, say: Say) -> None:
-    """Each group in a process of its own, so many at a time."""
+    """Run each group in a process of its own, `processes` at a time."""
 
     def one(numbered: tuple[int, Group]) -> None:
         i, group = numbered
         say(f"[{i}/{len(todo)}] {_words(group)}")
         done = subprocess.run(_command(folder, group), capture_output=True, text=True)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             say(f"[{i}/{len(todo)}] failed: {last[:300]}")
 
     with ThreadPoolExecutor(processes) as pool:
@@ -159,18 +192,18 @@ def _apart(folder: Path, todo: list[Group], processes: int, say: Say) -> None:
 
 
 def _command(folder: Path, group: Group) -> list[str]:
-    """The command that runs a group, anywhere that sees the folder."""
+    """The command that runs a group on any machine that sees the folder."""
     return [sys.executable, "-m", "diffmbrl.jobs.sweep", str(folder.resolve()), *(point.name for point in group.points)]
 
 
 def _submit(submitit: Any, folder: Path, todo: list[Group], parameters: dict[str, Any], say: Say) -> None:
-    """Each group as a job; submitit's own files are in `jobs/`."""
+    """Submit each group as a job; submitit's own files are in `jobs/`."""
     executor = submitit.AutoExecutor(folder=str(folder / "jobs"), cluster=parameters.get("cluster"))
     executor.update_parameters(**{name: x for name, x in parameters.items() if name != "cluster"})
     for group in todo:
         job = executor.submit(submitit.helpers.CommandFunction(_command(folder, group)))
         say(f"job {job.job_id}: {_words(group)}")
-    say("to collect what has ended: the same command with --processes 0 in place of --slurm")
+    say("to collect the finished points: the same command with --processes 0 in place of --slurm")
 
 
 def _submitit() -> Any:
@@ -189,7 +222,7 @@ def _words(group: Group) -> str:
 
 
 def _collected(asked: SweepFile, folder: Path, point: SweepPoint) -> dict[str, Any]:
-    """The line of a point: what it differs in, how it stands, and its last evaluation."""
+    """The line of a point: its varied settings, its status and its last evaluation."""
     path = folder / "points" / point.name
     line: dict[str, Any] = {"kind": "point", "point": point.name}
     line["setting"] = {name: point.setting[name] for name in asked.varied}
