@@ -62,7 +62,7 @@ def test_episodes_end_at_the_bound_and_at_the_clock():
 
 
 def test_an_episode_that_is_over_at_once_leaves_no_step():
-    with pytest.raises(ValueError, match="none could be kept"):
+    with pytest.raises(ValueError, match="none is usable"):
         learn(RandomAgent(), ending(-1.0), KEYS, real_steps=200)
 
 

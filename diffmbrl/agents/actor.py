@@ -1,4 +1,4 @@
-r"""A stochastic policy within the action limits, which SAC and PPO learn: $a = c + h \tanh(\mu(x) + \sigma(x)\,\epsilon)$."""
+r"""The stochastic policy that SAC and PPO learn, within the action limits: $a = c + h \tanh(\mu(x) + \sigma(x)\,\epsilon)$."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,13 +16,19 @@ LOWEST_STD = 1e-3  # Brax's
 
 
 class SquashedGaussian(eqx.Module):
-    r"""A network's mean and deviation, squashed: $u = \tanh(\mu(x) + \sigma(x)\,\epsilon)$ and $a = c + h u$.
+    r"""Normal policy of a network's mean and deviation, squashed into the action limits.
 
-    x are the task's features; c and h are centre and half width of the limits; an action without limits is not squashed, and
-    has c = 0 and h = 1. Densities are those of u, so that an entropy means the same whatever the units of the action. Without a
-    key it acts at the mode of z. $\sigma = \mathrm{softplus}(\cdot) + 10^{-3}$, as in Brax.
+    $$u = \tanh(\mu(x) + \sigma(x)\,\epsilon),\qquad a = c + h u,\qquad \sigma = \mathrm{softplus}(\cdot) + 10^{-3}$$
 
-    What is learned is `net` alone: learners make the policy of it and the task (`around`).
+    x are the task's features, c and h the centre and half width of the limits. An action without limits is not squashed: c = 0
+    and h = 1. Densities are those of u, so that an entropy does not depend on the units of the action. Without a key it returns
+    the action of the mean. Only `net` is learned: learners make the policy from it and the task (`around`).
+
+    Args:
+        net: From features [k] to means and raw deviations, shape [2 m].
+        features: The task's features, s -> [k].
+        a_low, a_high: The action limits, shape [m].
+
     Reference: Haarnoja et al. 2018, Soft actor-critic algorithms and applications, appendix C.
 
     >>> from diffmbrl import tasks
@@ -40,7 +46,15 @@ class SquashedGaussian(eqx.Module):
 
     @classmethod
     def around(cls, net: MLP, task: Task) -> "SquashedGaussian":
-        """The policy of a network on a task."""
+        """Make the policy of a network on a task.
+
+        Args:
+            net: From features [k] to means and raw deviations, shape [2 m].
+            task: The task, whose features and limits the policy holds.
+
+        Returns:
+            The policy.
+        """
         return cls(net, task.features, task.a_low, task.a_high)
 
     def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
@@ -51,23 +65,44 @@ class SquashedGaussian(eqx.Module):
         return centre + half * jnp.where(self.limited, jnp.tanh(z), z)
 
     def log_prob(self, s: State, a: Float[Array, " m"]) -> Float[Array, ""]:
-        """The logarithm of u's density, of an action of the task."""
+        """Log density of u at an action of the task.
+
+        Args:
+            s: The state.
+            a: The action, shape [m].
+
+        Returns:
+            The logarithm, shape [].
+        """
         return log_density(
             *squashed_moments(self.net(self.features(s))), logit(a, self.a_low, self.a_high), self.limited
         )
 
     @property
     def limited(self) -> Bool[Array, " m"]:
-        """Which actions have limits."""
+        """Which actions have limits on both sides, shape [m]."""
         return limited(self.a_low, self.a_high)
 
 
 def network(
     task: Task, *, hidden: Sequence[int], activation: Callable, key: PRNGKeyArray, output_scale: float = 0.01
 ) -> MLP:
-    """A network from the task's features to 2 m numbers; small at first, so that it acts about the centre of the limits.
+    """Draw a network from the task's features to the 2 m numbers of a `SquashedGaussian`.
 
-    Raises: `ValueError` if the features do not have one axis.
+    Its outputs are small, so that the first policy acts near the centre of the limits.
+
+    Args:
+        task: The task.
+        hidden: The widths of the hidden layers.
+        activation: The activation function of the hidden layers.
+        key: The random key of the weights.
+        output_scale: Scale of the last layer's weights.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If the features do not have one axis.
     """
     shape = jax.eval_shape(task.features, task.state_shape).shape
     if len(shape) != 1:
@@ -76,7 +111,7 @@ def network(
 
 
 def squashed_moments(outputs: Float[Array, "*N k"]) -> tuple[Float[Array, "*N m"], Float[Array, "*N m"]]:
-    r"""$\mu$ and $\sigma$ of z, of the network's outputs."""
+    r"""Split the network's outputs into $\mu$ and $\sigma$ of z."""
     mean, raw = jnp.split(outputs, 2, axis=-1)
     return mean, jax.nn.softplus(raw) + LOWEST_STD
 
@@ -84,7 +119,7 @@ def squashed_moments(outputs: Float[Array, "*N k"]) -> tuple[Float[Array, "*N m"
 def sample_squashed(
     mean: Float[Array, "*N m"], std: Float[Array, "*N m"], noise: Float[Array, "*N m"], limited: Bool[Array, " m"]
 ) -> tuple[Float[Array, "*N m"], Float[Array, "*N"]]:
-    """u by reparameterisation of standard normal noise, and the logarithm of its density."""
+    """Draw u by reparameterising standard normal noise; returns u and its log density."""
     z = mean + std * noise
     return jnp.where(limited, jnp.tanh(z), z), log_density(mean, std, z, limited)
 
@@ -103,13 +138,13 @@ def log_slope(z: Float[Array, "*N m"]) -> Float[Array, "*N m"]:
 
 
 def unit(a: Float[Array, "*N m"], low: Float[Array, " m"], high: Float[Array, " m"]) -> Float[Array, "*N m"]:
-    """u of an action: in [-1, 1] between its limits, itself without."""
+    """u of an action: in [-1, 1] between its limits, the action itself if it has none."""
     centre, half = centre_and_half(low, high)
     return (a - centre) / half
 
 
 def logit(a: Float[Array, "*N m"], low: Float[Array, " m"], high: Float[Array, " m"]) -> Float[Array, "*N m"]:
-    """z of an action; of one at its limit, that of the last number before it."""
+    """z of an action; at a limit, the z of the last number before it."""
     u = unit(a, low, high)
     inside = 1 - 4 * jnp.finfo(u.dtype).eps
     return jnp.where(limited(low, high), jnp.arctanh(jnp.clip(u, -inside, inside)), u)
@@ -123,7 +158,7 @@ def limited(low: Float[Array, " m"], high: Float[Array, " m"]) -> Bool[Array, " 
 def entropy(
     mean: Float[Array, "*N m"], std: Float[Array, "*N m"], noise: Float[Array, "*N m"], limited: Bool[Array, " m"]
 ) -> Float[Array, "*N"]:
-    r"""Of u: $\sum_j \tfrac12 \log(2 \pi e \sigma_j^2) + E \log(1 - \tanh^2 z_j)$, the mean by one draw of standard noise."""
+    r"""Entropy of u: $\sum_j \tfrac12 \log(2 \pi e \sigma_j^2) + E \log(1 - \tanh^2 z_j)$, from one draw of noise."""
     z = mean + std * noise
     squashing = jnp.where(limited, log_slope(z), jnp.zeros_like(z))
     return jnp.sum(0.5 + 0.5 * np.log(2 * np.pi) + jnp.log(std) + squashing, axis=-1)

@@ -1,18 +1,20 @@
-r"""A policy improved by derivatives through a learned model: model-based RL 2.0 of the lecture, and what becomes of it with
-other estimators, shorter horizons and second order."""
+r"""Model-based RL 2.0: a policy improved by derivatives through a learned model.
 
-from typing import Any, NamedTuple
+The solver decides on the estimator of the gradient, the length of the horizon and the order of the method.
+"""
+
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
 from diffmbrl.agents.exploration import GaussianExploration
-from diffmbrl.core import Solver, State, Task, as_float
+from diffmbrl.core import Policy, Solver, State, Task, as_float
 from diffmbrl.models import Ensemble, Mean, NetworkDynamics, Training
 from diffmbrl.models.buffer import Buffer, Transition
 from diffmbrl.models.ensemble import Propagation
@@ -24,43 +26,62 @@ from diffmbrl.optimizers.wrappers.continuation import Continuation
 from diffmbrl.planners.windows import Receding
 from diffmbrl.policies import Neural
 
+Tree = TypeVar("Tree")
+
 
 class PolicyCarry(NamedTuple):
-    """What a `PolicyAgent` has learned."""
+    """All that a `PolicyAgent` has learned.
 
-    policy: Any
-    solver: Any  # the solver's carry
-    members: Any  # a leading axis of members on every leaf
-    elites: Any  # those of them that are used
-    updates: Int[Array, "*batch"]  # of the agent, made so far
+    Args:
+        policy: The policy.
+        solver: The solver's carry.
+        members: All members of the ensemble, with a leading axis on every leaf.
+        elites: The members that are used.
+        updates: The number of the agent's updates so far.
+    """
+
+    policy: PyTree
+    solver: PyTree
+    members: PyTree
+    elites: PyTree
+    updates: Int[Array, "*batch"]
 
 
 class PolicyAgent(eqx.Module):
-    r"""Fit an ensemble to all real steps, improve the policy through it, act, and again: model-based RL 2.0.
+    r"""Fits an ensemble to all real steps, improves its policy through it, acts, and repeats: model-based RL 2.0.
 
     $$\theta \leftarrow \mathrm{update}^k\Big(\theta;\; \tfrac1B \sum_i E \sum_{t<H} w_t\, r(s_t, \pi_\theta(s_t))\Big),\qquad
     s_0 = s^{(i)},\; s_{t+1} = \hat f(s_t, \pi_\theta(s_t), \epsilon_t)$$
 
-    `solver` is any `Solver` of kind "policy", and decides what this is:
-    * `OptaxSolver(optax.adam, gradient=BPTT())`: the lecture's; `BPTT(Truncated(k))`, `LikelihoodRatio(...)`,
-    `Smoothed(...)` or
-      any other estimator of `gradients/` for its gradient;
-    * `GaussNewton()`, `KrylovNewton()`, `NewtonCG()` ...: second order through the model, within a `Continuation` or without;
-    * `ShortHorizon(...)`: windows with a critic behind them.
+    The solver is any of kind "policy":
+    * `OptaxSolver(optax.adam, gradient=BPTT())` is the lecture's; `BPTT(Truncated(k))`, `LikelihoodRatio(...)`,
+      `Smoothed(...)` or another estimator of `gradients/` may replace its gradient;
+    * `GaussNewton()`, `KrylovNewton()`, `NewtonCG()` ... are second order, within a `Continuation` or without;
+    * `ShortHorizon(...)` uses windows with a critic at their ends.
 
-    Each time `updates` = k of them are made on one draw of `starts` = B states: a share `fresh` of them starts of the task,
-    the others states of the buffer. `horizon` = H steps are imagined; None is the task's own, and fewer end with the task's
-    terminal reward and nothing beyond. The ensemble is one dynamics, by `propagation`: `Mean()` of the members, or `TS1()`,
-    which draws a member at each step; the noise of members that have any is reparameterised, and the same in all k updates.
-    What the solver has learned (moments, damping, a critic, the stage of a continuation) is kept from model to model.
+    Its carry (moments, damping, a critic, the stage of a continuation) is retained from model to model. The policy acts with
+    normal noise, clipped to the limits. Updates that the solver rejects are counted in `nonfinite`.
 
-    `policy` is the first one, whose networks each seed draws anew (`redrawn`). It acts with normal noise of `noise` half
-    widths of the limits, clipped to them. Updates that the solver rejects, as of a model that gives what is not finite, are
-    counted: `nonfinite`.
+    Args:
+        solver: The solver.
+        policy: The first policy; every seed draws the weights of its networks again (`redrawn`).
+        world: Makes and fits the ensemble.
+        propagation: Makes one dynamics of the ensemble: `Mean()` of the members, or `TS1()`, which draws a member at each step.
+            The members' noise is reparameterised, and the same in all k updates.
+        noise: Standard deviation of the noise of collected actions, in half widths of the limits.
+        fresh: The share of the B starts that are starts of the task; the others are states of the buffer.
+        horizon: The number H of imagined steps; None for the task's own. A shorter one ends with the task's terminal reward.
+        starts: The number B of starts of each round of updates.
+        updates: The number k of the solver's updates in a round.
+        warmup: Real steps before the first update.
+        every: Real steps between two rounds.
+        environments: Real systems in parallel, which share these steps.
 
-    Cost of an update: a fit, and k updates of the solver on B rollouts of H steps of the ensemble.
-    Raises: `TypeError` for a solver of another kind; `ValueError` for sizes below 1, a share outside [0, 1], negative noise;
-    what `buffer.sample` raises for an empty buffer.
+    Raises:
+        TypeError: If the solver is not of kind "policy".
+        ValueError: If a size is below 1, `fresh` is outside [0, 1], or the noise is negative.
+
+    Cost: of an update, a fit, and k updates of the solver on B rollouts of H steps of the ensemble.
     Reference: the lecture's model-based RL 2.0; Deisenroth and Rasmussen 2011 (PILCO); Heess et al. 2015, SVG(infinity).
 
     >>> from diffmbrl import tasks
@@ -70,7 +91,7 @@ class PolicyAgent(eqx.Module):
     """
 
     solver: Solver
-    given: Any
+    given: Policy
     world: EnsembleTrainer
     propagation: Propagation
     noise: Float[Array, ""]
@@ -84,13 +105,13 @@ class PolicyAgent(eqx.Module):
 
     def __init__(
         self,
-        solver: Any,
-        policy: Any,
+        solver: Solver,
+        policy: Policy,
         *,
         world: EnsembleTrainer | None = None,
         propagation: Propagation | None = None,
-        noise: Any = 0.1,
-        fresh: Any = 0.25,
+        noise: ArrayLike = 0.1,
+        fresh: ArrayLike = 0.25,
         horizon: int | None = None,
         starts: int = 64,
         updates: int = 20,
@@ -131,15 +152,23 @@ class PolicyAgent(eqx.Module):
     def policy(self, carry: PolicyCarry, task: Task) -> GaussianExploration:
         return GaussianExploration(carry.policy, self.noise, task.a_low, task.a_high)
 
-    def best(self, carry: PolicyCarry, task: Task) -> Any:
+    def best(self, carry: PolicyCarry, task: Task) -> Policy:
         return carry.policy
 
     def model(self, carry: PolicyCarry, task: Task) -> Ensemble:
-        """What it imagines with."""
+        """The ensemble that the policy is improved through."""
         return Ensemble(carry.elites, self.propagation)
 
-    def imagined(self, task: Task, members: Any) -> Task:
-        """The task as it is imagined: the members for its dynamics, and H steps."""
+    def imagined(self, task: Task, members: PyTree) -> Task:
+        """Make the task of the imagined rollouts: with an ensemble for its dynamics, and H steps.
+
+        Args:
+            task: The real system's task.
+            members: The members of the ensemble.
+
+        Returns:
+            The task.
+        """
         model = eqx.tree_at(lambda t: t.dynamics, task, Ensemble(members, self.propagation))
         return model if self.horizon is None else Receding().task(model, self.horizon)
 
@@ -147,7 +176,7 @@ class PolicyAgent(eqx.Module):
         self, carry: PolicyCarry, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
     ) -> tuple[PolicyCarry, dict[str, Array]]:
         key_fit, key_starts, key_solver = jax.random.split(key, 3)
-        members, elites, said = self.world.fit(carry.members, buffer, key_fit)
+        members, elites, metrics = self.world.fit(carry.members, buffer, key_fit)
         imagined, s0 = self.imagined(task, elites), self._starts(task, buffer, key_starts)
 
         def step(state, _):
@@ -156,15 +185,15 @@ class PolicyAgent(eqx.Module):
             return (policy, solver), info
 
         (policy, solver), info = jax.lax.scan(step, (carry.policy, carry.solver), None, length=self.updates)
-        said |= {
+        metrics |= {
             "J_model_before": info.J[0],
             "J_model": info.J[-1],
             "accepted": jnp.mean(info.accepted.astype(info.J.dtype)),
             "nonfinite": jnp.sum(info.nonfinite, dtype=jnp.int32),
         }
         if info.gradient_norm is not None:
-            said["gradient_norm"] = jnp.max(info.gradient_norm)
-        return PolicyCarry(policy, solver, members, elites, carry.updates + 1), said
+            metrics["gradient_norm"] = jnp.max(info.gradient_norm)
+        return PolicyCarry(policy, solver, members, elites, carry.updates + 1), metrics
 
     def _starts(self, task: Task, buffer: Buffer, key: PRNGKeyArray) -> State:
         key_real, key_fresh, key_which = jax.random.split(key, 3)
@@ -177,10 +206,18 @@ class PolicyAgent(eqx.Module):
         return jax.tree.map(pick, fresh, real)
 
 
-def redrawn(policy: Any, key: PRNGKeyArray) -> Any:
-    """The policy with other weights in all its networks: normal, each layer with the root mean square that it has."""
+def redrawn(policy: Tree, key: PRNGKeyArray) -> Tree:
+    """Draw the weights of all networks of a policy again: normal, with each layer's own root mean square.
 
-    def is_net(x: Any) -> bool:
+    Args:
+        policy: The policy.
+        key: The random key.
+
+    Returns:
+        The policy with the new weights.
+    """
+
+    def is_net(x: object) -> bool:
         return isinstance(x, MLP)
 
     nets, tree = jax.tree.flatten(policy, is_leaf=is_net)
@@ -199,8 +236,19 @@ def _redrawn(net: MLP, key: PRNGKeyArray) -> MLP:
 def bptt(
     task: Task, *, rate: float = 3e-3, updates: int = 30, continued: int = 0, warmup: int = 200, every: int = 200
 ) -> PolicyAgent:
-    """The lecture's model-based RL 2.0: Adam through the whole horizon; with `continued` > 0 its discount rises over so many
-    updates."""
+    """Make the lecture's model-based RL 2.0: Adam through the whole horizon.
+
+    Args:
+        task: The task.
+        rate: The learning rate.
+        updates: Updates of the policy after each fit.
+        continued: The number of updates over which the discount rises to 1; 0 for no continuation.
+        warmup: Real steps before the first update.
+        every: Real steps between two fits.
+
+    Returns:
+        The agent.
+    """
     adam = OptaxSolver(optax.adam, learning_rate=rate)
     solver = Continuation.discounted(adam, continued) if continued else adam
     return _small(task, solver, updates, warmup, every)
@@ -209,7 +257,18 @@ def bptt(
 def second_order(
     task: Task, *, updates: int = 4, continued: int = 36, warmup: int = 200, every: int = 200
 ) -> PolicyAgent:
-    """Krylov-Newton through the whole horizon; with `continued` > 0 its discount rises over so many updates."""
+    """Make model-based RL 2.0 with Krylov-Newton through the whole horizon.
+
+    Args:
+        task: The task.
+        updates: Updates of the policy after each fit.
+        continued: The number of updates over which the discount rises to 1; 0 for no continuation.
+        warmup: Real steps before the first update.
+        every: Real steps between two fits.
+
+    Returns:
+        The agent.
+    """
     newton = KrylovNewton()
     solver = Continuation.discounted(newton, continued) if continued else newton
     return _small(task, solver, updates, warmup, every)
@@ -218,13 +277,25 @@ def second_order(
 def short_horizon(
     task: Task, *, rate: float = 3e-3, updates: int = 150, window: int = 12, warmup: int = 200, every: int = 200
 ) -> PolicyAgent:
-    """Windows of the model's rollouts with a critic behind them, from 32 environments at once."""
+    """Make model-based RL 2.0 on windows of the model's rollouts with a critic at their ends, from 32 environments at once.
+
+    Args:
+        task: The task.
+        rate: The policy's learning rate.
+        updates: Updates of the policy after each fit.
+        window: The number of steps of a window.
+        warmup: Real steps before the first update.
+        every: Real steps between two fits.
+
+    Returns:
+        The agent.
+    """
     solver = ShortHorizon(OptaxSolver(optax.adam, learning_rate=rate), window=window, environments=32, discount=0.99)
     return _small(task, solver, updates, warmup, every)
 
 
-def _small(task: Task, solver: Any, updates: int, warmup: int, every: int) -> PolicyAgent:
-    """With networks that suffice for a handful of state variables."""
+def _small(task: Task, solver: Solver, updates: int, warmup: int, every: int) -> PolicyAgent:
+    """A `PolicyAgent` with networks large enough for a few state variables."""
     training = Training(optax.adam, learning_rate=2e-3, epochs=20, batch=64, patience=3)
     world = EnsembleTrainer(training, members=3, elites=3, hidden=(32, 32), model=NetworkDynamics.init)
     policy = Neural.init(task, key=jax.random.key(0))

@@ -1,15 +1,15 @@
-r"""Tabular Q-learning, and Dyna-Q, which learns from a model of what it has seen as well.
+r"""Tabular Q-learning, and Dyna-Q, which also learns from a model of the steps that it has made.
 
-For a task of finitely many states and choices (`tasks/finite.py`), given as a `Lookup` of both: real steps are the task's own,
-and what is learned is a table.
+The task has finitely many states and choices (`tasks/finite.py`), given as a `Lookup` of both. Real steps are the task's own.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from diffmbrl.core import State, Task, as_float, is_concrete
 from diffmbrl.rollout import is_done, step_keys, transition
@@ -17,42 +17,63 @@ from diffmbrl.tasks.finite import Lookup
 
 
 class Experience(NamedTuple):
-    """The model: how often each next state has followed, and the pairs met, in the order in which they were."""
+    """The model: counts of next states, and the pairs of state and choice in the order in which they were first seen.
+
+    Args:
+        followed: How often each next state has followed a pair.
+        known: Whether a pair was seen. It is separate so that the large table is written in place before it is read.
+        r: The last reward of each pair.
+        done: Whether a state was seen to end an episode.
+        pairs: The pairs seen, as s A + a.
+        met: Their number.
+    """
 
     followed: Int[Array, "S A S"]
-    known: Bool[
-        Array, "S A"
-    ]  # whether anything has: apart, so that the large table is written before it is read, in place
-    r: Float[Array, "S A"]  # as last seen
-    done: Bool[Array, " S"]  # the state was seen to end an episode
-    pairs: Int[Array, " SA"]  # s A + a
+    known: Bool[Array, "S A"]
+    r: Float[Array, "S A"]
+    done: Bool[Array, " S"]
+    pairs: Int[Array, " SA"]
     met: Int[Array, ""]
 
 
 class DynaQCarry(NamedTuple):
-    """What was learned, and where the real episode is."""
+    """The learned table and model, and the state of the real episode.
+
+    Args:
+        Q: The table.
+        experience: The model.
+        s: The state of the episode.
+        t: Its time.
+        steps: The number of real steps.
+        nonfinite: The number of non-finite real steps, which are not learned from and end their episode.
+    """
 
     Q: Float[Array, "S A"]
     experience: Experience
     s: State
     t: Int[Array, ""]
-    steps: Int[Array, ""]  # real ones made
-    nonfinite: Int[Array, ""]  # of them, those that were not finite: not learned from, and the end of their episode
+    steps: Int[Array, ""]
+    nonfinite: Int[Array, ""]
 
 
 class DynaQ(eqx.Module):
-    r"""Q-learning from each real step, and from `planning` steps more drawn from a model of those made so far.
+    r"""Q-learning from each real step, and from further steps drawn from a model of the real ones.
 
     $$Q(s, a) \leftarrow Q(s, a) + \alpha\,[r + \gamma \max_{a'} Q(s', a') - Q(s, a)],\qquad \max_{a'} Q(s', a') = 0$$
-    where s' ends an episode. With `planning` = 0 that is Q-learning. The model counts what has followed each pair (s, a); a
-    planning step takes one of the pairs met, each as likely, and a next state as often as it was seen. Choices are the best of
-    Q, ties broken at random, or with the share `exploration` any. An episode that the clock ends at T goes on in the values:
-    Q knows of no time, nor of a terminal reward.
+    if s' ends an episode. A planning step draws one of the pairs (s, a) seen, uniformly, and a next state in proportion to its
+    count. Q ignores time and the terminal reward: an episode that the clock ends at T continues in the values. A real step with
+    a non-finite reward or state is counted, ends its episode, and is not learned from.
 
-    A real step with a reward or a state that is not finite is not learned from; it is counted and ends its episode.
+    Args:
+        rate: $\alpha$, in (0, 1].
+        discount: $\gamma$, in [0, 1].
+        exploration: The probability of a random choice; else the choice is the best of Q, with ties broken at random.
+        planning: Steps from the model after each real step; 0 for Q-learning.
 
-    Shapes: Q [S, A]. Cost of a real step: 1 + `planning` updates of one entry of Q, a look for the nearest of S states.
-    Raises: `ValueError` for a rate outside (0, 1], a discount or exploration outside [0, 1], or a negative `planning`.
+    Raises:
+        ValueError: If a value is outside its interval, or `planning` is negative.
+
+    Cost: of a real step, 1 + `planning` updates of one entry of Q, and a search for the nearest of S states.
     Reference: Watkins 1989; Sutton 1990; Sutton and Barto 2018, sections 6.5 and 8.2.
 
     >>> from diffmbrl.tasks.finite import Lookup
@@ -69,11 +90,13 @@ class DynaQ(eqx.Module):
     exploration: Float[Array, ""]
     planning: int = eqx.field(static=True)
 
-    def __init__(self, *, rate: Any = 0.5, discount: Any = 1.0, exploration: Any = 0.1, planning: int = 0):
-        if is_concrete(rate) and not 0 < rate <= 1:
+    def __init__(
+        self, *, rate: ArrayLike = 0.5, discount: ArrayLike = 1.0, exploration: ArrayLike = 0.1, planning: int = 0
+    ):
+        if is_concrete(rate) and not 0 < np.asarray(rate) <= 1:
             raise ValueError(f"rate must lie in (0, 1], got {rate}")
         for name, share in {"discount": discount, "exploration": exploration}.items():
-            if is_concrete(share) and not 0 <= share <= 1:
+            if is_concrete(share) and not 0 <= np.asarray(share) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {share}")
         if not isinstance(planning, int) or planning < 0:
             raise ValueError(f"planning must be a whole number of steps, 0 for Q-learning; got {planning!r}")
@@ -81,7 +104,16 @@ class DynaQ(eqx.Module):
         self.planning = planning
 
     def init(self, task: Task, lookup: Lookup, key: PRNGKeyArray) -> DynaQCarry:
-        """Q = 0, nothing seen, at a start of the task."""
+        """Start with Q = 0, an empty model, and the real episode at a start of the task.
+
+        Args:
+            task: The task.
+            lookup: Its states and choices.
+            key: The random key of the start.
+
+        Returns:
+            The carry.
+        """
         S, A = lookup.s.shape[0], lookup.a.shape[0]
         zero, Q = jnp.zeros((), jnp.int32), jnp.zeros((S, A), lookup.s.dtype)
         experience = Experience(
@@ -95,7 +127,18 @@ class DynaQ(eqx.Module):
         return DynaQCarry(Q, experience, task.initial(key), zero, zero, zero)
 
     def run(self, carry: DynaQCarry, task: Task, lookup: Lookup, key: PRNGKeyArray, *, steps: int) -> DynaQCarry:
-        """So many real steps more; step i draws from `fold_in(key, i)`, i counted over all runs of the carry."""
+        """Make further real steps; step i of all runs of the carry draws from `fold_in(key, i)`.
+
+        Args:
+            carry: The carry.
+            task: The task.
+            lookup: Its states and choices.
+            key: The random key.
+            steps: The number of further real steps.
+
+        Returns:
+            The new carry.
+        """
 
         def step(carry, _):
             return self._step(carry, task, lookup, key), None
@@ -135,7 +178,7 @@ class DynaQ(eqx.Module):
         return Q.at[i, a].add(self.rate * (r + self.discount * ahead - Q[i, a]))
 
     def _planned(self, Q: Array, experience: Experience, key: PRNGKeyArray) -> Float[Array, "S A"]:
-        """`planning` updates from the model; none before anything was seen."""
+        """`planning` updates from the model; none if it is empty."""
 
         def step(Q, key):
             key_pair, key_next = jax.random.split(key)
@@ -150,7 +193,7 @@ class DynaQ(eqx.Module):
 
 
 def _seen(experience: Experience, i: Array, a: Array, r: Array, j: Array, done: Array, finite: Array) -> Experience:
-    """The model after one more step, if that was finite."""
+    """The model after one more step, unchanged if that was not finite."""
     followed, pairs = experience.followed, experience.pairs
     new = finite & ~experience.known[i, a]
     end = jnp.where(new, experience.met, pairs.size)  # out of bounds: dropped

@@ -1,12 +1,11 @@
-"""The model of an agent: an ensemble that is fitted to its buffer, again and again."""
+"""The model of an agent: an ensemble that is fitted to the agent's buffer before each of its updates."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from diffmbrl.core import Task
 from diffmbrl.models import Ensemble, GaussianDynamics, Training, disagreement, elites, train
@@ -14,10 +13,19 @@ from diffmbrl.models.buffer import Buffer
 
 
 class EnsembleTrainer(eqx.Module):
-    """An ensemble that is fitted to a buffer: how it is made and trained, and how many of its members are used.
+    """Makes an ensemble of dynamics, fits it to a buffer and selects its best members.
 
-    `model` is a constructor, `model(task, hidden=, key=)`. Every fit goes on from the weights of the last. The `elites` best
-    members on the rows held out are those that are used. Raises: `ValueError` for sizes below 1, or more elites than members.
+    Every fit continues from the weights of the last one.
+
+    Args:
+        training: How the members are trained.
+        members: The number of members that are trained.
+        elites: The number of members that are used: those with the lowest loss on the held-out rows.
+        hidden: The widths of the hidden layers.
+        model: Constructor of a member, `model(task, hidden=, key=)`.
+
+    Raises:
+        ValueError: If a number is below 1, or there are more elites than members.
 
     >>> EnsembleTrainer(members=7, elites=5).hidden
     (200, 200, 200)
@@ -36,24 +44,49 @@ class EnsembleTrainer(eqx.Module):
         if self.elites > self.members:
             raise ValueError(f"elites must be at most the number of members, {self.members}; got {self.elites}")
 
-    def init(self, task: Task, key: PRNGKeyArray) -> Any:
-        """Draw the members."""
+    def init(self, task: Task, key: PRNGKeyArray) -> PyTree:
+        """Draw the members.
+
+        Args:
+            task: The task, whose states and actions the members take.
+            key: The random key.
+
+        Returns:
+            The members, with a leading axis on every leaf.
+        """
         return jax.vmap(lambda k: self.model(task, hidden=self.hidden, key=k))(jax.random.split(key, self.members))
 
-    def first(self, members: Any) -> Any:
-        """Those used before any fit: the first ones."""
+    def first(self, members: PyTree) -> PyTree:
+        """Select the members to use before any fit: the first ones.
+
+        Args:
+            members: All members.
+
+        Returns:
+            As many of them as there are elites.
+        """
         return jax.tree.map(lambda x: x[: self.elites], members)
 
-    def fit(self, members: Any, buffer: Buffer, key: PRNGKeyArray) -> tuple[Any, Any, dict[str, Array]]:
-        """All members trained on, the elites among them, and what is worth a record."""
+    def fit(self, members: PyTree, buffer: Buffer, key: PRNGKeyArray) -> tuple[PyTree, PyTree, dict[str, Array]]:
+        """Train the members on a buffer.
+
+        Args:
+            members: All members, from whose weights training continues.
+            buffer: The real transitions.
+            key: The random key.
+
+        Returns:
+            All members, the elites among them, and metrics: `model_error` (the elites' mean loss on held-out rows),
+            `disagreement` of the elites, `model_epochs` and `model_rejected`.
+        """
         members, curves = train(members, buffer.rows, buffer.size, key, self.training)
         best = elites(members, curves.holdout, self.elites)
         rows, ensemble = buffer.sample(key, 256), Ensemble(best)
         apart = jax.vmap(lambda s, a: disagreement(ensemble, s, a))(rows.s, rows.a)
-        said = {
+        metrics = {
             "model_error": jnp.mean(jnp.sort(curves.holdout)[: self.elites]),
             "disagreement": jnp.sqrt(jnp.mean(jnp.square(apart))),
             "model_epochs": jnp.mean(curves.epochs.astype(curves.holdout.dtype)),
             "model_rejected": jnp.sum(curves.rejected),
         }
-        return members, best, said
+        return members, best, metrics

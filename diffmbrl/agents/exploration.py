@@ -1,19 +1,25 @@
-"""Exploration by noise in the actions: around a policy, and around one that plans."""
+"""Exploration by normal noise on the actions of a policy or of an MPC."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from diffmbrl.core import Policy, State
+from diffmbrl.core import Policy, State, Task
 from diffmbrl.planners.mpc import MPC
 from diffmbrl.policies import centre_and_half
 
 
 class GaussianExploration(eqx.Module):
-    """A policy with normal noise of `std` half widths of the limits (or of 1 where there are none), clipped to them."""
+    """A policy with normal noise on its actions, clipped to the limits.
+
+    Args:
+        inner: The policy.
+        std: Standard deviation of the noise, in half widths of the limits; absolute for an action without limits.
+        low, high: The action limits, shape [m].
+    """
 
     inner: Policy
     std: Float[Array, ""]
@@ -28,16 +34,23 @@ class GaussianExploration(eqx.Module):
 
 
 class ExploredMPC(eqx.Module):
-    """An MPC with the same noise."""
+    """An MPC with the same noise as `GaussianExploration`.
+
+    Args:
+        inner: The MPC, whose limits the actions are clipped to.
+        std: Standard deviation of the noise, in half widths of the limits.
+    """
 
     inner: MPC
     std: Float[Array, ""]
     is_stateful: ClassVar[bool] = True
 
-    def start(self, task: Any) -> Any:
+    def start(self, task: Task) -> PyTree:
+        """The MPC's memory before the first step of an episode."""
         return self.inner.start(task)
 
-    def step(self, memory: Any, s: State, *, key: PRNGKeyArray | None = None) -> tuple[Array, Any]:
+    def step(self, memory: PyTree, s: State, *, key: PRNGKeyArray | None = None) -> tuple[Array, PyTree]:
+        """The MPC's action with noise, without if `key` is None, and its memory for the next step."""
         a, memory = self.inner.step(memory, s, key=key)
         if key is None:
             return a, memory

@@ -1,11 +1,11 @@
-r"""Planning and a policy together: the policy proposes, a planner improves, a learned value says what comes after the plan."""
+r"""MPC with a learned policy and value: the policy proposes plans, a planner improves them, the value extends their horizon."""
 
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from diffmbrl.agents.bptt_agent import PolicyAgent, PolicyCarry, short_horizon
 from diffmbrl.agents.collect import RandomActions
@@ -25,23 +25,29 @@ from diffmbrl.rollout import rollout
 
 
 class Hybrid(eqx.Module):
-    r"""MPC through the model with a learned policy as its proposal and a learned value as the end of its plans.
+    r"""Plans through a model at every step, with a learned policy's proposals and a learned value at the end of the plans.
 
     $$a_t = \arg\max_{a_{t:t+H}} \sum_{j<H} w_{t+j}\, r(\hat s_j, a_{t+j}) + V(\hat s_H, t + H),\qquad
-    \text{searched from } \hat s_{j+1} = \hat f(\hat s_j, \pi_\theta(\hat s_j)) \text{ and from the plan of before}$$
+    \text{searched from } \hat s_{j+1} = \hat f(\hat s_j, \pi_\theta(\hat s_j)) \text{ and from the previous plan}$$
 
-    `learner` is a `PolicyAgent` whose solver is `ShortHorizon`: policy and critic V are learned in the model by its windows. To
-    act, `planner` makes `iterations` updates at each real step on H = `horizon` steps of the ensemble, each beginning from the
-    better of the plan of before and what the policy would do (`Proposed`). So what the policy has learned of the whole task is
-    where the search begins, and what it has got wrong nearby is put right by planning. Planning sees rewards undiscounted; V is
-    the solver's, discounted as that is.
+    The learner improves the policy and the critic V in the model by windows. The search of each step starts from the better of
+    the previous plan and the policy's rollout (`Proposed`), so that planning corrects the policy's local mistakes. Plans see
+    undiscounted rewards; V is discounted as the solver's is.
 
-    The planner must keep the task's limits and take `OpenLoop` plans, as `Sampling` (CEM, MPPI) does.
+    Args:
+        task: The task, on which the planner is checked.
+        learner: A `PolicyAgent` whose solver is `ShortHorizon`.
+        planner: A planner that keeps the task's limits and takes `OpenLoop` plans; by default `Sampling(samples=64)`.
+        noise: Standard deviation of the noise of collected actions, in half widths of the limits.
+        horizon: The number H of steps of a plan.
+        iterations: The planner's updates at each real step.
 
-    Cost of a real step: `iterations` of the planner's updates and of rollouts of the policy.
-    Raises: `TypeError` if the learner's solver is not `ShortHorizon`, or the planner is not of kind "plan" or does not keep the
-    limits; `ValueError` for a horizon or iterations below 1, negative noise, or a learner that imagines less than the task;
-    what the planner raises for the actions of `task`.
+    Raises:
+        TypeError: If the learner's solver is not `ShortHorizon`, or the planner is not of kind "plan" or ignores the limits.
+        ValueError: If `horizon` or `iterations` is below 1, the noise is negative, or the learner imagines less than whole
+            episodes; if the planner refuses the task.
+
+    Cost: of a real step, `iterations` of the planner's updates and of rollouts of the policy.
     Reference: Lowrey et al. 2019 (POLO); Hansen, Wang and Su 2022 (TD-MPC), whose policy proposes, too.
 
     >>> from diffmbrl import tasks
@@ -62,7 +68,7 @@ class Hybrid(eqx.Module):
         learner: PolicyAgent,
         planner: Any = None,
         *,
-        noise: Any = 0.05,
+        noise: ArrayLike = 0.05,
         horizon: int = 15,
         iterations: int = 2,
     ):
@@ -83,20 +89,23 @@ class Hybrid(eqx.Module):
         if not bool(jnp.all(jnp.asarray(noise) >= 0)):
             raise ValueError(f"noise must not be negative, got {noise}")
         if is_concrete(task):
-            planner.init(OpenLoop.zeros(task), task)  # which says what is wrong, as it could not in a compiled run
+            planner.init(OpenLoop.zeros(task), task)  # raises its errors here: a compiled run could not
         self.learner, self.planner, self.noise = learner, planner, as_float(noise)
         self.horizon, self.iterations = horizon, iterations
 
     @property
     def warmup(self) -> int:
+        """The learner's."""
         return self.learner.warmup
 
     @property
     def every(self) -> int:
+        """The learner's."""
         return self.learner.every
 
     @property
     def environments(self) -> int:
+        """The learner's."""
         return self.learner.environments
 
     def init(self, task: Task, key: PRNGKeyArray) -> PolicyCarry:
@@ -121,7 +130,7 @@ class Hybrid(eqx.Module):
         )
 
     def model(self, carry: PolicyCarry, task: Task) -> Ensemble:
-        """What it plans on."""
+        """The ensemble that it plans on."""
         return self.learner.model(carry, task)
 
     def update(
@@ -133,14 +142,31 @@ class Hybrid(eqx.Module):
 def hybrid(
     task: Task, *, updates: int = 150, horizon: int = 15, iterations: int = 2, warmup: int = 200, every: int = 200
 ) -> Hybrid:
-    """`short_horizon`'s policy and critic, with CEM in front of them."""
+    """Make a `Hybrid` of CEM with the policy and critic of `short_horizon`.
+
+    Args:
+        task: The task.
+        updates: Updates of the policy after each fit.
+        horizon: The number of steps of a plan.
+        iterations: Updates of CEM at each real step.
+        warmup: Real steps before the first update.
+        every: Real steps between two fits.
+
+    Returns:
+        The agent.
+    """
     return Hybrid(
         task, short_horizon(task, updates=updates, warmup=warmup, every=every), horizon=horizon, iterations=iterations
     )
 
 
 class Proposed(eqx.Module):
-    """A planner that begins from what a policy would do in the model, wherever that is better than the plan it is given."""
+    """A planner that starts from a policy's rollout in the model if its return is higher than the given plan's.
+
+    Args:
+        planner: The planner.
+        proposal: The policy.
+    """
 
     planner: Planner
     proposal: Policy
@@ -176,7 +202,7 @@ class Proposed(eqx.Module):
         J, nonfinite = plan_returns(jnp.stack([policy.a, a]), task, s0, key)
         better = J[1] > J[0]
         proposal = OpenLoop(a)
-        # A search around another place begins anew.
+        # The search around another plan starts with a new carry.
         state = jax.tree.map(
             lambda x, y: jnp.where(better, x, y).astype(y.dtype),
             (proposal, self.planner.init(proposal, task)),
@@ -190,7 +216,7 @@ class Proposed(eqx.Module):
 
 
 class _OnClock(eqx.Module):
-    """A policy on states that know how many steps are left."""
+    """A policy on states with the number of remaining steps, which it ignores."""
 
     inner: Policy
 
@@ -199,23 +225,53 @@ class _OnClock(eqx.Module):
 
 
 class ToCritic(eqx.Module):
-    """Windows as `Ending` has them, at whose end, if the episode goes on, is the critic's value of the state and the time."""
+    """The windows of `Ending`, with the critic's value at their ends before the end of the episode.
+
+    Args:
+        critic: The critic, of state and time.
+    """
 
     critic: Critic
 
     def task(self, task: Task, horizon: int) -> Task:
-        """The planning task, of `horizon` steps."""
+        """Make the planning task.
+
+        Args:
+            task: The task of whole episodes.
+            horizon: The number of steps of a plan.
+
+        Returns:
+            The planning task.
+        """
         made = Ending().task(task, horizon)
         return eqx.tree_at(lambda t: t.terminal, made, _Ahead(task, self.critic))
 
     def at(self, task: Task, weights: Float[Array, " T1"], t: Int[Array, ""]) -> Task:
-        """The planning task with the weights of the window that begins at t; the critic's value has those of what is ahead."""
+        """Set the planning task's weights to those of one window; the critic's value has weight 1.
+
+        Args:
+            task: The planning task.
+            weights: The weights of the whole episode, shape [T+1].
+            t: The time at which the window begins.
+
+        Returns:
+            The planning task.
+        """
         made = Ending().at(task, weights, t)
         ahead = t + task.horizon < weights.shape[0] - 1
         return reweighted(made, made.weights.at[-1].set(jnp.where(ahead, 1, made.weights[-1])))
 
     def state(self, s: State, t: Int[Array, ""], T: int) -> Clocked:
-        """Where the window begins."""
+        """The state in which a window begins.
+
+        Args:
+            s: The state.
+            t: Its time.
+            T: The horizon of whole episodes.
+
+        Returns:
+            The state with the number of remaining steps.
+        """
         return Ending().state(s, t, T)
 
 

@@ -1,94 +1,62 @@
-"""The loop of model-based (and model-free) reinforcement learning: collect, update, collect again.
+"""The loop of reinforcement learning, with a model or without: collect, update, collect again.
 
-    first: `warmup` steps of the agent's first policy, mostly random actions
+    first: `warmup` steps of the agent's first policy, usually random actions
     then:  the agent updates itself from the buffer (fits a model, plans, improves a policy), and acts for `every` steps
 
-On a `System` one iteration is one compiled call for all seeds; only stopping, recording and evaluating are left to Python. On
-a system that is no JAX (`host.py`) the same lines run as they stand, and what is the agent's in them is compiled.
+On a `System` one iteration is one compiled call for all seeds; Python only stops, records and evaluates. On a system that is
+not written in JAX (`host.py`) the same functions run uncompiled, except for the agent's own.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PyTree
 
 from diffmbrl.agents.collect import Acting, Axes, Collected, Real, System
-from diffmbrl.agents.nonfinite import spoilt, steps_named, update_named
-from diffmbrl.core import Dynamics, Task
+from diffmbrl.agents.nonfinite import became_nonfinite, steps_named, update_named
+from diffmbrl.agents.protocol import Agent
+from diffmbrl.core import Task
 from diffmbrl.devices import broadcast, shard_like, to_local
-from diffmbrl.models.buffer import Buffer, Transition, flat
+from diffmbrl.models.buffer import Buffer, flat
 from diffmbrl.solve.checkpointer import Checkpointer, NoCheckpoints
 
-SPOILT = "spoilt leaves"  # beside what an agent says
+NONFINITE = "nonfinite leaves"  # among the metrics of a compiled update, removed before they are recorded
 
 
-@runtime_checkable
-class Agent(Protocol):
-    """A module whose leaves are hyperparameters; what it learns is in the carry, a pytree of arrays.
+class Replica(NamedTuple):
+    """One seed between two iterations.
 
-    `task` has dynamics that raise when called: reward, end, features, limits and starts are given, the dynamics are not.
+    Args:
+        carry: The agent's carry.
+        buffer: All real steps.
+        places: Where the system's environments are.
+        fresh: The latest steps.
     """
 
-    @property
-    def warmup(self) -> int:
-        """Real steps before the first update, at least `every`."""
-        ...
-
-    @property
-    def every(self) -> int:
-        """Real steps between two updates."""
-        ...
-
-    @property
-    def environments(self) -> int:
-        """Real systems side by side; both numbers of steps are shared among them."""
-        ...
-
-    def init(self, task: Task, key: PRNGKeyArray) -> Any: ...
-
-    def first(self, carry: Any, task: Task) -> Any:
-        """What acts during the warm-up: `RandomActions(task)`, or the policy itself where only its own steps are of use."""
-        ...
-
-    def policy(self, carry: Any, task: Task) -> Any:
-        """What collects data: a policy, or one with a memory, whose noise is drawn from the key of the step."""
-        ...
-
-    def best(self, carry: Any, task: Task) -> Any:
-        """What is evaluated: the same without exploration."""
-        ...
-
-    def model(self, carry: Any, task: Task) -> Dynamics | None:
-        """The learned dynamics, which reports compare with the true ones; None for an agent that learns none."""
-        ...
-
-    def update(
-        self, carry: Any, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
-    ) -> tuple[Any, dict[str, Array]]:
-        """Learn from the buffer, or from the latest `every` steps [N, every / N]; numbers worth a record beside the carry."""
-        ...
-
-
-class Lane(NamedTuple):
-    """One seed between two iterations."""
-
-    carry: Any
+    carry: PyTree
     buffer: Buffer
-    places: Any  # the system's
+    places: PyTree
     fresh: Collected
 
 
 class Learned(NamedTuple):
-    """What `learn` returns; every leaf has a leading axis of seeds."""
+    """The result of `learn`; every leaf of carry and buffer has a leading axis of seeds.
 
-    carry: Any
+    Args:
+        carry: The agent's carry.
+        buffer: All real steps.
+        records: The records of the iterations that this process made.
+        real_steps: The number of real steps of each seed.
+    """
+
+    carry: PyTree
     buffer: Buffer
-    records: list[dict[str, Any]]  # of this process, if the loop goes on from another's
+    records: list[dict[str, Any]]
     real_steps: int
 
 
@@ -106,29 +74,40 @@ def learn(
     checkpointer: Checkpointer | None = None,
     in_axes: Axes = (None, None),
 ) -> Learned:
-    r"""Let an agent learn on a real system for at most so many real steps, or until `seconds` of iterations are spent.
+    r"""Let an agent learn on a real system, from several seeds in parallel.
 
-    The system is a task, or what shows a task to the agent: a `System`, a `HostSystem`. `keys` [S] are the seeds, side by side;
-    shared out among devices (`devices.share`), so is all that they do. `in_axes` is of `agent` and `system`, as `vmap` has it:
-    0 where every leaf has a leading axis of S, so that each lane has hyperparameters or physical parameters of its own, and a
-    sweep is one program.
+    Every iteration makes a record, whose arrays have a leading axis of seeds: `real_steps`; `seconds` and the process's
+    `cpu_seconds` of updates and collection so far; `returns` [S, N k] of the episodes that ended, NaN elsewhere, and `ended`;
+    the number of `rejected` steps, non-finite or of an episode that was over before it began; `refused` updates, which would
+    have made a finite leaf of the carry non-finite; `nonfinite_in`, the names of such values, if any; and the agent's metrics.
 
-    Every iteration makes a record, each of its arrays with an axis of seeds: `real_steps`; `seconds` and the process's
-    `cpu_seconds` so far (updates and collection, compile time and evaluation apart); `returns` [S, N k] of the episodes that
-    ended in it, NaN elsewhere, and `ended`, which they are; `rejected` steps, not finite or of an episode that was over before
-    it began; `refused` updates, in which something that was finite came out not finite (the carry of before is kept); if there
-    were any, `nonfinite_in`, the names of the first such values of each seed; what the agent says; and every `evaluate_every`
-    iterations, and at the end, `evaluation` [S, `evaluations`], the returns of `agent.best`, each from another start.
-    `on_record` is given them all. `checkpointer` sees the state after each record, and has the one to go on from.
+    Args:
+        agent: The agent.
+        system: A task, a `System` or a `HostSystem`.
+        keys: A random key for each seed, shape [S]; sharded over devices (`devices.shard`), they shard all the work.
+        real_steps: The number of real steps of each seed at most.
+        seconds: Seconds of iterations after which to stop, without compiling and evaluating.
+        evaluations: The number of episodes of `agent.best` in each evaluation, each from another start; 0 for none.
+        evaluate_every: Iterations between two evaluations; the last iteration is always evaluated, as the record's
+            `evaluation` [S, `evaluations`].
+        capacity: The number of steps that the buffer holds; by default all.
+        on_record: Called with each record and the state of the run.
+        checkpointer: Saves the state after each record, and holds the one to resume from.
+        in_axes: The axes of agent and system, as of `vmap`: 0 if every leaf has a leading axis of S, so that a sweep over
+            hyperparameters or physical parameters is one program.
 
-    Shapes: every leaf of the carry and the buffer gets a leading axis of S. Raises: `ValueError` for sizes that do not fit, and
-    if the warm-up leaves nothing in the buffer; `TypeError` if the policy is a plan.
+    Returns:
+        The carry, the buffer and the records.
+
+    Raises:
+        ValueError: If a size does not fit the others, or the warm-up leaves nothing in the buffer.
+        TypeError: If the agent's policy is a plan.
 
     >>> import jax
     >>> from diffmbrl import tasks
     >>> from diffmbrl.agents import RandomAgent
-    >>> learned = learn(RandomAgent(every=50), tasks.pendulum(horizon=50), jax.random.split(jax.random.key(0), 2),
-    real_steps=200)
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> learned = learn(RandomAgent(every=50), tasks.pendulum(horizon=50), keys, real_steps=200)
     >>> [int(x) for x in learned.buffer.size], len(learned.records)
     ([200, 200], 3)
     """
@@ -145,49 +124,51 @@ def learn(
     def recorded(record: dict[str, Any]) -> None:
         nonlocal evaluate
         if evaluations and (over() or iteration % evaluate_every == 0):
-            given = (agent, system, lanes.carry, keys)
+            given = (agent, system, replicas.carry, keys)
             evaluate = evaluate or system.ready(_evaluate, *given, count=evaluations, in_axes=in_axes)
             record["evaluation"] = np.asarray(to_local(evaluate(*given)))
         records.append(record)
         if on_record is not None:
-            on_record(record, Learned(lanes.carry, lanes.buffer, records, done))
-        checkpointer.save(lanes, done=done, iteration=iteration, spent=spent, worked=worked)
+            on_record(record, Learned(replicas.carry, replicas.buffer, records, done))
+        checkpointer.save(replicas, done=done, iteration=iteration, spent=spent, worked=worked)
 
-    if (kept := checkpointer.restored) is None:
+    if (restored := checkpointer.restored) is None:
         warm = system.ready(_warm, agent, system, keys, capacity=capacity, in_axes=in_axes)
-        lanes, fresh = warm(agent, system, keys)
-        lanes = shard_like(keys, lanes)
-        left = np.asarray(to_local(lanes.buffer.size))
+        replicas, fresh = warm(agent, system, keys)
+        replicas = shard_like(keys, replicas)
+        left = np.asarray(to_local(replicas.buffer.size))
         if left.min() < 1:
             why = "; ".join(steps_named(fresh)) or "every episode was over before its first step"
             raise ValueError(
-                f"of {agent.warmup} first steps of '{system.view.name}' none could be kept (seeds "
+                f"of {agent.warmup} first steps of '{system.view.name}' none is usable (seeds "
                 f"{np.flatnonzero(left < 1)}): {why}"
             )
         done, iteration, spent, worked = agent.warmup, 0, 0.0, 0.0
         recorded(_record(fresh, done, spent, worked))
     else:
         shapes = jax.eval_shape(lambda: _warm(agent, system, keys, capacity, in_axes)[0])
-        lanes = shard_like(keys, checkpointer.restore(shapes))
-        done, iteration, spent, worked = (kept[name] for name in ("done", "iteration", "spent", "worked"))
+        replicas = shard_like(keys, checkpointer.restore(shapes))
+        done, iteration, spent, worked = (restored[name] for name in ("done", "iteration", "spent", "worked"))
     while not over():
         number = jnp.int32(iteration)
-        # Before the clock starts.
-        run = run or system.ready(_iterate, agent, system, lanes, keys, number, in_axes=in_axes)
+        # Compile before the clock starts.
+        run = run or system.ready(_iterate, agent, system, replicas, keys, number, in_axes=in_axes)
         begun, before = time.perf_counter(), time.process_time()
-        lanes, said = jax.block_until_ready(run(agent, system, lanes, keys, number))
-        lanes = shard_like(keys, lanes)
+        replicas, metrics = jax.block_until_ready(run(agent, system, replicas, keys, number))
+        replicas = shard_like(keys, replicas)
         spent, worked = broadcast(spent + time.perf_counter() - begun), worked + time.process_time() - before
         done, iteration = done + agent.every, iteration + 1
-        said = {name: np.asarray(x) for name, x in to_local(said).items()}
-        named = update_named(lanes.carry, said.pop(SPOILT), iteration)
-        recorded(_record(lanes.fresh, done, spent, worked, named) | said)
-    return Learned(lanes.carry, lanes.buffer, records, done)
+        metrics = {name: np.asarray(x) for name, x in to_local(metrics).items()}
+        named = update_named(replicas.carry, metrics.pop(NONFINITE), iteration)
+        recorded(_record(replicas.fresh, done, spent, worked, named) | metrics)
+    return Learned(replicas.carry, replicas.buffer, records, done)
 
 
 @partial(jax.jit, static_argnames=("capacity", "in_axes"))
-def _warm(agent: Agent, system: Real, keys: Key[Array, " S"], capacity: int, in_axes: Axes) -> tuple[Lane, Collected]:
-    """Each seed's carry and its first steps; the episodes then begin anew, so that a memory begins with its episode."""
+def _warm(
+    agent: Agent, system: Real, keys: Key[Array, " S"], capacity: int, in_axes: Axes
+) -> tuple[Replica, Collected]:
+    """Each seed's carry and first steps. New episodes begin after them, since a policy's memory begins with an episode."""
     count, view = agent.environments, system.view
     carries, key_begin, key_collect, key_again = _begun(agent, view, keys, in_axes)
     who = Acting(agent, view, "first", in_axes)
@@ -198,26 +179,26 @@ def _warm(agent: Agent, system: Real, keys: Key[Array, " S"], capacity: int, in_
     after = jnp.max(jnp.asarray(places.episode), axis=1) + 1
     places = system.begin(Acting(agent, view, "policy", in_axes), carries, key_again, count, after)
     latest = jax.tree.map(lambda x: x[:, :, -(agent.every // count) :], fresh)
-    return Lane(carries, buffer, places, latest), fresh
+    return Replica(carries, buffer, places, latest), fresh
 
 
 @partial(jax.jit, static_argnames="in_axes")
 def _iterate(
-    agent: Agent, system: Real, lanes: Lane, keys: Key[Array, " S"], number: Array, in_axes: Axes
-) -> tuple[Lane, dict]:
-    """An update, and `every` steps with what came of it."""
-    view, before = system.view, (lanes.carry, lanes.buffer, lanes.fresh)
-    carries, said, key_collect = _updated(agent, view, *before, keys, number, in_axes)
+    agent: Agent, system: Real, replicas: Replica, keys: Key[Array, " S"], number: Array, in_axes: Axes
+) -> tuple[Replica, dict]:
+    """Update the agent, and collect `every` steps with it."""
+    view, before = system.view, (replicas.carry, replicas.buffer, replicas.fresh)
+    carries, metrics, key_collect = _updated(agent, view, *before, keys, number, in_axes)
     who, steps = Acting(agent, view, "policy", in_axes), agent.every // agent.environments
-    places, fresh = system.collect(who, carries, lanes.places, key_collect, steps=steps)
-    return Lane(carries, _added(lanes.buffer, fresh), places, fresh), said
+    places, fresh = system.collect(who, carries, replicas.places, key_collect, steps=steps)
+    return Replica(carries, _added(replicas.buffer, fresh), places, fresh), metrics
 
 
 @partial(jax.jit, static_argnames=("count", "in_axes"))
 def _evaluate(
-    agent: Agent, system: Real, carries: Any, keys: Key[Array, " S"], count: int, in_axes: Axes
+    agent: Agent, system: Real, carries: PyTree, keys: Key[Array, " S"], count: int, in_axes: Axes
 ) -> Float[Array, "S count"]:
-    """The return of the first episode from each of `count` starts: the same starts and noise at each evaluation."""
+    """The return of one episode from each of `count` starts, with the same starts and noise at each evaluation."""
     who = Acting(agent, system.view, "best", in_axes)
     key_begin, key_collect = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2)))(keys).T
     places = system.begin(who, carries, key_begin, count, jnp.zeros(keys.shape, jnp.int32))
@@ -227,7 +208,7 @@ def _evaluate(
 
 @partial(jax.jit, static_argnames="in_axes")
 def _begun(agent: Agent, view: Task, keys: Key[Array, " S"], in_axes: Axes) -> tuple[Any, ...]:
-    """Each seed's carry, and its keys of the warm-up."""
+    """Each seed's carry, and its keys for the warm-up."""
     split = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 0), 4))(keys).T
     begun = jax.vmap(lambda agent, view, key: agent.init(view, key), in_axes=(*in_axes, 0))
     return begun(agent, view, split[0]), *split[1:]
@@ -237,29 +218,29 @@ def _begun(agent: Agent, view: Task, keys: Key[Array, " S"], in_axes: Axes) -> t
 def _updated(
     agent: Agent,
     view: Task,
-    carries: Any,
+    carries: PyTree,
     buffers: Buffer,
     fresh: Collected,
     keys: Key[Array, " S"],
     number: Array,
     in_axes: Axes,
-) -> tuple[Any, dict, Key[Array, " S"]]:
-    """The carries after an update, or as they were; what the agents say; the keys of the steps that follow."""
+) -> tuple[PyTree, dict, Key[Array, " S"]]:
+    """The carries after an update, or before it if it is refused; the metrics; and the keys of the steps that follow."""
 
     def one(agent, view, carry, buffer, fresh, key):
         key_update, key_collect = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), number))
-        learned, said = agent.update(carry, view, buffer, fresh, key_update)
-        leaves = spoilt(carry, learned)
+        learned, metrics = agent.update(carry, view, buffer, fresh, key_update)
+        leaves = became_nonfinite(carry, learned)
         refused = jnp.any(leaves)
-        kept = jax.tree.map(lambda x, y: jnp.where(refused, x, y), carry, learned)
-        return kept, said | {"refused": refused.astype(jnp.int32), SPOILT: leaves}, key_collect
+        after = jax.tree.map(lambda x, y: jnp.where(refused, x, y), carry, learned)
+        return after, metrics | {"refused": refused.astype(jnp.int32), NONFINITE: leaves}, key_collect
 
     return jax.vmap(one, in_axes=(*in_axes, 0, 0, 0, 0))(agent, view, carries, buffers, fresh.steps, keys)
 
 
 @jax.jit
 def _added(buffers: Buffer, fresh: Collected) -> Buffer:
-    """Each seed's buffer with the steps of one environment after another."""
+    """Each seed's buffer with its latest steps added, one environment after another."""
 
     def one(buffer, fresh):
         return buffer.add(*flat(fresh[:4]))
@@ -270,7 +251,7 @@ def _added(buffers: Buffer, fresh: Collected) -> Buffer:
 def _record(
     fresh: Collected, real_steps: int, seconds: float, cpu_seconds: float, named: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """`named` are the updates' values that were not finite, to which those of the steps are added."""
+    """The record of an iteration; `named` are the names of the update's non-finite values."""
     ended, J, keep, doubts = to_local((fresh.steps.last, fresh.J, fresh.keep, fresh.met))
     ended, J = (np.asarray(x).reshape(x.shape[0], -1) for x in (ended, J))
     if not np.all(keep) or np.any(doubts):
@@ -286,7 +267,7 @@ def _record(
 
 
 def check_sizes(agent: Agent, keys: Key[Array, "..."], real_steps: int, evaluations: int, evaluate_every: int) -> None:
-    """What `learn` asks of its sizes. Raises: `ValueError` naming the one that is wrong."""
+    """Check the sizes that `learn` is given, and raise a `ValueError` that names a wrong one."""
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1 or keys.shape[0] < 1:
         raise ValueError(
             f"keys must be an array [S] of random keys, jax.random.split(key, S); got {keys.dtype} {list(keys.shape)}"

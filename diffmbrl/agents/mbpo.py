@@ -1,32 +1,47 @@
-"""The model as a simulator: a model-free learner on short imagined branches that start at real states."""
+"""Model-based policy optimisation: a model-free learner on branches of a model that start at real states."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, ScalarLike
 
 from diffmbrl.agents.collect import RandomActions
 from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
-from diffmbrl.agents.practice import OffPolicyPractice
+from diffmbrl.agents.model_free import Learner
+from diffmbrl.agents.practice import OffPolicyPractice, Practice
 from diffmbrl.agents.sac import SAC
-from diffmbrl.core import Task, as_float, parameter
+from diffmbrl.core import Policy, Task, as_float, parameter
 from diffmbrl.models import TS1, Ensemble
 from diffmbrl.models.buffer import Buffer, Transition
 
 
 class Simulation(NamedTuple):
-    """A learner's state and the ensemble that it learns in."""
+    """A learner's state and the ensemble that it learns in.
 
-    learner: Any
-    members: Any  # a leading axis of members on every leaf
-    elites: Any
-    fits: Int[Array, "*batch"]  # made so far
+    Args:
+        learner: The learner's state.
+        members: All members of the ensemble, with a leading axis on every leaf.
+        elites: The members that are used.
+        fits: The number of fits so far.
+    """
+
+    learner: PyTree
+    members: PyTree
+    elites: PyTree
+    fits: Int[Array, "*batch"]
 
 
 class Growing(eqx.Module):
-    """A length that grows from `low` after `begin` fits of the model to `high` after `end`, evenly, and then stays.
+    """Branch length that grows linearly with the number of fits of the model, and then stays constant.
+
+    Args:
+        low: The length up to `begin` fits, in steps.
+        high: The length from `end` fits on, in steps.
+        begin: The number of fits after which it starts to grow.
+        end: The number of fits after which it stays constant.
 
     >>> int(Growing(low=1.0, high=15.0, begin=2.0, end=6.0)(jnp.asarray(4)))
     8
@@ -42,28 +57,46 @@ class Growing(eqx.Module):
         return jnp.round(self.low + (self.high - self.low) * share).astype(jnp.int32)
 
 
-def branches_of(length: Any) -> Growing:
-    """Branches of one length, whatever the number of fits. Raises: `ValueError` if it is below 1."""
-    if not length >= 1:
+def branches_of(length: ScalarLike) -> Growing:
+    """Make a schedule of constant length.
+
+    Args:
+        length: The length, in steps of the model.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: If the length is below 1.
+    """
+    if not np.asarray(length) >= 1:
         raise ValueError(f"length must be at least 1 step of the model, got {length}")
     return Growing(as_float(length), as_float(length))
 
 
 class MBPO(eqx.Module):
-    r"""Model-based policy optimisation: a model-free `learner` that practises in an ensemble.
+    r"""Model-based policy optimisation: a model-free learner that practises in an ensemble.
 
-    After each `every` real steps the ensemble is fitted to all of them, and the learner practises on branches of the scheduled
-    `length` from states of the buffer: `OffPolicyPractice()` for one that learns from rows of any policy (SAC, as in
-    the paper), or `Streamed()` for one that learns from its own (`PPO()`, or `PPO.reinforce()` for the policy gradient
-    in the model). All that is one compiled call. A row that the model made non-finite is not used, and is counted in
+    After every `every` real steps the ensemble is fitted to all of them, and the learner practises on branches of the model
+    from states of the buffer, in one compiled call. Non-finite rows of the model are dropped and counted in
     `imagined_rejected`.
 
-    Branches should be as long as a mistake takes to show. On the cart-pole those of 1 to 10 steps reach the best return and
+    Branches should be as long as a mistake takes to show. On the cart-pole, branches of 1 to 10 steps reach the best return and
     lose it again: neither branches nor data come to the ends of the rail, where the critics extrapolate upwards, and the
-    policy drifts there. Those of 60 steps lose it on some seeds, at a rate of 1e-3; whole episodes at a rate of 3e-4 keep it.
-    That is where a fall ends a branch. Where nothing does, long branches run away (`cartpole-balance`, 200 steps: the cart is
-    driven 90 m off) and their rewards are all that the critics learn: their loss was 1e5 to 1e8, where branches of 20 steps
-    had .02 to .04. Hence the lengths that the registry gives: 200 steps for tasks with an end, 20 for those without.
+    policy drifts there. Branches of 60 steps lose it on some seeds, at a rate of 1e-3; whole episodes at a rate of 3e-4 keep
+    it. There a fall ends a branch. In a task that nothing ends, long branches diverge (`cartpole-balance`, 200 steps: the cart
+    is driven 90 m off) and the critics learn little but their rewards: their loss was 1e5 to 1e8, and .02 to .04 with branches
+    of 20 steps. Hence the lengths in the registry: 200 steps for tasks with an end, 20 for those without.
+
+    Args:
+        learner: The model-free learner: `SAC()`, `PPO()`, or `PPO.reinforce()` for the policy gradient.
+        world: Makes and fits the ensemble.
+        length: The length of the branches, in steps of the model.
+        practice: `OffPolicyPractice` for a learner from rows of any policy (SAC, as in the paper), `OnPolicyPractice` for one
+            from rows of its own policy (PPO).
+        warmup: Real steps before the first update.
+        every: Real steps between two updates.
+        environments: Real systems in parallel, which share these steps.
 
     Reference: Janner et al. 2019, When to trust your model, algorithm 2; Kurutach et al. 2018, Model-ensemble trust-region
     policy optimization, algorithm 2, with PPO.
@@ -73,10 +106,10 @@ class MBPO(eqx.Module):
     1
     """
 
-    learner: Any = eqx.field(default_factory=SAC)
+    learner: Learner = eqx.field(default_factory=SAC)
     world: EnsembleTrainer = eqx.field(default_factory=EnsembleTrainer)
     length: Growing = eqx.field(default_factory=Growing)
-    practice: Any = eqx.field(default_factory=OffPolicyPractice)
+    practice: Practice = eqx.field(default_factory=OffPolicyPractice)
     warmup: int = eqx.field(static=True, default=200)
     every: int = eqx.field(static=True, default=50)
     environments: int = eqx.field(static=True, default=1)
@@ -90,21 +123,21 @@ class MBPO(eqx.Module):
     def first(self, carry: Simulation, task: Task) -> RandomActions:
         return RandomActions(task)
 
-    def policy(self, carry: Simulation, task: Task) -> Any:
+    def policy(self, carry: Simulation, task: Task) -> Policy:
         return self.learner.policy(carry.learner, task)
 
-    def best(self, carry: Simulation, task: Task) -> Any:
+    def best(self, carry: Simulation, task: Task) -> Policy:
         return self.learner.best(carry.learner, task)
 
     def model(self, carry: Simulation, task: Task) -> Ensemble:
-        """What it practises in."""
+        """The ensemble that the learner practises in."""
         return Ensemble(carry.elites, TS1())
 
     def update(
         self, carry: Simulation, task: Task, buffer: Buffer, fresh: Transition, key: PRNGKeyArray
     ) -> tuple[Simulation, dict[str, Array]]:
         key_fit, key_practice = jax.random.split(key)
-        members, elites, said = self.world.fit(carry.members, buffer, key_fit)
+        members, elites, metrics = self.world.fit(carry.members, buffer, key_fit)
         length = self.length(carry.fits)
         state, learned = self.practice(self.learner, carry.learner, task, elites, buffer, length, key_practice)
-        return Simulation(state, members, elites, carry.fits + 1), said | learned | {"length": length}
+        return Simulation(state, members, elites, carry.fits + 1), metrics | learned | {"length": length}

@@ -1,20 +1,24 @@
-"""What was not finite between two records of `learn`, by name: of which step of which episode, or of which update."""
-
-from typing import Any
+"""Names of the non-finite values between two records of `learn`: which step of which episode, or which update."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from diffmbrl.agents.collect import Collected
 from diffmbrl.devices import to_local
 
 
 def steps_named(fresh: Collected) -> list[str]:
-    """For each seed that has any, the first value of its steps that is not finite, and the first step whose planner met one.
+    """Name the first non-finite value of each seed's steps, and the first step whose planner met one.
 
-    Of one step the state is named before the action, the reward and the next state, which follow from it.
+    Within a step the state is named before the action, the reward and the next state, which depend on it.
+
+    Args:
+        fresh: The steps, with leading axes [S, N, k].
+
+    Returns:
+        A line for each; none for a seed without any.
     """
     out = []
     episode, t, doubts = (np.asarray(to_local(x)) for x in (fresh.episode, fresh.t, fresh.met))
@@ -31,31 +35,40 @@ def steps_named(fresh: Collected) -> list[str]:
     return out
 
 
-def update_named(carries: Any, spoilt: Bool[np.ndarray, "S leaves"], number: int) -> list[str]:
-    """For each seed whose update was refused, the first leaf of its carry that had been finite and was not any more."""
+def update_named(carries: PyTree, nonfinite: Bool[np.ndarray, "S leaves"], number: int) -> list[str]:
+    """Name the first leaf of each seed's carry that an update made non-finite.
+
+    Args:
+        carries: The carries, which give the leaves their names.
+        nonfinite: The results of `became_nonfinite`, shape [S, leaves].
+        number: The number of the update.
+
+    Returns:
+        A line for each seed whose update was refused.
+    """
     names = [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(carries) if _float(leaf)]
-    rows = enumerate(spoilt)
+    rows = enumerate(nonfinite)
     return [f"carry{names[int(np.argmax(row))]} in update {number}, seed {seed}" for seed, row in rows if row.any()]
 
 
-def spoilt(before: Any, after: Any) -> Bool[Array, " leaves"]:
-    """Which leaves of floats were finite and are not any more."""
+def became_nonfinite(before: PyTree, after: PyTree) -> Bool[Array, " leaves"]:
+    """Which leaves of floats have a value that was finite before and is not after."""
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     found = [jnp.any(jnp.isfinite(x) & ~jnp.isfinite(y)) for x, y in pairs if _float(x)]
     return jnp.stack(found) if found else jnp.zeros(0, bool)
 
 
 def _earliest(bad: np.ndarray) -> tuple[int, int]:
-    """Of [N, k], the environment and the step that come first."""
+    """The environment and the step of the first true value of [N, k]."""
     step = int(np.argmax(bad.any(axis=0)))
     return int(np.argmax(bad[:, step])), step
 
 
-def _bad(tree: Any) -> np.ndarray:
-    """[S, N, k]: whether any leaf has a value there that is not finite."""
+def _bad(tree: PyTree) -> np.ndarray:
+    """Whether any leaf has a non-finite value, shape [S, N, k]."""
     leaves = [np.asarray(x) for x in jax.tree.leaves(tree) if _float(x)]
     return np.any([~np.isfinite(x).reshape(*x.shape[:3], -1).all(-1) for x in leaves], axis=0)
 
 
-def _float(leaf: Any) -> bool:
+def _float(leaf: Array | np.ndarray) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -1,11 +1,11 @@
-r"""Proximal policy optimisation as a learner: pure updates on streams of the policy's own steps, real or imagined.
+r"""Proximal policy optimisation as a learner: pure updates on streams of its policy's own steps, real or imagined.
 
 $$L_\pi = -E\big[\min(\varrho A,\ \mathrm{clip}(\varrho, 1 - \epsilon, 1 + \epsilon) A)\big] - \eta\,H,\qquad
 \varrho = \pi_\theta(u|x) / \pi_{old}(u|x),\qquad A_t = G^\lambda_t - V(x_t)$$
 
-Returns $G^\lambda$ and critic are those of `optimizers/short_horizon/critic.py`. The losses are our own, for
-the reasons given in `sac.py`; on the same batch the policy's equals Brax's (`tests/test_ppo.py`) where $\lambda = 1$. Elsewhere
-Brax takes $r + \gamma G^\lambda_{t+1} - V$ for the advantage, which looks one step further than generalised advantages.
+Returns $G^\lambda$ and critic are those of `optimizers/short_horizon/critic.py`. The losses are our own, for the reasons
+given in `sac.py`; on the same batch the policy's loss equals Brax's (`tests/test_ppo.py`) if $\lambda = 1$. Otherwise Brax's
+advantage is $r + \gamma G^\lambda_{t+1} - V$, which reaches one step further than generalised advantages.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from diffmbrl.agents.actor import SquashedGaussian, entropy, limited, log_density, logit, network, squashed_moments
 from diffmbrl.agents.sac import Mode
-from diffmbrl.core import Task, parameter
+from diffmbrl.core import State, Task, parameter
 from diffmbrl.models.buffer import Transition
 from diffmbrl.nets import MLP
 from diffmbrl.optimizers.short_horizon.critic import Critic, fit, td_lambda
@@ -27,38 +27,62 @@ from diffmbrl.optimizers.short_horizon.critic import running_moments as return_m
 
 
 class PPOState(NamedTuple):
-    """What PPO learns."""
+    """The networks of PPO and its optimisers' states.
 
-    actor: MLP  # features -> mean and raw deviation
-    critic: Critic  # features -> V
-    moments: Any  # of Adam, for the actor
-    critic_moments: Any
+    Args:
+        actor: From features to means and raw deviations.
+        critic: From features to V.
+        moments: Adam's state for the actor.
+        critic_moments: Adam's state for the critic.
+    """
+
+    actor: MLP
+    critic: Critic
+    moments: PyTree
+    critic_moments: PyTree
 
 
 class Rows(NamedTuple):
-    """Steps as the policy's loss sees them."""
+    """Steps as the policy's loss takes them.
 
-    x: Float[Array, "M k"]  # features
-    z: Float[Array, "M m"]  # the action before squashing
-    log_prob: Float[Array, " M"]  # of the policy that took it
+    Args:
+        x: Features, shape [M, k].
+        z: The action before squashing, shape [M, m].
+        log_prob: Log density of the action under the policy that took it, shape [M].
+        advantage: Shape [M].
+        weight: 1, or 0 for a row that does not count, shape [M].
+    """
+
+    x: Float[Array, "M k"]
+    z: Float[Array, "M m"]
+    log_prob: Float[Array, " M"]
     advantage: Float[Array, " M"]
-    weight: Float[Array, " M"]  # 0 for a row that does not count
+    weight: Float[Array, " M"]
 
 
 class PPO(eqx.Module):
-    r"""Clipped surrogate and fitted critic: `init`, `update` on streams of steps [N, h], `policy`, `best`.
+    r"""Proximal policy optimisation with a clipped surrogate and a fitted critic.
 
-    An update goes `epochs` times through the steps in `batches` shuffled mini-batches, for the critic and for the actor. The
-    streams must be the policy's own: what it took is judged by the densities of the policy given. An episode cut off by the
-    clock is valued by the critic; only `done` ends it. Advantages are normalised over all steps. Weights over time and the
-    terminal reward are not seen: it maximises the sum of rewards discounted by `discount`.
+    An update passes `epochs` times through the steps, for the critic and for the actor. The streams must be steps of the policy
+    given, whose densities are the reference of the ratio. The critic values an episode that the clock cuts off; only `done`
+    ends it. Weights over time and the terminal reward are ignored: it maximises the discounted sum of rewards. With
+    `epochs=1, batches=1, trace=1.0` the ratio is 1 and an update is one step of Adam on the likelihood-ratio gradient with the
+    critic as baseline: REINFORCE (`PPO.reinforce`).
 
-    With `epochs=1, batches=1, trace=1.0` the ratio is 1 and the update one step of Adam on the likelihood-ratio gradient with
-    the critic for a baseline: REINFORCE (`PPO.reinforce`).
+    Args:
+        rate: The actor's learning rate.
+        critic_rate: The critic's learning rate.
+        discount: The discount of a step.
+        trace: $\lambda$ of the returns.
+        clip: $\epsilon$, by which the ratio may differ from 1.
+        entropy: $\eta$, the weight of the entropy.
+        epochs: Passes through the steps in an update.
+        batches: The number of shuffled mini-batches of a pass.
+        hidden: The widths of the hidden layers of actor and critic.
+        activation: Their activation function.
 
-    Shapes: steps `[N, h]`, which need not begin or end with episodes. A row that is not finite, or that starts past the end of
-    an episode, does not count. Cost: per epoch a gradient of both networks at N h rows.
-    Raises: `ValueError` if there are fewer rows than mini-batches, or for transitions that make no streams.
+    Cost: per epoch, a gradient of both networks at N h rows, for streams [N, h].
+    A non-finite row, or one after the end of its episode, does not count. Advantages are normalised over all steps.
     Reference: Schulman et al. 2017, Proximal policy optimization algorithms, equations 7 and 11; Williams 1992.
 
     >>> from diffmbrl import tasks
@@ -67,8 +91,8 @@ class PPO(eqx.Module):
     >>> state = learner.init(task, jax.random.key(0))
     >>> s, a, no = task.starts(jax.random.key(1), 8), jnp.zeros((8, 1)), jnp.zeros(8, bool)
     >>> one = Transition(s, a, jnp.ones(8), s, no, no)
-    >>> state, said = learner.update(state, task, jax.tree.map(lambda x: x[:, None], one), jax.random.key(2))
-    >>> sorted(said)
+    >>> state, metrics = learner.update(state, task, jax.tree.map(lambda x: x[:, None], one), jax.random.key(2))
+    >>> sorted(metrics)
     ['actor_loss', 'clipped', 'critic_loss', 'entropy']
     """
 
@@ -85,11 +109,26 @@ class PPO(eqx.Module):
 
     @classmethod
     def reinforce(cls, **fields: Any) -> "PPO":
-        """The policy gradient: one step of Adam for each batch of streams, on whole returns less the critic."""
+        """Make the policy gradient: one step of Adam for each batch of streams, on whole returns minus the critic's values.
+
+        Args:
+            **fields: Fields of `PPO` that differ from REINFORCE's.
+
+        Returns:
+            The learner.
+        """
         return cls(**{"epochs": 1, "batches": 1, "trace": 1.0, "rate": 1e-2} | fields)
 
     def init(self, task: Task, key: PRNGKeyArray) -> PPOState:
-        """Draw the networks; the critic's last layer is 0."""
+        """Draw the networks; the critic's last layer is 0.
+
+        Args:
+            task: The task.
+            key: The random key.
+
+        Returns:
+            The state before the first update.
+        """
         key_actor, key_critic = jax.random.split(key)
         actor: Any = network(task, hidden=self.hidden, activation=self.activation, key=key_actor)
         inputs, dtype = actor.weights[0].shape[1], task.weights.dtype
@@ -98,21 +137,50 @@ class PPO(eqx.Module):
         return PPOState(actor, critic, optax.adam(self.rate).init(actor), optax.adam(self.critic_rate).init(net))
 
     def policy(self, state: PPOState, task: Task) -> SquashedGaussian:
-        """The policy, which is stochastic given a key."""
+        """Make the policy, which is stochastic if it is given a key.
+
+        Args:
+            state: The learner's state.
+            task: The task.
+
+        Returns:
+            The policy.
+        """
         return SquashedGaussian.around(state.actor, task)
 
     def best(self, state: PPOState, task: Task) -> Mode:
-        """The policy at its mode, key or not."""
+        """Make the policy without noise.
+
+        Args:
+            state: The learner's state.
+            task: The task.
+
+        Returns:
+            The policy, which ignores its key.
+        """
         return Mode(self.policy(state, task))
 
     def update(
         self, state: PPOState, task: Task, steps: Transition, key: PRNGKeyArray
     ) -> tuple[PPOState, dict[str, Array]]:
-        """Fit the critic to the returns, and improve the actor on their advantages."""
+        """Fit the critic to the returns, and improve the actor on the advantages.
+
+        Args:
+            state: The learner's state.
+            task: The task.
+            steps: Streams of steps, [N, h, ...], which need not begin or end with episodes.
+            key: The random key.
+
+        Returns:
+            The new state, and metrics: the losses, `entropy`, and the share `clipped` of the ratios.
+
+        Raises:
+            ValueError: If the steps are not streams, or are fewer than the mini-batches.
+        """
         if steps.r.ndim != 2:
             raise ValueError(
-                f"PPO learns from its own streams of steps [N, h], not from transitions {list(steps.r.shape)}: let it practise "
-                "with Streamed() in a model and with OnPolicy on the real system; Replayed() and OffPolicy are for SAC"
+                f"PPO learns from its own streams of steps [N, h], not from transitions {list(steps.r.shape)}: use OnPolicy on "
+                "the real system and OnPolicyPractice in a model; OffPolicy and OffPolicyPractice are for SAC"
             )
         key_critic, key_actor = jax.random.split(key)
         x, x_next = (_features(task, s) for s in (steps.s, steps.s_next))
@@ -147,11 +215,11 @@ class PPO(eqx.Module):
             actor, moments_ = carry
             chosen, key = x
             part = jax.tree.map(lambda x: x[chosen], rows)
-            (_, said), gradient = jax.value_and_grad(self.loss, has_aux=True)(actor, part, bounded, key)
+            (_, metrics), gradient = jax.value_and_grad(self.loss, has_aux=True)(actor, part, bounded, key)
             # Optax raises floats to powers of whole numbers: let it, also where a user has forbidden that to JAX.
             with jax.numpy_dtype_promotion("standard"):
                 change, moments_ = optax.adam(self.rate).update(gradient, moments_)
-            return (jax.tree.map(lambda x, u: x + u.astype(x.dtype), actor, change), moments_), said
+            return (jax.tree.map(lambda x, u: x + u.astype(x.dtype), actor, change), moments_), metrics
 
         def epoch(carry, keys):
             order = jax.random.permutation(keys[0], flat.shape[0])
@@ -159,9 +227,9 @@ class PPO(eqx.Module):
             return jax.lax.scan(step, carry, (chosen, jax.random.split(keys[1], self.batches)))
 
         keys = jax.vmap(jax.random.split)(jax.random.split(key_actor, self.epochs))
-        (actor, moments_), said = jax.lax.scan(epoch, (state.actor, state.moments), keys)
-        said = {name: jnp.mean(x[-1]) for name, x in said.items()} | {"critic_loss": critic_loss}
-        return PPOState(actor, critic, moments_, critic_moments), said
+        (actor, moments_), metrics = jax.lax.scan(epoch, (state.actor, state.moments), keys)
+        metrics = {name: jnp.mean(x[-1]) for name, x in metrics.items()} | {"critic_loss": critic_loss}
+        return PPOState(actor, critic, moments_, critic_moments), metrics
 
     def returns(
         self,
@@ -171,7 +239,18 @@ class PPO(eqx.Module):
         steps: Transition,
         keep: Bool[Array, "N h"],
     ) -> tuple[Float[Array, "N h"], Float[Array, "N h"]]:
-        r"""$G^\lambda$ and V of each step. One that does not count is worth what the critic says, and cuts the trace."""
+        r"""Compute $G^\lambda$ and V of each step; a step that does not count gets the critic's value, and cuts the trace.
+
+        Args:
+            critic: The critic.
+            x: Features of the states, shape [N, h, k].
+            x_next: Features of the next states, shape [N, h, k].
+            steps: The streams, [N, h, ...].
+            keep: Which steps count, shape [N, h].
+
+        Returns:
+            $G^\lambda$ and V, shape [N, h] each.
+        """
         V, V_next = (jax.vmap(jax.vmap(critic))(features) for features in (x, x_next))
         cut = steps.last & ~steps.done
         r = jnp.where(keep, jnp.where(keep, steps.r, 0) + self.discount * jnp.where(cut, V_next, 0), V)
@@ -181,7 +260,17 @@ class PPO(eqx.Module):
     def loss(
         self, actor: MLP, rows: Rows, bounded: Bool[Array, " m"], key: PRNGKeyArray
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        r"""$L_\pi$ of rows."""
+        r"""Compute the actor's loss $L_\pi$.
+
+        Args:
+            actor: The network.
+            rows: The rows of a mini-batch.
+            bounded: Which actions have limits, shape [m].
+            key: The random key of the entropy's noise.
+
+        Returns:
+            The loss, and metrics.
+        """
         mean, std = squashed_moments(actor.many(rows.x))
         ratio = jnp.exp(log_density(mean, std, rows.z, bounded) - rows.log_prob)
         inside = jnp.clip(ratio, 1 - self.clip, 1 + self.clip)
@@ -195,15 +284,15 @@ class PPO(eqx.Module):
 
 
 def normalised(A: Float[Array, " M"], keep: Bool[Array, " M"]) -> Float[Array, " M"]:
-    """At mean 0 and deviation 1 over the rows that count; 0 elsewhere."""
+    """Shift and scale advantages to mean 0 and deviation 1 over the rows that count; 0 elsewhere."""
     weight = keep.astype(A.dtype)
     total = jnp.maximum(jnp.sum(weight), 1)
     centred = jnp.where(keep, A - jnp.sum(jnp.where(keep, A, 0)) / total, 0)
     return centred / (jnp.sqrt(jnp.sum(centred**2) / total) + 1e-8)
 
 
-def _features(task: Task, s: Any) -> Float[Array, "N h k"]:
-    """Of states that may not be finite: those then do not count, but their numbers must not reach the others."""
+def _features(task: Task, s: State) -> Float[Array, "N h k"]:
+    """Features of states, with zeros for non-finite ones: they do not count, and must not affect the others."""
     x = jax.vmap(jax.vmap(task.features))(s)
     return jnp.where(jnp.isfinite(x), x, 0)
 

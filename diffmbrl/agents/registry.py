@@ -1,4 +1,4 @@
-"""The table of agents: a new one is one file and one row here (and one in tests/agents.py)."""
+"""The table of agents. A new agent is one file and one row here, and one in tests/agents.py."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from diffmbrl.agents.bptt_agent import bptt, second_order, short_horizon
 from diffmbrl.agents.ensemble_trainer import EnsembleTrainer
 from diffmbrl.agents.hybrid import hybrid
-from diffmbrl.agents.learn import Agent
 from diffmbrl.agents.mbpo import MBPO, branches_of
 from diffmbrl.agents.model_free import OffPolicy, OnPolicy
 from diffmbrl.agents.mpc_agent import mpc
 from diffmbrl.agents.ppo import PPO
 from diffmbrl.agents.practice import OffPolicyPractice, OnPolicyPractice
+from diffmbrl.agents.protocol import Agent
 from diffmbrl.agents.random_agent import RandomAgent
 from diffmbrl.agents.sac import SAC
 from diffmbrl.choices import validate_choice
@@ -21,13 +21,21 @@ from diffmbrl.models import Training
 
 
 class AgentRow(NamedTuple):
-    """How an agent is made, and how it is run where nothing else is asked for."""
+    """A constructor of an agent, and the defaults of its runs.
 
-    make: Callable[..., Agent]  # of a task and of options, which are keywords with defaults
-    description: str  # what it is, in a line
-    real_steps: int  # by default
-    evaluations: int = 8  # starts of each evaluation; 0 where its episodes show it as it is, and acting is expensive
-    default: bool = True  # whether `diffmbrl race` runs it by default
+    Args:
+        make: Makes the agent from a task and from options, which are keywords with defaults.
+        description: One line of help.
+        real_steps: The default number of real steps.
+        evaluations: Episodes of each evaluation; 0 if the collected episodes have no noise and acting is expensive.
+        default: Whether `diffmbrl race` runs it by default.
+    """
+
+    make: Callable[..., Agent]
+    description: str
+    real_steps: int
+    evaluations: int = 8
+    default: bool = True
 
 
 def _random(task: Task, *, warmup: int = 100, every: int = 100) -> RandomAgent:
@@ -38,7 +46,7 @@ def _mbpo(
     task: Task, *, warmup: int = 200, every: int = 50, updates: int = 3000, rounds: int = 5, length: int = 0,
     discount: float = 0.99, rate: float = 3e-4, real: float = 0.05, units: int = 64,
 ) -> MBPO:  # fmt: skip
-    # Whole episodes where a fall ends them; where nothing does, a branch that runs away is all that the critics see.
+    # Whole episodes if a fall ends them. If nothing does, the critics would learn from branches that diverge.
     length = length or (20 if task.done is None else 200)
     learner = SAC(hidden=(units, units), rate=as_float(rate), discount=as_float(discount), follow=as_float(0.01))
     practice = OffPolicyPractice(as_float(real), updates=updates, rounds=rounds, batch=128, branches=60, steps=200)
@@ -92,12 +100,14 @@ def _ppo(
 
 
 AGENTS: dict[str, AgentRow] = {
-    "random": AgentRow(_random, "random actions within the limits: the baseline below all", 2000),
-    "mpc": AgentRow(mpc, "1.5: plans through an ensemble, anew at every step", 1000, 4),
+    "random": AgentRow(_random, "random actions within the limits: the lowest baseline", 2000),
+    "mpc": AgentRow(mpc, "1.5: plans through an ensemble again at every step", 1000, 4),
     "bptt": AgentRow(bptt, "2.0: Adam through an ensemble's whole horizon", 2000),
     "second-order": AgentRow(second_order, "2.0 with Krylov-Newton, its discount rising", 2000),
     "short-horizon": AgentRow(short_horizon, "2.0 with short windows and a critic", 2000),
-    "hybrid": AgentRow(hybrid, "a policy that proposes, CEM that improves, a critic at the end of its plans", 2000, 4),
+    "hybrid": AgentRow(
+        hybrid, "CEM on a learned policy's proposals, with a learned value at the end of its plans", 2000, 4
+    ),
     "mbpo": AgentRow(
         _mbpo,
         "SAC on branches of an ensemble from real states (length 0: 200 steps, or 20 without an end)",
@@ -107,16 +117,25 @@ AGENTS: dict[str, AgentRow] = {
     "model-reinforce": AgentRow(
         _model_reinforce, "the policy gradient on branches of an ensemble", 1000, default=False
     ),
-    "sac": AgentRow(_sac, "soft actor-critic on the real system alone", 10_000),
-    "ppo": AgentRow(_ppo, "proximal policy optimisation on the real system alone", 50_000),
+    "sac": AgentRow(_sac, "soft actor-critic on the real system, without a model", 10_000),
+    "ppo": AgentRow(_ppo, "proximal policy optimisation on the real system, without a model", 50_000),
 }
 
 
 def make_agent(name: str, task: Task, options: Mapping[str, Any] | None = None) -> Agent:
-    """An agent by name, with its defaults but for the options given; those that are text are read as the default's kind.
+    """Make an agent by its name.
 
-    Raises: `ValueError` for an unknown name or option, naming the nearest one, or a value that is not of its kind; whatever the
-    agent itself refuses.
+    Args:
+        name: A key of `AGENTS`.
+        task: The task.
+        options: Options that differ from their defaults; text is converted to the default's type.
+
+    Returns:
+        The agent.
+
+    Raises:
+        ValueError: If the name or an option is unknown, naming the nearest; if a value is not of its type, or the agent refuses
+            it.
 
     >>> from diffmbrl import tasks
     >>> make_agent("random", tasks.pendulum(), {"every": "50"}).every
@@ -127,17 +146,28 @@ def make_agent(name: str, task: Task, options: Mapping[str, Any] | None = None) 
 
 
 def options(name: str) -> dict[str, Any]:
-    """What an agent's options are, with their defaults."""
+    """List an agent's options.
+
+    Args:
+        name: A key of `AGENTS`.
+
+    Returns:
+        Their defaults by their names.
+    """
     parameters = list(inspect.signature(AGENTS[name].make).parameters.values())[1:]
     return {parameter.name: parameter.default for parameter in parameters}
 
 
 def agents_listing() -> str:
-    """A screen of all agents, each with its options and their defaults."""
+    """List all agents, each with its options and their defaults.
+
+    Returns:
+        The text.
+    """
     lines = []
     for name, row in AGENTS.items():
-        said = " ".join(f"{option}={value}" for option, value in options(name).items())
-        lines.append(f"{name}: {row.description}; {row.real_steps:,} real steps\n    {said}")
+        taken = " ".join(f"{option}={value}" for option, value in options(name).items())
+        lines.append(f"{name}: {row.description}; {row.real_steps:,} real steps\n    {taken}")
     return "\n".join(lines)
 
 

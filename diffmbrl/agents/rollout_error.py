@@ -1,14 +1,15 @@
-"""What an agent's model foresees, beside what came true: states k steps ahead of a start, under the same actions."""
+"""The error of an agent's model k steps ahead: its rollouts against true ones under the same actions."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PRNGKeyArray
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from diffmbrl.agents.collect import Acting, Collected, Real
-from diffmbrl.agents.learn import Agent, Learned
+from diffmbrl.agents.learn import Learned
+from diffmbrl.agents.protocol import Agent
 from diffmbrl.core import State, Task
 from diffmbrl.models.particles import ParticleDynamics
 
@@ -18,29 +19,38 @@ PARTICLES = 20
 
 
 def model_rollout_error(agent: Agent, system: Real, learned: Learned, keys: Key[Array, " S"]) -> dict[str, Any] | None:
-    r"""How far the model's rollouts are from the true ones of `agent.best`; None for an agent that shows no model.
+    r"""Compare rollouts of an agent's model with true rollouts of `agent.best`, from the same starts under the same actions.
 
-    `error` [S, H] is that of the particles' mean, $\sqrt{\tfrac1n \sum_i ((\hat s_i - s_i) / \sigma_i)^2}$, the median over
-    a few episodes, $\sigma$ the standard deviations of the states in the buffer; `spread` is the particles' own, in the same
-    units. Both are NaN from where no episode goes on. `s` [H+1, n] is one true trajectory of the first seed, and `low`,
-    `middle`, `high` are the 5%, 50% and 95% quantiles of 20 particles.
+    $$e_k = \sqrt{\tfrac1n \sum_i ((\hat s_i - s_i) / \sigma_i)^2}$$
+
+    $\hat s$ is the particles' mean k steps ahead, $\sigma$ the standard deviations of the states in the buffer.
+
+    Args:
+        agent: The agent.
+        system: The system that it has learned from.
+        learned: The result of `learn`.
+        keys: The keys of the seeds that were given to `learn`, shape [S].
+
+    Returns:
+        `error` [S, H], the median of $e_k$ over a few episodes, and `spread` [S, H], the particles' own deviation in the same
+        units; both are NaN once no episode continues. `s` [h+1, n] is a true trajectory of the first seed, and `low`,
+        `middle` and `high` are the 5%, 50% and 95% quantiles of the particles. None for an agent without a model.
 
     Cost: 4 episodes of at most 50 steps of each seed, and 20 rollouts of the model for each.
     """
-    if jax.eval_shape(jax.vmap(lambda carry: agent.model(carry, system.view)), learned.carry) is None:
+    first = jax.tree.map(lambda x: x[0], learned.carry)
+    if jax.eval_shape(lambda carry: agent.model(carry, system.view), first) is None:
         return None
     episodes, draws = system.ready(_episodes, agent, system, learned.carry, keys)(agent, system, learned.carry, keys)
     found = _rollouts(agent, system.view, learned.carry, episodes, draws)
-    if found is None:
-        return None
-    true, ahead, going = (np.asarray(x, np.float64) for x in found)  # [S, E, H+1, n], [S, E, H, P, n], [S, E, H]
+    true, predicted, going = (np.asarray(x, np.float64) for x in found)
     scale = _scales(learned)[:, None, None, :]
     with np.errstate(invalid="ignore", over="ignore"):
-        apart = (ahead.mean(axis=3) - true[:, :, 1:]) / scale
-        error = np.sqrt(np.mean(apart**2, axis=-1))
-        spread = np.sqrt(np.mean((ahead.std(axis=3) / scale) ** 2, axis=-1))
+        error = (predicted.mean(axis=3) - true[:, :, 1:]) / scale
+        error = np.sqrt(np.mean(error**2, axis=-1))
+        spread = np.sqrt(np.mean((predicted.std(axis=3) / scale) ** 2, axis=-1))
         length = max(1, int(going[0, 0].sum()))
-        drawn = np.quantile(ahead[0, 0, :length], [0.05, 0.5, 0.95], axis=1)
+        drawn = np.quantile(predicted[0, 0, :length], [0.05, 0.5, 0.95], axis=1)
     start = true[0, 0, :1]
     low, middle, high = (np.concatenate([start, x]) for x in drawn)
     shown = {"s": true[0, 0, : length + 1], "low": low, "middle": middle, "high": high}
@@ -48,7 +58,9 @@ def model_rollout_error(agent: Agent, system: Real, learned: Learned, keys: Key[
 
 
 @jax.jit
-def _episodes(agent: Agent, system: Real, carries: Any, keys: Key[Array, " S"]) -> tuple[Collected, Key[Array, " S"]]:
+def _episodes(
+    agent: Agent, system: Real, carries: PyTree, keys: Key[Array, " S"]
+) -> tuple[Collected, Key[Array, " S"]]:
     """The first steps of `agent.best` from each of a few starts, and keys for the model."""
     key_begin, key_act, key_model = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 3), 3))(keys).T
     who = Acting(agent, system.view, "best")
@@ -58,15 +70,14 @@ def _episodes(agent: Agent, system: Real, carries: Any, keys: Key[Array, " S"]) 
 
 @jax.jit
 def _rollouts(
-    agent: Agent, view: Task, carries: Any, found: Collected, keys: Key[Array, " S"]
-) -> tuple[Array, Array, Array] | None:
-    """True states, the particles', and whether the first episode still goes on before each step."""
+    agent: Agent, view: Task, carries: PyTree, found: Collected, keys: Key[Array, " S"]
+) -> tuple[Array, Array, Array]:
+    """True states [S, E, H+1, n], the particles' [S, E, H, P, n], and whether the first episode still continues [S, E, H]."""
     H = found.t.shape[2]
 
-    def one(carry: Any, found: Collected, key: PRNGKeyArray):
+    def one(carry: PyTree, found: Collected, key: PRNGKeyArray):
         model = agent.model(carry, view)
-        if model is None:
-            return None
+        assert model is not None  # else there are no episodes to compare it with
         steps, cloud = found.steps, ParticleDynamics(model, None)
 
         def ahead(s: State, a: Array, key: PRNGKeyArray) -> Array:
@@ -79,17 +90,17 @@ def _rollouts(
 
             return jax.lax.scan(step, s0, (jnp.arange(H, dtype=jnp.int32), a))[1]
 
-        foreseen = jax.vmap(ahead)(steps.s, steps.a, jax.random.split(key, EPISODES))
+        predicted = jax.vmap(ahead)(steps.s, steps.a, jax.random.split(key, EPISODES))
         true = jnp.concatenate([_flat(steps.s, 2)[:, :1], _flat(steps.s_next, 2)], axis=1)
         ended = steps.last.astype(jnp.int32)
         going = (jnp.cumsum(ended, axis=1) - ended == 0) & found.keep
-        return true, foreseen, going
+        return true, predicted, going
 
     return jax.vmap(one)(carries, found, keys)
 
 
 def _flat(states: State, axes: int) -> Array:
-    """States with so many leading axes, as vectors [..., n]."""
+    """States with `axes` leading axes as vectors [..., n]."""
     return jnp.concatenate([x.reshape(*x.shape[:axes], -1) for x in jax.tree.leaves(states)], axis=-1)
 
 
@@ -102,7 +113,7 @@ def _scales(learned: Learned) -> np.ndarray:
 
 
 def _median(values: np.ndarray, going: np.ndarray) -> np.ndarray:
-    """Over the episodes that go on [S, E, H] -> [S, H]; what is not finite is infinitely far."""
+    """Median over the episodes that continue, [S, E, H] -> [S, H]; a non-finite value counts as infinity."""
     out = np.full((values.shape[0], values.shape[2]), np.nan)
     for i, t in np.ndindex(*out.shape):
         seen = values[i, going[i, :, t] > 0, t]

@@ -1,12 +1,12 @@
-r"""Soft actor-critic as a learner: pure updates on batches of transitions, wherever those come from.
+r"""Soft actor-critic as a learner: pure updates on batches of transitions, real or imagined.
 
 $$L_Q = \tfrac12 E\,\tfrac12\textstyle\sum_i \big(Q_i(x, u) - r - \gamma\,(1 - d)\,V(x')\big)^2,\quad
 V(x') = \min_i \bar Q_i(x', u') - \alpha\log\pi(u'|x'),\quad u' \sim \pi(\cdot|x')$$
 $$L_\pi = E\big[\alpha\log\pi(u|x) - \min_i Q_i(x, u)\big],\quad u \sim \pi(\cdot|x),\qquad
 L_\alpha = \alpha\,E\big[-\log\pi(u|x) - \bar H\big]$$
 
-The losses are our own and not Brax's, whose functions take flax networks, transitions with Brax's extras and a normaliser: to
-use them is to wrap all three, for sixty lines saved. On the same weights, batch and noise they are equal (`tests/test_sac.py`).
+The losses are our own: Brax's take flax networks, transitions with extras and a normaliser, and wrapping all three would save
+sixty lines. On the same weights, batch and noise they are equal to Brax's (`tests/test_sac.py`).
 """
 
 from collections.abc import Callable
@@ -16,34 +16,50 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from diffmbrl.agents.actor import SquashedGaussian, network, sample_squashed, squashed_moments, unit
-from diffmbrl.core import Task, parameter
+from diffmbrl.core import Policy, State, Task, parameter
 from diffmbrl.models.buffer import Transition
 from diffmbrl.nets import MLP
 
 
 class SACState(NamedTuple):
-    """What SAC learns."""
+    """The networks of SAC and its optimiser's state.
 
-    actor: MLP  # features -> mean and raw deviation
-    critics: MLP  # two, on a leading axis: (features, u) -> Q
-    targets: MLP  # their slow copies
+    Args:
+        actor: From features to means and raw deviations.
+        critics: Two networks on a leading axis, from features and u to Q.
+        targets: The critics' slow copies.
+        log_alpha: The logarithm of the temperature.
+        moments: Adam's state for actor, critics and log_alpha together.
+    """
+
+    actor: MLP
+    critics: MLP
+    targets: MLP
     log_alpha: Float[Array, "*batch"]
-    moments: Any  # of Adam, for actor, critics and log alpha together
+    moments: PyTree
 
 
 class SAC(eqx.Module):
-    r"""Soft actor-critic with two critics and a learned temperature $\alpha$: `init`, `update` on a batch, `policy`, `best`.
+    r"""Soft actor-critic with two critics and a learned temperature $\alpha$.
 
-    One Adam of rate `rate` moves actor, critics and $\log\alpha$ at once, all from their values of before, as in Brax; the
-    targets follow the critics by `follow`. The temperature keeps the entropy of u (the action in [-1, 1]) near $\bar H$ =
-    `entropy` times m. An episode cut off by the clock goes on in the target: only `done` ends it. Weights over time and the
-    terminal reward are not seen: it maximises the sum of rewards discounted by `discount`.
+    One Adam moves actor, critics and $\log\alpha$ at once, all from their previous values, as in Brax. An episode cut off by
+    the clock continues in the target: only `done` ends it. Weights over time and the terminal reward are ignored: it maximises
+    the discounted sum of rewards.
 
-    Shapes: batch `[N, ...]`. Cost: with hidden layers of width h, 16 products of N h h for each layer beyond the first.
-    A batch that is not finite makes a state that is not, which `learn` refuses and counts.
+    Args:
+        rate: The learning rate.
+        discount: The discount of a step.
+        follow: The share of the difference by which the targets follow the critics in an update.
+        entropy: The target entropy $\bar H$ of u (the action in [-1, 1]), per action dimension.
+        temperature: The first value of $\alpha$.
+        hidden: The widths of the hidden layers of actor and critics.
+        activation: Their activation function.
+
+    Cost: with hidden layers of width h, 16 products of N h h for each layer beyond the first, for a batch of N rows.
+    A non-finite batch makes a non-finite state, which `learn` refuses and counts.
     Reference: Haarnoja et al. 2018, Soft actor-critic algorithms and applications, sections 4 and 5.
 
     >>> from diffmbrl import tasks
@@ -60,13 +76,21 @@ class SAC(eqx.Module):
     rate: Float[Array, ""] = parameter(3e-4)
     discount: Float[Array, ""] = parameter(0.99)
     follow: Float[Array, ""] = parameter(0.005)
-    entropy: Float[Array, ""] = parameter(-1.0)  # per action
-    temperature: Float[Array, ""] = parameter(1.0)  # at first
+    entropy: Float[Array, ""] = parameter(-1.0)
+    temperature: Float[Array, ""] = parameter(1.0)
     hidden: tuple[int, ...] = eqx.field(static=True, default=(256, 256))
     activation: Callable = eqx.field(static=True, default=jax.nn.relu)
 
     def init(self, task: Task, key: PRNGKeyArray) -> SACState:
-        """Draw the networks."""
+        """Draw the networks.
+
+        Args:
+            task: The task.
+            key: The random key.
+
+        Returns:
+            The state before the first update.
+        """
         key_actor, key_critics = jax.random.split(key)
         actor = network(task, hidden=self.hidden, activation=self.activation, key=key_actor)
         inputs = actor.weights[0].shape[1] + task.m
@@ -78,23 +102,52 @@ class SAC(eqx.Module):
         return SACState(actor, critics, critics, log_alpha, self._rule().init(parameters))
 
     def policy(self, state: SACState, task: Task) -> SquashedGaussian:
-        """The policy, which is stochastic given a key."""
+        """Make the policy, which is stochastic if it is given a key.
+
+        Args:
+            state: The learner's state.
+            task: The task.
+
+        Returns:
+            The policy.
+        """
         return SquashedGaussian.around(state.actor, task)
 
     def best(self, state: SACState, task: Task) -> "Mode":
-        """The policy at its mode, key or not."""
+        """Make the policy without noise.
+
+        Args:
+            state: The learner's state.
+            task: The task.
+
+        Returns:
+            The policy, which ignores its key.
+        """
         return Mode(self.policy(state, task))
 
     def update(
         self, state: SACState, task: Task, batch: Transition, key: PRNGKeyArray
     ) -> tuple[SACState, dict[str, Array]]:
-        """One step of Adam on all three losses, and one of the targets. Raises: `ValueError` for what are streams of steps."""
+        """Make one step of Adam on all three losses, and one step of the targets.
+
+        Args:
+            state: The learner's state.
+            task: The task.
+            batch: Transitions, [N, ...].
+            key: The random key.
+
+        Returns:
+            The new state, and metrics: the losses, `entropy` and `temperature`.
+
+        Raises:
+            ValueError: If the transitions have two leading axes, as streams of steps have.
+        """
         if batch.r.ndim != 1:
             raise ValueError(
-                f"SAC learns from transitions [N], not from streams of steps {list(batch.r.shape)}: let it practise with "
-                "Replayed() in a model and with OffPolicy on the real system; Streamed() and OnPolicy are for PPO"
+                f"SAC learns from transitions [N], not from streams of steps {list(batch.r.shape)}: use "
+                "OffPolicy on the real system and OffPolicyPractice in a model; OnPolicy and OnPolicyPractice are for PPO"
             )
-        (_, said), gradient = jax.value_and_grad(self.loss, has_aux=True)(
+        (_, metrics), gradient = jax.value_and_grad(self.loss, has_aux=True)(
             (state.actor, state.critics, state.log_alpha), state.targets, task, batch, key
         )
         # Optax raises floats to powers of whole numbers: let it, also where a user has forbidden that to JAX.
@@ -103,12 +156,23 @@ class SAC(eqx.Module):
         learned = (state.actor, state.critics, state.log_alpha)
         actor, critics, log_alpha = jax.tree.map(lambda x, u: x + u.astype(x.dtype), learned, steps)
         targets = jax.tree.map(lambda x, y: x + self.follow.astype(x.dtype) * (y - x), state.targets, critics)
-        return SACState(actor, critics, targets, log_alpha, moments), said
+        return SACState(actor, critics, targets, log_alpha, moments), metrics
 
     def loss(
         self, learned: tuple[MLP, MLP, Array], targets: MLP, task: Task, batch: Transition, key: PRNGKeyArray
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        r"""$L_Q + L_\pi + L_\alpha$, each with a gradient in its own third of `learned` alone."""
+        r"""Compute $L_Q + L_\pi + L_\alpha$, where each has a gradient by its own part of `learned` only.
+
+        Args:
+            learned: Actor, critics and log_alpha.
+            targets: The critics' slow copies.
+            task: The task.
+            batch: Transitions, [N, ...].
+            key: The random key.
+
+        Returns:
+            The sum, and metrics.
+        """
         actor, critics, log_alpha = learned
         fixed_actor, fixed_critics, alpha = jax.lax.stop_gradient((actor, critics, jnp.exp(log_alpha)))
         pi = self.policy(SACState(actor, critics, targets, log_alpha, None), task)
@@ -125,24 +189,28 @@ class SAC(eqx.Module):
         actor_loss = jnp.mean(alpha * log_prob - jnp.min(q_values(fixed_critics, x, u_now), axis=0))
         entropy = -jnp.mean(jax.lax.stop_gradient(log_prob))
         temperature_loss = jnp.exp(log_alpha) * (entropy - self.entropy * task.m)
-        said = {"critic_loss": critic_loss, "actor_loss": actor_loss, "entropy": entropy, "temperature": alpha}
-        return critic_loss + actor_loss + temperature_loss, said
+        metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "entropy": entropy, "temperature": alpha}
+        return critic_loss + actor_loss + temperature_loss, metrics
 
     def _rule(self) -> optax.GradientTransformation:
         return optax.adam(self.rate)
 
 
 class Mode(eqx.Module):
-    """A policy without its noise."""
+    """A stochastic policy without its noise.
 
-    policy: Any
+    Args:
+        policy: The policy, which is called without a key.
+    """
 
-    def __call__(self, s: Any, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
+    policy: Policy
+
+    def __call__(self, s: State, *, key: PRNGKeyArray | None = None) -> Float[Array, " m"]:
         return self.policy(s)
 
 
 def q_values(critics: MLP, x: Float[Array, "N k"], u: Float[Array, "N m"]) -> Float[Array, "2 N"]:
-    """Q of each critic."""
+    """Q of each critic, shape [2, N]."""
     return jax.vmap(lambda net: net.many(jnp.concatenate([x, u], axis=1))[:, 0])(critics)
 
 

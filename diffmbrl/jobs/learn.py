@@ -11,8 +11,9 @@ from jaxtyping import Array, Key, PyTree
 
 from diffmbrl.agents.collect import NoisySensor, Real, System
 from diffmbrl.agents.host import HostSystem
-from diffmbrl.agents.learn import Agent, Learned, check_sizes, learn
+from diffmbrl.agents.learn import Learned, check_sizes, learn
 from diffmbrl.agents.learned_reward import learnable, with_learned_reward
+from diffmbrl.agents.protocol import Agent
 from diffmbrl.agents.registry import AGENTS, make_agent
 from diffmbrl.agents.rollout_error import model_rollout_error
 from diffmbrl.choices import validate_choice

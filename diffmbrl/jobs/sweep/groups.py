@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from diffmbrl.agents.collect import System
-from diffmbrl.agents.learn import Agent
+from diffmbrl.agents.protocol import Agent
 from diffmbrl.core import Solver, Task, is_planner
 from diffmbrl.jobs import compare
 from diffmbrl.jobs import learn as race
