@@ -97,7 +97,7 @@ def same(folder: Path, whole: Path) -> None:
 
 def stopped_at(look: int, job, patch: pytest.MonkeyPatch, error=KeyboardInterrupt) -> None:
     """Run a job until just after a look, and stop it as a signal would."""
-    seen, honest = [], Session.look
+    seen, honest = [], Session.save
 
     def looked(self, state, **numbers):
         honest(self, state, **numbers)
