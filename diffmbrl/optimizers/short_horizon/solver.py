@@ -288,7 +288,7 @@ class _Given(eqx.Module):
     gradient: PyTree
     remat: int | None = eqx.field(static=True, default=1)
 
-    def __call__(self, policy: Policy, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Array, PyTree]:
+    def __call__(self, policy: PyTree, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Array, PyTree]:
         """The given return and gradient."""
         return self.J, self.gradient
 
