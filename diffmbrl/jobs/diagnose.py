@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -135,7 +135,7 @@ def _trained(place: str, task: Task) -> tuple[Policy, str]:
         policy = restored.agent.best(carry, restored.system.view)
     if is_stateful(policy):
         raise ValueError(f"agent '{name}' plans at every step: the gradient of a stateful policy cannot be measured")
-    return policy, f"{name}, seed {seed}"
+    return cast(Policy, policy), f"{name}, seed {seed}"
 
 
 def _write(write: Callable[[dict[str, Any]], None], health: Health, seconds: float) -> None:
