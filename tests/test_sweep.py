@@ -168,15 +168,23 @@ def test_a_point_is_the_run_alone(ran, tmp_path):
 
 def test_a_point_of_a_planner_has_the_held_out_return_of_the_run_alone(tmp_path):
     setting = {"task": "pendulum-swingup", "method": "ilqr", "horizon": 5, "seeds": 2, "starts": 3, "steps": 3}
-    folder, complete = sweep(asked(setting, {"param": {"u_max": [2.0, 3.0]}}), out=tmp_path / "s", say=lambda _: None)
+    folder, complete = sweep(
+        asked(setting, {"param": {"gravity": [9.0, 11.0]}}), out=tmp_path / "s", say=lambda _: None
+    )
     assert complete
-    own = {r["setting"]["param.u_max"]: r["last"] for r in read_records(folder / "metrics.jsonl")[0]}
-    given = {"methods": ("ilqr",), "parameters": {"u_max": 3.0}, "hidden": (3,), "rates": (), "continuation": "default"}
+    own = {r["setting"]["param.gravity"]: r["last"] for r in read_records(folder / "metrics.jsonl")[0]}
+    given = {
+        "methods": ("ilqr",),
+        "parameters": {"gravity": 11.0},
+        "hidden": (3,),
+        "rates": (),
+        "continuation": "default",
+    }
     given |= {"budget": 1e9, "x64": False, "key": 0} | {k: x for k, x in setting.items() if k != "method"}
     alone = compare.compare_methods(CompareConfig(**given), RunOptions(out=tmp_path / "alone"))
     last = [record for record in read_records(alone / "metrics.jsonl")[0] if record["kind"] == "eval"][-1]
     for name in ("train", "test", "success", "update", "nonfinite"):
-        np.testing.assert_allclose(own[3.0][name], last[name], rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(own[11.0][name], last[name], rtol=1e-4, err_msg=name)
 
 
 def test_what_is_finished_is_not_run_again(ran, monkeypatch):

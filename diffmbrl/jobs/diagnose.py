@@ -133,7 +133,7 @@ def _trained(place: str, task: Task) -> tuple[Policy, str]:
             raise ValueError(f"the run has seeds 0 to {len(restored.keys) - 1}, got {seed}")
         carry = jax.tree.map(lambda x: x[seed], restored.carry)
         policy = restored.agent.best(carry, restored.system.view)
-    if is_stateful(policy):
+    if not isinstance(policy, Policy) or is_stateful(policy):
         raise ValueError(f"agent '{name}' plans at every step: the gradient of a stateful policy cannot be measured")
     return cast(Policy, policy), f"{name}, seed {seed}"
 
