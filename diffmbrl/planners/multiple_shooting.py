@@ -1,4 +1,4 @@
-"""Multiple shooting: states are variables too, gaps are closed, constraints are met."""
+"""Multiple shooting with states as variables: closes the gaps between steps and meets constraints."""
 
 from typing import Any, NamedTuple
 
@@ -23,18 +23,27 @@ from diffmbrl.second_order.riccati import RiccatiSolution
 
 
 class ShootingCarry(NamedTuple):
-    """What the next update needs."""
+    """Damping, merit and multipliers, carried from one update to the next.
+
+    Args:
+        damping: Damping mu of the Riccati sweep.
+        weight: Weight nu of the gaps in the merit.
+        penalty: Penalty rho of the augmented Lagrangian.
+        tolerance: Relative gain below which multipliers and penalty are updated.
+        unmet: Largest residual of a constraint at their last update.
+        multipliers: Multipliers of the constraints.
+    """
 
     damping: Float[Array, ""]
-    weight: Float[Array, ""]  # of the gaps in the merit
-    penalty: Float[Array, ""]  # rho
-    tolerance: Float[Array, ""]  # relative gain below which the multipliers are renewed
-    unmet: Float[Array, ""]  # largest residual of a constraint when they last were
+    weight: Float[Array, ""]
+    penalty: Float[Array, ""]
+    tolerance: Float[Array, ""]
+    unmet: Float[Array, ""]
     multipliers: Each
 
 
 class _Trial(NamedTuple):
-    """A state of the line search: the last trajectory tried and what it is worth."""
+    """A state of the line search: the last trajectory tried and its merit."""
 
     alpha: Float[Array, ""]
     tried: Int[Array, ""]
@@ -46,32 +55,40 @@ class _Trial(NamedTuple):
 
 
 class MultipleShooting(eqx.Module):
-    r"""Gap-closing DDP with an augmented Lagrangian for constraints.
+    r"""Multiple shooting: gap-closing DDP with an augmented Lagrangian for constraints.
 
     The plan's `s` and `a` are the variables. The gaps $d_{t+1} = f(s_t, a_t) - s_{t+1}$, $d_0$ that of the start, enter the
-    Riccati sweep as affine terms, and a step of length alpha leaves the share 1 - alpha of each:
+    Riccati sweep as affine terms, and a step of length alpha leaves the fraction 1 - alpha of each:
 
     $$s_0' = s_0^{\rm given} - (1-\alpha)d_0,\quad a_t' = a_t + \alpha k_t + K_t(s_t' - s_t),\quad
     s_{t+1}' = f(s_t', a_t') - (1-\alpha)d_{t+1}$$
 
-    alpha is the first of 1, 1/2, 1/4 ... that raises the merit $J - AL - \nu\sum|d|$ by at least `armijo` of what is
-    predicted, with nu as large as makes the step a direction of ascent. A trajectory of states that the dynamics do not
-    follow is a fine start: `Affine(K, a, s)` with K = 0. Once a full step is taken no gap is left and J is iLQR's; without
-    constraints a plan without gaps is then never made worse.
+    alpha is the first of 1, 1/2, 1/4 ... that raises the merit $J - AL - \nu\sum|d|$ enough, with nu large enough to make the
+    step a direction of ascent. The first plan may have states that the dynamics do not follow: `Affine(K, a, s)` with K
+    = 0. After a full step no gap is left; without constraints such a plan never gets worse.
 
-    The task's `constraints` and the finite limits of its actions are met by an augmented Lagrangian. Its multipliers and
-    penalty are renewed whenever the predicted gain falls below a tolerance, which falls with each renewal; the penalty grows
-    by `growth` when a constraint's residual has not fallen by four. Of constraints that cannot be met, `Info.violation` says
-    by how much.
+    The augmented Lagrangian covers the task's `constraints` and the finite limits of its actions. If constraints cannot be met,
+    `Info.violation` is the largest violation on the way. `Info.J` is the return of following the plan from the start,
+    `Info.merit` the merit of the plan's own states and actions, and `Info.gradient_norm` the norm of the KKT residual:
+    the Lagrangian's gradient in the actions, the gaps, and h and min(-g, multiplier) of the constraints.
 
-    `Info.J` is the return of following the plan from the start, and `Info.violation` the largest violation on the way;
-    `Info.merit` is the merit of the plan's own states and actions, gaps included. `Info.gradient_norm` is the norm of the KKT
-    residual: the Lagrangian's gradient in the actions, the gaps, and h and min(-g, multiplier) of the constraints.
+    Args:
+        armijo: Fraction of the predicted gain of the merit that an accepted step must reach.
+        penalty: First penalty rho of the augmented Lagrangian.
+        growth: Factor by which the penalty grows when a constraint's residual has not fallen by four.
+        largest: Largest penalty; its square bounds the multipliers.
+        tolerance: First relative gain below which multipliers and penalty are updated; each update divides it by
+            ten.
+        damping: Rule for the damping of the Riccati sweep.
+        trials: Largest number of step lengths of a line search.
 
-    Shapes: `s0` of one start; the plan's leaves [T, ...]; `vmap` for many. Cost: iLQR's and three linear passes.
-    Raises: `TypeError` if the policy is not an `Affine` plan; `ValueError` if the task's episodes can end.
+    Raises:
+        TypeError: If the policy is not an `Affine` plan.
+        ValueError: If the task's episodes can end.
+
+    Cost: that of iLQR and three linear passes.
     Reference: Mastalli et al. 2020 (Crocoddyl), section III; Nocedal and Wright 2006, section 18.3 for nu and 17.4 for
-    the multipliers; Howell, Jackson, Manchester 2019.
+        the multipliers; Howell, Jackson, Manchester 2019.
 
     >>> from diffmbrl import solve, tasks
     >>> task = tasks.lqr(horizon=20)
@@ -84,14 +101,14 @@ class MultipleShooting(eqx.Module):
     armijo: Float[Array, ""] = parameter(1e-4)
     penalty: Float[Array, ""] = parameter(10.0)
     growth: Float[Array, ""] = parameter(5.0)
-    largest: Float[Array, ""] = parameter(1e3)  # of the penalty; of multipliers, its square
+    largest: Float[Array, ""] = parameter(1e3)
     tolerance: Float[Array, ""] = parameter(1e-2)
     damping: Damping = eqx.field(default_factory=Damping)
     trials: int = eqx.field(static=True, default=10)
 
     @property
     def kind(self) -> str:
-        """It takes one start."""
+        """A solver of plans: it takes one start."""
         return "plan"
 
     @property
@@ -100,7 +117,7 @@ class MultipleShooting(eqx.Module):
         return False
 
     def first_plan(self, task: Task) -> Affine:
-        """The plan of resting actions, without feedback."""
+        """Return the first plan, of resting actions and without feedback."""
         return Affine.zeros(task)
 
     def init(self, policy: Any, task: Task) -> ShootingCarry:
@@ -126,7 +143,7 @@ class MultipleShooting(eqx.Module):
     on_objective_change = restart
 
     def shift(self, carry: ShootingCarry) -> ShootingCarry:
-        """The same carry: multipliers, penalty and damping are of the problem, not of a step."""
+        """Return the same carry: multipliers, penalty and damping belong to the problem, not to a time step."""
         return carry
 
     def update(
@@ -154,8 +171,8 @@ class MultipleShooting(eqx.Module):
             added = constraint.cost(constraint.constraint_values(task, trajectory), carry.multipliers, carry.penalty)
             return returns(trajectory, task) - added - weight * share * total
 
-        # Where constraints press, J is no longer what must not fall, and rounding of a merit with a large penalty would end
-        # the search long before the KKT residual is small.
+        # With active constraints J itself may fall, and the rounding of a merit with a large penalty would end the search
+        # long before the KKT residual is small.
         pressed = jnp.any(jnp.concatenate([y.ravel() != 0 for y in jax.tree.leaves(forces)]))
         slack = jnp.where(pressed, 10 * jnp.finfo(J.dtype).eps * (1 + jnp.abs(merit)), 0.0).astype(J.dtype)
         trial = self._search(policy, nodes, gaps, sweep, step, (merit, descent, slack, worth), task, s0, key)
@@ -165,7 +182,7 @@ class MultipleShooting(eqx.Module):
         norm = jnp.sqrt(sum(jnp.sum(x**2) for x in [gradient, gaps, *unmet]))
         finite = jnp.isfinite(J) & jnp.isfinite(norm) & jnp.isfinite(merit)
         accepted = trial.accepted & finite & sweep.definite
-        # Gains belong to states near the plan's. While gaps are open it does not visit them, and feedback may blow up.
+        # Gains are valid near the plan's states. While gaps are open the rollout is elsewhere, and feedback may diverge.
         gains = jnp.where((total > 0) & (trial.alpha < 1), jnp.zeros_like(sweep.K), sweep.K)
         plan = where(accepted, Affine(gains, trial.trajectory.a, trial.s, policy.low, policy.high), policy)
 
@@ -175,7 +192,7 @@ class MultipleShooting(eqx.Module):
         least = jnp.maximum(carry.tolerance, 10 * jnp.finfo(J.dtype).eps) * (1 + jnp.abs(merit))
         slight = (-descent / 2 <= least) | (accepted & (trial.merit - merit <= least))
         progress = where(slight, self._renewed(progress, constraint.constraint_values(task, reached)), progress)
-        carry = where(finite, progress, carry)  # what is not finite says nothing
+        carry = where(finite, progress, carry)  # ignore a result that is not finite
         T = task.horizon
         info = Info(
             J=J,
@@ -194,7 +211,7 @@ class MultipleShooting(eqx.Module):
 
     def _search(
         self, policy: Affine, nodes: Trajectory, gaps: Array, sweep: RiccatiSolution, step: KKTStep, model: Any, task: Task,
-        s0: State, key: Any,
+        s0: State, key: PRNGKeyArray | None,
     ) -> _Trial:  # fmt: skip
         merit, descent, slack, worth = model
         zero, one = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
@@ -212,7 +229,7 @@ class MultipleShooting(eqx.Module):
         return Backtracking(self.trials)(attempt, start)
 
     def _renewed(self, carry: ShootingCarry, values: Each) -> ShootingCarry:
-        """Better multipliers; a larger penalty if the constraints' residual fell too little since the last time."""
+        """Update the multipliers, and raise the penalty if the residual of the constraints has not fallen by four."""
         forces = constraint.estimates(values, carry.multipliers, carry.penalty)
         largest = self.largest.astype(carry.penalty.dtype)
         moved = jax.tree.map(lambda new, old: (new - old) / carry.penalty, forces, carry.multipliers)
@@ -224,12 +241,12 @@ class MultipleShooting(eqx.Module):
             unmet=unmet,
             multipliers=constraint.bounded(forces, largest**2),
         )
-        # Met to rounding: to go on would raise the penalty for ever and let the multipliers drift with the noise.
+        # Constraints met to rounding need no update, which would raise the penalty further and let the multipliers drift.
         return where(unmet > jnp.finfo(unmet.dtype).eps ** 0.75, renewed, carry)
 
 
-def _nodes(policy: Affine, task: Task, s0: State, key: Any) -> tuple[Trajectory, Float[Array, "T1 n"]]:
-    """The plan's own states and actions as a trajectory, and its gaps d_0 .. d_T; d_T is 0, s_T being no variable of a plan."""
+def _nodes(policy: Affine, task: Task, s0: State, key: PRNGKeyArray | None) -> tuple[Trajectory, Float[Array, "T1 n"]]:
+    """Return the plan's own states and actions as a trajectory, and its gaps d_0 .. d_T; d_T is 0, as s_T is no variable."""
     given, unravel = ravel_pytree(s0)
 
     def step(s, a, t):
@@ -239,7 +256,7 @@ def _nodes(policy: Affine, task: Task, s0: State, key: Any) -> tuple[Trajectory,
     after, r = jax.vmap(step)(policy.s, policy.a, jnp.arange(task.horizon))
     before = jnp.concatenate([given[None], after[:-1]])
     gaps = before - policy.s
-    # Rounding is no gap: the trial that closed it was a scan, whose arithmetic may be compiled otherwise.
+    # Rounding is no gap: the trial that closed it was a scan, which XLA may compile to other arithmetic.
     small = 16 * jnp.finfo(gaps.dtype).eps * (1 + jnp.abs(before))
     gaps = jnp.where(jnp.abs(gaps) <= small, jnp.zeros_like(gaps), gaps)
     alive = jnp.ones(task.horizon + 1, bool)
@@ -247,8 +264,10 @@ def _nodes(policy: Affine, task: Task, s0: State, key: Any) -> tuple[Trajectory,
     return nodes, jnp.concatenate([gaps, jnp.zeros_like(gaps[:1])])
 
 
-def _shoot(plan: Affine, left: Float[Array, "T1 n"], task: Task, s0: State, key: Any) -> tuple[Trajectory, Array]:
-    """The closed loop with gaps of its own: the trajectory that leaves them as they are given. And its flat states."""
+def _shoot(
+    plan: Affine, left: Float[Array, "T1 n"], task: Task, s0: State, key: PRNGKeyArray | None
+) -> tuple[Trajectory, Array]:
+    """Roll out the closed loop with the given gaps between its steps; return the trajectory and its flat states."""
     given, unravel = ravel_pytree(s0)
 
     def step(x, inputs):
@@ -263,7 +282,7 @@ def _shoot(plan: Affine, left: Float[Array, "T1 n"], task: Task, s0: State, key:
 
 
 def _model(lin: Linearization, step: KKTStep) -> tuple[Array, Array]:
-    """c' z and z' H z of the cost, the constraints' included, along the full step."""
+    """Return c' z and z' H z of the cost, constraints included, along the full step."""
     z = jnp.concatenate([step.s, step.a], axis=1)
     c = jnp.concatenate([lin.c_s, lin.c_a], axis=1)
     Hz = jnp.einsum("tij,tj->ti", lin.H, z, precision="highest")
