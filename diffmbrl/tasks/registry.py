@@ -227,7 +227,7 @@ def task_row(name: str) -> TaskRow:
     """
     if name.startswith(PREFIX):
         raise ValueError(
-            f"'{name}' is a real system, whose dynamics cannot be called: `diffmbrl learn` and `compare --learned` take it"
+            f"'{name}' is a real system, whose dynamics cannot be called: `diffmbrl learn` and `diffmbrl race` take it"
         )
     return TASKS[validate_choice("task", name, TASKS)]
 
