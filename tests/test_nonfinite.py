@@ -122,9 +122,14 @@ def patched(monkeypatch) -> Any:
     return monkeypatch
 
 
+def numbers(spoils: dict[str, int]) -> dict[str, float | str]:
+    """Parameters as the command line gives them."""
+    return {name: float(step) for name, step in spoils.items()}
+
+
 def compared(out: Path, **spoils: int) -> None:
     setting = CompareConfig(
-        "clocked", ("adam",), 6, spoils, (4,), 2, 2, 3, 100.0, (1e-2,), "none", False, 0
+        "clocked", ("adam",), 6, numbers(spoils), (4,), 2, 2, 3, 100.0, (1e-2,), "none", False, 0
     )  # fmt: skip
     compare.compare_methods(setting, RunOptions(out=out, stream=io.StringIO()))
 
@@ -132,13 +137,13 @@ def compared(out: Path, **spoils: int) -> None:
 def planned(out: Path, *, mpc: bool = False, mismatch: float = 1.0, **spoils: int) -> None:
     factors = {} if mismatch == 1 else {"dynamics": mismatch}
     horizon, steps = (4, 6) if mpc else (6, None)
-    setting = PlanConfig("clocked", "ilqr", mpc, horizon, steps, 3, spoils, factors, 0.0, 0, 1, 0, False)
+    setting = PlanConfig("clocked", "ilqr", mpc, horizon, steps, 3, numbers(spoils), factors, 0.0, 0, 1, 0, False)
     plan.make_plan(setting, RunOptions(out=out, stream=io.StringIO()))
 
 
 def learned(out: Path, agent: str = "random", nonfinite: str = "reject", real_steps: int = 36, **spoils: int) -> None:
     setting = LearnConfig(
-        "clocked", (agent,), {}, real_steps, 100.0, 2, 0, 6, spoils, 0.0, 0.0, 0, False, nonfinite=nonfinite
+        "clocked", (agent,), {}, real_steps, 100.0, 2, 0, 6, numbers(spoils), 0.0, 0.0, 0, False, nonfinite=nonfinite
     )  # fmt: skip
     race.race_agents(setting, RunOptions(out=out, stream=io.StringIO()))
 
