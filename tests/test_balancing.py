@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffmbrl import OpenLoop, rollout, tasks
-from diffmbrl.render import shapes as drawing
+from diffmbrl.render.registry import frames
 from diffmbrl.rollout import returns
 from diffmbrl.tasks.balancing import RodOnCart
 from tests.problems import lagrangian_acceleration
@@ -123,5 +123,5 @@ def test_the_end_of_the_rail_is_mujocos_but_for_its_softness(inverted, x64):
 
 def test_a_rod_is_drawn_whole():
     task = tasks.cartpole_continuous(l=0.7)
-    [shapes] = drawing.frames(task, np.asarray([[0.3, np.pi / 2, 0, 0]]))
+    [shapes] = frames(task, np.asarray([[0.3, np.pi / 2, 0, 0]]))
     close(shapes[2].points, [[0.3, 0], [1.7, 0]], rtol=1e-6, atol=1e-6)

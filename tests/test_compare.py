@@ -26,8 +26,8 @@ from diffmbrl.rollout import episode_returns
 from diffmbrl.runs import read_metrics
 from tests.problems import of
 
-# Swept over rates, sequential in its seeds, with a path of dampings, and a planner.
-ROWS = {name: METHODS[name] for name in ("adam", "lbfgs", "gauss-newton", "ilqr")}
+# Swept over rates, sequential in its seeds, with a grid of dampings, with the true Hessian, and a planner.
+ROWS = {name: METHODS[name] for name in ("adam", "lbfgs", "gauss-newton", "newton-cg", "ilqr")}
 SETTING = CompareConfig(
     task="lqr",
     methods=tuple(ROWS),
