@@ -40,7 +40,7 @@ class RunData(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What one run's page says, in the order of the page.
+    """Contents of one run's page, in the order of the page.
 
     Args:
         lead: Sentences on the result, the headline first.

@@ -76,7 +76,7 @@ class SweepPoint(NamedTuple):
 
 
 class SweepFile(NamedTuple):
-    """What a file asks for."""
+    """The sweep that a file describes."""
 
     name: str
     job: str
