@@ -26,11 +26,13 @@ from diffmbrl import (
 )
 from diffmbrl.agents import learn
 from diffmbrl.agents.registry import make_agent as make_agent
+from diffmbrl.core import Trajectory
 from diffmbrl.methods import METHODS, solver
 from diffmbrl.optimizers import Krylov
 from diffmbrl.render.registry import frames
 from diffmbrl.render.shapes import Circle, Line
 from diffmbrl.tasks.adapters import brax
+from diffmbrl.tasks.adapters.brax import seen
 from diffmbrl.tasks.adapters.brax_rewards import brax_rewards
 from diffmbrl.tasks.registry import TASKS, state_names
 from tests.agents import AGENTS
@@ -104,6 +106,16 @@ def test_states_observations_rewards_and_ends_are_braxs(name, backend):
         return
     # An end between two steps that only rounding tells apart would be a coincidence.
     np.testing.assert_array_equal(jax.vmap(task.done)(reached)[:steps], np.asarray(done[:steps], bool))
+
+
+def test_rewards_by_hand_and_none_after_the_end():
+    """A pole that leans by an angle on a cart at x, over three steps of which the third is after the end."""
+    task = spring(horizon=3)
+    s, a = task.initial(KEY), jnp.asarray([[0.5], [0.1], [-0.2]])
+    x, angle = seen(task.reward.body, s).q
+    path = Trajectory(jnp.stack([s] * 3), a, jnp.zeros(3), jnp.asarray([True, True, False, False]), s)
+    wanted = 1 - 0.45 * (angle / 0.2) ** 2 - 0.45 * x**2 - 0.1 * a[:, 0] ** 2
+    np.testing.assert_allclose(brax_rewards(task, path), [wanted[0], wanted[1], 0], rtol=1e-5)
 
 
 @slow

@@ -56,6 +56,7 @@ CONFIGS = {
     "text for a number": ({"horizon": "9"}, 'config.json has horizon = "9"; expected int | None'),
     "a number for text": ({"planner": 3}, "config.json has planner = 3; expected str"),
     "true for a number": ({"starts": True}, "config.json has starts = true; expected int"),
+    "true for a parameter": ({"parameters": {"mass": True}}, "config.json has parameters"),
     "deep nonsense": ({"parameters": {"mass": {}}}, "config.json has parameters"),
     "unknown task": ({"task": "../../lqr"}, "unknown task '../../lqr'"),
     "unknown planner": ({"planner": "../ilqr"}, "unknown planner '../ilqr'"),
