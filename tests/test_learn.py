@@ -116,7 +116,7 @@ def test_an_agent_cannot_call_the_true_dynamics():
             task.dynamics(buffer.rows.s[0], buffer.rows.a[0])
             return carry, {}
 
-    with pytest.raises(TypeError, match="true dynamics are not known"):
+    with pytest.raises(TypeError, match="an agent does not know the true dynamics"):
         learn(Peeks(), tasks.lqr(), KEYS, real_steps=200)
 
 
