@@ -12,7 +12,7 @@ from diffmbrl.core import Policy, State, Stateful, Task, all_finite, is_plan, is
 from diffmbrl.models.buffer import Transition
 from diffmbrl.planners.mpc import Memory
 from diffmbrl.policies import centre_and_half
-from diffmbrl.rollout import is_done, step_keys, terminal_reward, transition
+from diffmbrl.rollout import is_done, step_keys, transition
 from diffmbrl.tasks.transforms.plant import accept_std, perturbed
 
 
@@ -309,7 +309,7 @@ def _step(policy: Any, system: System, place: Place, keys: tuple[Any, ...], coun
     done = is_done(plant, s_next)
     finite = all_finite((a, r, s_next, seen_next))
     timeout = place.t + 1 >= plant.horizon
-    phi = terminal_reward(plant.terminal, s_next, timeout & ~done, place.s)
+    phi = jnp.where(timeout & ~done, plant.terminal(s_next), 0)
     J = place.J + plant.weights[place.t] * r + plant.weights[-1] * phi
     J = jnp.where(over, place.J, jnp.where(finite, J, jnp.nan))
     last = timeout | done | over | ~finite
