@@ -231,7 +231,7 @@ def _corners(Q, q, low, high):
 
 def test_limits_need_a_plan_that_keeps_them():
     task = limited(-0.3, 0.3)
-    with pytest.raises(ValueError, match=r"keeps the limits of its plan, and this one has none: .*with_limits\(task\)"):
+    with pytest.raises(ValueError, match=r"needs a plan with limits, and this one has none: .*with_limits\(task\)"):
         solve(ILQR.with_limits(task), Affine.zeros(task), task, task.initial(KEY), None, 2)
     with pytest.raises(ValueError, match="a_low must lie below a_high"):
         limited(0.5, -0.5)
