@@ -159,7 +159,7 @@ def _gradients(made: Any, work: dict[str, float], steps: int, parameters: int, c
     if isinstance(made, d.Sequential):
         searching = min(int(made.updates), steps)
         search, last = _searched(made.first, searching, case), steps - searching
-        judging = 2 * FORWARD * last  # of KeepBest
+        judging = 2 * FORWARD * last  # of BestSoFar
         return search + judging + _gradients(made.then, work, last, parameters, case)
     inner = made
     while isinstance(inner, d.Continuation | d.MultiStart | d.BestSoFar):

@@ -343,7 +343,7 @@ def test_clear_errors():
     plan, s0 = Affine.zeros(task), jnp.zeros(2)
     with pytest.raises(TypeError, match=r"implicit differentiates an Affine plan.*got OpenLoop"):
         implicit(OpenLoop.zeros(task), task, s0)
-    with pytest.raises(TypeError, match="optimal needs a planner, whose kind is 'plan'; Descend is a 'policy'"):
+    with pytest.raises(TypeError, match="optimal needs a planner, whose kind is 'plan'; OptaxSolver is a 'policy'"):
         optimal(OptaxSolver(optax.adam, learning_rate=0.1), task, s0, steps=3)
     with pytest.raises(ValueError, match="steps must be a whole number of at least 1, got 0"):
         optimal(ILQR(), task, s0, steps=0)

@@ -34,7 +34,7 @@ def trajectory(rule, objective, start, steps):
         W = optax.apply_updates(W, updates)
         return (W, state), W
 
-    # As Descend does: optax's own rules raise floats to powers of whole numbers.
+    # As OptaxSolver does: optax's own rules raise floats to powers of whole numbers.
     with jax.numpy_dtype_promotion("standard"):
         return jax.lax.scan(step, (start, rule().init(start)), length=steps)[1]
 
