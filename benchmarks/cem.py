@@ -12,7 +12,7 @@ not it cannot be by whoever scores as many sequences in float32. Tried without g
 
 iLQR on the members' mean earns less here, judged by the particles, because it solves another problem. The members are not
 trained and agree on nothing, so their mean moves as none of them does, and what is best for it is bad for each. On members of
-4x64 iLQR raises the return of the mean from -6.9 (resting) to -4.7, within the limits by tanh or `BoxConstrained`, and so does Adam
+4x64 iLQR raises the return of the mean from -6.9 (resting) to -4.7, within the limits by either means, and so does Adam
 on the mean; the particles' falls from -68.0 to -72.9 with all three. iLQR on the task of one particle a member reaches -68.5,
 Adam on 20 particles -68.6: neither better than resting.
 """
